@@ -1,0 +1,98 @@
+"""Rectified flow: the only place that knows x_t, the velocity, how t is drawn and how it is stepped.
+
+Conventions (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206): t = 0 is data, t = 1 is noise,
+
+    x_t = (1 - t) * data + t * noise,    velocity = dx_t / dt = noise - data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+
+
+def expand(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), to multiply `like`."""
+    return t.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t on the straight path. data, noise: (B, ...); t: (B,)."""
+    t = expand(t, data)
+    return (1 - t) * data + t * noise
+
+
+def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
+    return noise - data
+
+
+def to_data(x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """The data estimate that a velocity implies: x_t - t * velocity."""
+    return x - expand(t, x) * velocity
+
+
+def to_noise(x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """The noise estimate that a velocity implies: x_t + (1 - t) * velocity."""
+    return x + (1 - expand(t, x)) * velocity
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move time towards noise for larger grids: s t / (1 + (s - 1) t) (arXiv 2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepConfig:
+    """How training times are drawn."""
+
+    kind: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0  # of the logit; positive means more noise
+    std: float = 1.0
+    shift: float = 1.0  # see shift_time
+    quantize: bool = False  # to the released grid 1/1000, 2/1000, ..., 1
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ConfigError(f"std must be positive, got {self.std}")
+        if self.shift <= 0:
+            raise ConfigError(f"shift must be positive, got {self.shift}")
+
+
+def training_times(config: TimestepConfig, normal: Tensor) -> Tensor:
+    """Training times in 0..1 from standard normal draws, (B,) -> (B,).
+
+    Taking the draws as input keeps all randomness in the caller. Logit-normal: arXiv 2403.03206, eq. 19.
+    """
+    if config.kind == "logit_normal":
+        t = torch.sigmoid(config.mean + config.std * normal)
+    else:
+        t = torch.special.ndtr(normal)  # the normal distribution function makes a normal draw uniform
+    t = shift_time(t, config.shift)
+    if config.quantize:
+        t = torch.ceil(t * 1000).clamp(1, 1000) / 1000
+    return t
+
+
+TimeGrid = Literal["released", "linear"]
+
+
+def time_grid(steps: int, kind: TimeGrid = "released", shift: float = 1.0) -> Tensor:
+    """The (steps + 1,) falling times of a sampler, from 1 to 0, float32.
+
+    `released` is what diffusers' FlowMatchEulerDiscreteScheduler(1000) gives and the released checkpoints expect:
+    linspace(1000, 1, steps) / 1000, then 0; its last step is a tiny one. `linear` has equal steps.
+    """
+    if steps < 1:
+        raise ConfigError(f"the number of sampling steps must be at least 1, got {steps}")
+    if kind == "released":
+        times = torch.cat([torch.linspace(1000, 1, steps, dtype=torch.float64) / 1000, torch.zeros(1)])
+    elif kind == "linear":
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    else:
+        raise ConfigError(f"unknown time grid '{kind}' (known: released, linear)")
+    return shift_time(times, shift).float()
