@@ -1,0 +1,1 @@
+"""Captioned images and latents in webdataset tars: writing, indexing, an exact order, reading."""

@@ -1,0 +1,117 @@
+"""Write webdataset tars: USTAR, mtime 0, members in a fixed order, so that the same samples give the same bytes.
+
+A shard appears under its name only when it is complete (temporary file, fsync, rename). A sample is a dict:
+    {"__key__": "sa1b_0000042", "jpg": bytes, "txt": "a dog", "json": {...}, "npy": ndarray}
+Left out: PAX records (names longer than USTAR allows are refused), compression, appending.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nitro_e.config import ConfigError
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; rename it to `path` when the block ends well, delete it otherwise.
+
+    What an earlier, killed process of this host left behind for the same path is removed first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for stale in path.parent.glob(f"{path.name}.{host}.*.tmp"):
+        pid = stale.name.split(".")[-2]
+        if not pid.isdigit() or not _is_alive(int(pid)):
+            stale.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{host}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shard(path: str | Path, samples: Iterable[dict[str, Any]]) -> int:
+    """Write one tar atomically and return the number of samples in it.
+
+    Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON.
+    Raises ConfigError for a key that is empty, repeated, or holds a dot or a slash (a reader would split it).
+    """
+    seen: set[str] = set()
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            key = check_key(sample["__key__"])
+            if key in seen:
+                raise ConfigError(f"{path}: key '{key}' appears twice; keys must be unique")
+            seen.add(key)
+            for extension, value in sample.items():
+                if not extension.startswith("__"):
+                    _add_member(tar, f"{key}.{extension}", field_bytes(value))
+    return len(seen)
+
+
+def write_shards(samples: Iterable[dict[str, Any]], pattern: str, samples_per_shard: int = 1000) -> list[Path]:
+    """Write `samples` in order to `pattern % 0`, `pattern % 1`, ...; every shard but the last is full."""
+    samples = iter(samples)
+    paths = []
+    for first in samples:
+        path = Path(pattern % len(paths))
+        write_shard(path, chain([first], islice(samples, samples_per_shard - 1)))
+        paths.append(path)
+    return paths
+
+
+def check_key(key: str) -> str:
+    if not key or "." in key or "/" in key or not key.isprintable():
+        raise ConfigError(f"sample key {key!r}: must be printable, not empty, without '.' and '/'; rename it")
+    return key
+
+
+def field_bytes(value: Any) -> bytes:
+    """One member's content from a Python value."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, np.ndarray):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False)
+        return buffer.getvalue()
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+    raise TypeError(f"cannot store a {type(value).__name__} in a shard")
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, mode 0644
+    info.size = len(content)
+    try:
+        tar.addfile(info, io.BytesIO(content))
+    except ValueError as error:
+        raise ConfigError(f"member '{name}' does not fit a USTAR header ({error}); shorten the key") from None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
