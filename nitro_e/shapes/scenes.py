@@ -1,0 +1,218 @@
+"""Scenes of the offline domain: requests in GenEval's six tasks, their captions and metadata, and layouts.
+
+`scene(seed, split, index)` is a pure function; tasks cycle with the index. Lengths are fractions of the image side.
+
+The split is over combinations. A fifth of the colour-shape pairs, of the shape pairs and of the shape-count pairs,
+and some relations (with their mirror images), never appear in `train`: no caption asks for them, and no training
+picture shows a held-out colour-shape pair even where the caption leaves colours free. `heldout` alternates between
+requests made of seen combinations only and requests with a held-out one; one object of no named colour is always
+seen. What captions leave open (colours, sizes, places) is drawn at random.
+
+Left out on purpose: more than one object of each class outside counting (GenEval has none either), and colours in
+held-out relations (GenEval names none; half of the training captions do, so that both forms work).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from nitro_e.config import ConfigError, did_you_mean
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SPLITS = ("train", "heldout")
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+PALETTE = {  # RGB in 0..1; every color has a channel below .3 and every background stays above .5
+    "red": (0.88, 0.11, 0.14),
+    "orange": (1.00, 0.52, 0.08),
+    "yellow": (0.95, 0.87, 0.12),
+    "green": (0.11, 0.62, 0.25),
+    "cyan": (0.14, 0.80, 0.88),
+    "blue": (0.14, 0.25, 0.87),
+    "purple": (0.55, 0.14, 0.75),
+    "black": (0.05, 0.06, 0.08),
+}
+COLORS = tuple(PALETTE)
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+UNSEEN_COLORED = frozenset({
+    ("red", "star"), ("orange", "cross"), ("yellow", "triangle"), ("green", "square"),
+    ("cyan", "circle"), ("blue", "cross"), ("purple", "star"), ("black", "triangle"),
+})  # fmt: skip
+UNSEEN_PAIRS = frozenset({frozenset({"circle", "star"}), frozenset({"triangle", "cross"})})
+UNSEEN_COUNTS = frozenset({(2, "square"), (3, "star"), (4, "triangle")})
+UNSEEN_RELATIONS = frozenset({
+    ("square", "left of", "star"), ("circle", "right of", "triangle"),
+    ("star", "above", "cross"), ("square", "below", "cross"),
+})  # fmt: skip
+
+EXTENT = 1.12  # every shape fits in a circle of this many radii
+MIN_RADIUS, MAX_RADIUS = 7.5 / 64, {1: 12.5 / 64, 2: 12.5 / 64, 3: 11.5 / 64, 4: 10.0 / 64}  # by number of objects
+GAP, BORDER = 2.5 / 64, 1.0 / 64  # least free space between two objects, and to the edge
+MAX_ANGLE = 0.12  # radians
+
+
+class Thing(NamedTuple):
+    """`count` objects of one shape; color None = any."""
+
+    shape: str
+    color: str | None = None
+    count: int = 1
+
+
+class Request(NamedTuple):
+    """What a caption asks for: things[0], or things[0] `relation` things[1] ("and" where relation is None)."""
+
+    tag: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+
+class Object(NamedTuple):
+    shape: str
+    color: str
+    x: float  # center, from the left
+    y: float  # center, from the top
+    radius: float
+    angle: float  # radians
+
+
+class Scene(NamedTuple):
+    request: Request
+    objects: tuple[Object, ...]
+    texture: int  # seed of what carries no meaning: background and shades
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+WORDS = tuple(
+    sorted(
+        {"a", "an", "photo", "of", "and", *SHAPES, *map(_plural, SHAPES), *COLORS, *NUMBERS.values()}
+        | {word for relation in RELATIONS for word in relation.split()}
+    )
+)  # every word a caption can contain
+MAX_WORDS = 11  # "a photo of a red circle left of an orange square"
+
+
+def scene(seed: int, split: str, index: int) -> Scene:
+    """Sample `index` of a split; ConfigError for an unknown split."""
+    if split not in SPLITS:
+        raise ConfigError(f"split: unknown split '{split}'" + did_you_mean(split, SPLITS))
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    tag = TASKS[index % len(TASKS)]
+    seen = split == "train" or tag == "single_object" or index // len(TASKS) % 2 == 0
+    request = _draw_request(rng, tag, name_colors=split == "train" and tag == "position" and rng.random() < 0.5)
+    while is_seen(request) != seen:
+        request = _draw_request(rng, tag, name_colors=request.things[0].color is not None)
+    return Scene(request, draw_objects(rng, request), int(rng.integers(2**63)))
+
+
+def heldout_prompts(num: int, seed: int = 0) -> list[dict]:
+    """The first `num` held-out requests as GenEval metadata, with `prompt` and `seen`; balanced over the six tasks,
+    and within a task (single_object apart) over seen and unseen combinations when `num` is a multiple of 12."""
+    return [metadata(scene(seed, "heldout", index).request) for index in range(num)]
+
+
+def _draw_request(rng: np.random.Generator, tag: str, name_colors: bool) -> Request:
+    """Any request of a task, seen or not, uniformly; `name_colors` matters to "position" only."""
+    first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
+    color, other = (COLORS[i] for i in rng.permutation(len(COLORS))[:2])
+    if tag == "single_object":
+        return Request(tag, (Thing(first),))
+    if tag == "colors":
+        return Request(tag, (Thing(first, color),))
+    if tag == "counting":
+        return Request(tag, (Thing(first, count=int(rng.integers(2, 5))),))
+    if tag == "two_object":
+        return Request(tag, (Thing(first), Thing(second)))
+    if tag == "color_attr":
+        return Request(tag, (Thing(first, color), Thing(second, other)))
+    things = (Thing(first, color), Thing(second, other)) if name_colors else (Thing(first), Thing(second))
+    return Request(tag, things, RELATIONS[rng.integers(len(RELATIONS))])
+
+
+def is_seen(request: Request) -> bool:
+    """Whether a request is made only of combinations that training shows."""
+    shapes = [thing.shape for thing in request.things]
+    if any((thing.color, thing.shape) in UNSEEN_COLORED for thing in request.things):
+        return False
+    if any((thing.count, thing.shape) in UNSEEN_COUNTS for thing in request.things):
+        return False
+    if frozenset(shapes) in UNSEEN_PAIRS:
+        return False
+    if request.relation is None:
+        return True
+    first, second = shapes
+    stated, mirrored = (first, request.relation, second), (second, OPPOSITE[request.relation], first)
+    return stated not in UNSEEN_RELATIONS and mirrored not in UNSEEN_RELATIONS
+
+
+def caption(request: Request) -> str:
+    """"a photo of an orange star and a circle"."""
+    phrases = []
+    for shape, color, count in request.things:
+        noun = shape if color is None else f"{color} {shape}"
+        article = "an" if noun[0] in "aeiou" else "a"
+        phrases.append(f"{article} {noun}" if count == 1 else f"{NUMBERS[count]} {_plural(noun)}")
+    return "a photo of " + f" {request.relation or 'and'} ".join(phrases)
+
+
+def metadata(request: Request) -> dict:
+    """GenEval's record of a request (for a relation its object comes first, as there), plus `seen`."""
+    include = []
+    for shape, color, count in request.things[:: -1 if request.relation else 1]:
+        include.append({"class": shape, "count": count} | ({"color": color} if color else {}))
+    if request.relation:
+        include[1]["position"] = [request.relation, 0]
+    record = {"tag": request.tag, "include": include}
+    if request.tag == "counting":
+        record["exclude"] = [{"class": thing.shape, "count": thing.count + 1} for thing in request.things]
+    return record | {"prompt": caption(request), "seen": is_seen(request)}
+
+
+def draw_objects(rng: np.random.Generator, request: Request) -> tuple[Object, ...]:
+    """Objects that fulfil a request, apart from each other and inside the image."""
+    looks = []
+    for shape, color, count in request.things:
+        color = color or rng.choice([color for color in COLORS if (color, shape) not in UNSEEN_COLORED])
+        looks += [(shape, str(color))] * count  # the objects of one count share a color
+    related = None if request.relation is None else lambda x, y, radius: _related(request.relation, x, y, radius)
+    places = _draw_places(rng, len(looks), related)
+    return tuple(Object(*look, *place) for look, place in zip(looks, places))
+
+
+def _draw_places(rng: np.random.Generator, num: int, accept: Callable | None) -> list[list[float]]:
+    """[x, y, radius, angle] of `num` objects: the first of many random layouts that keeps the gaps."""
+    tries = 32 if num < 4 else 128
+    while True:
+        radius = rng.uniform(MIN_RADIUS, MAX_RADIUS[num], (tries, num))
+        margin = EXTENT * radius + BORDER
+        x, y = margin + rng.random((2, tries, num)) * (1 - 2 * margin)
+        good = np.ones(tries, bool)
+        for i, j in combinations(range(num), 2):
+            distance = np.hypot(x[:, i] - x[:, j], y[:, i] - y[:, j])
+            good &= distance >= EXTENT * (radius[:, i] + radius[:, j]) + GAP
+        if accept is not None:
+            good &= accept(x, y, radius)
+        if good.any():
+            row = good.argmax()
+            angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE, num)
+            return np.stack([x[row], y[row], radius[row], angle], axis=1).tolist()
+
+
+def _related(relation: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Whether object 0 is clearly in `relation` to object 1, and in no other: GenEval's rule with room to spare."""
+    dx, dy = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    if relation in ("left of", "above"):
+        along = -along
+    slack = 0.1 * 2 * EXTENT * radius.sum(axis=1)
+    distance = np.hypot(dx, dy)
+    return (along - slack > 0.6 * distance) & (np.abs(across) - slack < 0.4 * distance)

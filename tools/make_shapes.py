@@ -1,0 +1,98 @@
+"""Write the offline domain as webdataset shards: png, txt (caption), json (GenEval metadata and the objects drawn).
+
+    python tools/make_shapes.py data/shapes --split train --num 40000
+    python tools/make_shapes.py data/shapes --split heldout --num 600
+
+Sample i is a pure function of (seed, split, i). Run the same command again to continue: finished shards are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from nitro_e.config import ConfigError
+from nitro_e.data.writer import atomic_file, write_shard
+from nitro_e.shapes.render import render
+from nitro_e.shapes.scenes import SPLITS, metadata, scene
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory of the shards")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--num", type=int, default=20000, help="samples in all")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resolution", type=int, default=64, help="side of the images, pixels")
+    args = parser.parse_args(argv)
+    try:
+        make_shards(args.out, args.split, args.num, args.samples_per_shard, args.seed, args.resolution)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def make_shards(out: Path, split: str, num: int, samples_per_shard: int, seed: int, resolution: int) -> list[Path]:
+    """Write what is missing of `out/shapes-SPLIT-NNNNNN.tar`; returns all paths. ConfigError if `out` already holds
+    shards of this split made with other settings."""
+    for name, value, least in (
+        ("num", num, 1), ("samples-per-shard", samples_per_shard, 1), ("seed", seed, 0), ("resolution", resolution, 32),
+    ):  # fmt: skip
+        if value < least:
+            raise ConfigError(f"--{name} {value}: must be at least {least}")
+    _check_manifest(
+        out / f"shapes-{split}.json",
+        {"num": num, "samples_per_shard": samples_per_shard, "seed": seed, "resolution": resolution},
+    )
+    paths = []
+    with tqdm(total=num, unit="img", desc=split) as progress:
+        for first in range(0, num, samples_per_shard):
+            indices = range(first, min(first + samples_per_shard, num))
+            paths.append(out / f"shapes-{split}-{first // samples_per_shard:06d}.tar")
+            if paths[-1].exists():
+                progress.update(len(indices))
+            else:
+                write_shard(paths[-1], _samples(seed, split, indices, resolution, progress))
+    return paths
+
+
+def _check_manifest(path: Path, settings: dict) -> None:
+    """Remember the settings of a split's shards; refuse to mix two sets of them under one name."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        for key, value in settings.items():
+            if before.get(key) != value:
+                name = key.replace("_", "-")
+                raise ConfigError(
+                    f"--{name} {value}: {path} was made with {before.get(key)}; use that, another directory, or "
+                    f"delete {path.stem}*"
+                )
+        return
+    with atomic_file(path) as file:
+        file.write(json.dumps(settings).encode())
+
+
+def _samples(seed: int, split: str, indices: range, resolution: int, progress: tqdm) -> Iterator[dict]:
+    for index in indices:
+        drawn = scene(seed, split, index)
+        png = io.BytesIO()
+        Image.fromarray(render(drawn, resolution)).save(png, "png", compress_level=3)
+        record = metadata(drawn.request)
+        yield {
+            "__key__": f"{split}_{index:08d}",
+            "png": png.getvalue(),
+            "txt": record["prompt"],
+            "json": record | {"objects": [thing._asdict() for thing in drawn.objects]},
+        }
+        progress.update()
+
+
+if __name__ == "__main__":
+    main()
