@@ -1,0 +1,223 @@
+"""The exact judge of the offline domain: pixels to objects, objects to verdicts. numpy on the CPU, nothing learned.
+
+Foreground is where the darkest channel is below .5 (backgrounds are lighter, every palette color is darker). Its
+4-connected components are the objects. Shape: soft overlap of the area-normalised silhouette with templates of all
+shapes at some angles. Color: nearest palette entry over the interior, by majority. What is foreground but fits no
+template, or has no majority color, is an object without a name or color: harmless to GenEval's rules, one object too
+many to the strict verdict. Shapes that touch are one component and fit nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+from nitro_e.shapes.render import signed_distance
+from nitro_e.shapes.rules import Detection, graded, is_correct, is_strict
+from nitro_e.shapes.scenes import COLORS, MAX_ANGLE, PALETTE, SHAPES
+
+FOREGROUND = 0.5  # the darkest channel of foreground is below this (0..1)
+SPECK_AREA = 12 / 64**2  # of the image; smaller components are noise
+OBJECT_AREA = 40 / 64**2  # smaller components are something, but too small to have a name
+MIN_OVERLAP = 0.72  # soft IoU with the nearest template
+MIN_AGREEMENT = 0.7  # share of the interior that is nearest to the object's color
+CELLS = 24  # silhouettes are compared on a CELLS x CELLS grid that reaches REACH * sqrt(area) from the centroid
+REACH = 1.0
+CHUNK = 256  # images at a time
+
+
+class Verdict(NamedTuple):
+    strict: bool  # GenEval's rules, and nothing else in the picture
+    geneval: bool  # GenEval's rules: other objects are allowed
+    partial: float  # 0..1, exactly 1 if and only if strict
+    objects: tuple[Detection, ...]  # boxes in pixels
+
+
+class ShapesReward:
+    """The judge as a reward. `score`: "mixed" is the mean of strict and partial."""
+
+    name = "shapes"
+
+    def __init__(self, score: str = "mixed"):
+        if score not in ("mixed", "strict", "geneval", "partial"):
+            raise ConfigError(f"shapes reward: unknown score '{score}' (known: mixed, strict, geneval, partial)")
+        self.score = score
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        """(B,) float32 in 0..1 for pixels (B, 3, H, W) in -1..1; `info` is each prompt's GenEval metadata."""
+        verdicts = judge(pixels, info)
+        if self.score == "mixed":
+            scores = [(verdict.strict + verdict.partial) / 2 for verdict in verdicts]
+        else:
+            scores = [float(getattr(verdict, self.score)) for verdict in verdicts]
+        return torch.tensor(scores, dtype=torch.float32, device=pixels.device)
+
+
+def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
+    """One verdict per picture: pixels (B, 3, H, W) in -1..1, B dicts of GenEval metadata (scenes.metadata)."""
+    if len(metadata) != len(pixels):
+        raise ConfigError(f"judge: {len(pixels)} pictures but {len(metadata)} metadata records")
+    for record in metadata:
+        if "include" not in record:
+            raise ConfigError(f"judge: metadata without 'include': {record}; it needs GenEval metadata per prompt")
+    return [
+        Verdict(is_strict(found, record), is_correct(found, record), graded(found, record), tuple(found))
+        for found, record in zip(find_objects(pixels), metadata)
+    ]
+
+
+def find_objects(pixels: Tensor) -> list[list[Detection]]:
+    """What each picture shows: pixels (B, 3, H, W) in -1..1, at any resolution from about 48 up."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ConfigError(f"judge: expected pixels (B, 3, H, W), got {tuple(pixels.shape)}")
+    found = []
+    for chunk in pixels.detach().split(CHUNK):
+        images = chunk.float().cpu().permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, 3)
+        found += _find_in_chunk(np.nan_to_num(images * 0.5 + 0.5, nan=1.0))
+    return found
+
+
+def _find_in_chunk(images: np.ndarray) -> list[list[Detection]]:
+    """As `find_objects`, for images (B, H, W, 3) in 0..1."""
+    found: list[list[Detection]] = [[] for _ in images]
+    mask = images.min(axis=-1) < FOREGROUND  # (B, H, W)
+    if not mask.any():
+        return found
+    labels = _components(mask)  # (B, H, W) 0 = background
+    image, y, x = np.nonzero(labels)
+    names, component, area = np.unique(labels[image, y, x], return_inverse=True, return_counts=True)
+    keep = area >= SPECK_AREA * mask[0].size
+    if not keep.any():
+        return found
+    renumber = np.cumsum(keep) - 1
+    kept = keep[component]
+    image, y, x, component = image[kept], y[kept], x[kept], renumber[component[kept]]
+    names, area = names[keep], area[keep]
+
+    boxes = _boxes(component, x, y, len(names))  # (N, 4)
+    owner = np.zeros(len(names), int)
+    owner[component] = image
+    center = np.stack([np.bincount(component, x), np.bincount(component, y)], axis=1) / area[:, None]  # (N, 2)
+    overlap = _overlaps(labels, names, owner, center, area)  # (N, shapes)
+    interior = _erode(labels)[image, y, x]
+    share = _color_shares(images[image, y, x], component, interior, len(names))  # (N, colors)
+    for i in range(len(names)):
+        shape, color = overlap[i].argmax(), share[i].argmax()
+        named = overlap[i, shape] >= MIN_OVERLAP and area[i] >= OBJECT_AREA * mask[0].size
+        found[owner[i]].append(
+            Detection(
+                SHAPES[shape] if named else None,
+                COLORS[color] if share[i, color] > MIN_AGREEMENT else None,
+                tuple(boxes[i].tolist()),
+                float(overlap[i, shape]),
+            )
+        )
+    return found
+
+
+def _components(mask: np.ndarray) -> np.ndarray:
+    """4-connected components of (B, H, W) bool: int64 labels, unique over the batch, 0 outside.
+
+    Every pixel starts with its own label; horizontal and vertical runs take their largest label until none changes."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    rows, columns = _runs(mask), _runs(mask.swapaxes(1, 2))
+    while True:
+        spread = _spread(labels, *rows)
+        spread = _spread(spread.swapaxes(1, 2), *columns).swapaxes(1, 2)
+        if np.array_equal(spread, labels):
+            return labels
+        labels = spread
+
+
+def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the runs of equal values along the last axis, over the flattened array."""
+    change = np.ones(mask.shape, bool)
+    change[..., 1:] = mask[..., 1:] != mask[..., :-1]
+    starts = np.flatnonzero(change)
+    return starts, np.diff(starts, append=mask.size)
+
+
+def _spread(labels: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.repeat(np.maximum.reduceat(labels.ravel(), starts), lengths).reshape(labels.shape)
+
+
+def _boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, num: int) -> np.ndarray:
+    """(num, 4) float: left, top, right, bottom edges of the components that the pixels (x, y) belong to."""
+    boxes = np.empty((num, 4))
+    order = np.argsort(component, kind="stable")
+    starts = np.searchsorted(component[order], np.arange(num))
+    for axis, values in enumerate((x[order], y[order])):
+        boxes[:, axis] = np.minimum.reduceat(values, starts)
+        boxes[:, axis + 2] = np.maximum.reduceat(values, starts) + 1
+    return boxes
+
+
+def _overlaps(
+    labels: np.ndarray, names: np.ndarray, owner: np.ndarray, center: np.ndarray, area: np.ndarray
+) -> np.ndarray:
+    """(N, shapes): soft IoU of each component's silhouette, centered and of unit area, with its best template."""
+    grid = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * REACH
+    size = np.sqrt(area)[:, None]
+    x0, wx = _split(center[:, :1] + grid * size, labels.shape[2])  # (N, CELLS)
+    y0, wy = _split(center[:, 1:] + grid * size, labels.shape[1])
+    silhouette = np.zeros((len(names), CELLS, CELLS), np.float32)
+    for dy in (0, 1):
+        for dx in (0, 1):
+            weight = np.abs(1 - dy - wy)[:, :, None] * np.abs(1 - dx - wx)[:, None, :]
+            own = labels[owner[:, None, None], (y0 + dy)[:, :, None], (x0 + dx)[:, None, :]] == names[:, None, None]
+            silhouette += weight * own
+    silhouette = torch.from_numpy(silhouette.reshape(len(names), -1))
+    templates = _templates()  # (angles * shapes, CELLS**2)
+    difference = torch.cdist(silhouette, templates, p=1)
+    total = silhouette.sum(1, keepdim=True) + templates.sum(1)
+    iou = (total - difference) / (total + difference)  # sum of minima over sum of maxima
+    return iou.view(len(names), -1, len(SHAPES)).amax(1).numpy()
+
+
+def _split(place: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel index and fraction for linear interpolation; places outside the image are held at its edge."""
+    place = place.clip(0, size - 1)
+    index = np.minimum(place.astype(int), size - 2)
+    return index, (place - index).astype(np.float32)
+
+
+@cache
+def _templates() -> Tensor:
+    """(angles * shapes, CELLS**2) silhouettes of unit area around their centroid, smoothed like a 14 pixel object."""
+    rows = []
+    for angle in (-MAX_ANGLE, 0.0, MAX_ANGLE):
+        for shape in SHAPES:
+            x, y = np.meshgrid(*[(np.arange(512) + 0.5) / 512 * 3 - 1.5] * 2)
+            inside = signed_distance(shape, x, y) < 0
+            size, cy = np.sqrt(inside.mean()) * 3, y[inside].mean()
+            grid = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * REACH * size
+            x, y = np.meshgrid(grid, grid)
+            cos, sin = np.cos(angle), np.sin(angle)
+            distance = signed_distance(shape, cos * x + sin * y, cos * y - sin * x + cy) / size
+            rows.append((0.5 - distance * 14).clip(0, 1).ravel())
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def _erode(labels: np.ndarray) -> np.ndarray:
+    """Pixels whose four neighbours belong to the same component."""
+    padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
+    up, down, left, right = padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]
+    return (labels == up) & (labels == down) & (labels == left) & (labels == right)
+
+
+def _color_shares(colors: np.ndarray, component: np.ndarray, interior: np.ndarray, num: int) -> np.ndarray:
+    """(num, colors): share of each component's interior that is nearest to each palette entry, in RGB."""
+    hollow = np.bincount(component, interior, minlength=num) == 0
+    counted = interior | hollow[component]  # a component without interior counts whole
+    colors, component = colors[counted], component[counted]
+    palette = np.array(list(PALETTE.values()), np.float32)
+    nearest = ((colors[:, None] - palette) ** 2).sum(-1).argmin(1)
+    votes = np.zeros((num, len(palette)))
+    np.add.at(votes, (component, nearest), 1)
+    return votes / votes.sum(1, keepdims=True)

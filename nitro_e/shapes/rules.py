@@ -1,0 +1,96 @@
+"""GenEval's rules (Ghosh et al. 2023, arXiv:2310.11513) over detected objects, and two scores built on them.
+
+    is_correct   the benchmark's verdict: what is asked for is there; other objects are allowed
+    is_strict    the same, and nothing else is there
+    graded       how much of it is there, 0..1; exactly 1 if and only if strict
+
+Pure Python, no pictures; the caller detects objects and applies its own confidence threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+POSITION_MARGIN = 0.1  # of the summed sizes: how far centers may overlap before a relation starts to count
+
+
+class Detection(NamedTuple):
+    """One object found in a picture; None = something is there, but not recognisable as any class or color."""
+
+    name: str | None
+    color: str | None
+    box: tuple[float, float, float, float]  # left, top, right, bottom; y grows downwards
+    score: float = 1.0
+
+
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """The relations of `box` to `other`: none when they overlap too much, two on a diagonal."""
+    offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
+    size = [box[i + 2] - box[i] + other[i + 2] - other[i] for i in (0, 1)]
+    beyond = [math.copysign(max(abs(o) - POSITION_MARGIN * s, 0.0), o) for o, s in zip(offset, size)]
+    if all(abs(value) < 1e-3 for value in beyond):
+        return set()
+    dx, dy = (value / math.hypot(*offset) for value in beyond)
+    tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in tests.items() if holds}
+
+
+def is_correct(found: Sequence[Detection], metadata: dict) -> bool:
+    """GenEval's verdict on one picture. `metadata`: `include` (class, count, color?, position?), `exclude`?."""
+    groups: list[list[Detection] | None] = []  # what satisfied each requirement, None = nothing did
+    for wanted in metadata["include"]:
+        group = _best(found, wanted)
+        ok = len(group) >= wanted["count"]
+        if ok and "color" in wanted:
+            ok = all(thing.color == wanted["color"] for thing in group)
+        if ok and "position" in wanted:
+            ok = _is_placed(group, groups, wanted["position"])
+        groups.append(group if ok else None)
+    excluded = any(_count(found, wanted["class"]) >= wanted["count"] for wanted in metadata.get("exclude", ()))
+    return None not in groups and not excluded
+
+
+def is_strict(found: Sequence[Detection], metadata: dict) -> bool:
+    """GenEval's verdict, and no object besides the requested ones."""
+    return is_correct(found, metadata) and len(found) == sum(wanted["count"] for wanted in metadata["include"])
+
+
+def graded(found: Sequence[Detection], metadata: dict) -> float:
+    """Mean over the parts of a request, divided by 1 + the number of objects it does not ask for.
+
+    The parts: of every class the share that is there (a surplus counts like a lack where the number is the request),
+    the share with the right color, and whether the relation holds; an absent object earns nothing for its color or
+    its place."""
+    exact = {wanted["class"] for wanted in metadata.get("exclude", ())}
+    parts, groups, extra = [], [], len(found)
+    for wanted in metadata["include"]:
+        group, number = _best(found, wanted), _count(found, wanted["class"])
+        complete = len(group) == wanted["count"]
+        missing = abs(number - wanted["count"]) if wanted["class"] in exact else wanted["count"] - len(group)
+        parts.append(max(0.0, 1 - missing / wanted["count"]))
+        extra -= number if wanted["class"] in exact else len(group)
+        if "color" in wanted:
+            parts.append(sum(thing.color == wanted["color"] for thing in group) / wanted["count"])
+        if "position" in wanted:
+            parts.append(float(complete and _is_placed(group, groups, wanted["position"])))
+        groups.append(group if complete else None)
+    return sum(parts) / len(parts) / (1 + extra)
+
+
+def _best(found: Sequence[Detection], wanted: dict) -> list[Detection]:
+    """The `count` most certain objects of a class."""
+    same = [thing for thing in found if thing.name == wanted["class"]]
+    return sorted(same, key=lambda thing: -thing.score)[: wanted["count"]]
+
+
+def _count(found: Sequence[Detection], name: str) -> int:
+    return sum(thing.name == name for thing in found)
+
+
+def _is_placed(group: list[Detection], groups: list[list[Detection] | None], position: tuple[str, int]) -> bool:
+    """Whether every object of a group stands in the relation to every object of an earlier, satisfied group."""
+    relation, target = position
+    others = groups[target]
+    return others is not None and all(relation in relations(a.box, b.box) for a in group for b in others)
