@@ -1,0 +1,158 @@
+"""The frozen encoders by name: config -> codec, text encoder, vision encoder.
+
+Libraries (diffusers, transformers, timm) are imported only when a component that needs them is built.
+Real components take a hub id or a local folder in `path`; `dct-*` and `hash` need neither files nor network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from nitro_e import codec, text, vision
+from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentConfig:
+    """One frozen encoder. A bare string in YAML is its name."""
+
+    SHORTHAND: ClassVar[str] = "name"
+
+    name: str
+    path: str | None = None  # hub id or local folder; None = the default hub id
+    revision: str | None = None  # of the hub repository
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
+    length: int | None = None  # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (hash)
+    clean_caption: bool = False  # llama only: the released weights' caption cleaner
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 2:
+            raise ConfigError(f"length must be at least 2, got {self.length}")
+        if self.path == "":
+            raise ConfigError("path is empty; give a folder or a hub id, or leave it out")
+
+
+def build_codec(config: ComponentConfig, device: torch.device | str = "cpu") -> LatentCodec:
+    """The latent codec; ConfigError for an unknown name or weights that cannot be loaded."""
+    return _builder("codec", config, CODECS)(config, device)
+
+
+def build_text_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder; ConfigError for an unknown name or weights that cannot be loaded."""
+    return _builder("text", config, TEXT_ENCODERS)(config, device)
+
+
+def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> VisionEncoder:
+    """The vision encoder; ConfigError for an unknown name or weights that cannot be loaded."""
+    return _builder("vision", config, VISION_ENCODERS)(config, device)
+
+
+def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
+    """(channels, stride) without loading anything; None when only the files in `path` can tell."""
+    _builder("codec", config, CODECS)
+    if config.name in codec.DCT_SIZES:
+        stride, luma, chroma = codec.DCT_SIZES[config.name]
+        return luma + 2 * chroma, stride
+    return (32, 32) if config.path is None else None
+
+
+def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
+    """(width, length) without loading anything; width is None when only the files in `path` can tell."""
+    _builder("text", config, TEXT_ENCODERS)
+    if config.name == "hash":
+        encoder = _hash(config, "cpu")
+        return encoder.width, encoder.length
+    return (2048 if config.path is None else None), config.length or text.LLAMA_LENGTH
+
+
+def vision_width(config: ComponentConfig) -> int | None:
+    """Feature width without loading anything; None when only the files in `path` can tell."""
+    _builder("vision", config, VISION_ENCODERS)
+    return 768 if config.path is None else None
+
+
+def _dc_ae(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
+    return codec.AutoencoderDCCodec(
+        _load("codec", config, codec.DC_AE_REPOSITORY, codec.load_autoencoder_dc), device
+    )
+
+
+def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
+    return codec.DCTCodec(*codec.DCT_SIZES[config.name], device=device)
+
+
+def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
+    if config.clean_caption:
+        text.check_caption_cleaner()
+    model, tokenizer = _load("text", config, text.LLAMA_REPOSITORY, text.load_llama)
+    length = config.length or text.LLAMA_LENGTH
+    return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
+
+
+def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
+    return text.HashText(device) if config.length is None else text.HashText(device, length=config.length)
+
+
+def _dinov2(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
+    return vision.DINOv2(_load("vision", config, vision.DINOV2_REPOSITORY, vision.load_dinov2), device)
+
+
+Builder = Callable[[ComponentConfig, "torch.device | str"], Any]
+CODECS: dict[str, Builder] = {"dc-ae-f32c32": _dc_ae, "dct-f8c24": _dct, "dct-f16c64": _dct}
+TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "hash": _hash}
+VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2}
+BUILT_IN = ("hash", *codec.DCT_SIZES)
+
+
+def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -> Builder:
+    """The table's entry, after checking that every option given means something for it."""
+    if config.name not in table:
+        raise ConfigError(
+            f"components.{kind}.name: unknown '{config.name}'" + did_you_mean(config.name, list(table))
+        )
+    unused = []
+    if config.name in BUILT_IN:
+        unused += [
+            key for key in ("path", "revision", "dtype") if getattr(config, key) not in (None, "float32")
+        ]
+    if kind != "text":
+        unused += ["length"] if config.length is not None else []
+    if config.name != "llama-3.2-1b":
+        unused += ["clean_caption"] if config.clean_caption else []
+    if unused:
+        raise ConfigError(f"components.{kind}.{unused[0]}: '{config.name}' has no such option; leave it out")
+    return table[config.name]
+
+
+def _load(kind: str, config: ComponentConfig, repository: str, loader: Callable[..., Any]) -> Any:
+    """Call the loader on the folder or the hub id; what goes wrong there becomes one line with the remedy."""
+    source = config.path or repository
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder.resolve())
+        if config.revision is not None:
+            raise ConfigError(
+                f"components.{kind}.revision: '{config.path}' is a folder; only hub ids have revisions"
+            )
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ConfigError(f"components.{kind}.path: folder '{source}' does not exist")
+    try:
+        return loader(source, getattr(torch, config.dtype), config.revision)
+    except ImportError as error:
+        raise ConfigError(
+            f"components.{kind}: '{config.name}' needs a package: pip install {error.name}"
+        ) from error
+    except Exception as error:  # three libraries, each with its own kinds of errors
+        reason = " ".join(str(error).split())[:200]
+        where = "folder" if folder.is_dir() else "hub repository"
+        raise ConfigError(
+            f"components.{kind}: cannot load '{config.name}' from {where} '{source}' ({reason}); download it "
+            f"with `hf download {repository} --local-dir FOLDER` (`hf auth login` first if it is gated) "
+            f"and give components.{kind}.path=FOLDER"
+        ) from error

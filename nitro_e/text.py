@@ -1,0 +1,211 @@
+"""Text encoders: prompts -> TextEmbedding.
+
+* `LlamaText`, name `llama-3.2-1b`: the trunk of a causal language model, run by transformers. The only file
+  that knows transformers' text models.
+* `HashText`, name `hash`: nothing to train or download. Words as hashed character n-grams (fastText,
+  Bojanowski et al. 2017, arXiv 1607.04606) plus sinusoidal positions, for training small models offline.
+
+Left out: training of encoders, and caching of embeddings (precompute them into shards instead).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+from nitro_e.interfaces import TextEmbedding
+
+LLAMA_REPOSITORY = "meta-llama/Llama-3.2-1B"
+LLAMA_LENGTH = 128
+
+logger = logging.getLogger(__name__)
+
+
+class LlamaText:
+    """Last hidden state, after the final norm, of a causal language model; always float32.
+
+    Prompts are padded right to `length` with the end token and cut there; the model gets the attention mask.
+    Rows at padded positions are returned as the model computes them: the released weights attend to them.
+    `truncated` counts the prompts that were cut.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # transformers' AutoModel, without the language head
+        tokenizer: Any,
+        device: torch.device | str = "cpu",
+        length: int = LLAMA_LENGTH,
+        clean_caption: bool = False,  # pass prompts through `clean_pixart_caption` first
+    ) -> None:
+        if tokenizer.eos_token is None or not tokenizer("")["input_ids"]:
+            raise ConfigError(
+                "the tokenizer must have an end token, and start every prompt with a begin token"
+            )
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        tokenizer.pad_token = tokenizer.eos_token
+        if clean_caption:
+            check_caption_cleaner()
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.tokenizer = tokenizer
+        self.length = length
+        self.width: int = model.config.hidden_size
+        self.clean_caption = clean_caption
+        self.truncated = 0
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        texts = [clean_pixart_caption(prompt) if self.clean_caption else prompt for prompt in prompts]
+        batch = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        self.truncated += _warn_truncated(
+            [text for text, row in zip(texts, batch.encodings, strict=True) if row.overflowing],
+            self.length,
+            self.truncated,
+        )
+        ids, mask = (
+            batch["input_ids"].to(self.model.device),
+            batch["attention_mask"].to(self.model.device),
+        )  # (B, L)
+        tokens = self.model(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state  # (B, L, D)
+        return TextEmbedding(tokens.float(), mask.bool())
+
+
+def load_llama(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) on the CPU from a hub id or a folder; safetensors only, all weights must be there."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    model, report = AutoModel.from_pretrained(
+        source, revision=revision, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"it is no {type(model).__name__}: {len(report['missing_keys'])} weights are missing"
+        )
+    return model.to(dtype), tokenizer
+
+
+def check_caption_cleaner() -> None:
+    missing = [name for name in ("ftfy", "bs4") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"clean_caption needs {' and '.join(missing)}: pip install ftfy beautifulsoup4")
+
+
+def clean_pixart_caption(prompt: str) -> str:
+    """The lower-casing caption cleaner of PixArt in diffusers, applied twice as its pipelines do.
+
+    The released weights were evaluated with it, although not trained with it; our own recipes leave it out.
+    """
+    check_caption_cleaner()
+    from diffusers import PixArtAlphaPipeline
+
+    for _ in range(2):  # the method needs only a class attribute of `self`
+        prompt = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, prompt)
+    return prompt
+
+
+class HashText:
+    """Training-free text features: one row per word and one end row, then zero rows; float32.
+
+    A row is `hash_width` entries of the word (`word_features`), then `position_width` entries of its position
+    (`position_features`), all of about unit variance. The model gives text no positions, so word order has to
+    be in the features. Case, punctuation and symbols are dropped; "" is the end row alone.
+    `truncated` counts the prompts that were cut to `length` - 1 words.
+    """
+
+    END = "</s>"  # cannot be an n-gram of a word
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        length: int = 16,
+        hash_width: int = 96,
+        position_width: int = 32,
+    ) -> None:
+        self.device = torch.device(device)
+        self.length = length
+        self.width = hash_width + position_width
+        self.hash_width = hash_width
+        self.positions = position_features(length, position_width)  # (L, position_width)
+        self.end = torch.from_numpy(gram_signs(self.END, hash_width)).float()
+        self.truncated = 0
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        sentences = [split_words(prompt) for prompt in prompts]
+        self.truncated += _warn_truncated(
+            [prompt for prompt, words in zip(prompts, sentences, strict=True) if len(words) >= self.length],
+            self.length,
+            self.truncated,
+        )
+        tokens = torch.zeros(len(sentences), self.length, self.width)  # (B, L, D)
+        mask = torch.zeros(len(sentences), self.length, dtype=torch.bool)  # (B, L)
+        for row, words in enumerate(sentences):
+            features = [word_features(word, self.hash_width) for word in words[: self.length - 1]] + [
+                self.end
+            ]
+            count = len(features)
+            tokens[row, :count, : self.hash_width] = torch.stack(features)
+            tokens[row, :count, self.hash_width :] = self.positions[:count]
+            mask[row, :count] = True
+        return TextEmbedding(tokens.to(self.device), mask.to(self.device))
+
+
+def split_words(prompt: str) -> list[str]:
+    """Lower-cased runs of letters and digits, apostrophes inside a word included."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", unicodedata.normalize("NFKC", prompt).lower())
+
+
+@lru_cache(maxsize=1 << 16)
+def word_features(word: str, width: int) -> Tensor:
+    """(width,) float32 of unit mean square: the sum of the signs of the word and of its 3- to 5-grams.
+
+    `<` and `>` mark the ends of the word (arXiv 1607.04606, section 3.2). The result is shared: read only.
+    """
+    marked = f"<{word}>"
+    grams = {marked} | {marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)}
+    total = sum(
+        gram_signs(gram, width).astype(np.int64) for gram in grams
+    )  # exact, so the set's order is harmless
+    norm = np.sqrt(np.mean(np.square(total), dtype=np.float64))
+    return torch.from_numpy(total / max(norm, 1e-12)).float()
+
+
+def gram_signs(gram: str, width: int) -> np.ndarray:
+    """(width,) int8 of +-1: the leading bits of SHAKE-256 of the string, the same on every machine."""
+    digest = hashlib.shake_256(gram.encode("utf-8", "surrogatepass")).digest((width + 7) // 8)
+    return np.unpackbits(np.frombuffer(digest, dtype=np.uint8))[:width].astype(np.int8) * 2 - 1
+
+
+def position_features(length: int, width: int) -> Tensor:
+    """(length, width) sines, then cosines, times sqrt(2); wavelengths from 2 pi to nearly 200 pi words.
+
+    Vaswani et al. 2017 (arXiv 1706.03762, section 3.5) with base 100, because prompts are short.
+    """
+    frequencies = 100.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return (torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5).float()
+
+
+def _warn_truncated(cut: list[str], length: int, before: int) -> int:
+    """The number of cut prompts; the first time, also a warning that shows one."""
+    if cut and not before:
+        logger.warning(
+            "prompt is longer than %d tokens and is cut (further ones are only counted): %.80s",
+            length,
+            cut[0],
+        )
+    return len(cut)

@@ -1,0 +1,53 @@
+"""Vision encoder for REPA targets: DINOv2 (arXiv 2304.07193), run by timm; the only file that knows timm.
+
+Name `dinov2-b14`. Any timm vision transformer works: a hub id, or a folder as written by
+`timm.models.save_for_hf`.
+Left out: gradients; the encoder is frozen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DINOV2_REPOSITORY = "timm/vit_base_patch14_dinov2.lvd142m"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DINOv2:
+    """Patch tokens after the final norm, class and register tokens dropped; always float32."""
+
+    def __init__(self, vit: Any, device: torch.device | str = "cpu") -> None:
+        self.vit = vit.eval().requires_grad_(False).to(device)
+        self.width: int = vit.num_features
+        self.patch: tuple[int, int] = tuple(vit.patch_embed.patch_size)
+        self.mean = torch.tensor(IMAGENET_MEAN, device=device).reshape(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_STD, device=device).reshape(1, 3, 1, 1)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """pixels (B, 3, H, W) in -1..1, resized to fit the grid (h, w) -> (B, h*w, width), row by row."""
+        size = (grid[0] * self.patch[0], grid[1] * self.patch[1])
+        images = (pixels.to(self.mean) + 1) / 2
+        images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        images = (images - self.mean) / self.std
+        tokens = self.vit.forward_features(
+            images.to(next(self.vit.parameters()).dtype)
+        )  # (B, prefix + h*w, D)
+        return tokens[:, self.vit.num_prefix_tokens :].float()
+
+
+def load_dinov2(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
+    """A timm vision transformer without head, for any image size, on the CPU, from a hub id or a folder."""
+    import timm
+
+    if Path(source).is_dir():
+        name = f"local-dir:{source}"
+    else:
+        name = f"hf-hub:{source}" + (f"@{revision}" if revision else "")
+    return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True).to(dtype)

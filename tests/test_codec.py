@@ -1,0 +1,182 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_autoencoder_dc
+
+from nitro_e.codec import DCT_SIZES, DCTCodec, dct_matrix, dct_scale, kept_frequencies
+from nitro_e.components import ComponentConfig, build_codec, codec_shape
+from nitro_e.config import ConfigError, from_dict
+
+
+def images(size, batch=2, seed=0):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def dc_ae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dc_ae")
+    return folder, save_autoencoder_dc(folder)
+
+
+@pytest.mark.parametrize("stride", [2, 8])
+def test_keeping_all_coefficients_loses_nothing(stride):
+    codec = DCTCodec(stride, stride**2, stride**2)
+    pixels = images((16, 32))
+    raw = codec.encode_pixels(pixels)
+    assert raw.shape == (2, 3 * stride**2, 16 // stride, 32 // stride)
+    torch.testing.assert_close(codec.decode(codec.normalize(raw)), pixels, atol=2e-6, rtol=0)
+
+
+def test_coefficients_match_the_cosine_sum():
+    """JPEG's definition (ITU-T T.81, A.3.3), which for 8 x 8 blocks is 1/4 C(u) C(v) sum sum f cos cos."""
+    pixels = images((8, 16), batch=1)
+    raw = DCTCodec(8, 64, 64).encode_pixels(pixels)[0, :, 0, 1].numpy()
+    red, green, blue = pixels[0, :, :, 8:].double().numpy()
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    planes = [luma, (blue - luma) / 1.772, (red - luma) / 1.402]
+    for plane, values in enumerate(planes):
+        for channel, (u, v) in list(enumerate(kept_frequencies(8, 64)))[:12]:
+            total = 0.0
+            for y in range(8):
+                for x in range(8):
+                    total += (
+                        values[y, x]
+                        * math.cos((2 * y + 1) * u * math.pi / 16)
+                        * math.cos((2 * x + 1) * v * math.pi / 16)
+                    )
+            total *= 0.25 * (1 / math.sqrt(2) if u == 0 else 1) * (1 / math.sqrt(2) if v == 0 else 1)
+            assert raw[plane * 64 + channel] == pytest.approx(total, abs=1e-5)
+
+
+def test_transform_is_orthonormal_so_energy_is_kept():
+    for n in (2, 8, 16):
+        torch.testing.assert_close(dct_matrix(n) @ dct_matrix(n).T, torch.eye(n, dtype=torch.float64))
+    grey = images((32, 32))[:, :1].expand(-1, 3, -1, -1)  # no chroma, luma = grey
+    raw = DCTCodec(8, 64, 0).encode_pixels(grey)
+    torch.testing.assert_close(raw.square().sum(), grey[:, 0].square().sum())
+
+
+def test_frequencies_are_kept_from_low_to_high():
+    assert kept_frequencies(8, 6) == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]
+    rows = torch.linspace(-1, 1, 8).reshape(1, 1, 8, 1).expand(1, 3, 8, 8)  # varies vertically: u, not v
+    raw = DCTCodec(8, 4, 0).encode_pixels(rows)[0, :, 0, 0]
+    assert raw[2].abs() > 1 and raw[[0, 1, 3]].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", list(DCT_SIZES))
+def test_named_dct_codecs(name):
+    config = from_dict(ComponentConfig, name)
+    codec = build_codec(config)
+    stride, luma, chroma = DCT_SIZES[name]
+    assert codec_shape(config) == (codec.channels, codec.stride) == (luma + 2 * chroma, stride)
+    assert name == f"dct-f{codec.stride}c{codec.channels}"
+    white = codec.normalize(codec.encode_pixels(torch.ones(1, 3, 2 * stride, stride)))
+    assert white.shape == (1, codec.channels, 2, 1) and white.dtype == torch.float32
+    torch.testing.assert_close(white[0, 0], torch.full((2, 1), 2.0))  # a uniform pixel p becomes 2 p
+    assert white[0, 1:].abs().max() < 1e-5
+    latents = torch.randn(2, codec.channels, 3, 2) * 3
+    decoded = codec.decode(latents)
+    assert decoded.shape == (2, 3, 3 * stride, 2 * stride) and decoded.abs().max() == 1  # clipped
+    small = latents / 100  # not clipped: decode is a right inverse of encode + normalize
+    torch.testing.assert_close(
+        codec.normalize(codec.encode_pixels(codec.decode(small))), small, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_half_precision_input_is_computed_in_float32():
+    codec = DCTCodec(8, 12, 6)
+    raw = codec.encode_pixels(images((16, 16)))
+    stored = torch.from_numpy(raw.numpy().astype(np.float16))  # what shards hold
+    assert codec.normalize(stored).dtype == codec.decode(stored).dtype == torch.float32
+
+
+def test_scales_bring_a_power_law_image_near_unit_variance():
+    """Images with the amplitude spectrum 1 / f of natural images: white noise shaped by an FFT."""
+    size, noise = 128, torch.randn(64, 128, 128, generator=torch.Generator().manual_seed(0))
+    f = torch.fft.fftfreq(size)
+    radius = (f[:, None].square() + f.square()).sqrt().clamp(min=1 / size)
+    grey = torch.fft.ifft2(torch.fft.fft2(noise) / radius).real
+    grey = (grey / grey.std() * 0.45)[:, None].expand(-1, 3, -1, -1)
+    for n in (8, 16):
+        codec = DCTCodec(n, 12, 0)
+        std = codec.normalize(codec.encode_pixels(grey)).std(dim=(0, 2, 3))
+        assert 0.4 < std.min() and std.max() < 2.5
+    assert dct_scale(8, 0, 1, 1) == dct_scale(8, 0, 1, 0) / 2
+
+
+def test_autoencoder_dc_equals_the_library(dc_ae):
+    folder, reference = dc_ae
+    codec = build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(folder)))
+    assert (codec.channels, codec.stride, codec.scaling_factor) == (8, 4, 0.5)
+    pixels = images((32, 16))
+    with torch.no_grad():
+        expected = reference.encode(pixels).latent
+        decoded = reference.decode(expected).sample
+    raw = codec.encode_pixels(pixels)
+    assert raw.shape == (2, 8, 8, 4)
+    torch.testing.assert_close(raw, expected)
+    torch.testing.assert_close(codec.normalize(raw), expected * 0.5)
+    torch.testing.assert_close(codec.decode(expected * 0.5), decoded.clamp(-1, 1))
+    loud = codec.decode(torch.randn(1, 8, 4, 4) * 1000)
+    assert loud.min() == -1 and loud.max() == 1
+    assert not any(parameter.requires_grad for parameter in codec.autoencoder.parameters())
+
+
+def test_autoencoder_dc_in_bfloat16_returns_float32(dc_ae):
+    folder, reference = dc_ae
+    codec = build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(folder), dtype="bfloat16"))
+    assert next(codec.autoencoder.parameters()).dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = reference.encode(images((32, 16))).latent
+    raw = codec.encode_pixels(images((32, 16)))
+    assert raw.dtype == codec.decode(raw).dtype == torch.float32
+    assert (raw - expected).norm() < 0.05 * expected.norm()
+
+
+def test_bad_sizes_are_refused(dc_ae):
+    for codec in (DCTCodec(8, 12, 6), build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(dc_ae[0])))):
+        with pytest.raises(ConfigError, match="18x32 is not a multiple"):
+            codec.encode_pixels(images((32, 18)))
+        with pytest.raises(ConfigError, match=r"\(B, 3, H, W\)"):
+            codec.encode_pixels(torch.zeros(2, 1, 32, 32))
+
+
+def test_errors_name_the_key_and_the_remedy(tmp_path, dc_ae):
+    with pytest.raises(
+        ConfigError, match="components.codec.name: unknown 'dct-f8c25', did you mean 'dct-f8c24'"
+    ):
+        build_codec(ComponentConfig(name="dct-f8c25"))
+    with pytest.raises(ConfigError, match="components.codec.path: folder '/no/such/folder' does not exist"):
+        build_codec(ComponentConfig(name="dc-ae-f32c32", path="/no/such/folder"))
+    with pytest.raises(ConfigError, match="components.codec.path=FOLDER") as error:
+        build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(tmp_path)))  # an empty folder
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="components.codec.revision"):
+        build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(dc_ae[0]), revision="main"))
+    for key, value in {"path": "x", "dtype": "bfloat16", "length": 5, "clean_caption": True}.items():
+        with pytest.raises(ConfigError, match=f"components.codec.{key}"):
+            codec_shape(ComponentConfig(name="dct-f8c24", **{key: value}))
+
+
+def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="hf download mit-han-lab/dc-ae") as error:
+        build_codec(ComponentConfig(name="dc-ae-f32c32", path="nobody/nothing-here"))
+    assert "hub repository 'nobody/nothing-here'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_weights_are_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_autoencoder_dc(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    del weights["decoder.conv_out.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="1 weights are missing"):
+        build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(tmp_path)))

@@ -1,0 +1,68 @@
+import pytest
+import torch
+import torchvision
+from tiny import save_dinov2
+
+from nitro_e.components import ComponentConfig, build_vision_encoder, vision_width
+from nitro_e.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dinov2")
+    return folder, save_dinov2(folder)
+
+
+def images(height, width):
+    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("size, grid", [((56, 56), (4, 4)), ((64, 32), (5, 3)), ((28, 28), (6, 6))])
+def test_features_equal_the_library(dinov2, size, grid):
+    folder, reference = dinov2
+    encoder = build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(folder)))
+    assert encoder.width == 24
+    pixels = images(*size)
+    features = encoder.features(pixels, grid)
+    assert features.shape == (2, grid[0] * grid[1], 24) and not features.requires_grad
+    transforms = torchvision.transforms.v2
+    prepare = transforms.Compose([
+        transforms.Resize((14 * grid[0], 14 * grid[1]), transforms.InterpolationMode.BICUBIC, antialias=True),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ])  # fmt: skip
+    with torch.no_grad():
+        expected = reference.forward_features(prepare((pixels + 1) / 2))
+    assert expected.shape[1] == 3 + grid[0] * grid[1]  # a class token and two registers in front
+    torch.testing.assert_close(features, expected[:, 3:], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_the_grid_follow_the_image(dinov2):
+    """Changing the bottom right patch changes the last feature most."""
+    encoder = build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(dinov2[0])))
+    pixels = images(42, 28)
+    changed = pixels.clone()
+    changed[:, :, 28:, :14] *= -1  # third row, first column of a 3 x 2 grid
+    difference = (encoder.features(changed, (3, 2)) - encoder.features(pixels, (3, 2))).norm(dim=-1)
+    assert (difference.argmax(dim=1) == 4).all()
+
+
+def test_bfloat16_weights_give_float32_features(dinov2):
+    folder, _ = dinov2
+    full = build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(folder))).features(
+        images(56, 56), (4, 4)
+    )
+    encoder = build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(folder), dtype="bfloat16"))
+    half = encoder.features(images(56, 56), (4, 4))
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    assert torch.cosine_similarity(half, full, dim=-1).min() > 0.99
+
+
+def test_errors(tmp_path):
+    assert vision_width(ComponentConfig(name="dinov2-b14")) == 768
+    assert vision_width(ComponentConfig(name="dinov2-b14", path=str(tmp_path))) is None
+    with pytest.raises(ConfigError, match="components.vision.name: unknown 'dinov2'.*dinov2-b14"):
+        build_vision_encoder(ComponentConfig(name="dinov2"))
+    with pytest.raises(ConfigError, match="components.vision.path=FOLDER"):
+        build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(tmp_path)))
+    with pytest.raises(ConfigError, match="components.vision.length"):
+        build_vision_encoder(ComponentConfig(name="dinov2-b14", length=4))
