@@ -20,10 +20,7 @@ from torch import Tensor
 from nitro_e.config import ConfigError
 
 DC_AE_REPOSITORY = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
-DCT_SIZES = {
-    "dct-f8c24": (8, 12, 6),
-    "dct-f16c64": (16, 40, 12),
-}  # name -> stride, luma, channels of each chroma plane
+DCT_SIZES = {"dct-f8c24": (8, 12, 6), "dct-f16c64": (16, 40, 12)}  # stride, luma, channels of each chroma
 
 # RGB to luma, blue and red difference (ITU-R BT.601); no JPEG offsets, because pixels are -1..1.
 RGB_TO_YCC = (

@@ -85,7 +85,7 @@ class LlamaText:
 
 
 def load_llama(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) on the CPU from a hub id or a folder; safetensors only, all weights must be there."""
+    """(model, tokenizer) on the CPU from a hub id or folder; safetensors only, nothing may be missing."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)

@@ -32,7 +32,7 @@ def save_autoencoder_dc(folder: Path, seed: int = 0):
 
 
 def save_llama(folder: Path, seed: int = 0):
-    """A causal Llama of width 32 and its word tokenizer (begin token in front, no padding token); returns it."""
+    """A causal Llama of width 32 and its word tokenizer (a begin token, no padding token); returns it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -45,9 +45,16 @@ def save_llama(folder: Path, seed: int = 0):
     ).save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder, safe_serialization=True)
     return model
