@@ -7,7 +7,7 @@ Real components take a hub id or a local folder in `path`; `dct-*` and `hash` ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -116,17 +116,14 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
         raise ConfigError(
             f"components.{kind}.name: unknown '{config.name}'" + did_you_mean(config.name, list(table))
         )
-    unused = []
-    if config.name in BUILT_IN:
-        unused += [
-            key for key in ("path", "revision", "dtype") if getattr(config, key) not in (None, "float32")
-        ]
-    if kind != "text":
-        unused += ["length"] if config.length is not None else []
-    if config.name != "llama-3.2-1b":
-        unused += ["clean_caption"] if config.clean_caption else []
-    if unused:
-        raise ConfigError(f"components.{kind}.{unused[0]}: '{config.name}' has no such option; leave it out")
+    options = {"name"} if config.name in BUILT_IN else {"name", "path", "revision", "dtype"}
+    options |= {"length"} if kind == "text" else set()
+    options |= {"clean_caption"} if config.name == "llama-3.2-1b" else set()
+    for field in fields(config):
+        if field.name not in options and getattr(config, field.name) != field.default:
+            raise ConfigError(
+                f"components.{kind}.{field.name}: '{config.name}' has no such option; leave it out"
+            )
     return table[config.name]
 
 
@@ -144,9 +141,10 @@ def _load(kind: str, config: ComponentConfig, repository: str, loader: Callable[
         raise ConfigError(f"components.{kind}.path: folder '{source}' does not exist")
     try:
         return loader(source, getattr(torch, config.dtype), config.revision)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        package = error.name
         raise ConfigError(
-            f"components.{kind}: '{config.name}' needs a package: pip install {error.name}"
+            f"components.{kind}: '{config.name}' needs {package}: pip install {package}"
         ) from error
     except Exception as error:  # three libraries, each with its own kinds of errors
         reason = " ".join(str(error).split())[:200]
