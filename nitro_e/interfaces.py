@@ -9,11 +9,15 @@ Ranges and shapes used everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nitro_e.optim import OptimConfig
+    from nitro_e.randomness import SlotRandom
 
 
 class TextEmbedding(NamedTuple):
@@ -69,3 +73,36 @@ class Batch:
     keys: list[str]  # "shard.tar:key" of every sample, for reports
     features: Tensor | None = None  # (B, h*w, F), only when REPA asks for it
     info: list[dict] = field(default_factory=list)  # the sample's json member, if any
+
+
+LossFn = Callable[[nn.Module, Any, "SlotRandom"], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Phase:
+    """These parameters, this loss, this optimiser.
+
+    `loss(net, batch, rng)` returns the scalar to minimise and scalars to log. `net` is the engine's view (DDP,
+    compiled, autocast) of `module`; whatever else the loss calls is bare and frozen.
+    """
+
+    name: str
+    module: nn.Module
+    loss: LossFn
+    optim: OptimConfig
+
+
+class Stage(Protocol):
+    """A stream of batches and an ordered tuple of phases: all that differs between the stages of training."""
+
+    name: str
+    model: nn.Module  # averaged by the EMA, shown by hooks
+    phases: tuple[Phase, ...]  # run in this order at every step
+    batch_size: int  # samples of one micro-batch
+    fingerprint: str  # of the data order; a resume with another one is refused
+
+    def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Any]:
+        """Endless micro-batches of one process, from optimiser step `step` on."""
+
+    def export(self, model: nn.Module) -> nn.Module:
+        """The bare model to publish."""

@@ -1,0 +1,3 @@
+from nitro_e.model.emmdit import EMMDiT, ModelConfig
+
+__all__ = ["EMMDiT", "ModelConfig"]

@@ -1,0 +1,146 @@
+"""Models in files: our folders (`config.json` + `model.safetensors`), released files, hub repositories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.model import released
+from nitro_e.model.emmdit import EMMDiT, ModelConfig
+
+FORMAT = 1
+
+
+def save_pretrained(model: EMMDiT, folder: str | Path, use: dict[str, Any] | None = None) -> None:
+    """Write `config.json` and `model.safetensors`. `use`: what sampling needs to know (codec, text, resolution, ...)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"format": FORMAT, "model": to_dict(model.config), "use": use or {}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def load_pretrained(
+    source: str | Path,
+    *,
+    file: str | None = None,
+    lora: str | Path | None = None,
+    resolution: int | None = None,
+    config: ModelConfig | None = None,
+) -> EMMDiT:
+    """An EMMDiT in eval mode, on the CPU, in the dtype of the file.
+
+    source: our folder, a released `.safetensors` file, or a hub id (then `file` names the file in the repository,
+        for example `amd/Nitro-E` with `Nitro-E-512px.safetensors`; without it our layout is expected there).
+    lora: a PEFT adapter folder over the released names, merged into released weights.
+    resolution: 512 or 1024 for released files whose name does not say it (`512px`); decides grid and attention.
+    config: the exact config of a released-format file of any other size.
+    Raises ConfigError when the weights do not fit, naming what differs.
+    """
+    path = _locate(str(source), file)
+    if path.is_dir():
+        if lora is not None:
+            raise ConfigError("lora: adapters merge into released weights; merge first with tools/convert.py")
+        return _load_folder(path)
+    state = read_safetensors(path)
+    if not released.is_released(state):
+        raise ConfigError(f"{path} is not in the released format; our own models are folders with a config.json")
+    if config is None:
+        config = released.infer_config(state, *_released_choices(path.name, resolution))
+    if lora is not None:
+        state = released.merge_lora(state, lora)
+    return _build(config, released.from_released(state, config), path)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The parsed `config.json` of a model folder: {"model": ModelConfig, "use": dict}."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if data.get("format") != FORMAT or "model" not in data:
+        raise ConfigError(f"{path}: format {data.get('format')!r} is not {FORMAT}; written by another program or version")
+    return {"model": from_dict(ModelConfig, data["model"], "model"), "use": data.get("use", {})}
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file ({error}); it may be truncated, copy it again") from None
+
+
+def _load_folder(folder: Path) -> EMMDiT:
+    config = read_config(folder)["model"]
+    return _build(config, read_safetensors(folder / "model.safetensors"), folder)
+
+
+def _build(config: ModelConfig, state: dict[str, torch.Tensor], source: Path) -> EMMDiT:
+    with torch.device("meta"):
+        model = EMMDiT(config)
+    load_state(model, state, source, assign=True)
+    fresh = released.sincos_table(config.position_table, config.width, config.base_grid, config.interpolation)
+    model.position.table = fresh.to(next(iter(state.values())).dtype)
+    return model.eval()
+
+
+def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any, assign: bool = False) -> None:
+    """`load_state_dict`, strict, with one line naming the first differences instead of pages of names."""
+    own = module.state_dict()
+    wrong = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "misshapen": [
+            f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    detail = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in wrong.items() if names)
+    if detail:
+        raise ConfigError(f"the weights of {source} are of another architecture: {detail}")
+    module.load_state_dict(state, assign=assign)
+
+
+def _locate(source: str, file: str | None) -> Path:
+    path = Path(source)
+    if path.exists():
+        path = path / file if file else path
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist")
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise ConfigError(f"'{source}' is neither a folder or file here nor a hub id such as amd/Nitro-E")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(source, file))
+        hf_hub_download(source, "model.safetensors")
+        return Path(hf_hub_download(source, "config.json")).parent
+    except Exception as error:  # the hub raises many kinds: no network, no such repository, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"cannot get '{file or 'config.json'}' of hub repository '{source}': {reason}") from None
+
+
+def _released_choices(name: str, resolution: int | None) -> tuple[int, tuple[str, ...]]:
+    """(base grid, attention cycle) of the two released resolutions."""
+    if resolution is None:
+        resolution = next((size for size in (512, 1024) if f"{size}px" in name), None)
+    presets = {512: "nitro-e-512", 1024: "nitro-e-1024"}
+    if resolution not in presets:
+        raise ConfigError(f"{name}: give resolution=512 or 1024; the released weights do not show it (got {resolution})")
+    config = from_dict(ModelConfig, {"preset": presets[resolution]})
+    return config.base_grid, config.attention

@@ -1,0 +1,87 @@
+"""Optimisers and the learning rate, which is a pure function of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from nitro_e.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4  # of AdamW
+    muon_lr: float = 6e-3  # of Muon, scaled to match AdamW's RMS update
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-10
+    weight_decay: float = 0.03
+    warmup: int = 500  # steps of linear warm-up
+    decay: float = 0.0  # share of all steps, at the end, over which the rate falls linearly to zero
+    clip: float = 1.0  # largest gradient norm
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay is a share of the steps, 0 to 1, got {self.decay}")
+        if self.clip <= 0:
+            raise ConfigError(f"clip must be positive, got {self.clip} (use a large value to switch clipping off)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
+        if self.kind == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ConfigError(f"kind 'muon' needs torch >= 2.9, this is {torch.__version__}; use kind: adamw")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Learning rate of step 0, 1, ... as a share of the peak: linear warm-up, constant, linear decay."""
+        rising = (step + 1) / self.warmup if self.warmup else 1.0
+        falling = (steps - step) / (self.decay * steps) if self.decay else 1.0
+        return max(0.0, min(1.0, rising, falling))
+
+
+def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """One optimiser, or two for Muon. Every group keeps its peak rate under `peak_lr`."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError("nothing to train: no parameter requires a gradient")
+    optimizers = []
+    if config.kind == "muon":
+        matrices = _hidden_matrices(module)
+        ids = {id(parameter) for parameter in matrices}
+        parameters = [parameter for parameter in parameters if id(parameter) not in ids]
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
+    optimizers.append(
+        torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+        )
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def _hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear layers inside the blocks; embeddings, modulation tables and outputs are AdamW's."""
+    return [
+        layer.weight
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and "blocks." in name and layer.weight.requires_grad
+    ]

@@ -1,0 +1,116 @@
+"""Prompts to pictures: text encoder, model, sampler and codec in one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nitro_e.checkpoint import model_folder
+from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
+from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
+from nitro_e.model import EMMDiT
+from nitro_e.model.pretrained import load_pretrained, read_config
+from nitro_e.sampling import SAMPLERS, SamplingConfig, guide, initial_noise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Use:
+    """What sampling needs besides the weights; the `use` entry of a model folder's config.json."""
+
+    codec: ComponentConfig
+    text: ComponentConfig
+    sampling: SamplingConfig
+
+
+class TextToImage:
+    """Call it with prompts. `defaults` are the sampling settings that the weights came with."""
+
+    def __init__(self, model: EMMDiT, codec: LatentCodec, text: TextEncoder, defaults: SamplingConfig) -> None:
+        self.model, self.codec, self.text, self.defaults = model, codec, text, defaults
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **components: Any
+    ) -> TextToImage:
+        """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
+
+        components: `codec=` or `text=` replace what the weights were trained with (name, or mapping with a path).
+        """
+        folder = model_folder(source)
+        use = from_dict(Use, {**read_config(folder)["use"], **components}, "use")
+        model = load_pretrained(folder).to(device, dtype)
+        return cls(model, build_codec(use.codec, device), build_text_encoder(use.text, device), use.sampling)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], *, negative_prompt: str = "", seeds: Sequence[int] | None = None,
+        batch_size: int = 16, progress: bool = False, **overrides: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """One picture per prompt. seeds: one per prompt (default 0, 1, ...); overrides: fields of SamplingConfig."""
+        pixels = self.pixels(
+            prompts, negative_prompt=negative_prompt, seeds=seeds, batch_size=batch_size, progress=progress, **overrides
+        )
+        return [to_image(picture) for picture in pixels]
+
+    @torch.no_grad()
+    def pixels(
+        self, prompts: Sequence[str], *, negative_prompt: str = "", seeds: Sequence[int] | None = None,
+        batch_size: int = 16, progress: bool = False, **overrides: Any,
+    ) -> Tensor:  # fmt: skip
+        """(len(prompts), 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
+        prompts = list(prompts)
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        settings = self.settings(**overrides)
+        parts = []
+        for start in range(0, len(prompts), batch_size):
+            chosen = slice(start, start + batch_size)
+            parts.append(self._batch(prompts[chosen], negative_prompt, seeds[chosen], settings, progress).cpu())
+        return torch.cat(parts)
+
+    def settings(self, **overrides: Any) -> SamplingConfig:
+        """The defaults with some fields replaced; unknown or wrong ones raise ConfigError."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return from_dict(SamplingConfig, {**to_dict(self.defaults), **given}, "sampling")
+
+    def _batch(
+        self, prompts: list[str], negative_prompt: str, seeds: list[int], settings: SamplingConfig, progress: bool
+    ) -> Tensor:
+        device = next(self.model.parameters()).device
+        x = initial_noise(seeds, self.latent_shape(settings.resolution)).to(device)  # (B, C, h, w)
+        text = self.text.encode(prompts)
+        negative = TextEmbedding(*(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt])))
+        velocity = guide(self.model, text, negative, settings.guidance_scale)
+        latents = SAMPLERS[settings.sampler](velocity, x, settings.times().to(device), progress)
+        return self.codec.decode(latents).float().clamp(-1, 1)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        side, rest = divmod(resolution, self.codec.stride)
+        if rest:
+            raise ConfigError(f"resolution {resolution} is not a multiple of the codec's stride {self.codec.stride}")
+        self.model.config.check_grid(*self.model.config.latent_grid(side, side), self.text.length)
+        return self.codec.channels, side, side
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in -1..1 -> 8-bit RGB."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, row by row, two pixels apart on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (width + 2), index // columns * (height + 2)))
+    return sheet

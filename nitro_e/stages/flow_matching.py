@@ -1,0 +1,129 @@
+"""Stages 1 and 2: rectified-flow training, with REPA (pretraining) or without (fine-tuning). One class for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nitro_e import flow
+from nitro_e.config import ConfigError
+from nitro_e.data import Data
+from nitro_e.flow import TimestepConfig
+from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
+from nitro_e.model import EMMDiT
+from nitro_e.optim import OptimConfig
+from nitro_e.randomness import SlotRandom
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepaConfig:
+    """Representation alignment (REPA, arXiv 2410.06940)."""
+
+    weight: float = 0.5
+    tap: int = 4  # image tokens after this many blocks
+    width: int = 2048  # hidden width of the projector
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"weight must be positive, got {self.weight}; to switch REPA off, set stage.repa: null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    kind: Literal["flow_matching"] = "flow_matching"
+    caption_dropout: float = 0.1  # share of captions replaced by "", for classifier-free guidance
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    repa: RepaConfig | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout is a share, 0 to 1, got {self.caption_dropout}")
+
+
+class ProjectedModel(nn.Module):
+    """The model and, for REPA, the projector that is trained with it and thrown away."""
+
+    def __init__(self, model: EMMDiT, repa: RepaConfig | None, feature_width: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.taps = [] if repa is None else [repa.tap]
+        self.projector = None
+        if repa is not None:
+            self.projector = nn.Sequential(
+                nn.Linear(model.config.width, repa.width), nn.SiLU(), nn.Linear(repa.width, repa.width), nn.SiLU(),
+                nn.Linear(repa.width, feature_width),
+            )  # fmt: skip
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor | None]:
+        velocity, tokens = self.model.forward_intermediates(x, t, text, self.taps)
+        return velocity, None if self.projector is None else self.projector(tokens[0])
+
+
+def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """Minus the mean cosine of projected tokens and frozen features, both (B, N, F) (arXiv 2410.06940, eq. 8)."""
+    return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
+
+
+class FlowMatching:
+    """Batches of captioned latents, one phase."""
+
+    def __init__(
+        self, config: FlowMatchingConfig, model: EMMDiT, data: Data, codec: LatentCodec, text: TextEncoder,
+        vision: VisionEncoder | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.config, self.model, self.data = config, model, data
+        self.codec, self.text, self.vision, self.device = codec, text, vision, device
+        self.name = "pretrain" if config.repa else "flow_matching"
+        self.batch_size = data.config.batch_size
+        self.fingerprint = data.fingerprint()
+        self.null_text = text.encode([""])
+        module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
+        self.phases = (Phase("model", module, self.loss, config.optim),)
+
+    def export(self, model: EMMDiT) -> EMMDiT:
+        return model
+
+    def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
+        for records in self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world):
+            pixels = None
+            if records.pixels is not None:
+                pixels = records.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, H, W)
+            if records.latents is not None:
+                raw = records.latents.to(self.device, non_blocking=True).float()
+            else:
+                raw = self.codec.encode_pixels(pixels)
+            latents = self.codec.normalize(raw)  # (B, C, h, w)
+            grid = self.model.config.latent_grid(*latents.shape[-2:])
+            yield Batch(
+                latents=latents,
+                text=self.text.encode(records.prompts),
+                prompts=records.prompts,
+                keys=records.keys,
+                features=None if self.vision is None else self.vision.features(pixels, grid),
+                info=records.info,
+            )
+
+    def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared velocity error, plus the weighted REPA term."""
+        noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
+        t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
+        text = self.drop_captions(batch.text, rng.uniform() < self.config.caption_dropout)
+        velocity, projected = net(flow.interpolate(batch.latents, noise, t), t, text)
+        error = F.mse_loss(velocity.float(), flow.velocity_target(batch.latents, noise))
+        if self.config.repa is None:
+            return error, {}
+        alignment = repa_loss(projected, batch.features)
+        return error + self.config.repa.weight * alignment, {"velocity_loss": error, "repa_loss": alignment}
+
+    def drop_captions(self, text: TextEmbedding, drop: Tensor) -> TextEmbedding:
+        """Replace the rows where drop (B,) is true by the null prompt."""
+        return TextEmbedding(
+            torch.where(drop[:, None, None], self.null_text.tokens, text.tokens),
+            torch.where(drop[:, None], self.null_text.mask, text.mask),
+        )

@@ -1,0 +1,108 @@
+"""Draw pictures:  python sample.py RUN_OR_FOLDER --prompt "a photo of a red circle" --num-images 4
+
+RUN_OR_FOLDER is a run directory, a checkpoint or a model folder; `@ema` or `@model` at its end chooses the weights.
+Every PNG carries its prompt and settings as text entries; `grid.png` shows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from nitro_e.config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        draw(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="RUN_OR_FOLDER")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts-file", type=Path, help="one prompt per line")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--steps", type=int, help="default: what the weights came with, as for the next ones")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance")
+    parser.add_argument("--sampler", help="euler or heun")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    return parser.parse_args(arguments)
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Sample, save and say where."""
+    prompts = read_prompts(options)
+    for name in ("num_images", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+
+    import torch
+
+    from nitro_e.pipeline import TextToImage, image_grid
+
+    device = options.device or default_device(torch)
+    pipeline = TextToImage.from_pretrained(options.source, device, getattr(torch, options.dtype))
+    repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
+    seeds = [options.seed + index for _ in prompts for index in range(options.num_images)]
+    overrides = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler")}
+    pictures = pipeline(
+        repeated, negative_prompt=options.negative_prompt, seeds=seeds, batch_size=options.batch_size, progress=True, **overrides
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(pipeline.settings(**overrides))
+    for index, (picture, prompt, seed) in enumerate(zip(pictures, repeated, seeds)):
+        details = {**settings, "negative_prompt": options.negative_prompt, "seed": seed, "model": options.source}
+        path = options.out / f"{index:04d}-{slug(prompt)}-{seed}.png"
+        picture.save(path, pnginfo=png_text(prompt, details))
+    columns = options.num_images if options.num_images > 1 else min(8, len(pictures))
+    image_grid(pictures, columns).save(options.out / "grid.png", pnginfo=png_text("\n".join(prompts), settings))
+    print(f"{len(pictures)} pictures and grid.png are in {options.out}/")
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        if not options.prompts_file.is_file():
+            raise ConfigError(f"--prompts-file '{options.prompts_file}' does not exist")
+        prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')
+    return prompts
+
+
+def default_device(torch) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def png_text(prompt: str, details: dict):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("prompt", prompt)
+    info.add_itxt("settings", json.dumps(details))
+    return info
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

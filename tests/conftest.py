@@ -1,0 +1,43 @@
+"""Shared fixtures. Nothing in the tests reaches the network or the machine's wandb login."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nitro_e.interfaces import TextEmbedding
+from nitro_e.model import EMMDiT, released
+
+DATA = Path(__file__).parent / "data"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, torch.Tensor]:
+    """What the released implementation returned for a tiny model (weights under `w.`)."""
+    return load_file(DATA / "emmdit_tiny_512.safetensors")
+
+
+@pytest.fixture(scope="session")
+def released_state(reference) -> dict[str, torch.Tensor]:
+    return {name[2:]: tensor for name, tensor in reference.items() if name.startswith("w.")}
+
+
+@pytest.fixture
+def reference_model(released_state) -> EMMDiT:
+    config = released.infer_config(released_state, base_grid=16, attention=("full", "4x1", "4x4"))
+    model = EMMDiT(config)
+    model.load_state_dict(released.from_released(released_state, config))
+    return model
+
+
+def as_text(tokens: torch.Tensor) -> TextEmbedding:
+    return TextEmbedding(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))

@@ -1,0 +1,61 @@
+"""Samplers on velocity fields whose solution is known."""
+
+import pytest
+import torch
+
+from nitro_e.config import ConfigError
+from nitro_e.flow import time_grid
+from nitro_e.interfaces import TextEmbedding
+from nitro_e.sampling import SAMPLERS, SamplingConfig, guide, initial_noise
+
+
+def text(value: float) -> TextEmbedding:
+    return TextEmbedding(torch.full((2, 4, 3), value), torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("grid", ["released", "linear"])
+def test_one_point_of_data_is_reached_exactly(name, grid):
+    """The true velocity towards one data point is (x - data) / t: straight lines, any number of steps."""
+    data = torch.randn(2, 3, 4, 4)
+    velocity = lambda x, t: (x - data) / t.reshape(-1, 1, 1, 1)  # noqa: E731
+    for steps in (1, 2, 5):
+        end = SAMPLERS[name](velocity, torch.randn(2, 3, 4, 4), time_grid(steps, grid))
+        torch.testing.assert_close(end, data, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(name, order):
+    """dx/dt = x * cos(3 t) has the solution x(0) = x(1) * exp(-sin(3) / 3). The grid stops short of Heun's last Euler step."""
+    velocity = lambda x, t: x * torch.cos(3 * t.reshape(-1, 1, 1, 1))  # noqa: E731
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    errors = []
+    for steps in (20, 40):
+        times = torch.linspace(1, 0.2, steps + 1, dtype=torch.float64)
+        exact = torch.exp(torch.sin(torch.tensor(0.6).double()) / 3 - torch.sin(torch.tensor(3.0).double()) / 3)
+        errors.append((SAMPLERS[name](velocity, start, times) - exact).abs().item())
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
+
+
+def test_guidance_extrapolates_and_costs_one_batched_call():
+    calls = []
+
+    def model(x, t, prompt):
+        calls.append(len(x))
+        return x * prompt.tokens.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
+
+    x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 0.5)
+    torch.testing.assert_close(guide(model, text(2.0), text(0.5), 3.0)(x, t), x * (0.5 + 3 * 1.5))
+    for off in (0, 1):
+        torch.testing.assert_close(guide(model, text(2.0), text(0.5), off)(x, t), x * 2.0)
+    assert calls == [4, 2, 2]
+
+
+def test_noise_of_an_image_depends_on_its_seed_alone():
+    assert torch.equal(initial_noise([3, 7], (2, 4, 4))[1], initial_noise([7], (2, 4, 4))[0])
+    assert not torch.equal(initial_noise([3], (2, 4, 4)), initial_noise([4], (2, 4, 4)))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        SamplingConfig(steps=0)
