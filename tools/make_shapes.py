@@ -1,9 +1,9 @@
-"""Write the offline domain as webdataset shards: png, txt (caption), json (GenEval metadata and the objects drawn).
+"""Write the offline domain as webdataset shards: png, txt (caption), json (GenEval metadata, objects drawn).
 
     python tools/make_shapes.py data/shapes --split train --num 40000
     python tools/make_shapes.py data/shapes --split heldout --num 600
 
-Sample i is a pure function of (seed, split, i). Run the same command again to continue: finished shards are kept.
+Sample i is a pure function of (seed, split, i). The same command continues: finished shards are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from nitro_e.shapes.scenes import SPLITS, metadata, scene
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("out", type=Path, help="directory of the shards")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--num", type=int, default=20000, help="samples in all")
@@ -34,23 +35,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=64, help="side of the images, pixels")
     args = parser.parse_args(argv)
     try:
-        make_shards(args.out, args.split, args.num, args.samples_per_shard, args.seed, args.resolution)
+        make_shards(**vars(args))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
 
-def make_shards(out: Path, split: str, num: int, samples_per_shard: int, seed: int, resolution: int) -> list[Path]:
-    """Write what is missing of `out/shapes-SPLIT-NNNNNN.tar`; returns all paths. ConfigError if `out` already holds
-    shards of this split made with other settings."""
-    for name, value, least in (
-        ("num", num, 1), ("samples-per-shard", samples_per_shard, 1), ("seed", seed, 0), ("resolution", resolution, 32),
-    ):  # fmt: skip
+def make_shards(
+    out: Path, split: str, num: int, samples_per_shard: int = 1000, seed: int = 0, resolution: int = 64
+) -> list[Path]:
+    """Write what is missing of `out/shapes-SPLIT-NNNNNN.tar` and return all paths. ConfigError for settings
+    out of range, or other than those of the shards of this split that `out` already holds."""
+    settings = {"num": num, "samples_per_shard": samples_per_shard, "seed": seed, "resolution": resolution}
+    for (key, value), least in zip(settings.items(), (1, 1, 0, 32)):
         if value < least:
-            raise ConfigError(f"--{name} {value}: must be at least {least}")
-    _check_manifest(
-        out / f"shapes-{split}.json",
-        {"num": num, "samples_per_shard": samples_per_shard, "seed": seed, "resolution": resolution},
-    )
+            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
+    _check_manifest(out / f"shapes-{split}.json", settings)
     paths = []
     with tqdm(total=num, unit="img", desc=split) as progress:
         for first in range(0, num, samples_per_shard):
@@ -69,10 +68,9 @@ def _check_manifest(path: Path, settings: dict) -> None:
         before = json.loads(path.read_text())
         for key, value in settings.items():
             if before.get(key) != value:
-                name = key.replace("_", "-")
                 raise ConfigError(
-                    f"--{name} {value}: {path} was made with {before.get(key)}; use that, another directory, or "
-                    f"delete {path.stem}*"
+                    f"--{key.replace('_', '-')} {value}: {path} says the shards beside it were made with "
+                    f"{before.get(key)}; use that, another directory, or delete {path.with_suffix('')}*"
                 )
         return
     with atomic_file(path) as file:

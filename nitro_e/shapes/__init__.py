@@ -1,4 +1,4 @@
-"""The offline domain: captioned scenes of one to four coloured shapes, and an exact judge of what a picture shows.
+"""The offline domain: captioned scenes of one to four coloured shapes, and an exact judge of pictures.
 
     scenes   what is asked for (GenEval's six tasks), captions, metadata, layouts, the train / held-out split
     render   scenes to pixels

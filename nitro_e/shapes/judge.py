@@ -1,10 +1,11 @@
-"""The exact judge of the offline domain: pixels to objects, objects to verdicts. numpy on the CPU, nothing learned.
+"""The exact judge of the offline domain: pixels to objects, objects to verdicts. On the CPU, nothing learned.
 
-Foreground is where the darkest channel is below .5 (backgrounds are lighter, every palette color is darker). Its
-4-connected components are the objects. Shape: soft overlap of the area-normalised silhouette with templates of all
-shapes at some angles. Color: nearest palette entry over the interior, by majority. What is foreground but fits no
-template, or has no majority color, is an object without a name or color: harmless to GenEval's rules, one object too
-many to the strict verdict. Shapes that touch are one component and fit nothing.
+Foreground is where the darkest channel is below .5: backgrounds are lighter, all palette colors darker. Its
+4-connected components are the objects. Shape: soft overlap of the silhouette, brought to unit area, with
+templates of all shapes at some angles. Color: nearest palette entry over the interior, by majority. What fits
+no template, or has no majority color, is an object without a name or color: harmless to GenEval's rules, one
+object too many to the strict verdict. Shapes that touch are one component and fit nothing. Not seen: what is
+paler than any palette color.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.shapes.render import signed_distance
 from nitro_e.shapes.rules import Detection, graded, is_correct, is_strict
 from nitro_e.shapes.scenes import COLORS, MAX_ANGLE, PALETTE, SHAPES
@@ -27,9 +28,10 @@ SPECK_AREA = 12 / 64**2  # of the image; smaller components are noise
 OBJECT_AREA = 40 / 64**2  # smaller components are something, but too small to have a name
 MIN_OVERLAP = 0.72  # soft IoU with the nearest template
 MIN_AGREEMENT = 0.7  # share of the interior that is nearest to the object's color
-CELLS = 24  # silhouettes are compared on a CELLS x CELLS grid that reaches REACH * sqrt(area) from the centroid
-REACH = 1.0
+CELLS = 24  # silhouettes are compared on a grid of CELLS x CELLS ...
+REACH = 1.0  # ... that reaches this many sqrt(area) from the centroid
 CHUNK = 256  # images at a time
+SCORES = ("mixed", "strict", "geneval", "partial")
 
 
 class Verdict(NamedTuple):
@@ -45,8 +47,8 @@ class ShapesReward:
     name = "shapes"
 
     def __init__(self, score: str = "mixed"):
-        if score not in ("mixed", "strict", "geneval", "partial"):
-            raise ConfigError(f"shapes reward: unknown score '{score}' (known: mixed, strict, geneval, partial)")
+        if score not in SCORES:
+            raise ConfigError(f"shapes reward: unknown score '{score}'" + did_you_mean(score, SCORES))
         self.score = score
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
@@ -60,12 +62,12 @@ class ShapesReward:
 
 
 def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
-    """One verdict per picture: pixels (B, 3, H, W) in -1..1, B dicts of GenEval metadata (scenes.metadata)."""
+    """One verdict per picture of pixels (B, 3, H, W) in -1..1; `metadata` as `scenes.metadata` writes it."""
     if len(metadata) != len(pixels):
         raise ConfigError(f"judge: {len(pixels)} pictures but {len(metadata)} metadata records")
     for record in metadata:
         if "include" not in record:
-            raise ConfigError(f"judge: metadata without 'include': {record}; it needs GenEval metadata per prompt")
+            raise ConfigError(f"judge: {record} has no 'include'; every prompt needs its GenEval metadata")
     return [
         Verdict(is_strict(found, record), is_correct(found, record), graded(found, record), tuple(found))
         for found, record in zip(find_objects(pixels), metadata)
@@ -100,14 +102,15 @@ def _find_in_chunk(images: np.ndarray) -> list[list[Detection]]:
     image, y, x, component = image[kept], y[kept], x[kept], renumber[component[kept]]
     names, area = names[keep], area[keep]
 
-    boxes = _boxes(component, x, y, len(names))  # (N, 4)
-    owner = np.zeros(len(names), int)
+    num = len(names)
+    boxes = _boxes(component, x, y, num)  # (N, 4)
+    owner = np.zeros(num, int)
     owner[component] = image
-    center = np.stack([np.bincount(component, x), np.bincount(component, y)], axis=1) / area[:, None]  # (N, 2)
+    center = np.stack([np.bincount(component, at) / area for at in (x, y)], axis=1)  # (N, 2)
     overlap = _overlaps(labels, names, owner, center, area)  # (N, shapes)
     interior = _erode(labels)[image, y, x]
-    share = _color_shares(images[image, y, x], component, interior, len(names))  # (N, colors)
-    for i in range(len(names)):
+    share = _color_shares(images[image, y, x], component, interior, num)  # (N, colors)
+    for i in range(num):
         shape, color = overlap[i].argmax(), share[i].argmax()
         named = overlap[i, shape] >= MIN_OVERLAP and area[i] >= OBJECT_AREA * mask[0].size
         found[owner[i]].append(
@@ -124,7 +127,8 @@ def _find_in_chunk(images: np.ndarray) -> list[list[Detection]]:
 def _components(mask: np.ndarray) -> np.ndarray:
     """4-connected components of (B, H, W) bool: int64 labels, unique over the batch, 0 outside.
 
-    Every pixel starts with its own label; horizontal and vertical runs take their largest label until none changes."""
+    Every pixel starts with its own label; rows and columns of foreground take their largest one until none
+    changes."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     rows, columns = _runs(mask), _runs(mask.swapaxes(1, 2))
     while True:
@@ -161,7 +165,7 @@ def _boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, num: int) -> np.
 def _overlaps(
     labels: np.ndarray, names: np.ndarray, owner: np.ndarray, center: np.ndarray, area: np.ndarray
 ) -> np.ndarray:
-    """(N, shapes): soft IoU of each component's silhouette, centered and of unit area, with its best template."""
+    """(N, shapes): soft IoU of each silhouette, centered and of unit area, with the nearest template."""
     grid = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * REACH
     size = np.sqrt(area)[:, None]
     x0, wx = _split(center[:, :1] + grid * size, labels.shape[2])  # (N, CELLS)
@@ -170,8 +174,8 @@ def _overlaps(
     for dy in (0, 1):
         for dx in (0, 1):
             weight = np.abs(1 - dy - wy)[:, :, None] * np.abs(1 - dx - wx)[:, None, :]
-            own = labels[owner[:, None, None], (y0 + dy)[:, :, None], (x0 + dx)[:, None, :]] == names[:, None, None]
-            silhouette += weight * own
+            label = labels[owner[:, None, None], (y0 + dy)[:, :, None], (x0 + dx)[:, None, :]]
+            silhouette += weight * (label == names[:, None, None])
     silhouette = torch.from_numpy(silhouette.reshape(len(names), -1))
     templates = _templates()  # (angles * shapes, CELLS**2)
     difference = torch.cdist(silhouette, templates, p=1)
@@ -189,7 +193,7 @@ def _split(place: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _templates() -> Tensor:
-    """(angles * shapes, CELLS**2) silhouettes of unit area around their centroid, smoothed like a 14 pixel object."""
+    """(angles * shapes, CELLS**2) silhouettes of unit area, centered, as soft as one of 14 x 14 pixels."""
     rows = []
     for angle in (-MAX_ANGLE, 0.0, MAX_ANGLE):
         for shape in SHAPES:
@@ -207,8 +211,8 @@ def _templates() -> Tensor:
 def _erode(labels: np.ndarray) -> np.ndarray:
     """Pixels whose four neighbours belong to the same component."""
     padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
-    up, down, left, right = padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]
-    return (labels == up) & (labels == down) & (labels == left) & (labels == right)
+    vertical = (labels == padded[:, :-2, 1:-1]) & (labels == padded[:, 2:, 1:-1])
+    return vertical & (labels == padded[:, 1:-1, :-2]) & (labels == padded[:, 1:-1, 2:])
 
 
 def _color_shares(colors: np.ndarray, component: np.ndarray, interior: np.ndarray, num: int) -> np.ndarray:

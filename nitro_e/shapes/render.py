@@ -25,8 +25,8 @@ def render(scene: Scene, resolution: int = 64) -> np.ndarray:
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Distance to the outline of a shape of radius 1 around the origin (y down), negative inside.
 
-    Every shape fits in a circle of radius `EXTENT`. Corners are mitred: exact next to edges, which is all that
-    anti-aliasing needs."""
+    Every shape fits in a circle of radius `EXTENT`. Exact next to edges, all that anti-aliasing needs;
+    corners are mitred."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     x, y = np.abs(x), -y  # all others are symmetric; y up
@@ -41,9 +41,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         angle, distance = np.arctan2(x, y), np.hypot(x, y)
         angle = np.abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
         tip, notch = EXTENT, EXTENT * 0.45
-        nx, ny = tip - notch * math.cos(math.pi / 5), notch * math.sin(math.pi / 5)  # normal of the edge, unscaled
-        length = math.hypot(nx, ny)
-        return distance * (np.sin(angle) * nx + np.cos(angle) * ny) / length - tip * ny / length
+        notch_x, notch_y = notch * math.sin(math.pi / 5), notch * math.cos(math.pi / 5)
+        slant = math.atan2(notch_x, tip - notch_y)  # of the edge's normal, from the x axis
+        return distance * np.sin(angle + slant) - tip * math.sin(slant)
     raise ValueError(f"no shape '{shape}'")
 
 
@@ -53,10 +53,11 @@ def _paint(image: np.ndarray, thing: Object, shade: np.ndarray) -> None:
     reach = EXTENT * thing.radius + 1 / size
     left, right = max(0, int((thing.x - reach) * size)), min(size, math.ceil((thing.x + reach) * size))
     top, bottom = max(0, int((thing.y - reach) * size)), min(size, math.ceil((thing.y + reach) * size))
-    x = (np.arange(left, right, dtype=np.float32) + 0.5) / (size * thing.radius) - thing.x / thing.radius
-    y = ((np.arange(top, bottom, dtype=np.float32) + 0.5) / (size * thing.radius) - thing.y / thing.radius)[:, None]
+    radius = thing.radius * size  # pixels
+    x = (np.arange(left, right, dtype=np.float32) + (0.5 - thing.x * size)) / radius
+    y = (np.arange(top, bottom, dtype=np.float32)[:, None] + (0.5 - thing.y * size)) / radius
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
-    distance = signed_distance(thing.shape, cos * x + sin * y, cos * y - sin * x) * (thing.radius * size)  # pixels
+    distance = signed_distance(thing.shape, cos * x + sin * y, cos * y - sin * x) * radius
     alpha = (0.5 - distance).clip(0, 1).astype(np.float32)[..., None]
     patch = image[top:bottom, left:right]
     patch += alpha * (shade - patch)
@@ -68,7 +69,8 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     spots = 0
     for cells, strength in ((5, 0.03), (11, 0.03)):
         weights = _upsampling(size, cells)
-        spots = spots + strength * (weights @ rng.uniform(-1, 1, (cells, cells)).astype(np.float32) @ weights.T)
+        noise = rng.uniform(-strength, strength, (cells, cells)).astype(np.float32)
+        spots = spots + weights @ noise @ weights.T
     return (spots[..., None] + tint).clip(0.7, 1).astype(np.float32)
 
 

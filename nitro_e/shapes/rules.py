@@ -17,7 +17,7 @@ POSITION_MARGIN = 0.1  # of the summed sizes: how far centers may overlap before
 
 
 class Detection(NamedTuple):
-    """One object found in a picture; None = something is there, but not recognisable as any class or color."""
+    """One object found in a picture; None where what is there is no known class, or of no clear color."""
 
     name: str | None
     color: str | None
@@ -38,7 +38,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def is_correct(found: Sequence[Detection], metadata: dict) -> bool:
-    """GenEval's verdict on one picture. `metadata`: `include` (class, count, color?, position?), `exclude`?."""
+    """GenEval's verdict on a picture. `metadata`: `include` (class, count, color?, position?), `exclude`?"""
     groups: list[list[Detection] | None] = []  # what satisfied each requirement, None = nothing did
     for wanted in metadata["include"]:
         group = _best(found, wanted)
@@ -48,21 +48,22 @@ def is_correct(found: Sequence[Detection], metadata: dict) -> bool:
         if ok and "position" in wanted:
             ok = _is_placed(group, groups, wanted["position"])
         groups.append(group if ok else None)
-    excluded = any(_count(found, wanted["class"]) >= wanted["count"] for wanted in metadata.get("exclude", ()))
-    return None not in groups and not excluded
+    excluded = (_count(found, banned["class"]) >= banned["count"] for banned in metadata.get("exclude", ()))
+    return None not in groups and not any(excluded)
 
 
 def is_strict(found: Sequence[Detection], metadata: dict) -> bool:
     """GenEval's verdict, and no object besides the requested ones."""
-    return is_correct(found, metadata) and len(found) == sum(wanted["count"] for wanted in metadata["include"])
+    asked = sum(wanted["count"] for wanted in metadata["include"])
+    return len(found) == asked and is_correct(found, metadata)
 
 
 def graded(found: Sequence[Detection], metadata: dict) -> float:
     """Mean over the parts of a request, divided by 1 + the number of objects it does not ask for.
 
-    The parts: of every class the share that is there (a surplus counts like a lack where the number is the request),
-    the share with the right color, and whether the relation holds; an absent object earns nothing for its color or
-    its place."""
+    The parts: of every class the share that is there (a surplus counts like a lack where the number is asked
+    for), the share with the right color, and whether the relation holds; an absent object earns nothing for
+    its color or its place."""
     exact = {wanted["class"] for wanted in metadata.get("exclude", ())}
     parts, groups, extra = [], [], len(found)
     for wanted in metadata["include"]:
@@ -89,8 +90,8 @@ def _count(found: Sequence[Detection], name: str) -> int:
     return sum(thing.name == name for thing in found)
 
 
-def _is_placed(group: list[Detection], groups: list[list[Detection] | None], position: tuple[str, int]) -> bool:
-    """Whether every object of a group stands in the relation to every object of an earlier, satisfied group."""
+def _is_placed(group: list[Detection], groups: list[list[Detection] | None], position: Sequence) -> bool:
+    """Whether all objects of a group stand so to all of an earlier one; position = [relation, index]."""
     relation, target = position
     others = groups[target]
     return others is not None and all(relation in relations(a.box, b.box) for a in group for b in others)

@@ -1,20 +1,20 @@
 """Scenes of the offline domain: requests in GenEval's six tasks, their captions and metadata, and layouts.
 
-`scene(seed, split, index)` is a pure function; tasks cycle with the index. Lengths are fractions of the image side.
+`scene(seed, split, index)` is a pure function; tasks cycle with the index. Lengths are fractions of the image
+side. What a caption leaves open (colours, sizes, places) is drawn at random.
 
-The split is over combinations. A fifth of the colour-shape pairs, of the shape pairs and of the shape-count pairs,
-and some relations (with their mirror images), never appear in `train`: no caption asks for them, and no training
-picture shows a held-out colour-shape pair even where the caption leaves colours free. `heldout` alternates between
-requests made of seen combinations only and requests with a held-out one; one object of no named colour is always
-seen. What captions leave open (colours, sizes, places) is drawn at random.
+The split is over combinations. A fifth of the colour-shape pairs, of the pairs of shapes and of the
+number-shape pairs, and four relations with their mirror images, never appear in `train`: no caption names
+them, and no training picture shows a held-out colour-shape pair even where its caption names no colour.
+`heldout` alternates between requests made of seen combinations only and requests with a held-out one; a
+single object of any colour is always seen.
 
-Left out on purpose: more than one object of each class outside counting (GenEval has none either), and colours in
-held-out relations (GenEval names none; half of the training captions do, so that both forms work).
+As in GenEval, two objects are of two shapes, and held-out relations name no colours. Half of the relations in
+`train` do, so that "a red circle left of a blue square" works too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations
 from typing import NamedTuple
 
@@ -52,7 +52,8 @@ UNSEEN_RELATIONS = frozenset({
 })  # fmt: skip
 
 EXTENT = 1.12  # every shape fits in a circle of this many radii
-MIN_RADIUS, MAX_RADIUS = 7.5 / 64, {1: 12.5 / 64, 2: 12.5 / 64, 3: 11.5 / 64, 4: 10.0 / 64}  # by number of objects
+MIN_RADIUS = 7.5 / 64
+MAX_RADIUS = {1: 12.5 / 64, 2: 12.5 / 64, 3: 11.5 / 64, 4: 10.0 / 64}  # by number of objects
 GAP, BORDER = 2.5 / 64, 1.0 / 64  # least free space between two objects, and to the edge
 MAX_ANGLE = 0.12  # radians
 
@@ -66,7 +67,7 @@ class Thing(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a caption asks for: things[0], or things[0] `relation` things[1] ("and" where relation is None)."""
+    """What a caption asks for: one thing, or two joined by the relation ("and" if there is none)."""
 
     tag: str
     things: tuple[Thing, ...]
@@ -108,20 +109,21 @@ def scene(seed: int, split: str, index: int) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     tag = TASKS[index % len(TASKS)]
     seen = split == "train" or tag == "single_object" or index // len(TASKS) % 2 == 0
-    request = _draw_request(rng, tag, name_colors=split == "train" and tag == "position" and rng.random() < 0.5)
+    colored = split == "train" and rng.random() < 0.5
+    request = _draw_request(rng, tag, colored)
     while is_seen(request) != seen:
-        request = _draw_request(rng, tag, name_colors=request.things[0].color is not None)
+        request = _draw_request(rng, tag, colored)
     return Scene(request, draw_objects(rng, request), int(rng.integers(2**63)))
 
 
 def heldout_prompts(num: int, seed: int = 0) -> list[dict]:
-    """The first `num` held-out requests as GenEval metadata, with `prompt` and `seen`; balanced over the six tasks,
-    and within a task (single_object apart) over seen and unseen combinations when `num` is a multiple of 12."""
+    """The first `num` held-out requests: GenEval metadata, with `prompt` and `seen`. If `num` is a multiple
+    of 12 they are balanced over tasks, and in each but single_object over seen and unseen combinations."""
     return [metadata(scene(seed, "heldout", index).request) for index in range(num)]
 
 
-def _draw_request(rng: np.random.Generator, tag: str, name_colors: bool) -> Request:
-    """Any request of a task, seen or not, uniformly; `name_colors` matters to "position" only."""
+def _draw_request(rng: np.random.Generator, tag: str, colored: bool) -> Request:
+    """Any request of a task, seen or not, uniformly; `colored` is whether relations name colors."""
     first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
     color, other = (COLORS[i] for i in rng.permutation(len(COLORS))[:2])
     if tag == "single_object":
@@ -134,7 +136,7 @@ def _draw_request(rng: np.random.Generator, tag: str, name_colors: bool) -> Requ
         return Request(tag, (Thing(first), Thing(second)))
     if tag == "color_attr":
         return Request(tag, (Thing(first, color), Thing(second, other)))
-    things = (Thing(first, color), Thing(second, other)) if name_colors else (Thing(first), Thing(second))
+    things = (Thing(first, color), Thing(second, other)) if colored else (Thing(first), Thing(second))
     return Request(tag, things, RELATIONS[rng.integers(len(RELATIONS))])
 
 
@@ -155,7 +157,7 @@ def is_seen(request: Request) -> bool:
 
 
 def caption(request: Request) -> str:
-    """"a photo of an orange star and a circle"."""
+    """As GenEval words it: "a photo of an orange star left of a circle"."""
     phrases = []
     for shape, color, count in request.things:
         noun = shape if color is None else f"{color} {shape}"
@@ -183,13 +185,12 @@ def draw_objects(rng: np.random.Generator, request: Request) -> tuple[Object, ..
     for shape, color, count in request.things:
         color = color or rng.choice([color for color in COLORS if (color, shape) not in UNSEEN_COLORED])
         looks += [(shape, str(color))] * count  # the objects of one count share a color
-    related = None if request.relation is None else lambda x, y, radius: _related(request.relation, x, y, radius)
-    places = _draw_places(rng, len(looks), related)
+    places = _draw_places(rng, len(looks), request.relation)
     return tuple(Object(*look, *place) for look, place in zip(looks, places))
 
 
-def _draw_places(rng: np.random.Generator, num: int, accept: Callable | None) -> list[list[float]]:
-    """[x, y, radius, angle] of `num` objects: the first of many random layouts that keeps the gaps."""
+def _draw_places(rng: np.random.Generator, num: int, relation: str | None) -> list[list[float]]:
+    """[x, y, radius, angle] of `num` objects: the first of many layouts that keeps gaps and relation."""
     tries = 32 if num < 4 else 128
     while True:
         radius = rng.uniform(MIN_RADIUS, MAX_RADIUS[num], (tries, num))
@@ -199,8 +200,8 @@ def _draw_places(rng: np.random.Generator, num: int, accept: Callable | None) ->
         for i, j in combinations(range(num), 2):
             distance = np.hypot(x[:, i] - x[:, j], y[:, i] - y[:, j])
             good &= distance >= EXTENT * (radius[:, i] + radius[:, j]) + GAP
-        if accept is not None:
-            good &= accept(x, y, radius)
+        if relation:
+            good &= _related(relation, x, y, radius)
         if good.any():
             row = good.argmax()
             angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE, num)
@@ -208,7 +209,7 @@ def _draw_places(rng: np.random.Generator, num: int, accept: Callable | None) ->
 
 
 def _related(relation: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Whether object 0 is clearly in `relation` to object 1, and in no other: GenEval's rule with room to spare."""
+    """Whether object 0 is in `relation` to object 1 and in no other: GenEval's rule, with some room."""
     dx, dy = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     if relation in ("left of", "above"):
