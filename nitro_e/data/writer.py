@@ -7,6 +7,7 @@ Left out: PAX records (names longer than USTAR allows are refused), compression,
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -63,6 +64,7 @@ def write_shard(path: str | Path, samples: Iterable[dict[str, Any]]) -> int:
             for extension, value in sample.items():
                 if not extension.startswith("__"):
                     _add_member(tar, f"{key}.{extension}", field_bytes(value))
+        index_path(path).unlink(missing_ok=True)  # it describes what was here before
     return len(seen)
 
 
@@ -75,6 +77,17 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, samples_per_sh
         write_shard(path, chain([first], islice(samples, samples_per_shard - 1)))
         paths.append(path)
     return paths
+
+
+def index_path(shard: str | Path) -> Path:
+    """Where the index of a shard is kept: in `.index` beside it, or in the user's cache if that is read-only."""
+    shard = Path(shard).absolute()
+    beside = shard.parent / ".index"
+    writable = os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222  # root may write anywhere
+    if beside.is_dir() or writable:
+        return beside / f"{shard.name}.npy"
+    cache = Path(os.environ.get("NITRO_E_CACHE") or Path.home() / ".cache" / "nitro_e")
+    return cache / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
 
 
 def check_key(key: str) -> str:

@@ -1,0 +1,223 @@
+"""Which shards there are, what their samples hold, and which members are read: settled before training starts.
+
+Shards whose names differ only in a leading column word (`images-`, `latents-`, `text-`, `features-`) are columns
+of one shard and are joined by key, so that training on latents never opens the images. When the list holds equal
+names from several folders, columns must lie in one folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nitro_e.config import ConfigError
+from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
+PRIORITY = ("text", "latents", "features", "images", "")  # where a member is taken from when columns repeat it
+
+
+@dataclass(eq=False)
+class Column:
+    """One tar per shard of the catalog, and one row per sample."""
+
+    name: str  # "latents", ...; "" for shards that are no column
+    paths: list[str]
+    rows: np.ndarray  # (N,) structured as in index.py
+
+
+@dataclass
+class Catalog:
+    """All samples of the data set; sample i has its members in row i of the columns."""
+
+    names: list[str]  # (S,) for reports
+    sizes: list[np.ndarray]  # per source: samples in each shard
+    columns: list[Column]
+    digest: str  # of the content of every shard, in order
+    problems: list[Problem] = field(default_factory=list)  # samples that were left out
+    starts: np.ndarray = field(init=False)  # (S + 1,) first sample of each shard
+
+    def __post_init__(self):
+        self.starts = np.concatenate([[0], np.cumsum(np.concatenate(self.sizes))])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def find(self, extension: str) -> Column | None:
+        """The column that `extension` is read from."""
+        holders = [column for column in self.columns if extension in column.rows.dtype.names]
+        return min(holders, key=lambda column: PRIORITY.index(column.name), default=None)
+
+    def has(self, *extensions: str) -> np.ndarray:
+        """(N,) bool: samples with at least one of these members."""
+        found = np.zeros(len(self), bool)
+        for extension in extensions:
+            column = self.find(extension)
+            if column is not None:
+                found |= column.rows[extension]["offset"] > 0
+        return found
+
+    def shard_of(self, sample: int | np.ndarray) -> int | np.ndarray:
+        return np.searchsorted(self.starts, sample, side="right") - 1
+
+    def key(self, sample: int) -> str:
+        return self.columns[0].rows["__key__"][sample].decode(errors="replace")
+
+    def describe(self, sample: int) -> str:
+        """`shard.tar:key (members: jpg, txt)`, for messages."""
+        members = [
+            name
+            for column in self.columns
+            for name in column.rows.dtype.names
+            if name != "__key__" and column.rows[name]["offset"][sample]
+        ]
+        return f"{self.name_of(sample)} (members: {', '.join(members) or 'none'})"
+
+    def name_of(self, sample: int) -> str:
+        return f"{self.names[int(self.shard_of(sample))]}:{self.key(sample)}"
+
+    def keep(self, mask: np.ndarray, reason: str) -> None:
+        """Leave out the samples where `mask` is False, and remember them as problems."""
+        for sample in np.flatnonzero(~mask):
+            self.problems.append(Problem(self.names[int(self.shard_of(sample))], self.key(sample), reason))
+        counts = np.add.reduceat(np.append(mask, False), self.starts[:-1]) * (np.diff(self.starts) > 0)
+        edges = np.cumsum([len(source) for source in self.sizes])[:-1]
+        self.sizes = np.split(counts.astype(np.int64), edges)
+        for column in self.columns:
+            column.rows = column.rows[mask]
+        self.__post_init__()
+
+
+def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
+    """Paths, globs and brace ranges (`a-{000000..000012}.tar`, `{a,b}.tar`) -> existing files, in order.
+
+    Raises ConfigError naming what is missing, and a file that is listed twice.
+    """
+    if not patterns:
+        raise ConfigError(f"{key}: no shards; give webdataset tars, for example {key}='[\"data/train-*.tar\"]'")
+    paths, missing = [], []
+    for pattern in patterns:
+        for name in expand_braces(pattern):
+            found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()
+            paths += found
+            missing += [] if found else [name]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ConfigError(f"{key}: missing shards: {', '.join(missing[:5])}{more}; check the path or the range")
+    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    if twice is not None:
+        raise ConfigError(f"{key}: '{twice}' is listed twice; every shard must match one pattern only")
+    return paths
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{1..3}{x,y}` -> a1x, a1y, a2x, ...; ranges keep the zero padding of their first number."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    options = words.split(",") if words else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    rests = expand_braces(pattern[match.end() :])
+    return [pattern[: match.start()] + option + rest for option in options for rest in rests]
+
+
+def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0) -> Catalog:
+    """Index the shards of every source (paths from `expand_shards`) and join their columns.
+
+    Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that do
+    not match.
+    """
+    grouped = [_group_columns(paths) for paths in sources]
+    names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
+    names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
+    parts: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in names}
+    shard_names, sizes, problems, damaged, digest = [], [], [], 0, hashlib.sha256()
+    total = sum(len(groups) for groups in grouped)
+    with tqdm(total=total, desc="index", unit="shard", disable=None if total > 20 else True, leave=False) as bar:
+        for groups in grouped:
+            sizes.append([])
+            for shards in groups.values():
+                bar.update()
+                try:
+                    indices = {name: shard_index(shards[name]) for name in names if name in shards}
+                except DamagedTar as error:
+                    damaged += 1
+                    if damaged > tolerate_shards:
+                        raise
+                    problems.append(Problem(Path(next(iter(shards.values()))).name, "*", str(error)))
+                    continue
+                if len(indices) < len(names):
+                    absent = ", ".join(f"{name or 'plain'}-" for name in names if name not in shards)
+                    raise ConfigError(f"{next(iter(shards.values()))}: no {absent} shard of the same name, as others have")
+                rows = _join(indices, shards, problems)
+                for name, index in indices.items():
+                    parts[name].append((shards[name], rows[name]))
+                    digest.update(index.digest().encode())
+                shard_names.append(Path(shards[names[0]]).name)
+                sizes[-1].append(len(rows[names[0]]))
+    columns = [Column(name, [path for path, _ in part], _concatenate([rows for _, rows in part]))
+               for name, part in parts.items()]  # fmt: skip
+    sizes = [np.array(source, np.int64) for source in sizes]
+    return Catalog(shard_names, sizes, columns, digest.hexdigest(), problems)
+
+
+def _group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:
+    """{shard: {column name: path}} in order of first appearance."""
+    stems = [Path(path).name for path in paths]
+    by_folder = len(set(stems)) < len(stems)
+    groups: dict[tuple, dict[str, str]] = {}
+    for path, stem in zip(paths, stems):
+        match = COLUMN.fullmatch(stem)
+        name, rest = match.groups() if match else ("", stem)
+        groups.setdefault((str(Path(path).parent) if by_folder else "", rest), {})[name] = path
+    return groups
+
+
+def _join(indices: dict[str, ShardIndex], shards: dict[str, str], problems: list[Problem]) -> dict[str, np.ndarray]:
+    """Rows of one shard's columns with equal keys at equal places; keys that a column lacks become problems."""
+    for index in indices.values():
+        problems += index.problems
+    base, *others = indices
+    keys = indices[base].rows["__key__"]
+    shared = np.ones(len(keys), bool)
+    for name in others:
+        theirs = indices[name].rows["__key__"]
+        shared &= np.isin(keys, theirs)
+        extra = theirs[~np.isin(theirs, keys)]
+        problems += [Problem(Path(shards[name]).name, _text(key), f"not in {Path(shards[base]).name}") for key in extra]
+        lost = keys[~np.isin(keys, theirs)]
+        problems += [Problem(Path(shards[base]).name, _text(key), f"not in {Path(shards[name]).name}") for key in lost]
+    joined = {base: indices[base].rows[shared]}
+    for name in others:
+        theirs = indices[name].rows
+        order = np.argsort(theirs["__key__"], kind="stable")
+        joined[name] = theirs[order[np.searchsorted(theirs["__key__"], keys[shared], sorter=order)]]
+    return joined
+
+
+def _text(key: bytes) -> str:
+    return key.decode(errors="replace")
+
+
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    """Stack rows of shards that may differ in key width and extensions."""
+    if not parts:
+        return np.zeros(0, [("__key__", "S1")])
+    width = max(part.dtype["__key__"].itemsize for part in parts)
+    extensions = dict.fromkeys(name for part in parts for name in part.dtype.names[1:])
+    member = next((part.dtype[1] for part in parts if len(part.dtype) > 1), None)
+    rows = np.zeros(sum(map(len, parts)), [("__key__", f"S{width}"), *((name, member) for name in extensions)])
+    start = 0
+    for part in parts:
+        for name in part.dtype.names:
+            rows[name][start : start + len(part)] = part[name]
+        start += len(part)
+    return rows

@@ -1,0 +1,107 @@
+"""Members of a sample -> pixels, captions, arrays. Everything that can be wrong with one raises BadSample."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class BadSample(Exception):
+    """This sample cannot be used; the message is the reason, without its name."""
+
+
+def decode_image(content: bytes, resolution: int) -> np.ndarray:
+    """An encoded image -> (3, R, R) uint8: upright, over white, shorter side to R (bicubic, antialiased), centre crop."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "JPEG":
+                image.draft("RGB", (2 * resolution, 2 * resolution))  # decode large ones at 1/2, 1/4, 1/8
+            image = square(to_rgb(ImageOps.exif_transpose(image)), resolution)
+    except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
+        raise BadSample(f"image does not decode ({type(error).__name__}: {error})") from None
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; what is transparent becomes white, 16 bits become 8."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, resolution: int) -> Image.Image:
+    """Resize the shorter side to `resolution` and crop the centre."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=None)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def decode_info(content: bytes) -> dict:
+    try:
+        info = json.loads(content)
+    except ValueError as error:
+        raise BadSample(f"json does not parse ({error})") from None
+    if not isinstance(info, dict):
+        raise BadSample(f"json is a {type(info).__name__}, not an object")
+    return info
+
+
+def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
+    """The txt member, or `info[caption_key]` without one."""
+    try:
+        caption = info.get(caption_key) if content is None else content.decode()
+    except UnicodeDecodeError:
+        raise BadSample("caption is not UTF-8") from None
+    if not isinstance(caption, str):
+        raise BadSample(f"no txt, and json has no caption under '{caption_key}' (keys: {', '.join(info) or 'none'})")
+    caption = caption.strip()
+    if not caption:
+        raise BadSample("empty caption")
+    return caption
+
+
+@lru_cache(maxsize=256)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    if fortran and len(shape) > 1 or dtype.hasobject:
+        raise ValueError("Fortran order and objects are not read")
+    return shape, dtype
+
+
+def npy_layout(content: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, bytes before the data) of a version 1 `.npy`; the header of equal files is parsed once."""
+    if content[:8] != b"\x93NUMPY\x01\x00":
+        raise BadSample("not a version 1 .npy file")
+    start = 10 + int.from_bytes(content[8:10], "little")
+    try:
+        return *_npy_header(bytes(content[8:start])), start
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise BadSample(f"bad .npy header ({error})") from None
+
+
+def decode_array(content: bytes) -> np.ndarray:
+    """A `.npy` member -> array (a view of `content`), finite throughout."""
+    shape, dtype, start = npy_layout(content)
+    if len(content) - start != int(np.prod(shape)) * dtype.itemsize:
+        raise BadSample(f".npy holds {len(content) - start} bytes of data, its header says {shape} {dtype}")
+    array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    if not_finite(array.reshape(1, -1)).any():
+        raise BadSample("array has NaN or Inf")
+    return array
+
+
+def not_finite(rows: np.ndarray) -> np.ndarray:
+    """(B, n) float -> (B,) bool: rows with a NaN or Inf. Half precision is compared as integers, far faster."""
+    if rows.dtype == np.float16:
+        return (rows.view(np.uint16) & np.uint16(0x7FFF)).max(axis=1, initial=0) >= 0x7C00
+    return ~np.isfinite(rows).all(axis=1)

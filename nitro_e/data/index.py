@@ -1,0 +1,255 @@
+"""Where every member of a webdataset tar lies: one scan of the headers, kept beside the shard as a `.npy` file.
+
+The index of a shard is a structured array, one row per sample:
+    __key__                     bytes: the member name up to the first dot of its last path component
+    <extension>                 (offset u8, size u4, crc u4) of that member's content; offset 0 = no such member
+It is written once to `<folder>/.index/<shard>.npy` (or under $NITRO_E_CACHE when the folder is read-only) and is
+believed from then on: a shard whose length no longer fits its index is an error, content that no longer fits its
+CRC is found when it is read. `tools/data.py index --force` makes a new one.
+
+Python's tarfile and webdataset both take a damaged header for the end of the archive. This scan does not: it
+checks every header sum, the end marker, and that nothing follows it. Left out: sparse files, links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nitro_e.config import ConfigError
+from nitro_e.data.writer import atomic_file, index_path
+
+BLOCK = 512
+MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
+MAX_EXTENSIONS = 32
+
+
+class DamagedTar(ConfigError):
+    """The archive's structure is broken; what follows the damage cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sample that is not what it should be."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    rows: np.ndarray  # (n,) structured, see the module docstring
+    nbytes: int  # length of the tar
+    problems: tuple[Problem, ...] = ()  # duplicate members; the first of them is in `rows`
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return tuple(name for name in self.rows.dtype.names if name != "__key__")
+
+    def digest(self) -> str:
+        """Identifies the content: keys, places, sizes and CRCs."""
+        return hashlib.sha256(repr(self.rows.dtype.descr).encode() + self.rows.tobytes()).hexdigest()
+
+
+def shard_index(path: str | Path, force: bool = False) -> ShardIndex:
+    """The stored index of a shard, or a fresh one, which is then stored.
+
+    Raises DamagedTar (a ConfigError) when the tar is broken or its length differs from the stored index.
+    """
+    path = Path(path)
+    stored = index_path(path)
+    if not force and stored.is_file():
+        return _read_stored(path, stored)
+    index = scan_tar(path)
+    with atomic_file(stored) as file:
+        file.write(_serialize(index))
+    return index
+
+
+def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
+    """Index one tar by its headers. With `crc` the content is read too, otherwise every crc is 0.
+
+    Raises DamagedTar naming the shard and the byte where its structure breaks.
+    """
+    path = Path(path)
+    nbytes = os.path.getsize(path)
+    if nbytes < 2 * BLOCK or nbytes % BLOCK:
+        raise DamagedTar(_damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)"))
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    view, names, places = memoryview(data), [], []
+    for name, offset, size in _members(data, path):
+        names.append(name)
+        places.append((offset, size, zlib.crc32(view[offset : offset + size]) if crc else 0))
+    return _group(path, names, places, nbytes)
+
+
+def _members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every regular file, after checking the structure of the whole archive."""
+    headers, found = [], []
+    offset, long_name, long_size = 0, None, None
+    while True:
+        if offset + BLOCK > len(data):
+            raise DamagedTar(_damage(path, offset, "no end marker (cut between two members?)"))
+        header = data[offset : offset + BLOCK]
+        if header[0] == 0 and not any(header):
+            break
+        headers.append(offset)
+        size = _number(header[124:136])
+        if size is None:
+            raise DamagedTar(_damage(path, offset, "corrupt header"))
+        kind, start = header[156:157], offset + BLOCK
+        if kind in b"0\x007":  # a regular file
+            if long_size is not None:
+                size = long_size
+            found.append((long_name if long_name is not None else _name(header), start, size))
+            long_name = long_size = None
+        offset = start + -(-size // BLOCK) * BLOCK
+        if start + size > len(data):
+            # Only a good header may speak of a cut; a bad one may hold any size.
+            _check_sums(data, headers, path)
+            raise DamagedTar(_damage(path, start, f"cut inside member '{_name(header)}'"))
+        if kind == b"L":
+            long_name = data[start : start + size].rstrip(b"\0").decode(errors="surrogateescape")
+        elif kind == b"x":
+            records = _pax_records(data[start : start + size], path, start)
+            long_name = records.get("path", long_name)
+            long_size = int(records["size"]) if "size" in records else long_size
+        elif kind in b"12346":
+            _check_sums(data, headers, path)
+            raise DamagedTar(_damage(path, offset, f"'{_name(header)}' is a link or device; pack real files"))
+    _check_sums(data, headers, path)
+    rest = np.frombuffer(data, np.uint8, offset=offset)
+    if len(rest) < 2 * BLOCK:
+        raise DamagedTar(_damage(path, offset, "half an end marker (cut short?)"))
+    if rest.any():
+        raise DamagedTar(_damage(path, offset, "data after the end marker (a zeroed header?)"))
+    yield from found
+
+
+def _check_sums(data: mmap.mmap, offsets: Sequence[int], path: Path) -> None:
+    """Compare the sums of all headers at `offsets`; the first wrong one is the damage."""
+    if not offsets:
+        return
+    blocks = np.frombuffer(data, np.uint8)[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    headers = blocks[np.asarray(offsets) // BLOCK]  # (n, 512), a copy
+    stored = [_number(bytes(field)) for field in headers[:, 148:156]]
+    headers[:, 148:156] = ord(" ")
+    sums = headers.sum(axis=1, dtype=np.int64)
+    for offset, want, got in zip(offsets, stored, sums.tolist()):
+        if want != got:
+            raise DamagedTar(_damage(path, offset, "corrupt header"))
+
+
+def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> ShardIndex:
+    """Members -> one row per key, in order of first appearance."""
+    row_of: dict[str, int] = {}
+    cells: dict[str, dict[int, tuple]] = {}
+    problems = []
+    for name, place in zip(names, places):
+        if name.startswith("__") and "__" in name[2:].partition("/")[0]:
+            continue  # webdataset's own metadata
+        key, extension = split_name(name)
+        if key is None:
+            problems.append(Problem(path.name, name, "member name has no extension; it is not read"))
+            continue
+        row = row_of.setdefault(key, len(row_of))
+        column = cells.setdefault(extension, {})
+        if row in column:
+            problems.append(Problem(path.name, key, f"duplicate member '{extension}'; the first one is used"))
+        else:
+            column[row] = place
+    if len(cells) > MAX_EXTENSIONS:
+        raise ConfigError(
+            f"{path}: {len(cells)} different extensions ({', '.join(list(cells)[:4])}, ...): keys must not contain"
+            " dots, because a webdataset key ends at the first one; repack with `tools/data.py pack`"
+        )
+    encoded = [key.encode(errors="surrogateescape") for key in row_of]
+    width = max(map(len, encoded), default=1)
+    rows = np.zeros(len(encoded), [("__key__", f"S{width}"), *((extension, MEMBER) for extension in cells)])
+    rows["__key__"] = encoded
+    for extension, column in cells.items():
+        rows[extension][list(column.keys())] = np.array(list(column.values()), MEMBER)
+    return ShardIndex(rows, nbytes, tuple(problems))
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """`a/b.c.d` -> (`a/b`, `c.d`): webdataset's rule, extension in lower case; (None, "") without one."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot:
+        return None, ""
+    return folder + slash + stem, extension.lower()
+
+
+def _number(field: bytes) -> int | None:
+    """A tar number: octal digits, or base 256 when the top bit is set."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0":
+        prefix = header[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode(errors="surrogateescape")
+
+
+def _pax_records(content: bytes, path: Path, offset: int) -> dict[str, str]:
+    records = {}
+    while content:
+        length, _, _ = content.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(content):
+            raise DamagedTar(_damage(path, offset, "corrupt PAX record"))
+        keyword, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[keyword.decode()] = value.decode(errors="surrogateescape")
+        content = content[int(length) :]
+    return records
+
+
+def _damage(path: Path, offset: int, reason: str) -> str:
+    return f"{path}: damaged tar at byte {offset}: {reason}; copy or make the shard again, or take it off the list"
+
+
+def _serialize(index: ShardIndex) -> bytes:
+    """Rows as .npy, then nbytes and the problems as a second .npy of text."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, index.rows, allow_pickle=False)
+    lines = [str(index.nbytes), *(f"{problem.key}\t{problem.reason}" for problem in index.problems)]
+    np.lib.format.write_array(buffer, np.frombuffer("\n".join(lines).encode(), np.uint8), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _read_stored(path: Path, stored: Path) -> ShardIndex:
+    try:
+        with open(stored, "rb") as file:
+            rows = np.lib.format.read_array(file, allow_pickle=False)
+            first, *lines = np.lib.format.read_array(file, allow_pickle=False).tobytes().decode().split("\n")
+        problems = tuple(Problem(path.name, *line.split("\t", 1)) for line in lines)
+        index = ShardIndex(rows, int(first), problems)
+    except (ValueError, TypeError, EOFError) as error:
+        raise ConfigError(f"{stored} is not an index of this version ({error}); delete it") from None
+    actual = os.path.getsize(path)
+    if actual != index.nbytes:
+        raise DamagedTar(
+            f"{path}: {actual} bytes, but its index was made when it had {index.nbytes}: cut short or replaced;"
+            " if you replaced it, run `python tools/data.py index --force` on it"
+        )
+    return index

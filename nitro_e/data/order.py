@@ -1,0 +1,167 @@
+"""Which sample stands at which position: a pure function of (seed, stage, position).
+
+A stage reads positions 0, 1, 2, ... without end. Nothing is remembered between positions, so any of them can be
+reached at once, and neither processes nor workers can change what a global batch holds.
+
+    mixture   every block of 512 positions holds each source exactly round(512 * weight) times, shuffled
+    source    reads its samples in epochs; every epoch holds each sample exactly once
+    epoch     permutes the shards, cuts them into windows of 64, and shuffles the samples inside each window,
+              so that reading stays within 64 files while order is as good as random
+
+Randomness is Philox's raw stream keyed by a hash, which numpy promises never to change; a permutation is the sort
+of random numbers with the index in their low bits. Left out: sampling with replacement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from nitro_e.config import ConfigError
+
+BLOCK = 512
+WINDOW = 64
+REMEMBERED = 8  # permutations kept per table; they are recomputed when needed
+
+
+class Order:
+    """Positions -> sample ids.
+
+    shard_sizes: for every source the number of samples in each of its shards. Sample ids count through source 0's
+    shards, then source 1's, and so on. weights: one per source (0 drops it), or None for the union of all.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[Sequence[int]],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        stage: str,
+        window: int = WINDOW,
+    ):
+        sizes = [np.asarray(source, np.int64) for source in shard_sizes]
+        if weights is None:
+            sizes, weights = [np.concatenate(sizes)], [1.0]
+        self.sizes, self.seed, self.stage, self.window = sizes, seed, stage, window
+        self.totals = np.array([source.sum() for source in sizes])
+        self.firsts = []  # per source: the id of each shard's first sample
+        base = 0
+        for source in sizes:
+            self.firsts.append(base + np.cumsum(source) - source)
+            base += int(source.sum())
+        self.quotas = quotas(weights)
+        self._slot_source = np.repeat(np.arange(len(sizes), dtype=np.uint16), self.quotas)
+        self._slot_rank = np.arange(BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
+        for source, quota in enumerate(self.quotas):
+            if quota and not self.totals[source]:
+                raise ConfigError(f"source {source} has weight {weights[source]} but no samples; add shards or set 0")
+        self._tables: dict[str, dict] = {"epoch": {}, "window": {}}
+
+    def ids(self, positions: range | np.ndarray) -> np.ndarray:
+        """Sample ids (int64) at `positions`."""
+        sources, counters = self.locate(positions)
+        ids = np.empty(len(counters), np.int64)
+        for source in np.unique(sources):
+            chosen = sources == source
+            ids[chosen] = self.sample(int(source), counters[chosen])
+        return ids
+
+    def locate(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, how many samples of that source stand before) for each position."""
+        positions = np.asarray(positions, np.int64)
+        if len(self.sizes) == 1:
+            return np.zeros_like(positions), positions
+        blocks, slots = np.divmod(positions, BLOCK)
+        sources, ranks = np.empty(len(positions), np.uint16), np.empty_like(positions)
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            mixed = self._slot_source[self._permutation(BLOCK, "mixture", block)]
+            rank = np.empty(BLOCK, np.int64)  # how many slots of the same source stand before, in this block
+            rank[np.argsort(mixed, kind="stable")] = self._slot_rank
+            sources[chosen], ranks[chosen] = mixed[slots[chosen]], rank[slots[chosen]]
+        return sources, blocks * self.quotas[sources] + ranks
+
+    def sample(self, source: int, counters: np.ndarray) -> np.ndarray:
+        """Ids of the samples a source gives at `counters` (0, 1, 2, ... over all its epochs)."""
+        epochs, rest = np.divmod(np.asarray(counters, np.int64), self.totals[source])
+        ids = np.empty(len(rest), np.int64)
+        for epoch in np.unique(epochs):
+            _, edges = self._epoch(source, int(epoch))
+            windows = np.searchsorted(edges, rest, side="right") - 1
+            for window in np.unique(windows[epochs == epoch]):
+                chosen = (epochs == epoch) & (windows == window)
+                ids[chosen] = self._window(source, int(epoch), int(window))[rest[chosen] - edges[window]]
+        return ids
+
+    def fingerprint(self) -> dict:
+        """What the order depends on besides the content of the shards."""
+        sizes = hashlib.sha256(b"|".join(source.tobytes() for source in self.sizes)).hexdigest()[:16]
+        return {
+            "seed": self.seed,
+            "stage": self.stage,
+            "window": self.window,
+            "quotas": self.quotas.tolist(),
+            "shard_sizes": sizes,
+        }
+
+    def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in this epoch's order, and the number of samples before each window (one edge more at the end)."""
+
+        def build():
+            shards = self._permutation(len(self.sizes[source]), "shards", source, epoch)
+            before = np.concatenate([[0], np.cumsum(self.sizes[source][shards])])
+            return shards, np.append(before[: len(shards) : self.window], before[-1])
+
+        return self._remember("epoch", (source, epoch), build)
+
+    def _window(self, source: int, epoch: int, window: int) -> np.ndarray:
+        """Sample ids of one window in shuffled order."""
+
+        def build():
+            shards = self._epoch(source, epoch)[0][window * self.window : (window + 1) * self.window]
+            first, size = self.firsts[source][shards], self.sizes[source][shards]
+            ids = np.arange(size.sum()) + np.repeat(first - (np.cumsum(size) - size), size)
+            return ids[self._permutation(len(ids), "samples", source, epoch, window)]
+
+        return self._remember("window", (source, epoch, window), build)
+
+    def _remember(self, table: str, key: tuple, build):
+        entries = self._tables[table]
+        if key not in entries:
+            if len(entries) >= REMEMBERED * len(self.sizes):
+                entries.pop(next(iter(entries)))
+            entries[key] = build()
+        return entries[key]
+
+    def _permutation(self, n: int, *purpose) -> np.ndarray:
+        """A permutation of range(n) that depends on (seed, stage, purpose) only."""
+        text = "\0".join(map(str, (self.seed, self.stage, *purpose)))
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+        bits = np.uint64(max(1, int(n - 1).bit_length()))
+        values = np.random.Philox(key=key).random_raw(n) >> bits << bits | np.arange(n, dtype=np.uint64)
+        values.sort()
+        return (values & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_tables": {"epoch": {}, "window": {}}}
+
+
+def quotas(weights: Sequence[float]) -> np.ndarray:
+    """Slots of each source in a block of 512, by largest remainder; 0 only for weight 0.
+
+    Raises ConfigError for negative or all-zero weights, and for one too small for a slot.
+    """
+    shares = np.asarray(weights, np.float64)
+    if not np.isfinite(shares).all() or (shares < 0).any() or not shares.sum():
+        raise ConfigError(f"weights {list(weights)}: must be finite, not negative, and not all 0")
+    shares = shares / shares.sum() * BLOCK
+    counts = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(counts - shares, kind="stable")
+    counts[by_remainder[: BLOCK - counts.sum()]] += 1
+    for weight, count in zip(weights, counts):
+        if weight > 0 and count == 0:
+            raise ConfigError(f"weight {weight} of {list(weights)} is less than 1/{BLOCK} of the mixture; use 0 or more")
+    return counts

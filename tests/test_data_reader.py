@@ -1,0 +1,417 @@
+"""Reading shards: against webdataset's own pipeline, over worlds and workers, and with broken input."""
+
+import io
+import json
+import pickle
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from nitro_e.config import ConfigError
+from nitro_e.data import BadDataError, DataConfig, open_data, write_shard, write_shards
+from nitro_e.data.catalog import expand_braces
+from nitro_e.data.decode import BadSample, decode_image
+from nitro_e.data.index import scan_tar
+from nitro_e.data.reader import BadSamples, TarDataset
+
+
+def png(i=0, size=(12, 8), mode="RGB"):
+    pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], len(mode)), np.uint8).squeeze()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def latent(i):
+    return np.random.default_rng(i).standard_normal((4, 2, 2)).astype(np.float16)
+
+
+def image_samples(n=30):
+    return [{"__key__": f"s{i:03d}", "png": png(i), "txt": f"caption {i}", "json": {"n": i}} for i in range(n)]
+
+
+def latent_samples(n=30):
+    return [{"__key__": f"s{i:03d}", "npy": latent(i), "txt": f"caption {i}"} for i in range(n)]
+
+
+def make(tmp_path, samples, per_shard=7):
+    write_shards(samples, str(tmp_path / "a-%03d.tar"), per_shard)
+    return str(tmp_path / "a-*.tar")
+
+
+def config(*shards, **kwargs):
+    return DataConfig(shards=shards, **{"batch_size": 5, "resolution": 8, "workers": 0, **kwargs})
+
+
+def opened(*shards, need_pixels=False, seed=0, use_latents=True, **kwargs):
+    return open_data(config(*shards, **kwargs), need_pixels=need_pixels, use_latents=use_latents, seed=seed, stage="s")
+
+
+def flip_byte(path, key, extension):
+    row = next(row for row in scan_tar(path).rows if row["__key__"].decode() == key)
+    content = bytearray(path.read_bytes())
+    content[int(row[extension]["offset"]) + int(row[extension]["size"]) - 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_same_samples_as_webdataset(tmp_path):
+    shards = make(tmp_path, image_samples())
+    data = opened(shards, batch_size=30)
+    records = next(data.records())
+    ours = {key.split(":")[1]: (prompt, info) for key, prompt, info in zip(records.keys, records.prompts, records.info)}
+    theirs = {}
+    for sample in webdataset.WebDataset(sorted(map(str, tmp_path.glob("a-*.tar"))), shardshuffle=False):
+        theirs[sample["__key__"]] = (sample["txt"].decode(), json.loads(sample["json"]))
+        pixels = records.pixels[[key.split(":")[1] for key in records.keys].index(sample["__key__"])]
+        image = Image.open(io.BytesIO(sample["png"])).crop((2, 0, 10, 8))
+        np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
+    assert ours == theirs and len(ours) == 30
+    assert records.pixels.dtype == torch.uint8 and records.latents is None
+
+
+def test_latents_are_read_as_stored_and_images_left_alone(tmp_path):
+    samples = [image | sample for image, sample in zip(image_samples(), latent_samples())]
+    shards = make(tmp_path, samples)
+    data = opened(shards, batch_size=30)
+    records = next(data.records())
+    assert data.has_latents and data.latent_shape == (4, 2, 2) and records.pixels is None
+    for key, x in zip(records.keys, records.latents):
+        assert x.dtype == torch.float16
+        np.testing.assert_array_equal(x.numpy(), latent(int(key[-3:])))
+    both = next(opened(shards, batch_size=30, need_pixels=True).records())
+    images = next(opened(shards, batch_size=30, use_latents=False).records())
+    assert torch.equal(both.latents, records.latents) and torch.equal(both.pixels, images.pixels)
+    assert both.keys == images.keys and images.latents is None
+
+
+@pytest.mark.parametrize("kind", ["images", "latents"])
+def test_batches_do_not_depend_on_world_workers_or_start(tmp_path, kind):
+    shards = make(tmp_path, image_samples() if kind == "images" else latent_samples())
+    reference = list(islice(opened(shards, batch_size=8).records(), 12))  # 12 steps of 8
+    for world, workers, micro, step in [(1, 2, 1, 0), (2, 0, 1, 0), (2, 2, 2, 0), (1, 0, 4, 5), (2, 2, 1, 7), (4, 0, 2, 3)]:
+        data = opened(shards, batch_size=8 // world // micro, workers=workers)
+        ranks = [data.records(step, micro_batches_per_step=micro, rank=rank, world=world) for rank in range(world)]
+        for want in reference[step : step + 3]:
+            got = [next(records) for records in ranks for _ in range(micro)]
+            assert sum((part.keys for part in got), []) == want.keys
+            assert sum((part.prompts for part in got), []) == want.prompts
+            for name in ("pixels", "latents"):
+                if getattr(want, name) is not None:
+                    assert torch.equal(torch.cat([getattr(part, name) for part in got]), getattr(want, name))
+        for records in ranks:
+            records.close()
+
+
+def test_one_epoch_reads_everything_once_and_keys_are_known_in_advance(tmp_path):
+    data = opened(make(tmp_path, latent_samples()))
+    batches = list(islice(data.records(), 12))
+    for epoch in (batches[:6], batches[6:]):
+        assert len({key for records in epoch for key in records.keys}) == 30
+    assert data.keys(range(60)) == [key for records in batches for key in records.keys]
+
+
+def test_global_rng_is_left_alone(tmp_path):
+    data = opened(make(tmp_path, latent_samples()))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    next(data.records())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_dataset_can_be_pickled(tmp_path):
+    data = opened(make(tmp_path, latent_samples()))
+    dataset = TarDataset(data.catalog, data.order, data.spec)
+    first = dataset.__getitems__(range(4))
+    assert pickle.loads(pickle.dumps(dataset)).__getitems__(range(4)).keys == first.keys
+
+
+def test_fingerprint_changes_with_content_seed_and_shards(tmp_path):
+    shards = make(tmp_path, latent_samples())
+    prints = [opened(shards).fingerprint(), opened(shards, seed=1).fingerprint()]
+    prints.append(opened(str(tmp_path / "a-{000..002}.tar")).fingerprint())
+    samples = latent_samples(7)
+    samples[3]["txt"] = "caption x"  # as long as before
+    write_shard(tmp_path / "a-000.tar", samples)
+    prints.append(opened(shards).fingerprint())
+    assert len({json.dumps(p) for p in prints}) == 4
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in tmp_path.glob("a-*.tar"):
+        path.rename(moved / path.name)
+    assert opened(str(moved / "a-*.tar")).fingerprint() == prints[3]
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_joined_by_key(tmp_path):
+    images, latents = image_samples(14), latent_samples(14)
+    write_shards(images, str(tmp_path / "images-%03d.tar"), 7)
+    for shard, part in enumerate((latents[:7], latents[7:])):
+        order = np.random.default_rng(shard).permutation(7)
+        column = [{"__key__": part[i]["__key__"], "npy": part[i]["npy"]} for i in order]
+        write_shard(tmp_path / f"latents-{shard:03d}.tar", column)
+    both = (str(tmp_path / "images-*.tar"), str(tmp_path / "latents-*.tar"))
+    records = next(opened(*both, batch_size=14, need_pixels=True).records())
+    reference = next(opened(both[0], batch_size=14).records())
+    assert records.keys == reference.keys and torch.equal(records.pixels, reference.pixels)
+    for key, prompt, x in zip(records.keys, records.prompts, records.latents):
+        n = int(key[-3:])
+        assert prompt == f"caption {n}" and np.array_equal(x.numpy(), latent(n))
+
+
+def test_training_on_latents_does_not_open_images(tmp_path):
+    write_shard(tmp_path / "images-0.tar", image_samples(7))
+    write_shard(tmp_path / "latents-0.tar", latent_samples(7))
+    data = opened(str(tmp_path / "*.tar"))
+    (tmp_path / "images-0.tar").unlink()
+    assert len(next(data.records())) == 5
+
+
+def test_key_missing_in_a_column_is_reported(tmp_path):
+    write_shard(tmp_path / "images-0.tar", image_samples(10))
+    write_shard(tmp_path / "latents-0.tar", [sample for sample in latent_samples(10) if sample["__key__"] != "s004"])
+    data = opened(str(tmp_path / "*.tar"))
+    assert len(data) == 9 and [str(p) for p in data.catalog.problems] == ["images-0.tar:s004: not in latents-0.tar"]
+    write_shard(tmp_path / "latents-0.tar", latent_samples(4))
+    with pytest.raises(BadDataError, match="6 bad samples of 10 .*not in latents-0.tar"):
+        opened(str(tmp_path / "*.tar"))
+
+
+def test_column_without_its_shard(tmp_path):
+    write_shards(image_samples(14), str(tmp_path / "images-%03d.tar"), 7)
+    write_shard(tmp_path / "latents-000.tar", latent_samples(7))
+    with pytest.raises(ConfigError, match="images-001.tar: no latents- shard of the same name"):
+        opened(str(tmp_path / "*.tar"))
+
+
+# --- what is wrong at the start ----------------------------------------------------------------------------------
+
+
+def test_missing_shards_are_named(tmp_path):
+    make(tmp_path, latent_samples(), 10)
+    with pytest.raises(ConfigError, match=r"missing shards: .*a-003\.tar, .*a-007\.tar and 2 more"):
+        opened(str(tmp_path / "a-{000..009}.tar"))
+    with pytest.raises(ConfigError, match=r"nothing-\*\.tar"):
+        opened(str(tmp_path / "nothing-*.tar"))
+    with pytest.raises(ConfigError, match="listed twice"):
+        opened(str(tmp_path / "a-*.tar"), str(tmp_path / "a-000.tar"))
+    with pytest.raises(ConfigError, match="no shards"):
+        opened()
+
+
+def test_brace_ranges():
+    assert expand_braces("a{08..11}{x,y}.tar")[:3] == ["a08x.tar", "a08y.tar", "a09x.tar"]
+    assert len(expand_braces("{000000..000012}")) == 13
+
+
+def test_shard_without_captions(tmp_path):
+    shards = make(tmp_path, image_samples())
+    write_shard(tmp_path / "a-002.tar", [{"__key__": f"x{i}", "png": png(i)} for i in range(3)])
+    with pytest.raises(ConfigError, match=r"a-002.tar has a caption .*a-002.tar:x0 \(members: png\); add captions"):
+        opened(shards)
+
+
+def test_wrong_caption_key(tmp_path):
+    shards = make(tmp_path, [{"__key__": f"x{i}", "png": png(i), "json": {"text": f"a {i}"}} for i in range(3)])
+    with pytest.raises(ConfigError, match=r"no caption under 'caption' \(keys: text\); set data.caption_key"):
+        opened(shards)
+    assert next(opened(shards, caption_key="text", batch_size=3).records()).prompts != []
+
+
+def test_shard_without_images(tmp_path):
+    shards = make(tmp_path, [{"__key__": f"x{i}", "txt": "a"} for i in range(3)])
+    with pytest.raises(ConfigError, match=r"no sample of a-000.tar has a image .*members: txt"):
+        opened(shards)
+
+
+def test_latents_in_some_shards_only(tmp_path):
+    shards = make(tmp_path, image_samples())
+    write_shard(tmp_path / "a-001.tar", latent_samples(7))
+    with pytest.raises(ConfigError, match=r"7 of 30 samples have latents: a-001.tar:s000 .*npy.*a-000.tar:s000 .*png"):
+        opened(shards)
+
+
+def test_latents_of_another_shape(tmp_path):
+    shards = make(tmp_path, latent_samples())
+    with pytest.raises(ConfigError, match=r"latents are float16 \(4, 2, 2\), the model needs .*\(32, 16, 16\)"):
+        open_data(config(shards), need_pixels=False, seed=0, stage="s", latent_shape=(32, 16, 16))
+
+
+def test_damaged_shard(tmp_path):
+    shards = make(tmp_path, latent_samples())
+    path = tmp_path / "a-001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="a-001.tar: damaged tar"):
+        opened(shards)
+    data = opened(shards, tolerate_shards=1)
+    assert len(data) == 23 and data.catalog.problems[0].shard == "a-001.tar"
+
+
+@pytest.mark.parametrize("values", [{"batch_size": 0}, {"workers": -1}, {"max_bad_fraction": 2.0}])
+def test_bad_config(values):
+    with pytest.raises(ConfigError, match=f"data.{next(iter(values))}"):
+        config("a.tar", **values)
+
+
+# --- what is wrong when it is read -------------------------------------------------------------------------------
+
+BROKEN = {
+    "undecodable image": ({"png": b"not an image"}, "image does not decode"),
+    "cut image": ({"png": png(3)[:60]}, "image does not decode"),
+    "empty caption": ({"txt": "  \n"}, "empty caption"),
+    "not utf-8": ({"txt": b"\xff\xfe"}, "caption is not UTF-8"),
+    "bad json": ({"json": b"{"}, "json does not parse"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_sample_is_replaced_counted_and_reported(tmp_path, name, workers):
+    samples, (change, reason) = image_samples(), BROKEN[name]
+    clean = [r.keys for r in islice(opened(make(tmp_path, samples)).records(), 6)]
+    samples[12] |= change
+    shards = make(tmp_path, samples)
+    data = opened(shards, workers=workers)
+    data.bad.report = tmp_path / "bad.jsonl"
+    got = [records.keys for records in islice(data.records(), 6)]
+    bad = "a-001.tar:s012"
+    order = sum(clean, []) + data.keys(range(30, 31))
+    order[order.index(bad)] = order[order.index(bad) + 1]
+    assert sum(got, []) == order[:30] and bad not in sum(got, [])
+    (line,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert (line["shard"], line["key"]) == ("a-001.tar", "s012") and reason in line["reason"]
+    assert len(data.bad) == 1
+
+
+def test_bad_latents_are_replaced(tmp_path):
+    samples = latent_samples()
+    samples[3]["npy"] = np.full((4, 2, 2), np.nan, np.float16)
+    samples[9]["npy"] = np.zeros((4, 2, 3), np.float16)
+    samples[15]["npy"] = np.zeros((4, 2, 2), np.int16)
+    shards = make(tmp_path, samples)
+    data = opened(shards)
+    flip_byte(tmp_path / "a-003.tar", "s022", "npy")
+    data.bad.fraction = 1.0
+    keys = [key for records in islice(data.records(), 6) for key in records.keys]
+    assert not {"a-000.tar:s003", "a-001.tar:s009", "a-002.tar:s015", "a-003.tar:s022"} & set(keys) and len(keys) == 30
+    reasons = {key: reason for (_, key), reason in data.bad.seen.items()}
+    assert "NaN" in reasons["s003"] and "bytes" in reasons["s009"]
+    assert "not a <f2 array" in reasons["s015"] and "CRC" in reasons["s022"]
+
+
+def test_bit_flips_are_found_in_every_member(tmp_path):
+    shards = make(tmp_path, image_samples())
+    data = opened(shards)
+    for key, extension in (("s000", "png"), ("s001", "txt"), ("s002", "json")):
+        flip_byte(tmp_path / "a-000.tar", key, extension)
+    data.bad.fraction = 1.0
+    list(islice(data.records(), 6))
+    assert {key: "CRC" in reason for (_, key), reason in data.bad.seen.items()} == {"s000": 1, "s001": 1, "s002": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
+    samples = image_samples()
+    for i in (4, 9):
+        samples[i]["txt"] = ""
+    data = opened(make(tmp_path, samples), workers=workers)
+    with pytest.raises(BadDataError, match=r"2 bad samples of 30 .*empty caption.*max_bad_fraction"):
+        list(islice(data.records(), 7))
+
+
+def test_nothing_but_bad_samples(tmp_path):
+    samples = [sample | {"txt": ""} for sample in image_samples()]
+    data = opened(make(tmp_path, samples), max_bad_fraction=1.0)
+    with pytest.raises(ConfigError, match="64 samples in a row"):
+        next(data.records())
+
+
+def test_bad_sample_limits():
+    class P:
+        def __init__(self, key):
+            self.shard, self.key, self.reason = "a.tar", key, "r"
+
+    bad = BadSamples(100_000, 0.001, [])
+    for i in range(8):
+        bad.add([P(i), P(i)], read=10)  # the same one twice counts once
+    with pytest.raises(BadDataError, match="9 bad samples of 100000 .90 read."):
+        bad.add([P(8)], read=10)
+    bad = BadSamples(100_000, 0.001, [])
+    for i in range(100):
+        bad.add([P(i)], read=1000)
+    with pytest.raises(BadDataError, match="101 bad"):
+        bad.add([P(100)], read=10**6)
+
+
+def test_shard_that_disappears(tmp_path):
+    data = opened(make(tmp_path, latent_samples()), workers=1)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="No such file.*a-00"):
+        next(data.records())
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def encoded(image, format="PNG", **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
+def test_transparency_becomes_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (0, 0, 255, 255))
+    image.putpixel((1, 0), (0, 0, 0, 128))
+    pixels = decode_image(encoded(image), 4)
+    assert pixels[:, 0, 0].tolist() == [0, 0, 255] and pixels[:, 2, 2].tolist() == [255] * 3
+    np.testing.assert_allclose(pixels[:, 0, 1], 127, atol=1)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert decode_image(encoded(palette, transparency=1), 4)[:, 0, 0].tolist() == [255] * 3
+    assert decode_image(encoded(palette), 4)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_gray_16_bit_and_webp():
+    gray = Image.fromarray(np.full((4, 4), 0x8080, np.uint16))
+    assert decode_image(encoded(gray), 4)[:, 0, 0].tolist() == [128] * 3
+    image = Image.fromarray(np.full((6, 6, 3), 77, np.uint8))
+    assert (decode_image(encoded(image, "WEBP", lossless=True), 6) == 77).all()
+
+
+def test_exif_rotation():
+    image = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+    image.paste((255, 255, 255), (0, 0, 8, 8))  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees: left becomes top
+    pixels = decode_image(encoded(image, "JPEG", exif=exif, quality=95), 8)
+    upright = Image.fromarray(np.rot90(np.asarray(image), -1)).resize((8, 16)).crop((0, 4, 8, 12))
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0), np.asarray(upright), atol=12)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 47), (9, 200), (16, 16)])
+def test_resize_and_crop_against_torchvision(size):
+    from torchvision.transforms import v2
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).resize(size)
+    reference = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)])(image)
+    pixels = decode_image(encoded(image), 16).transpose(1, 2, 0).astype(int)
+    assert pixels.shape == (16, 16, 3)
+    # torchvision truncates the longer side, this rounds it: at most a fraction of a pixel's shift
+    if size[0] == size[1] or (16 * max(size)) % min(size) == 0:
+        np.testing.assert_array_equal(pixels, np.asarray(reference))
+    else:
+        assert np.abs(pixels - np.asarray(reference)).mean() < 30
+
+
+def test_bomb_is_a_bad_sample(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(BadSample, match="DecompressionBomb"):
+        decode_image(png(), 8)
