@@ -13,17 +13,13 @@ import re
 import sys
 from pathlib import Path
 
+from nitro_e import cli
 from nitro_e.config import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        draw(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda: draw(options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """Something the user wrote is wrong; the message names the key, the value and the remedy."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to look at."""
+
+
 def did_you_mean(word: str, options: Sequence[str]) -> str:
     """`", did you mean 'x'?"` for the nearest option, else the list of options."""
     options = [str(option) for option in options]
@@ -129,8 +133,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _coerce_union(args, value, where)
     if origin is Literal:
-        # YAML 1.1 reads a bare `off` or `no` as False; nobody means that where words are expected.
-        if value not in args or isinstance(value, bool) != any(value is arg for arg in args):
+        if not any(type(value) is type(arg) and value == arg for arg in args):
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:

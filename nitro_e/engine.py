@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nitro_e import checkpoint
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, TrainingError
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.metrics import Metrics, WandbMode
 from nitro_e.model.pretrained import load_state, save_pretrained
@@ -36,10 +36,6 @@ from nitro_e.optim import build_optimizers, set_learning_rate
 from nitro_e.randomness import SlotRandom
 
 log = logging.getLogger(__name__)
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to look at."""
-
 
 @dataclass
 class Hook:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import netrc
 import os
 import time
 from pathlib import Path
@@ -73,8 +74,7 @@ class Metrics:
             log.warning("wandb is not installed: metrics go to %s only", self.run / "metrics.jsonl")
             return
         if mode == "auto":
-            has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-            mode = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+            mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
         id_file = self.run / "wandb_id.txt"
         run_id = id_file.read_text().strip() if id_file.exists() else None
         settings = wandb.Settings(silent=True, console="off")
@@ -102,6 +102,16 @@ class Metrics:
                 log.warning("wandb is dropped for the rest of this run")
                 self._wandb = None
             return None
+
+
+def has_wandb_key() -> bool:
+    """Whether a login is at hand, without asking anybody: the variable, or the netrc entry of `wandb login`."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -91,6 +91,27 @@ class RunConfig:
         return Path(self.run or f"runs/{self.name}")
 
 
+def summary(config: RunConfig) -> str:
+    """The resolved config and what follows from it, without loading weights of components."""
+    data = open_data(config.data, need_pixels=config.components.vision is not None, seed=config.seed, stage=config.name)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in EMMDiT(config.model).parameters())
+    lines = [dump(config), f"parameters           {parameters:,}"]
+    shape = codec_shape(config.components.codec)
+    if shape is not None:
+        side = config.data.resolution // shape[1]
+        tokens = config.model.image_tokens(*config.model.latent_grid(side, side))
+        lines.append(f"image tokens         {' / '.join(map(str, tokens))} in the three block groups")
+    batch = config.data.batch_size * config.engine.accumulate
+    lines += [
+        f"batch                {batch} per process and step ({config.data.batch_size} x {config.engine.accumulate})",
+        f"samples              {len(data):,} in the data, {batch * config.engine.steps / len(data):.2f} epochs per process",
+        f"first sample         {next(data.records(0, micro_batches_per_step=1, rank=0, world=1)).keys[0]}",
+        f"run directory        {config.folder}",
+    ]
+    return "\n".join(lines)
+
+
 def build(config: RunConfig) -> Engine:
     """Load the components, open the data, and put the stage on an engine, resumed if the run directory has a checkpoint."""
     accelerator = make_accelerator(config.engine)

@@ -3,7 +3,8 @@
     python tools/make_shapes.py data/shapes --split train --num 40000
     python tools/make_shapes.py data/shapes --split heldout --num 600
 
-Sample i is a pure function of (seed, split, i). The same command continues: finished shards are kept.
+Sample i is a pure function of (seed, split, i). The same command continues: finished shards are kept. A sheet of
+the first pictures, shapes-SPLIT.png, and the settings, shapes-SPLIT.json, lie beside the shards.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from nitro_e import cli
 from nitro_e.config import ConfigError
 from nitro_e.data.writer import atomic_file, write_shard
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import SPLITS, metadata, scene
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("out", type=Path, help="directory of the shards")
@@ -34,10 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resolution", type=int, default=64, help="side of the images, pixels")
     args = parser.parse_args(argv)
-    try:
-        make_shards(**vars(args))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    return cli.run(lambda: make_shards(**vars(args)))
 
 
 def make_shards(
@@ -50,6 +50,7 @@ def make_shards(
         if value < least:
             raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     _check_manifest(out / f"shapes-{split}.json", settings)
+    _write_sheet(out / f"shapes-{split}.png", seed, split, resolution)
     paths = []
     with tqdm(total=num, unit="img", desc=split) as progress:
         for first in range(0, num, samples_per_shard):
@@ -77,6 +78,15 @@ def _check_manifest(path: Path, settings: dict) -> None:
         file.write(json.dumps(settings).encode())
 
 
+def _write_sheet(path: Path, seed: int, split: str, resolution: int, rows: int = 6, columns: int = 12) -> None:
+    """The first rows * columns pictures."""
+    images = [render(scene(seed, split, index), resolution) for index in range(rows * columns)]
+    framed = np.pad(np.stack(images), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    grid = framed.reshape(rows, columns, *framed.shape[1:]).swapaxes(1, 2)  # (rows, side, columns, side, 3)
+    with atomic_file(path) as file:
+        Image.fromarray(grid.reshape(rows * (resolution + 2), columns * (resolution + 2), 3)).save(file, "png")
+
+
 def _samples(seed: int, split: str, indices: range, resolution: int, progress: tqdm) -> Iterator[dict]:
     for index in indices:
         drawn = scene(seed, split, index)
@@ -93,4 +103,4 @@ def _samples(seed: int, split: str, indices: range, resolution: int, progress: t
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""How every command of the project ends: 0, or one line on stderr and a code that scripts can tell apart."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from nitro_e.config import ConfigError, TrainingError
+
+
+def run(command: Callable[[], None]) -> int:
+    """Call `command` and return its exit code: 2 for what the user can mend, 3 for training that failed, 130 for Ctrl-C."""
+    try:
+        command()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"training stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
