@@ -12,10 +12,11 @@ import webdataset
 from PIL import Image
 
 from nitro_e.config import ConfigError
-from nitro_e.data import BadDataError, DataConfig, open_data, write_shard, write_shards
+from nitro_e.data import BadDataError, DataConfig, SourceConfig, open_data, write_shard, write_shards
 from nitro_e.data.catalog import expand_braces
 from nitro_e.data.decode import BadSample, decode_image
 from nitro_e.data.index import scan_tar
+from nitro_e.data.order import quotas
 from nitro_e.data.reader import BadSamples, TarDataset
 
 
@@ -112,6 +113,62 @@ def test_one_epoch_reads_everything_once_and_keys_are_known_in_advance(tmp_path)
     for epoch in (batches[:6], batches[6:]):
         assert len({key for records in epoch for key in records.keys}) == 30
     assert data.keys(range(60)) == [key for records in batches for key in records.keys]
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_mixture_over_worlds_workers_and_resume_points(tmp_path, case):
+    """Exact quotas and coverage, and the same global batches for worlds {1, 2, 4} x workers {0, 2} x any start."""
+    rng = np.random.default_rng(case)
+    sources, sizes = {}, {"a": rng.integers(1, 9, 5), "b": rng.integers(1, 20, 2), "c": rng.integers(1, 30, 1)}
+    for name, counts in sizes.items():
+        for shard, count in enumerate(counts):
+            samples = [{"__key__": f"{name}{shard}_{i}", "npy": latent(i), "txt": name} for i in range(count)]
+            write_shard(tmp_path / f"{name}-{shard}.tar", samples)
+        weight = [2.0, 1.0, 0.0 if case % 2 else 0.5]["abc".index(name)]
+        sources[name] = SourceConfig(shards=(str(tmp_path / f"{name}-*.tar"),), weight=weight)
+
+    def batches(world, workers, step, count):
+        cfg = DataConfig(sources=sources, batch_size=128 // world, workers=workers)
+        data = open_data(cfg, need_pixels=False, seed=case, stage="s")
+        ranks = [data.records(step, rank=rank, world=world) for rank in range(world)]
+        got = [sum((next(records).keys for records in ranks), []) for _ in range(count)]
+        for records in ranks:
+            records.close()
+        return got
+
+    reference = batches(1, 0, 0, 12)
+    for start in (0, 4, 8):  # blocks of 512
+        names = [key[0] for batch in reference[start : start + 4] for key in batch]
+        expected = quotas([source.weight for source in sources.values()]).tolist()
+        assert [names.count(name) for name in "abc"] == expected
+    for name in "abc":
+        seen = [key for batch in reference for key in batch if key[0] == name]
+        total = int(sizes[name].sum())
+        for epoch in range(len(seen) // total):
+            assert len(set(seen[epoch * total : (epoch + 1) * total])) == total
+    for world in (1, 2, 4):
+        for workers in (0, 2) if case < 2 else (0,):
+            step = int(rng.integers(0, 10))
+            assert batches(world, workers, step, 2) == reference[step : step + 2]
+
+
+def test_sources_without_weights_are_a_union(tmp_path):
+    write_shard(tmp_path / "a.tar", latent_samples(5))
+    write_shard(tmp_path / "b.tar", latent_samples(9))
+    sources = {name: SourceConfig(shards=(str(tmp_path / f"{name}.tar"),)) for name in "ab"}
+    data = open_data(DataConfig(sources=sources, batch_size=14, workers=0), need_pixels=False, seed=0, stage="s")
+    assert len(set(next(data.records()).keys)) == 14
+    assert len({json.dumps(opened(str(tmp_path / "*.tar")).fingerprint()), json.dumps(data.fingerprint())}) == 1
+
+
+def test_bad_sources(tmp_path):
+    a = SourceConfig(shards=("x.tar",), weight=1.0)
+    with pytest.raises(ConfigError, match="data.sources.b.weight: missing"):
+        DataConfig(sources={"a": a, "b": SourceConfig(shards=("y.tar",))})
+    with pytest.raises(ConfigError, match="both given"):
+        DataConfig(shards=("y.tar",), sources={"a": a})
+    with pytest.raises(ConfigError, match="data.sources.a.shards: missing shards: x.tar"):
+        open_data(DataConfig(sources={"a": a}), need_pixels=False, seed=0, stage="s")
 
 
 def test_global_rng_is_left_alone(tmp_path):

@@ -101,7 +101,12 @@ def decode_array(content: bytes) -> np.ndarray:
 
 
 def not_finite(rows: np.ndarray) -> np.ndarray:
-    """(B, n) float -> (B,) bool: rows with a NaN or Inf. Half precision is compared as integers, far faster."""
-    if rows.dtype == np.float16:
-        return (rows.view(np.uint16) & np.uint16(0x7FFF)).max(axis=1, initial=0) >= 0x7C00
-    return ~np.isfinite(rows).all(axis=1)
+    """(B, n) float -> (B,) bool: rows with a NaN or Inf.
+
+    Half precision is compared as integers, which needs no copy: +Inf is 0x7C00 and NaN lies above, and with the
+    sign bit set 0xFC00 and above.
+    """
+    if rows.dtype != np.float16:
+        return ~np.isfinite(rows).all(axis=1)
+    positive, any_sign = rows.view(np.int16).max(axis=1, initial=0), rows.view(np.uint16).max(axis=1, initial=0)
+    return (positive >= 0x7C00) | (any_sign >= 0xFC00)

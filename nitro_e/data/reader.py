@@ -7,6 +7,7 @@ Global batch t holds the positions [t * B, (t + 1) * B), B = batch_size * micro_
 takes its contiguous slice, a micro-batch a slice of that. The loader is a plain torch DataLoader and must not be
 given to accelerate, which would split it a second time. Left out: epochs (a stage counts steps).
 
+Every process compares each sample with its CRC the first time it reads it, and believes the file from then on.
 A sample that turns out bad when read (CRC, decoding, NaN, empty caption) is replaced by the next good one of its
 source, the same in every run, and reported. Training stops when more distinct samples are bad than
 max(1, max_bad_fraction * data set), or, to notice early, more than max(8, 10 * max_bad_fraction * samples read).
@@ -52,10 +53,19 @@ class BadDataError(ConfigError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One part of a mixture."""
+
+    shards: tuple[str, ...]
+    weight: float | None = None  # its share of every 512 samples, relative to the others; 0 drops the source
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the samples are and how they are read; the seed of their order belongs to the run."""
 
-    shards: tuple[str, ...]  # webdataset tars: paths, globs, brace ranges
+    shards: tuple[str, ...] = ()  # webdataset tars: paths, globs, brace ranges
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # or several sets; without weights, their union
     batch_size: int = 32  # samples per process and micro-batch
     resolution: int = 512  # pixels per side
     workers: int = 2  # loader processes per training process; 0 reads in the training process
@@ -69,6 +79,26 @@ class DataConfig:
                 raise ConfigError(f"data.{name}: {getattr(self, name)} must be at least {least}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction: {self.max_bad_fraction} must be between 0 and 1")
+        if self.shards and self.sources:
+            raise ConfigError("data.shards and data.sources are both given; put the shards into a source of their own")
+        without = [name for name, source in self.sources.items() if source.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ConfigError(f"data.sources.{without[0]}.weight: missing; give every source a weight, or none of them")
+
+    @property
+    def weights(self) -> list[float] | None:
+        """One per source, or None for the union of all samples."""
+        weights = [source.weight for source in self.sources.values()]
+        return None if not weights or None in weights else weights
+
+    def expand(self) -> list[list[str]]:
+        """Files of each source; none for a source of weight 0. Raises ConfigError naming missing ones."""
+        if not self.sources:
+            return [expand_shards(self.shards)]
+        return [
+            [] if source.weight == 0 else expand_shards(source.shards, f"data.sources.{name}.shards")
+            for name, source in self.sources.items()
+        ]
 
 
 @dataclass
@@ -118,6 +148,10 @@ class TarDataset(Dataset):
     def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
         self.catalog, self.order, self.spec = catalog, order, spec
         self._files = OpenFiles()
+        self._checked: np.ndarray | None = None  # (N,) bool: content was compared with its CRC in this process
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": OpenFiles(), "_checked": None}
 
     def __getitems__(self, positions: range) -> Records:
         try:
@@ -150,10 +184,13 @@ class TarDataset(Dataset):
 
     def load(self, ids: np.ndarray) -> tuple[Records, dict[int, Problem]]:
         """Samples by id, without replacement: what could be read, and {slot: problem} for the rest."""
+        if self._checked is None:
+            self._checked = np.zeros(len(self.catalog), bool)
         shards, failed = self.catalog.shard_of(ids).tolist(), {}
         prompts, info = self._texts(ids, shards, failed)
         latents = self._latents(ids, shards, failed) if self.spec.latents else None
         pixels = self._pixels(ids, shards, failed) if self.spec.images else None
+        self._checked[np.delete(ids, list(failed))] = True
         names = [self.catalog.names[shard] for shard in shards]
         keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
         problems = {slot: Problem(names[slot], keys[slot], reason) for slot, reason in sorted(failed.items())}
@@ -165,10 +202,10 @@ class TarDataset(Dataset):
         column = self.catalog.find(extension)
         if column is None:
             return [None] * len(ids)
-        contents = []
+        contents, checked = [], self._checked[ids].tolist()
         for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[extension][ids].tolist())):
             content = os.pread(self._files[column.paths[shard]], size, offset) if offset else None
-            if content is not None and zlib.crc32(content) != crc:
+            if content is not None and (len(content) != size or not checked[slot] and zlib.crc32(content) != crc):
                 failed.setdefault(slot, f"{extension} is not what was indexed (CRC differs)")
                 content = None
             contents.append(content)
@@ -201,37 +238,35 @@ class TarDataset(Dataset):
     def _latents(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
         """Read the `.npy` members straight into one array and view the part behind their headers."""
         layout, column = self.spec.latents, self.catalog.find("npy")
-        nbytes = layout.nbytes
-        buffer = np.zeros((len(ids), nbytes), np.uint8)
+        nbytes, checked = layout.nbytes, self._checked[ids].tolist()
+        buffer = np.empty((len(ids), nbytes), np.uint8)
         for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows["npy"][ids].tolist())):
             if size != nbytes:
                 failed.setdefault(slot, f"latent of {size} bytes, expected {nbytes} for {layout.shape}")
                 continue
             row = buffer[slot]
-            os.preadv(self._files[column.paths[shard]], [row], offset)
-            if zlib.crc32(row) != crc:
+            read = os.preadv(self._files[column.paths[shard]], [row], offset)
+            if read != nbytes or not checked[slot] and zlib.crc32(row) != crc:
                 failed.setdefault(slot, "npy is not what was indexed (CRC differs)")
         start = len(layout.header)
         headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
         for slot in np.flatnonzero(~headers).tolist():
             failed.setdefault(slot, f"latent is not a {layout.dtype} array of shape {layout.shape}")
         values = buffer[:, start:].view(layout.dtype)
-        for slot in np.flatnonzero(not_finite(values)).tolist():
+        fresh = np.flatnonzero(~self._checked[ids])
+        for slot in fresh[not_finite(values[fresh] if len(fresh) < len(ids) else values)].tolist():
             failed.setdefault(slot, "latent has NaN or Inf")
         return torch.from_numpy(values).unflatten(1, layout.shape)  # (B, C, h, w)
 
 
 class OpenFiles(OrderedDict):
-    """path -> file descriptor; the least recently used ones are closed beyond OPEN_FILES."""
+    """path -> file descriptor; beyond OPEN_FILES the one opened first is closed."""
 
     def __missing__(self, path: str) -> int:
         if len(self) >= OPEN_FILES:
             os.close(self.popitem(last=False)[1])
         self[path] = os.open(path, os.O_RDONLY)
         return self[path]
-
-    def __reduce__(self):
-        return OpenFiles, ()  # descriptors mean nothing in another process
 
 
 class StepSampler(Sampler):
@@ -347,9 +382,9 @@ def open_data(
     `need_pixels`, images are decoded. `latent_shape` (C, h, w) is what stored latents must have, if given.
     Raises ConfigError for missing or damaged shards, captions, images, or latents of another shape.
     """
-    catalog = open_catalog([expand_shards(config.shards)], config.tolerate_shards)
+    catalog = open_catalog(config.expand(), config.tolerate_shards)
     if not len(catalog):
-        raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards, {catalog.names[:3]}")
+        raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first")
     latents = _check_latents(catalog) if use_latents else False
     _check_members(catalog, ("txt", "json"), "caption (txt or json)", "captions")
     if need_pixels or not latents:
@@ -357,7 +392,7 @@ def open_data(
     images = tuple(name for name in IMAGES if catalog.find(name)) if need_pixels or not latents else ()
     layout = _latent_layout(catalog, latent_shape) if latents else None
     spec = ReadSpec(images, layout, _wants_info(catalog, images, latents), config.resolution, config.caption_key)
-    data = Data(config, catalog, Order(catalog.sizes, seed=seed, stage=stage), spec)
+    data = Data(config, catalog, Order(catalog.sizes, config.weights, seed=seed, stage=stage), spec)
     _check_captions(data)
     return data
 
