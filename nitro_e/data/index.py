@@ -73,9 +73,14 @@ def shard_index(path: str | Path, force: bool = False) -> ShardIndex:
     if not force and stored.is_file():
         return _read_stored(path, stored)
     index = scan_tar(path)
-    with atomic_file(stored) as file:
-        file.write(_serialize(index))
+    store_index(path, index)
     return index
+
+
+def store_index(path: str | Path, index: ShardIndex) -> None:
+    """Keep the index of the tar at `path` where `shard_index` finds it."""
+    with atomic_file(index_path(path)) as file:
+        file.write(_serialize(index))
 
 
 def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:

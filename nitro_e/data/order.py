@@ -137,16 +137,20 @@ class Order:
         return entries[key]
 
     def _permutation(self, n: int, *purpose) -> np.ndarray:
-        """A permutation of range(n) that depends on (seed, stage, purpose) only."""
-        text = "\0".join(map(str, (self.seed, self.stage, *purpose)))
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        bits = np.uint64(max(1, int(n - 1).bit_length()))
-        values = np.random.Philox(key=key).random_raw(n) >> bits << bits | np.arange(n, dtype=np.uint64)
-        values.sort()
-        return (values & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64)
+        return permutation(n, self.seed, self.stage, *purpose)
 
     def __getstate__(self):
         return {**self.__dict__, "_tables": {"epoch": {}, "window": {}}}
+
+
+def permutation(n: int, *key) -> np.ndarray:
+    """A random permutation of range(n) that depends on the key's parts only."""
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
+    bits = np.uint64(max(1, int(n - 1).bit_length()))
+    values = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n) >> bits << bits
+    values |= np.arange(n, dtype=np.uint64)
+    values.sort()
+    return (values & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64)
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -48,22 +48,29 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_shard(path: str | Path, samples: Iterable[dict[str, Any]]) -> int:
+def write_shard(
+    path: str | Path, samples: Iterable[dict[str, Any]], check: Callable[[Path], None] | None = None
+) -> int:
     """Write one tar atomically and return the number of samples in it.
 
-    Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON.
+    Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON. `check` is given the finished
+    temporary file; the shard is published only if it does not raise.
     Raises ConfigError for a key that is empty, repeated, or holds a dot or a slash (a reader would split it).
     """
     seen: set[str] = set()
-    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            key = check_key(sample["__key__"])
-            if key in seen:
-                raise ConfigError(f"{path}: key '{key}' appears twice; keys must be unique")
-            seen.add(key)
-            for extension, value in sample.items():
-                if not extension.startswith("__"):
-                    _add_member(tar, f"{key}.{extension}", field_bytes(value))
+    with atomic_file(path) as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                key = check_key(sample["__key__"])
+                if key in seen:
+                    raise ConfigError(f"{path}: key '{key}' appears twice; keys must be unique")
+                seen.add(key)
+                for extension, value in sample.items():
+                    if not extension.startswith("__"):
+                        _add_member(tar, f"{key}.{extension}", field_bytes(value))
+        if check is not None:
+            file.flush()
+            check(Path(file.name))
         index_path(path).unlink(missing_ok=True)  # it describes what was here before
     return len(seen)
 

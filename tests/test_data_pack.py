@@ -1,0 +1,276 @@
+"""Packing: a 64-image sample of each source layout, resume, processes, and what is wrong with input."""
+
+import csv
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nitro_e.config import ConfigError
+from nitro_e.data import DataConfig, open_data
+from nitro_e.data.captions import CaptionTable, rows, stem
+from nitro_e.data.jobs import JobConfig
+from nitro_e.data.pack import (
+    ArchiveUnit, Item, PackConfig, archive_units, folder_units, journeydb_units, pack, prepare, prepare_image,
+    read_parquet, read_sa1b, read_tgz, read_webdataset, table_units,
+)  # fmt: skip
+
+N = 64
+CONFIG = PackConfig(name="t", samples_per_shard=25)
+
+
+def jpeg(i, size=(20, 16)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((size[1], size[0], 3), (i * 3, 255 - i, 7), np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def images(root, pattern="{:02d}.jpg"):
+    for i in range(N):
+        path = root / pattern.format(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i))
+
+
+# One function per layout: make 64 samples as the source lays them out, return the units.
+
+
+def folder_sidecar(root):
+    images(root, "sub/{:02d}.jpg")
+    for i in range(N):
+        (root / f"sub/{i:02d}.txt").write_text(f"picture {i}\n")
+    return folder_units(root, CONFIG)
+
+
+def folder_names(root):
+    images(root, "picture_{}.jpg")
+    return folder_units(root, CONFIG, names=True)
+
+
+def folder_csv(root):
+    images(root)
+    with open(root / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "caption"], *[[f"{i:02d}.jpg", f"picture {i}"] for i in range(N)]])
+    return folder_units(root, CONFIG, captions=root / "captions.csv")
+
+
+def jsonl(root):
+    images(root, "x/{:02d}.jpg")
+    lines = [json.dumps({"image": f"x/{i:02d}.jpg", "meta": {"text": f"picture {i}"}}) for i in range(N)]
+    (root / "list.jsonl").write_text("\n".join(lines))
+    return table_units(root / "list.jsonl", PackConfig(name="t", samples_per_shard=25, caption_column="meta.text"))
+
+
+def parquet(root):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    for part in range(2):
+        ids = range(part * 32, part * 32 + 32)
+        table = pyarrow.table({"image": [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in ids],
+                               "caption": [f"picture {i}" for i in ids]})  # fmt: skip
+        pyarrow.parquet.write_table(table, root / f"p{part}.parquet")
+    return archive_units([str(root / "p*.parquet")], read_parquet, CONFIG)
+
+
+def img2dataset(root):
+    for part in range(2):
+        with tarfile.open(root / f"{part:05d}.tar", "w") as tar:
+            for i in range(part * 32, part * 32 + 32):
+                key = f"{part:05d}{i:04d}"
+                meta = {"key": key, "caption": f"picture {i}", "url": f"http://x/{i}", "status": "success"}
+                for suffix, content in (("jpg", jpeg(i)), ("txt", f"picture {i}".encode()), ("json", json.dumps(meta).encode())):
+                    add(tar, f"{key}.{suffix}", content)
+        (root / f"{part:05d}_stats.json").write_text("{}")
+    return archive_units([str(root / "*.tar")], read_webdataset, CONFIG)
+
+
+def sa1b(root):
+    for part in range(2):
+        with tarfile.open(root / f"sa_{part:06d}.tar", "w") as tar:
+            for i in range(part * 32, part * 32 + 32):
+                add(tar, f"./sa_{i}.jpg", jpeg(i))
+                add(tar, f"./sa_{i}.json", json.dumps({"annotations": ["mask"] * 2000}).encode())
+    (root / "c.jsonl").write_text("\n".join(json.dumps({"id": f"sa_{i}", "caption": f"picture {i}"}) for i in range(N)))
+    table, _ = CaptionTable.build(root / "c.jsonl", root / "tables", "id", "caption")
+    return archive_units([str(root / "sa_*.tar")], read_sa1b, CONFIG, table)
+
+
+def annotations(root):
+    lines = [{"img_path": f"./{i // 32:03d}/im{i}.jpg", "prompt": "p", "Task2": {"Caption": f"picture {i}"}} for i in range(N)]
+    return "\n".join(map(json.dumps, lines)).encode()
+
+
+def journeydb_archives(root):
+    (root / "imgs").mkdir()
+    for part in range(2):
+        with tarfile.open(root / f"imgs/{part:03d}.tgz", "w:gz") as tar:
+            for i in range(part * 32, part * 32 + 32):
+                add(tar, f"{part:03d}/im{i}.jpg", jpeg(i))
+    with tarfile.open(root / "train_anno_realease_repath.jsonl.tgz", "w:gz") as tar:
+        add(tar, "train_anno_realease_repath.jsonl", annotations(root))
+    return journeydb_units(root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables")[0]
+
+
+def journeydb_extracted(root):
+    for i in range(N):
+        path = root / f"imgs/{i // 32:03d}/im{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i))
+    (root / "train_anno.jsonl").write_bytes(annotations(root))
+    return journeydb_units(root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables")[0]
+
+
+LAYOUTS = [folder_sidecar, folder_names, folder_csv, jsonl, parquet, img2dataset, sa1b, journeydb_archives, journeydb_extracted]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(tmp_path, layout):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    entries = pack(layout(source), JobConfig(out=out))
+    assert sum(entry["samples"] for entry in entries) == N and (out / "bad-images.jsonl").read_text() == ""
+    data = open_data(DataConfig(shards=(str(out / "*.tar"),), batch_size=N, resolution=16, workers=0),
+                     need_pixels=True, seed=0, stage="s")  # fmt: skip
+    records = next(data.records())
+    found = {int(prompt.removeprefix("picture ")): x for prompt, x in zip(records.prompts, records.pixels)}
+    assert sorted(found) == list(range(N))
+    for i, pixels in found.items():
+        np.testing.assert_allclose(pixels[:, 8, 8].numpy(), [i * 3, 255 - i, 7], atol=4)
+    assert records.info[0]["width"] == 20 and records.info[0]["source"]
+    originals = {jpeg(i) for i in range(N)}
+    for entry in entries:  # image bytes are copied
+        with tarfile.open(out / entry["shard"]) as tar:
+            assert {tar.extractfile(m).read() for m in tar if m.name.endswith("jpg")} <= originals
+
+
+@pytest.mark.parametrize("layout", [folder_csv, img2dataset])
+def test_same_bytes_for_any_number_of_processes(tmp_path, layout):
+    source = tmp_path / "in"
+    source.mkdir()
+    units = layout(source)
+    pack(units, JobConfig(out=tmp_path / "one"))
+    pack(units, JobConfig(out=tmp_path / "pool", processes=3))
+    for rank in (1, 0):
+        pack(units, JobConfig(out=tmp_path / "ranks", rank=rank, world=2))
+    one, pool, ranks = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("[!.]*")} for name in
+                        ("one", "pool", "ranks"))  # fmt: skip
+    assert one == pool == ranks and len(one) >= 5 and "manifest-images.jsonl" in one
+
+
+def test_second_run_only_does_what_is_missing(tmp_path):
+    (tmp_path / "in").mkdir()
+    units = folder_names(tmp_path / "in")
+    job = JobConfig(out=tmp_path / "out")
+    pack(units, job)
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    before = {path: path.read_bytes() for path in shards}
+    shards[0].unlink()
+    shards[1].write_bytes(b"short")
+    kept = shards[2].stat().st_mtime_ns
+    pack(units, job)
+    assert {path: path.read_bytes() for path in shards} == before and shards[2].stat().st_mtime_ns == kept
+    other = folder_units(tmp_path / "in", PackConfig(name="other", samples_per_shard=25), names=True)
+    with pytest.raises(ConfigError, match="other input or with other options"):
+        pack(other, job)
+    assert pack(other, JobConfig(out=tmp_path / "out", overwrite=True))[0]["first"].startswith("other_")
+
+
+def test_bad_input_is_left_out_and_reported(tmp_path):
+    images(tmp_path / "in")
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        lines = [[f"{i:02d}.jpg", f"picture {i}"] for i in range(N)]
+        lines[3][1] = " "
+        csv.writer(file).writerows([["image", "caption"], *lines, ["missing.jpg", "gone"]])
+    (tmp_path / "in/05.jpg").write_bytes(b"no image")
+    (tmp_path / "in/07.jpg").write_bytes(jpeg(7)[:200])
+    (tmp_path / "in/extra.png").write_bytes(jpeg(1))
+    units = folder_units(tmp_path / "in", CONFIG, captions=tmp_path / "list.csv")
+    entries = pack(units, JobConfig(out=tmp_path / "out"))
+    assert sum(entry["samples"] for entry in entries) == N - 3
+    lines = [json.loads(line) for line in (tmp_path / "out/bad-images.jsonl").read_text().splitlines()]
+    reasons = {line["key"].rsplit("/", 1)[-1]: line["reason"] for line in lines}
+    assert reasons.keys() == {"03.jpg", "05.jpg", "07.jpg", "missing.jpg", "extra.png"}
+    assert reasons["03.jpg"] == "empty caption" and reasons["missing.jpg"] == "image file is missing"
+    assert "does not decode" in reasons["05.jpg"] and "does not decode" in reasons["07.jpg"]
+
+
+def test_too_much_bad_input_stops(tmp_path):
+    images(tmp_path / "in")
+    units = folder_units(tmp_path / "in", CONFIG)  # no caption anywhere
+    with pytest.raises(ConfigError, match="25 bad samples of 25 so far.*no caption file"):
+        pack(units, JobConfig(out=tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_tables_are_checked(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("imag,caption\na.jpg,x\n")
+    with pytest.raises(ConfigError, match="no column 'image', did you mean 'imag'"):
+        table_units(path, CONFIG)
+    path.write_text("image,caption\na.jpg,x\na.jpg,y\n")
+    with pytest.raises(ConfigError, match="1 images appear twice, the first is .*a.jpg"):
+        table_units(path, CONFIG)
+    (tmp_path / "t.jsonl").write_text('{"image": 1\n')
+    with pytest.raises(ConfigError, match="not a valid .jsonl table"):
+        list(rows(tmp_path / "t.jsonl"))
+    with pytest.raises(ConfigError, match="do not exist"):
+        list(rows(tmp_path / "none.csv"))
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ConfigError, match="not a readable parquet"):
+        list(rows(tmp_path / "t.parquet"))
+
+
+def test_caption_table(tmp_path):
+    (tmp_path / "c.tsv").write_text("id\tcaption\n./0/a.jpg\tone\nb\ttwo\na\tthree\n")
+    table, twice = CaptionTable.build(tmp_path / "c.tsv", tmp_path, "id", "caption")
+    assert (table.get("a"), table.get("x/b.png"), table.get("c")) == ("one", "two", None)
+    assert [(problem.key, problem.reason[:9]) for problem in twice] == [("a", "duplicate")]
+    assert stem("a.b c/v1.5 of it") == "v1.5 of it" and stem("x\\y.jpeg") == "y"
+
+
+def test_damaged_archives(tmp_path):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for i in range(20):
+            add(tar, f"{i}.jpg", np.random.default_rng(i).bytes(3000))
+    content = bytearray(content.getvalue())
+    content[-4000] ^= 255
+    (tmp_path / "a.tgz").write_bytes(content)
+    with pytest.raises(ConfigError, match="a.tgz: damaged archive"):
+        list(read_tgz(tmp_path / "a.tgz", CONFIG))
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        add(tar, "a.jpg", jpeg(1))
+    (tmp_path / "b.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:1024])
+    unit = ArchiveUnit("0", str(tmp_path / "b.tar"), read_webdataset, CONFIG)
+    with pytest.raises(ConfigError, match="b.tar: damaged tar"):
+        list(unit.read())
+
+
+def test_images_are_copied_or_converted():
+    content = jpeg(3, (40, 30))
+    assert prepare_image(content, None, 1) == ("jpg", content, (40, 30))
+    assert prepare_image(content, 30, 1)[1] is content
+    extension, small, size = prepare_image(content, 15, 1)
+    assert (extension, size) == ("jpg", (20, 15)) and Image.open(io.BytesIO(small)).size == (20, 15)
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4)).save(buffer, "TIFF")
+    extension, converted, _ = prepare_image(buffer.getvalue(), None, 1)
+    assert extension == "png" and Image.open(io.BytesIO(converted)).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(Exception, match="smaller than --min-side"):
+        prepare_image(content, None, 31)
+
+
+def test_large_json_values_are_dropped():
+    members = prepare(Item("k", jpeg(1), "c", {"url": "u"}), CONFIG)
+    assert list(members) == ["jpg", "txt", "json"] and members["json"]["url"] == "u"
