@@ -66,7 +66,7 @@ def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any
     if suffixes[-1:] == [".parquet"]:
         yield from _read_parquet(path, columns)
     elif suffixes[-1:] == [".tgz"] or suffixes[-2:] == [".tar", ".gz"]:
-        with tarfile.open(path, "r|gz") as tar:
+        with tarfile.open(path, "r:gz") as tar:
             for member in tar:
                 if member.isfile() and not Path(member.name).name.startswith("._"):
                     text = io.TextIOWrapper(tar.extractfile(member), encoding="utf-8", newline="")
