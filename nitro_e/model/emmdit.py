@@ -64,7 +64,7 @@ class ModelConfig:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
             raise ConfigError(f"width {self.width} is not a multiple of 4, which the 2-D position table needs")
-        if self.mlp_ratio <= 0 or int(self.width * self.mlp_ratio) < 1:
+        if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden < 1:
             raise ConfigError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         if min(self.groups) < 0 or self.groups[2] < 1:
             raise ConfigError(f"groups {list(self.groups)}: counts must not be negative, and the last at least 1")
@@ -91,6 +91,10 @@ class ModelConfig:
     @property
     def depth(self) -> int:
         return sum(self.groups)
+
+    @property
+    def mlp_hidden(self) -> int:
+        return round(self.width * self.mlp_ratio)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -200,7 +204,7 @@ class EMMDiT(nn.Module):
         last = c.depth - 1
         self.blocks = nn.ModuleList(
             (layers.LastBlock if index == last else layers.Block)(
-                width, c.heads, int(width * c.mlp_ratio), c.modulation, c.qk_norm, region
+                width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region
             )
             for index, region in enumerate(c.regions)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,52 +40,56 @@ def load_pretrained(
 
     source: our folder, a released `.safetensors` file, or a hub id (then `file` names the file in the repository,
         for example `amd/Nitro-E` with `Nitro-E-512px.safetensors`; without it our layout is expected there).
-    lora: a PEFT adapter folder over the released names, merged into released weights.
+    lora: a PEFT adapter over the released names, which is merged: a folder here or in the same hub repository.
     resolution: 512 or 1024 for released files whose name does not say it (`512px`); decides grid and attention.
     config: the exact config of a released-format file of any other size.
     Raises ConfigError when the weights do not fit, naming what differs.
     """
-    path = _locate(str(source), file)
+    path = locate(source, file)
     if path.is_dir():
-        if lora is not None:
-            raise ConfigError("lora: adapters merge into released weights; merge first with tools/convert.py")
-        return _load_folder(path)
-    state = read_safetensors(path)
-    if not released.is_released(state):
-        raise ConfigError(f"{path} is not in the released format; our own models are folders with a config.json")
-    if config is None:
-        config = released.infer_config(state, *_released_choices(path.name, resolution))
+        if resolution is not None or config is not None:
+            raise ConfigError(f"{path} has a config.json; resolution and config are for files in the released format")
+        model = _build(read_config(path)["model"], read_safetensors(path / "model.safetensors"), path)
+    else:
+        state = read_safetensors(path)
+        if not released.is_released(state):
+            raise ConfigError(f"{path} is not in the released format; our own models are folders with a config.json")
+        if config is None:
+            config = released.infer_config(state, *_released_choices(path.name, resolution))
+        model = _build(config, released.from_released(state, config), path)
     if lora is not None:
-        state = released.merge_lora(state, lora)
-    return _build(config, released.from_released(state, config), path)
+        merged = released.merge_lora(released.to_released(model), locate_lora(lora, source))
+        model.load_state_dict(released.from_released(merged, model.config))
+    return model
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The parsed `config.json` of a model folder: {"model": ModelConfig, "use": dict}."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+        raise ConfigError(f"{folder} is not a model folder: it has no config.json; of a checkpoint, give model/ or ema/")
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if data.get("format") != FORMAT or "model" not in data:
-        raise ConfigError(f"{path}: format {data.get('format')!r} is not {FORMAT}; written by another program or version")
+    if not isinstance(data, dict) or data.get("format") != FORMAT or "model" not in data:
+        found = data.get("format") if isinstance(data, dict) else data
+        raise ConfigError(f"{path}: format {found!r} is not {FORMAT}; written by another program or version")
     return {"model": from_dict(ModelConfig, data["model"], "model"), "use": data.get("use", {})}
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file of weights: float32, bfloat16, float16 or float64."""
     try:
-        return load_file(path)
+        state = load_file(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is not a readable safetensors file ({error}); it may be truncated, copy it again") from None
-
-
-def _load_folder(folder: Path) -> EMMDiT:
-    config = read_config(folder)["model"]
-    return _build(config, read_safetensors(folder / "model.safetensors"), folder)
+    for name, tensor in state.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ConfigError(f"{path}: tensor '{name}' is {tensor.dtype}; weights must be float32, bfloat16 or float16")
+    return state
 
 
 def _build(config: ModelConfig, state: dict[str, torch.Tensor], source: Path) -> EMMDiT:
@@ -114,25 +119,43 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
     module.load_state_dict(state, assign=assign)
 
 
-def _locate(source: str, file: str | None) -> Path:
-    path = Path(source)
-    if path.exists():
-        path = path / file if file else path
+def locate(source: str | Path, file: str | None = None) -> Path:
+    """The local folder or file meant by `source`, downloaded if it is a hub id."""
+    path = Path(source) / file if file else Path(source)
+    if Path(source).exists():
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
         return path
-    if source.count("/") != 1 or source.startswith((".", "/")):
+    if not _is_hub_id(source):
         raise ConfigError(f"'{source}' is neither a folder or file here nor a hub id such as amd/Nitro-E")
+    if file is not None:
+        return _download(str(source), file)
+    _download(str(source), "model.safetensors")
+    return _download(str(source), "config.json").parent
+
+
+def locate_lora(lora: str | Path, source: str | Path) -> Path:
+    """The local adapter folder meant by `lora`, downloaded if it is a folder of the hub repository `source`."""
+    if Path(lora).is_dir():
+        return Path(lora)
+    if Path(source).exists() or not _is_hub_id(source):
+        raise ConfigError(f"lora '{lora}' is not a folder")
+    _download(str(source), f"{lora}/adapter_model.safetensors")
+    return _download(str(source), f"{lora}/adapter_config.json").parent
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII) is not None
+
+
+def _download(repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        if file is not None:
-            return Path(hf_hub_download(source, file))
-        hf_hub_download(source, "model.safetensors")
-        return Path(hf_hub_download(source, "config.json")).parent
+        return Path(hf_hub_download(repository, name))
     except Exception as error:  # the hub raises many kinds: no network, no such repository, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"cannot get '{file or 'config.json'}' of hub repository '{source}': {reason}") from None
+        raise ConfigError(f"'{repository}' is not here, and the hub gives no '{name}' of that repository: {reason}") from None
 
 
 def _released_choices(name: str, resolution: int | None) -> tuple[int, tuple[str, ...]]:

@@ -7,13 +7,16 @@ both follow it, so a round trip is exact. Released tensors that are no parameter
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,14 +27,28 @@ from nitro_e.model.layers import sincos_table
 POSITION_TABLE = "pos_embed.pos_embed"
 PROJECTOR = "projectors."
 
+# What every released model has, and weights do not show.
+RELEASED_CHOICES = dict(compression=(2, 4), position_reinforcement=True, modulation="affine", qk_norm=True, text_mask="none")
+RELEASED_CYCLES = (("full", "4x1", "4x4"), ("full",))  # 512 px and 1024 px
+
+
+def check_representable(config: ModelConfig) -> None:
+    """Refuse a model that programs reading the released format would load as something else, or not at all."""
+    for field, value in RELEASED_CHOICES.items():
+        if getattr(config, field) != value:
+            raise ConfigError(f"the released format has {field} {_plain(value)} only; this model has {_plain(getattr(config, field))}")
+    if config.attention not in RELEASED_CYCLES:
+        known = " or ".join(str(_plain(cycle)) for cycle in RELEASED_CYCLES)
+        raise ConfigError(f"the released format has attention {known} only; this model has {_plain(config.attention)}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
 
 def released_names(config: ModelConfig) -> dict[str, list[str]]:
     """Our parameter name -> released names, to be concatenated along the first axis and flattened to our shape."""
-    if config.modulation != "affine" or not config.qk_norm:
-        raise ConfigError(
-            "the released format has modulation 'affine' and qk_norm on; this model has "
-            f"modulation '{config.modulation}' and qk_norm {config.qk_norm}"
-        )
+    check_representable(config)
     names: dict[str, list[str]] = {}
 
     def linear(ours: str, *theirs: str) -> None:
@@ -47,9 +64,8 @@ def released_names(config: ModelConfig) -> dict[str, list[str]]:
         for ours, theirs in ((0, 1), (2, 3)):
             linear(f"compress.paths.{path}.{ours}", f"tokencompressor.0.0.body{ratio}x.{theirs}")
             linear(f"reconstruct.paths.{path}.{ours}", f"tokenreconstructor.0.0.body{ratio}x.{theirs}")
-    if config.compression:
-        linear("reconstruct.merge.0", "tokenreconstructor.0.0.mergers.0")
-        linear("reconstruct.merge.2", "tokenreconstructor.0.0.mergers.2")
+    linear("reconstruct.merge.0", "tokenreconstructor.0.0.mergers.0")
+    linear("reconstruct.merge.2", "tokenreconstructor.0.0.mergers.2")
     linear("out", "proj_out")
 
     block_names = [f"block_groups.{g}.{i}" for g, count in enumerate(config.groups) for i in range(count)]
@@ -88,43 +104,56 @@ def is_released(state: dict[str, Any]) -> bool:
 
 def infer_config(state: dict[str, Tensor], base_grid: int, attention: tuple[str, ...]) -> ModelConfig:
     """The config of a released state dict. Weights do not show the training grid and the attention cycle."""
-    blocks = [re.match(r"block_groups\.(\d+)\.(\d+)\.", name) for name in state]
-    indices = {(int(match[1]), int(match[2])) for match in blocks if match}
-    groups = tuple(sum(group == g for group, _ in indices) for g in range(3))
-    ratios = sorted(int(match[1]) for name in state if (match := re.match(r"tokencompressor\.0\.0\.body(\d+)x\.1\.bias", name)))
-    width, channels, patch_size, _ = state["pos_embed.proj.weight"].shape
+
+    def shape(name: str, dimensions: int) -> torch.Size:
+        if name not in state or state[name].ndim != dimensions:
+            raise ConfigError(f"not the released format: it needs a {dimensions}-dimensional tensor '{name}'")
+        return state[name].shape
+
+    matches = [re.match(r"block_groups\.([012])\.(\d+)\.", name) for name in state]
+    blocks = sorted({(int(match[1]), int(match[2])) for match in matches if match})
+    if not blocks:
+        raise ConfigError("not the released format: it has no tensors under 'block_groups.'")
+    first = "block_groups.{}.{}".format(*blocks[0])
+    width, channels, patch_size, _ = shape("pos_embed.proj.weight", 4)
     return ModelConfig(
         latent_channels=channels,
-        text_width=state["context_embedder.weight"].shape[1],
+        text_width=shape("context_embedder.weight", 2)[1],
         patch_size=patch_size,
         width=width,
-        heads=width // state["block_groups.0.0.attn.norm_q.weight"].shape[0],
-        mlp_ratio=state["block_groups.0.0.ff.net.0.proj.weight"].shape[0] / width,
-        groups=groups,
-        compression=tuple(ratios),
+        heads=width // shape(f"{first}.attn.norm_q.weight", 1)[0],
+        mlp_ratio=shape(f"{first}.ff.net.0.proj.weight", 2)[0] / width,
+        groups=tuple(sum(group == g for group, _ in blocks) for g in range(3)),
         attention=attention,
         base_grid=base_grid,
-        position_table=int(state[POSITION_TABLE].shape[1] ** 0.5),
+        position_table=math.isqrt(shape(POSITION_TABLE, 3)[1]),
     )
 
 
 def from_released(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Released state dict -> ours. Missing, unknown or misshapen tensors raise ConfigError naming them."""
-    names = released_names(config)
-    wanted = {name for parts in names.values() for name in parts}
-    extra = [name for name in state if name not in wanted and name != POSITION_TABLE and not name.startswith(PROJECTOR)]
-    missing = sorted(wanted - state.keys())
-    if missing or extra:
-        raise ConfigError(f"not the released format of this config: missing {missing[:3]}, unknown {extra[:3]}")
-    shapes = _shapes(config)
-    ours = {}
-    for name, parts in names.items():
-        tensor = torch.cat([state[part] for part in parts])
-        if tensor.numel() != shapes[name].numel():
-            raise ConfigError(f"{parts[0]} has shape {list(state[parts[0]].shape)}, which does not fit {name} {list(shapes[name])}")
-        ours[name] = tensor.reshape(shapes[name])
+    """Released state dict -> ours. Missing, unknown or misshapen tensors raise ConfigError naming them.
+
+    The REPA projector, if it is there, is left out: it is no part of the model.
+    """
+    wanted = released_shapes(config)
+    wrong = {
+        "missing": [name for name in wanted if name not in state],
+        "unknown": [name for name in state if name not in wanted and not name.startswith(PROJECTOR)],
+        "misshapen": [
+            f"{name} {list(state[name].shape)} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in state and tuple(state[name].shape) != shape
+        ],
+    }
+    detail = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in wrong.items() if names)
+    if detail:
+        raise ConfigError(f"not the released format of this config: {detail}")
     _check_position_table(state[POSITION_TABLE], config)
-    return ours
+    shapes = _shapes(config)
+    return {
+        name: torch.cat([state[part] for part in parts]).reshape(shapes[name])
+        for name, parts in released_names(config).items()
+    }
 
 
 def to_released(model: EMMDiT) -> dict[str, Tensor]:
@@ -138,6 +167,7 @@ def to_released(model: EMMDiT) -> dict[str, Tensor]:
     return released
 
 
+@functools.lru_cache(maxsize=8)
 def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the released format, without allocating weights."""
     with torch.device("meta"):
@@ -153,63 +183,96 @@ def _released_shape(name: str, tensor: Tensor, config: ModelConfig) -> tuple[int
     return tuple(tensor.shape)
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in EMMDiT(config).state_dict().items()}
 
 
 def _check_position_table(table: Tensor, config: ModelConfig) -> None:
-    ours = sincos_table(config.position_table, config.width, config.base_grid, config.interpolation)
-    if not torch.allclose(table.float().reshape(ours.shape), ours, atol=1e-5):
+    ours = sincos_table(config.position_table, config.width, config.base_grid, config.interpolation).to(table.dtype)
+    tolerance = max(1e-5, torch.finfo(table.dtype).eps)
+    if not torch.allclose(table.reshape(ours.shape).float(), ours.float(), rtol=0, atol=tolerance):
         raise ConfigError(f"{POSITION_TABLE} is not the table of base_grid {config.base_grid}; give the right resolution")
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA
 
+# Entries of adapter_config.json that may be set without changing W + scale * B A. Any other that is set is refused.
+HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave W as it is
+
 
 def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
     """Add a PEFT LoRA adapter to a released state dict: W + scale * B A for every target.
 
-    Rank, alpha and their per-module patterns are read from `adapter_config.json`. What this cannot express exactly
-    (DoRA, trained biases, saved modules, other adapter kinds, ...) raises ConfigError naming it.
+    Rank, alpha and their per-module patterns are read from `adapter_config.json`; targets are the tensors of
+    `adapter_model.safetensors`. What this cannot express exactly (DoRA, trained biases, saved modules, starts that
+    change W, other adapter kinds, ...) raises ConfigError naming it.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} has no adapter_config.json: not a PEFT adapter folder") from None
-    _refuse_inexact(config, folder)
-    adapter = load_file(folder / "adapter_model.safetensors")
-    merged, seen = dict(state), set()
-    for module, a, b in _pairs(adapter, folder):
+    config = _read_adapter_config(folder)
+    merged = dict(state)
+    for module, a, b in _pairs(_read_adapter(folder), folder):
         name = f"{module}.weight"
         if name not in state:
             raise ConfigError(f"{folder}: adapter target '{module}' is not in the released model")
-        rank = _matched(config.get("rank_pattern"), module, config["r"])
-        alpha = _matched(config.get("alpha_pattern"), module, config["lora_alpha"])
-        if a.shape[0] != rank:
-            raise ConfigError(f"{folder}: '{module}' has rank {a.shape[0]}, adapter_config.json says {rank}")
+        weight, a, b = state[name], a.double().flatten(1), b.double().flatten(1)  # of a convolution: flat kernels
+        rank, ranks = len(a), _matched(config.get("rank_pattern"), module, config["r"])
+        if rank not in ranks:
+            raise ConfigError(f"{folder}: '{module}' has rank {rank}, adapter_config.json says {ranks[0]}")
+        alpha, *others = _matched(config.get("alpha_pattern"), module, config["lora_alpha"])
+        if others:
+            raise ConfigError(f"{folder}: alpha_pattern gives '{module}' both {alpha} and {others[0]}; no telling which it had")
+        if b.shape != (len(weight), rank) or a.shape[1] != weight[0].numel():
+            raise ConfigError(
+                f"{folder}: '{module}' has LoRA factors {list(b.shape)} x {list(a.shape)} for a weight {list(weight.shape)}"
+            )
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        delta = scale * (b.double() @ a.double())
-        merged[name] = (state[name].double() + delta.reshape(state[name].shape)).to(state[name].dtype)
-        seen.add(module)
-    if not seen:
-        raise ConfigError(f"{folder}: adapter_model.safetensors holds no lora_A / lora_B tensors")
+        merged[name] = (weight.double() + (scale * (b @ a)).reshape(weight.shape)).to(weight.dtype)
     return merged
 
 
-def _refuse_inexact(config: dict, folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
-    inexact = (
-        "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters",
-        "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config", "megatron_config",
-    )  # fmt: skip
-    for key in inexact:
-        if config.get(key):
-            raise ConfigError(f"{folder}: {key} = {config[key]!r} cannot be merged exactly into the released weights")
-    if config.get("bias", "none") != "none":
-        raise ConfigError(f"{folder}: bias = {config['bias']!r} cannot be merged exactly; only 'none' can")
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder} has no adapter_config.json: not a PEFT adapter folder") from None
+    except ValueError as error:
+        raise ConfigError(f"{folder}/adapter_config.json is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise ConfigError(f"{folder}: peft_type is {kind!r}; only LORA can be merged")
+    for key, value in config.items():
+        if value and key not in HARMLESS:
+            raise ConfigError(f"{folder}: {key} = {value!r} cannot be merged exactly into the released weights")
+    for key, exact in {"bias": ("none", None), "init_lora_weights": PLAIN_STARTS}.items():
+        if config.get(key) not in exact:
+            raise ConfigError(
+                f"{folder}: {key} = {config[key]!r} cannot be merged exactly into the released weights; only {exact} can"
+            )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise ConfigError(f"{folder}: {key} = {config.get(key)!r} in adapter_config.json is not a positive number")
+    return config
+
+
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    try:
+        adapter = load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; save the adapter with PEFT's save_pretrained (safetensors)") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
+    if not adapter:
+        raise ConfigError(f"{path} holds no lora_A / lora_B tensors")
+    return adapter
 
 
 def _pairs(adapter: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -227,9 +290,10 @@ def _pairs(adapter: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Tens
         yield module, pair["A"], pair["B"]
 
 
-def _matched(pattern: dict | None, module: str, default: float) -> float:
-    """PEFT's rule: a pattern key matches a module whose dotted name ends in it."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _matched(pattern: dict | None, module: str, default: float) -> list[float]:
+    """The distinct values of the pattern keys that match the module's dotted name or the end of it (PEFT's rule).
+
+    PEFT takes the first match, but saves the keys sorted, so of several only the tensors can tell.
+    """
+    values = [value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)]
+    return list(dict.fromkeys(values)) or [default]

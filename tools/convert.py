@@ -1,0 +1,121 @@
+"""Convert weights between the released format and our model folders, both ways, merging a LoRA adapter on the way.
+
+    python tools/convert.py amd/Nitro-E models/nitro-e-512 --file Nitro-E-512px.safetensors
+    python tools/convert.py amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
+    python tools/convert.py runs/mine@ema mine-512px.safetensors --to-released
+
+SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint. A model
+folder can be sampled at once (python sample.py models/nitro-e-512 ...); what sampling needs is written beside the
+weights. The released format holds the weights alone, bit for bit, for other programs. The REPA projector that some
+released files carry is left out and reported: it serves training only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nitro_e.checkpoint import model_folder
+from nitro_e.components import ComponentConfig
+from nitro_e.config import ConfigError, to_dict
+from nitro_e.model import EMMDiT, released
+from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config, save_pretrained
+from nitro_e.pipeline import Use
+from nitro_e.sampling import SamplingConfig
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or a new .safetensors file with --to-released")
+    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
+    parser.add_argument("--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the hub repository")
+    parser.add_argument("--resolution", type=int, choices=[512, 1024], help="when the file's name does not say it")
+    parser.add_argument("--to-released", action="store_true", help="write the released format instead of a model folder")
+    options = parser.parse_args(arguments)
+    try:
+        print(convert(options))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(options: argparse.Namespace) -> str:
+    """Read, convert, write; returns what to tell the user."""
+    out: Path = options.out
+    if out.exists():
+        raise ConfigError(f"OUT '{out}' exists; remove it or give another name")
+    if options.to_released and out.suffix != ".safetensors":
+        raise ConfigError(f"OUT '{out}': --to-released writes a file; its name must end in .safetensors")
+    if not options.to_released and out.suffix == ".safetensors":
+        raise ConfigError(f"OUT '{out}': a model folder is written; for a released-format file add --to-released")
+    path = find(options.source, options.file)
+    lora = None if options.lora is None else locate_lora(options.lora, options.source)
+    model = load_pretrained(path, lora=lora, resolution=options.resolution)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if options.to_released:
+        write_file(model, out)
+        lines = [f"{out}: the released format; its reader must be told: attention {', '.join(model.config.attention)}"]
+    else:
+        use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
+        write_folder(model, out, use)
+        lines = [f"{out}: model folder; try it: python sample.py {out} --prompt \"...\""]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines.append(f"{parameters:,} parameters in {next(model.parameters()).dtype}" + (f", {lora} merged" if lora else ""))
+    return "\n".join([*lines, *left_out(path)])
+
+
+def find(source: str, file: str | None) -> Path:
+    """The file or model folder; directories may be runs or checkpoints too."""
+    if file is None and Path(source.partition("@")[0]).is_dir():
+        return model_folder(source)
+    return locate(source, file)
+
+
+def use_of_released(name: str, model: EMMDiT) -> dict[str, Any]:
+    """How released weights are sampled: 20 guided steps, or 4 without guidance for the distilled ones."""
+    distilled = "-dist" in name
+    sampling = SamplingConfig(
+        resolution=32 * model.config.base_grid * model.config.patch_size,  # 32 pixels per latent cell
+        steps=4 if distilled else 20,
+        guidance_scale=0.0 if distilled else 4.5,
+        sampler="euler",
+        grid="released",
+    )
+    codec = ComponentConfig(name="dc-ae-f32c32")
+    text = ComponentConfig(name="llama-3.2-1b", clean_caption=True)
+    return to_dict(Use(codec=codec, text=text, sampling=sampling))
+
+
+def write_file(model: EMMDiT, out: Path) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    save_file(released.to_released(model), temporary, metadata={"format": "pt"})
+    os.replace(temporary, out)
+
+
+def write_folder(model: EMMDiT, out: Path, use: dict[str, Any]) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_pretrained(model, temporary, use)
+    temporary.rename(out)
+
+
+def left_out(path: Path) -> list[str]:
+    """What of a released file is not in the model."""
+    if path.is_dir():
+        return []
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(released.PROJECTOR)]
+    return [f"left out: {len(names)} tensors of the REPA projector ({names[0]}, ...); it serves training only"] if names else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
