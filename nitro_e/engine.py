@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class Engine:
             self.run_folder, start_step=self.step, wandb=self.config.wandb, config=self.record, enabled=main
         )
         stream = self.stage.batches(self.step, rank, world, self.config.accumulate)
-        bar = tqdm(total=self.config.steps, initial=self.step, desc=self.stage.name, disable=not main, mininterval=1)
+        bar = tqdm(total=self.config.steps, initial=self.step, desc=self.stage.name, disable=not main, mininterval=1 if sys.stderr.isatty() else 30)
         self._since, self._seconds_waiting = (time.perf_counter(), self.step), 0.0
         with self._signals():
             while self.step < self.config.steps and not self._must_stop():
@@ -264,9 +265,15 @@ class Engine:
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
-            meta = {"stage": self.stage.name, "seed": self.seed, "data": self.stage.fingerprint, "skipped": self.skipped}
+            meta = {**self._identity(), "skipped": self.skipped}
             checkpoint.save(self.run_folder, self.step, self._write, meta, self.config.keep_last)
         self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a resume to continue the same run."""
+        data = {f"data {key}": value for key, value in self.stage.fingerprint.items()}
+        batch = self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
+        return {"stage": self.stage.name, "seed": self.seed, "global batch": batch, **data}
 
     def _write(self, folder: Path) -> None:
         save_pretrained(self.stage.export(self.stage.model), folder / "model", self.use)
@@ -288,12 +295,11 @@ class Engine:
         if folder is None:
             return
         meta = checkpoint.read_meta(folder)
-        for key, now in (("stage", self.stage.name), ("seed", self.seed), ("data", self.stage.fingerprint)):
-            if meta[key] != now:
-                raise ConfigError(
-                    f"{folder} was trained with {key} {meta[key]!r}, this config has {now!r}; "
-                    "give the changed experiment its own run directory (run=...)"
-                )
+        now = self._identity()
+        before = {key: meta.get(key) for key in now}
+        if now != before:
+            changed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key])
+            raise ConfigError(f"{folder} is of another experiment ({changed}); give this one its own run directory: run=...")
         for phase, optimizers in zip(self.stage.phases, self.optimizers):
             state = torch.load(folder / "trainer" / f"{phase.name}.pt", map_location="cpu", weights_only=True)
             load_state(phase.module, state["module"], folder)

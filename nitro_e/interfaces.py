@@ -99,7 +99,7 @@ class Stage(Protocol):
     model: nn.Module  # averaged by the EMA, shown by hooks
     phases: tuple[Phase, ...]  # run in this order at every step
     batch_size: int  # samples of one micro-batch
-    fingerprint: str  # of the data order; a resume with another one is refused
+    fingerprint: dict[str, Any]  # of the data order; a resume with another one is refused
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Any]:
         """Endless micro-batches of one process, from optimiser step `step` on."""

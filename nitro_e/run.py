@@ -117,8 +117,12 @@ def build(config: RunConfig) -> Engine:
     accelerator = make_accelerator(config.engine)
     device = accelerator.device
     vision = config.components.vision
-    data = open_data(config.data, need_pixels=vision is not None, seed=config.seed, stage=config.name)
     codec = build_codec(config.components.codec, device)
+    side = config.data.resolution // codec.stride
+    data = open_data(
+        config.data, need_pixels=vision is not None, seed=config.seed, stage=config.name,
+        latent_shape=(codec.channels, side, side),
+    )  # fmt: skip
     text = build_text_encoder(config.components.text, device)
     if text.width != config.model.text_width:
         raise ConfigError(f"model.text_width is {config.model.text_width}, but the text encoder gives {text.width}")
@@ -129,8 +133,9 @@ def build(config: RunConfig) -> Engine:
     )
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
     prompts = config.prompts or first_captions(data, 8)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    data.bad.report = config.folder / f"bad_samples.rank{accelerator.process_index}.jsonl"
     if accelerator.is_main_process:
-        config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / "config.yaml").write_text(dump(config))
     return Engine(
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),

@@ -11,7 +11,7 @@ from nitro_e.model import EMMDiT, released
 
 DATA = Path(__file__).parent / "data"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests are small; more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)

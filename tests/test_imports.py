@@ -1,0 +1,89 @@
+"""Imports go one way, and each library has few owners (an AST walk; nothing is imported)."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "nitro_e"
+
+# module or folder -> the parts of the package it may import
+ALLOWED = {
+    "config": set(),
+    "randomness": set(),
+    "interfaces": {"optim", "randomness"},  # for annotations only
+    "cli": {"config"},
+    "flow": {"config"},
+    "optim": {"config"},
+    "metrics": {"config"},
+    "model": {"config", "interfaces"},
+    "codec": {"config", "interfaces"},
+    "text": {"config", "interfaces"},
+    "vision": {"config", "interfaces"},
+    "components": {"config", "interfaces", "codec", "text", "vision"},
+    "data": {"config", "interfaces", "components", "randomness"},
+    "sampling": {"config", "interfaces", "flow"},
+    "checkpoint": {"config", "model"},
+    "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
+    "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness", "pipeline"},
+    "engine": {"config", "interfaces", "checkpoint", "metrics", "optim", "randomness", "model.pretrained"},
+    "shapes": {"config", "interfaces"},
+    "run": None,  # everything
+    "__init__": None,
+}
+
+# library -> the modules that may import it
+OWNERS = {
+    "accelerate": {"engine"},
+    "ema_pytorch": {"engine"},
+    "wandb": {"metrics"},
+    "diffusers": {"codec", "text"},  # text: the released caption cleaner
+    "transformers": {"text"},
+    "timm": {"vision"},
+    "webdataset": {"data"},
+    "huggingface_hub": {"model"},
+}
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_import_direction():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own, allowed = part(path), ALLOWED[part(path)]
+        for name in imports(path):
+            if not name.startswith("nitro_e.") or allowed is None:
+                continue
+            target = name.removeprefix("nitro_e.")
+            other = target.split(".")[0]
+            if other != own and other not in allowed and not any(target.startswith(item + ".") for item in allowed):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_every_library_has_its_owners():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in imports(path):
+            library = name.split(".")[0]
+            if library in OWNERS and part(path) not in OWNERS[library]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {library}")
+    assert not wrong
+
+
+def test_config_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, nitro_e.config, nitro_e.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -1,0 +1,274 @@
+"""The whole path through `train.py` and `sample.py` at toy size, and every kind of bad input."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from nitro_e import checkpoint, metrics
+from nitro_e.data import write_shard
+from nitro_e.model import EMMDiT
+from nitro_e.pipeline import TextToImage
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
+import train  # noqa: E402
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
+RECIPE = """
+name: toy
+model: {preset: micro-8, latent_channels: 24, text_width: 128}
+stage: {kind: flow_matching, optim: {lr: 2e-3, warmup: 2}}
+data: {shards: [SHARDS], batch_size: 4, resolution: 64, workers: 0}
+components: {codec: dct-f8c24, text: hash}
+engine: {steps: 6, save_every: 3, sample_every: 0, log_every: 1, precision: float32, wandb: disabled, ema: {beta: 0.9}}
+sampling: {resolution: 64, steps: 2, guidance_scale: 2.0}
+"""
+
+
+def png(colour, size=64) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def samples(count: int = 24):
+    for index in range(count):
+        name, colour = list(COLOURS.items())[index % 3]
+        yield {"__key__": f"{index:04d}", "png": png(colour), "txt": f"a plain {name} square"}
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    write_shard(tmp_path / "toy-000000.tar", samples())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("SHARDS", f"{tmp_path}/toy-*.tar"))
+    return path
+
+
+def run_train(recipe: Path, run: Path, *overrides: str) -> int:
+    return train.main([str(recipe), f"run={run}", *overrides])
+
+
+def test_train_resume_and_sample(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=3") == 0
+    assert run_train(recipe, run, "engine.sample_every=3") == 0  # the same command goes on
+    assert "resuming" in capsys.readouterr().out
+    assert [row["step"] for row in metrics.read(run)] == [1, 2, 3, 4, 5, 6]
+    assert (run / "samples" / "step-0000006-samples.png").is_file() and (run / "config.yaml").is_file()
+    assert run_train(recipe, run) == 0  # nothing left to do
+
+    out = tmp_path / "out"
+    arguments = ["--prompt", "a plain red square", "--num-images", "2", "--seed", "5", "--out", str(out)]
+    assert sample.main([str(run), *arguments]) == 0
+    pictures = sorted(out.glob("0*.png"))
+    assert len(pictures) == 2 and (out / "grid.png").is_file()
+    first = Image.open(pictures[0])
+    assert first.size == (64, 64) and first.text["prompt"] == "a plain red square"
+    assert json.loads(first.text["settings"])["seed"] == 5
+    one = TextToImage.from_pretrained(f"{run}@ema")(["a plain red square"], seeds=[6])
+    assert np.abs(np.asarray(one[0]).astype(int) - np.asarray(Image.open(pictures[1])).astype(int)).max() <= 1
+
+
+def test_training_learns_the_colours(recipe, tmp_path):
+    """After a minute's worth of toy steps the loss has fallen and prompts decide the colour."""
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=120", "engine.save_every=120", "engine.log_every=20", "engine.ema=null",
+                     "data.batch_size=12", "model.gate_init=one", "stage.optim.lr=4e-3") == 0  # fmt: skip
+    losses = [row["loss"] for row in metrics.read(run)]
+    assert losses[-1] < 0.5 * losses[0]
+    prompts = [f"a plain {name} square" for name in COLOURS]
+    pixels = TextToImage.from_pretrained(run).pixels(prompts, steps=10, guidance_scale=1.0)
+    mean = pixels.mean(dim=(2, 3))  # (3 prompts, RGB)
+    assert mean.argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_sigkill_and_the_same_command_again(recipe, tmp_path):
+    """A killed run continues from its last checkpoint and ends with the losses of an undisturbed one."""
+    clean, run = tmp_path / "clean", tmp_path / "run"
+    options = ["engine.steps=40", "engine.save_every=5"]
+    assert run_train(recipe, clean, *options) == 0
+    command = [sys.executable, str(ROOT / "train.py"), str(recipe), f"run={run}", *options]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not checkpoint.latest(run):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = checkpoint.read_meta(checkpoint.latest(run))["step"]
+    assert reached < 40, "the process ended before it could be killed"
+    assert run_train(recipe, run, *options) == 0
+    expected = {row["step"]: row["loss"] for row in metrics.read(clean)}
+    assert {row["step"]: row["loss"] for row in metrics.read(run)} == expected
+
+
+def test_sigterm_saves_and_ends_well(recipe, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), str(recipe), f"run={run}", "engine.steps=100000", "engine.save_every=100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped at step" in output
+    assert checkpoint.latest(run) is not None
+
+
+def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_train(recipe, one, "data.batch_size=8") == 0
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), str(recipe),
+        f"run={two}", "data.batch_size=4",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(metrics.read(one), metrics.read(two), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_real_component_classes_and_repa(recipe, tmp_path):
+    """DC-AE, Llama and DINOv2 of the real library classes, tiny and random, from local folders; REPA on."""
+    tiny.save_autoencoder_dc(tmp_path / "dcae")
+    tiny.save_llama(tmp_path / "llama")
+    tiny.save_dinov2(tmp_path / "dino")
+    run = tmp_path / "run"
+    options = [
+        f"components={{codec: {{name: dc-ae-f32c32, path: {tmp_path}/dcae}}, "
+        f"text: {{name: llama-3.2-1b, path: {tmp_path}/llama, length: 16}}, "
+        f"vision: {{name: dinov2-b14, path: {tmp_path}/dino}}}}",
+        "model.latent_channels=8", "model.text_width=32", "data.resolution=32", "sampling.resolution=32",
+        "stage.repa={tap: 1, width: 16}", "engine.ema=null",
+    ]  # fmt: skip
+    assert run_train(recipe, run, *options) == 0
+    rows = metrics.read(run)
+    assert all(-1 <= row["repa_loss"] <= 1 for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["velocity_loss"] + 0.5 * row["repa_loss"], rel=1e-4)
+    exported = EMMDiT.from_pretrained(checkpoint.model_folder(run))
+    assert not any("projector" in name for name in exported.state_dict())
+    assert len(TextToImage.from_pretrained(run)(["a red circle"])) == 1
+
+
+def test_stored_latents_are_trained_on_without_images(recipe, tmp_path):
+    """Training on `.npy` raw latents gives the losses of training on the images they come from."""
+    from nitro_e.codec import DCT_SIZES, DCTCodec
+
+    codec = DCTCodec(*DCT_SIZES["dct-f8c24"])
+    stored = []
+    for item in samples():
+        array = np.asarray(Image.open(io.BytesIO(item["png"])))
+        pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        latent = codec.encode_pixels(pixels)[0].numpy().astype(np.float16)
+        stored.append({"__key__": item["__key__"], "npy": latent, "txt": item["txt"]})
+    write_shard(tmp_path / "stored" / "toy-000000.tar", stored)
+    assert run_train(recipe, tmp_path / "a") == 0
+    assert run_train(recipe, tmp_path / "b", f"data.shards=[{tmp_path}/stored/*.tar]") == 0
+    for a, b in zip(metrics.read(tmp_path / "a"), metrics.read(tmp_path / "b"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+
+
+def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_train(recipe, first) == 0
+    assert run_train(recipe, second, f"init_from={first}@ema", "engine.steps=1", "stage.optim.lr=0") == 0
+    ours = EMMDiT.from_pretrained(checkpoint.model_folder(f"{second}@model")).state_dict()
+    theirs = EMMDiT.from_pretrained(checkpoint.model_folder(f"{first}@ema")).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert run_train(recipe, tmp_path / "third", f"init_from={first}", "model.heads=4") == 2
+    assert "another architecture: heads 2 there, 4 here" in capsys.readouterr().err
+
+
+def break_captions(folder: Path) -> None:
+    write_shard(folder / "toy-000000.tar", ({k: v for k, v in item.items() if k != "txt"} for item in samples()))
+
+
+def break_images(folder: Path) -> None:
+    write_shard(folder / "toy-000000.tar", ({**item, "png": b"not a picture"} for item in samples()))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "toy-000000.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+BAD = {
+    "unknown key": (["stage.optim.lrr=1"], "unknown key 'stage.optim.lrr', did you mean 'stage.optim.lr'?"),
+    "wrong type": (["engine.steps=many"], "engine.steps: expected int, got 'many'"),
+    "no such recipe": (None, "does not exist"),
+    "missing shards": (["data.shards=[nowhere/x-000.tar, nowhere/x-001.tar]"], "nowhere/x-000.tar"),
+    "no captions": (break_captions, "caption"),
+    "images that do not decode": (break_images, "image does not decode"),
+    "truncated tar": (truncate, "toy-000000.tar"),
+    "tokens and pattern": (["components.text={name: hash, length: 18}"], "nearest text length that works: 16 or 20"),
+    "grid and compression": (["data.resolution=48", "sampling.resolution=48"], "compression ratio 4"),
+    "channels": (["model.latent_channels=32"], "model.latent_channels is 32, but 'dct-f8c24' has 24"),
+    "text width": (["model.text_width=64"], "model.text_width is 64, but 'hash' gives 128"),
+    "codec name": (["components.codec=dct-f8c42"], "did you mean 'dct-f8c24'?"),
+    "REPA alone": (["stage.repa={tap: 1}"], "REPA needs a vision encoder"),
+    "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose 1 to 1 or 4 to 4"),
+    "init_from": (["init_from=nowhere"], "'nowhere' does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, recipe, tmp_path, capsys):
+    change, words = BAD[case]
+    if change is None:
+        recipe.unlink()
+    elif callable(change):
+        change(tmp_path)
+    assert run_train(recipe, tmp_path / "run", *(change if isinstance(change, list) else [])) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in error
+
+
+def test_one_image_that_does_not_decode_is_replaced_and_counted(recipe, tmp_path, caplog):
+    items = list(samples())
+    items[7]["png"] = b"not a picture"
+    write_shard(tmp_path / "toy-000000.tar", items)
+    run = tmp_path / "run"
+    assert run_train(recipe, run) == 0
+    reports = [json.loads(line) for line in (run / "bad_samples.rank0.jsonl").read_text().splitlines()]
+    assert [report["key"] for report in reports] == ["0007"]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_train(recipe, run) == 0
+    assert run_train(recipe, run, "model.groups=[1, 3, 1]", "engine.steps=9") == 2
+    assert "of another architecture" in capsys.readouterr().err
+
+
+def test_sample_refuses_what_it_cannot_draw(recipe, tmp_path, capsys):
+    assert sample.main([str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
+    assert run_train(recipe, tmp_path / "run", "engine.steps=1") == 0
+    for arguments, words in (
+        ([], "nothing to draw"),
+        (["--prompt", "x", "--steps", "0"], "steps must be at least 1"),
+        (["--prompt", "x", "--sampler", "heunn"], "sampling.sampler: 'heunn' is not one of euler, heun"),
+        (["--prompts-file", "missing.txt"], "does not exist"),
+        (["--prompt", "x", "--num-images", "0"], "--num-images must be at least 1"),
+    ):
+        assert sample.main([str(tmp_path / "run"), *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_dry_run_tells_what_would_be_trained(recipe, tmp_path, capsys):
+    assert train.main([str(recipe), f"run={tmp_path}/run", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "64 / 20 / 64" in out and "toy-000000.tar:" in out and not (tmp_path / "run").exists()
