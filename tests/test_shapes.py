@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from nitro_e.codec import DCT_SIZES, DCTCodec
 from nitro_e.config import ConfigError
 from nitro_e.shapes import judge as judge_module
 from nitro_e.shapes import scenes
@@ -373,6 +374,18 @@ def noise(pixels: torch.Tensor, sigma: float, rng: torch.Generator) -> torch.Ten
     return (pixels + 2 * sigma * torch.randn(pixels.shape, generator=rng)).clamp(-1, 1)
 
 
+def half_size(pixels: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
+
+
+CODEC = DCTCodec(*DCT_SIZES["dct-f8c24"])  # 29 dB on these pictures
+
+
+def noisy_latents(pixels: torch.Tensor, sigma: float, rng: torch.Generator) -> torch.Tensor:
+    latents = CODEC.normalize(CODEC.encode_pixels(pixels))
+    return latents + sigma * torch.randn(latents.shape, generator=rng)
+
+
 def jpeg(pixels: torch.Tensor) -> torch.Tensor:
     out = []
     for image in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy():
@@ -388,8 +401,10 @@ def jpeg(pixels: torch.Tensor) -> torch.Tensor:
         pytest.param(lambda p, g: noise(p, 0.1, g), id="noise .1"),
         pytest.param(lambda p, g: blur(p, 1.0), id="blur 1 px"),
         pytest.param(lambda p, g: noise(blur(p, 0.7), 0.05, g), id="blur .7, noise .05"),
-        pytest.param(lambda p, g: F.interpolate(F.avg_pool2d(p, 2), scale_factor=2), id="half size"),
+        pytest.param(lambda p, g: half_size(p), id="half size"),
         pytest.param(lambda p, g: jpeg(p), id="jpeg 75"),
+        pytest.param(lambda p, g: CODEC.decode(CODEC.normalize(CODEC.encode_pixels(p))), id="dct-f8c24"),
+        pytest.param(lambda p, g: CODEC.decode(noisy_latents(p, 0.1, g)), id="dct-f8c24, noisy latents"),
         pytest.param(lambda p, g: 0.75 * p, id="contrast .75"),
         pytest.param(lambda p, g: (p * 127.5).round().to(torch.bfloat16) / 127.5, id="bfloat16"),
     ],
@@ -432,6 +447,39 @@ def test_tricks_earn_nothing():
     assert verdicts[-1].strict  # the honest one
     debris = judge(paint((circle, "red"), (disk(8, 8, 2.5), "blue"))[None], [red_circle])[0]
     assert debris.geneval and not debris.strict and debris.partial == 0.5
+
+
+def regular(corners: int, inner: float = 1.0, turn: float = 0.0, width: float = 1.0) -> list:
+    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
+    radii = [inner if i % 2 else 1.0 for i in range(corners)]
+    return [(width * r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(radii, angles)]
+
+
+@pytest.mark.parametrize("radius", [9, 13])
+def test_other_shapes_have_no_name(radius):
+    strangers = {
+        "diamond": regular(4),
+        "triangle on its tip": regular(3, turn=math.pi),
+        "star on its tip": regular(10, inner=0.45, turn=math.pi),
+        "star of four": regular(8, inner=0.4),
+        "star of six": regular(12, inner=0.5),
+        "ellipse": regular(60, width=0.7),
+        "rectangle": [(-1, -0.6), (1, -0.6), (1, 0.6), (-1, 0.6)],
+        "right triangle": [(-1, -1), (1, 1), (-1, 1)],
+        "trapezoid": [(-0.4, -1), (0.4, -1), (1, 1), (-1, 1)],
+        "L": [(-1, -1), (0, -1), (0, 0), (1, 0), (1, 1), (-1, 1)],
+        "half a disk": [(math.sin(a), math.cos(a)) for a in np.linspace(0, math.pi, 30)],
+    }
+    known = {shape: polygon(shape) for shape in scenes.SHAPES}
+    images = []
+    for corners in (strangers | known).values():
+        canvas = Image.new("L", (512, 512))
+        placed = [((32 + radius * x) * 8, (32 + radius * y) * 8) for x, y in corners]
+        ImageDraw.Draw(canvas).polygon(placed, fill=1)
+        inside = torch.from_numpy(np.array(canvas)).float().reshape(64, 8, 64, 8).mean(dim=(1, 3))
+        images.append(paint((torch.ones(64, 64, dtype=torch.bool), "blue")).lerp(paint(), 1 - inside))
+    names = [[thing.name for thing in found] for found in find_objects(torch.stack(images))]
+    assert names == [[None]] * len(strangers) + [[shape] for shape in known]
 
 
 def flood_fill(mask: np.ndarray) -> np.ndarray:
@@ -524,6 +572,7 @@ def test_shards_hold_the_scenes(tool, tmp_path):
             assert members[f"{key}.txt"].decode() == record["prompt"]
             index += 1
     assert index == 25
+    assert Image.open(tmp_path / "shapes-heldout.png").size == (12 * 66, 6 * 66)
 
 
 def test_shards_are_reproducible_resumable_and_never_mixed(tool, tmp_path):

@@ -3,8 +3,8 @@
     python tools/make_shapes.py data/shapes --split train --num 40000
     python tools/make_shapes.py data/shapes --split heldout --num 600
 
-Sample i is a pure function of (seed, split, i). The same command continues: finished shards are kept. A sheet of
-the first pictures, shapes-SPLIT.png, and the settings, shapes-SPLIT.json, lie beside the shards.
+Sample i is a pure function of (seed, split, i). The same command continues: finished shards are kept.
+shapes-SPLIT.png, a sheet of the first pictures, and shapes-SPLIT.json, the settings, lie beside the shards.
 """
 
 from __future__ import annotations
@@ -78,13 +78,14 @@ def _check_manifest(path: Path, settings: dict) -> None:
         file.write(json.dumps(settings).encode())
 
 
-def _write_sheet(path: Path, seed: int, split: str, resolution: int, rows: int = 6, columns: int = 12) -> None:
-    """The first rows * columns pictures."""
+def _write_sheet(path: Path, seed: int, split: str, resolution: int) -> None:
+    """The first 72 pictures."""
+    rows, columns, side = 6, 12, resolution + 2
     images = [render(scene(seed, split, index), resolution) for index in range(rows * columns)]
     framed = np.pad(np.stack(images), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    grid = framed.reshape(rows, columns, *framed.shape[1:]).swapaxes(1, 2)  # (rows, side, columns, side, 3)
+    grid = framed.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
     with atomic_file(path) as file:
-        Image.fromarray(grid.reshape(rows * (resolution + 2), columns * (resolution + 2), 3)).save(file, "png")
+        Image.fromarray(grid).save(file, "png")
 
 
 def _samples(seed: int, split: str, indices: range, resolution: int, progress: tqdm) -> Iterator[dict]:
