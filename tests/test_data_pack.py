@@ -12,6 +12,7 @@ from PIL import Image
 from nitro_e.config import ConfigError
 from nitro_e.data import DataConfig, open_data
 from nitro_e.data.captions import CaptionTable, rows, stem
+from nitro_e.data.decode import BadSample
 from nitro_e.data.jobs import JobConfig
 from nitro_e.data.pack import (
     ArchiveUnit, Item, PackConfig, archive_units, folder_units, journeydb_units, pack, prepare, prepare_image,
@@ -267,7 +268,13 @@ def test_images_are_copied_or_converted():
     Image.new("RGBA", (4, 4)).save(buffer, "TIFF")
     extension, converted, _ = prepare_image(buffer.getvalue(), None, 1)
     assert extension == "png" and Image.open(io.BytesIO(converted)).getpixel((0, 0)) == (255, 255, 255)
-    with pytest.raises(Exception, match="smaller than --min-side"):
+    buffer = io.BytesIO()
+    Image.effect_noise((50, 50), 90).save(buffer, "PNG")
+    flipped = bytearray(buffer.getvalue())
+    flipped[-16] ^= 1  # the checksum of the pixel data
+    with pytest.raises(BadSample, match="does not decode"):
+        prepare_image(bytes(flipped), None, 1)
+    with pytest.raises(BadSample, match="smaller than --min-side"):
         prepare_image(content, None, 31)
 
 

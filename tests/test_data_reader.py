@@ -9,34 +9,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from data_samples import flip_byte, image_samples, latent, latent_samples, png
 from PIL import Image
 
 from nitro_e.config import ConfigError
 from nitro_e.data import BadDataError, DataConfig, SourceConfig, open_data, write_shard, write_shards
 from nitro_e.data.catalog import expand_braces
 from nitro_e.data.decode import BadSample, decode_image
-from nitro_e.data.index import scan_tar
 from nitro_e.data.order import quotas
 from nitro_e.data.reader import BadSamples, TarDataset
-
-
-def png(i=0, size=(12, 8), mode="RGB"):
-    pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], len(mode)), np.uint8).squeeze()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels, mode).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def latent(i):
-    return np.random.default_rng(i).standard_normal((4, 2, 2)).astype(np.float16)
-
-
-def image_samples(n=30):
-    return [{"__key__": f"s{i:03d}", "png": png(i), "txt": f"caption {i}", "json": {"n": i}} for i in range(n)]
-
-
-def latent_samples(n=30):
-    return [{"__key__": f"s{i:03d}", "npy": latent(i), "txt": f"caption {i}"} for i in range(n)]
 
 
 def make(tmp_path, samples, per_shard=7):
@@ -50,13 +31,6 @@ def config(*shards, **kwargs):
 
 def opened(*shards, need_pixels=False, seed=0, use_latents=True, **kwargs):
     return open_data(config(*shards, **kwargs), need_pixels=need_pixels, use_latents=use_latents, seed=seed, stage="s")
-
-
-def flip_byte(path, key, extension):
-    row = next(row for row in scan_tar(path).rows if row["__key__"].decode() == key)
-    content = bytearray(path.read_bytes())
-    content[int(row[extension]["offset"]) + int(row[extension]["size"]) - 2] ^= 0x10
-    path.write_bytes(content)
 
 
 def test_same_samples_as_webdataset(tmp_path):

@@ -135,7 +135,7 @@ def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0) -> 
     Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that do
     not match.
     """
-    grouped = [_group_columns(paths) for paths in sources]
+    grouped = [group_columns(paths) for paths in sources]
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
     names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
     parts: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in names}
@@ -169,7 +169,7 @@ def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0) -> 
     return Catalog(shard_names, sizes, columns, digest.hexdigest(), problems)
 
 
-def _group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:
+def group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:
     """{shard: {column name: path}} in order of first appearance."""
     stems = [Path(path).name for path in paths]
     by_folder = len(set(stems)) < len(stems)

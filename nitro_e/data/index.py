@@ -71,7 +71,7 @@ def shard_index(path: str | Path, force: bool = False) -> ShardIndex:
     path = Path(path)
     stored = index_path(path)
     if not force and stored.is_file():
-        return _read_stored(path, stored)
+        return read_stored(path, stored)
     index = scan_tar(path)
     store_index(path, index)
     return index
@@ -242,7 +242,7 @@ def _serialize(index: ShardIndex) -> bytes:
     return buffer.getvalue()
 
 
-def _read_stored(path: Path, stored: Path) -> ShardIndex:
+def read_stored(path: Path, stored: Path) -> ShardIndex:
     try:
         with open(stored, "rb") as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)

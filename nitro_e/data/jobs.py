@@ -12,7 +12,6 @@ Left out: dynamic claims between machines (units are dealt out by number, rank r
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import json
 import os
@@ -20,7 +19,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,10 +49,7 @@ class Result:
 
     shards: list[dict] = field(default_factory=list)  # manifest entries
     bad: list[Problem] = field(default_factory=list)
-
-    @property
-    def samples(self) -> int:
-        return sum(entry["samples"] for entry in self.shards)
+    samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +70,28 @@ class JobConfig:
             raise ConfigError(f"--processes {self.processes} must be at least 1")
 
 
-def run_job(name: str, units: Sequence[Unit], work: Callable[[Any], Result], config: JobConfig) -> list[dict]:
+Work = Callable[[Sequence[Any]], Iterator[tuple[Any, Result]]]
+
+
+def run_job(name: str, units: Sequence[Unit], work: Work, config: JobConfig) -> list[dict]:
     """Do every unit of this rank that is not done yet; return the manifest entries of those that are done.
 
-    `work` must be picklable when processes > 1. Raises ConfigError when OUT holds the result of other input, and when
-    more samples are bad than max(10, max_bad_fraction * samples).
+    `work` takes the units that remain and yields (unit, result) as they are finished; `each` makes one from a
+    function of a single unit. Raises ConfigError when OUT holds the result of other input, and when more samples are
+    bad than max(10, max_bad_fraction * samples).
     """
     journal = config.out / ".journal" / name
     mine = [unit for index, unit in enumerate(units) if index % config.world == config.rank]
     done = {unit.name: entry for unit in mine if (entry := _journal_entry(journal, unit, config))}
     todo = [unit for unit in mine if unit.name not in done]
-    samples = sum(sum(shard["samples"] for shard in entry["shards"]) for entry in done.values())
+    samples = sum(entry["samples"] for entry in done.values())
     bad = sum(len(entry["bad"]) for entry in done.values())
     progress = tqdm(total=len(mine), initial=len(done), desc=name, unit="unit")
-    with progress, concurrent_results(work, todo, config.processes) as results:
+    with progress, closing(work(todo)) as results:
         for unit, result in results:
             samples, bad = samples + result.samples, bad + len(result.bad)
-            entry = {"unit": unit.name, "fingerprint": unit.fingerprint(), "shards": result.shards,
-                     "bad": [asdict(problem) for problem in result.bad]}  # fmt: skip
+            entry = {"unit": unit.name, "fingerprint": unit.fingerprint(), "samples": result.samples,
+                     "shards": result.shards, "bad": [asdict(problem) for problem in result.bad]}  # fmt: skip
             _check_bad(bad, samples, result, config.max_bad_fraction)
             write_json(journal / f"{unit.name}.json", entry)
             progress.set_postfix(samples=samples, bad=bad)
@@ -97,13 +101,14 @@ def run_job(name: str, units: Sequence[Unit], work: Callable[[Any], Result], con
 
 def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     """Entries of all finished units; written to OUT once none is missing."""
-    shards, bad, missing = [], [], 0
+    shards, bad, samples, missing = [], [], 0, 0
     for unit in units:
         path = out / ".journal" / name / f"{unit.name}.json"
         if path.is_file():
             entry = json.loads(path.read_text())
             shards += entry["shards"]
             bad += entry["bad"]
+            samples += entry["samples"]
         else:
             missing += 1
     if missing:
@@ -111,27 +116,32 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     else:
         _write_lines(out / f"manifest-{name}.jsonl", shards)
         _write_lines(out / f"bad-{name}.jsonl", bad)
-        total = sum(entry["samples"] for entry in shards)
-        print(f"{name}: {total} samples in {len(shards)} shards, {len(bad)} left out, in {out}")
+        print(f"{name}: {samples} samples in {len(shards)} shards, {len(bad)} left out, in {out}")
     return shards
 
 
 def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
     """Store the index of a finished shard and describe it for the manifest."""
     store_index(path, index)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
     keys = index.rows["__key__"]
     return {
         "shard": path.name,
         "bytes": index.nbytes,
-        "sha256": sha256,
+        "sha256": sha256_of(path),
         "samples": len(keys),
         "first": keys[0].decode() if len(keys) else None,
         "last": keys[-1].decode() if len(keys) else None,
         "members": list(index.extensions),
         **extra,
     }
+
+
+def sha256_of(path: Path) -> str:
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def digest(*parts: Any) -> str:
@@ -144,42 +154,32 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
-class concurrent_results:
-    """Context: iterate over (unit, work(unit)) as they finish, in this process or in several."""
+def each(function: Callable[[Any], Result], processes: int = 1) -> Work:
+    """Work that calls a picklable `function(unit)`, in this process or in several."""
+    return partial(_each, function, processes)
 
-    def __init__(self, work: Callable, units: Sequence[Any], processes: int):
-        self.work, self.units, self.processes, self.pool = work, units, processes, None
 
-    def __enter__(self) -> Iterator[tuple[Any, Any]]:
-        if self.processes == 1 or len(self.units) < 2:
-            return ((unit, self.work(unit)) for unit in self.units)
-        self.pool = concurrent.futures.ProcessPoolExecutor(
-            min(self.processes, len(self.units)), initializer=_start_worker, initargs=(os.getpid(),)
-        )
-        return self._gather()
-
-    def _gather(self) -> Iterator[tuple[Any, Any]]:
-        pending: dict[concurrent.futures.Future, Any] = {}
-        units = iter(self.units)
+def _each(function: Callable, processes: int, units: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    if processes == 1 or len(units) < 2:
+        for unit in units:
+            yield unit, function(unit)
+        return
+    waiting, pending = iter(units), {}
+    pool = ProcessPoolExecutor(min(processes, len(units)), initializer=_start_worker, initargs=(os.getpid(),))
+    try:
         while True:
-            while len(pending) < 2 * self.processes and (unit := next(units, None)) is not None:
-                pending[self.pool.submit(self.work, unit)] = unit
+            while len(pending) < 2 * processes and (unit := next(waiting, None)) is not None:
+                pending[pool.submit(function, unit)] = unit
             if not pending:
                 return
-            finished, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in finished:
-                unit = pending.pop(future)
-                try:
-                    yield unit, future.result()
-                except concurrent.futures.process.BrokenProcessPool:
-                    raise ConfigError(
-                        f"a worker process died, probably out of memory, near unit {getattr(unit, 'name', unit)};"
-                        " run the same command again with fewer --processes"
-                    ) from None
-
-    def __exit__(self, *_) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                yield pending.pop(future), future.result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            "a worker process died, most likely out of memory; run the same command again with fewer --processes"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(parent: int) -> None:
@@ -227,10 +227,3 @@ def _write_lines(path: Path, lines: list[dict]) -> None:
     with atomic_file(path) as file:
         for line in lines:
             file.write((json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n").encode())
-
-
-def _sha256(file) -> str:  # Python 3.10
-    state = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        state.update(chunk)
-    return state.hexdigest()

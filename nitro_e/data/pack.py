@@ -33,7 +33,7 @@ from nitro_e.data.captions import CaptionTable, open_parquet, rows, stem, value_
 from nitro_e.data.catalog import IMAGES, expand_shards
 from nitro_e.data.decode import BadSample, decode_caption, decode_info, to_rgb
 from nitro_e.data.index import Problem, scan_tar
-from nitro_e.data.jobs import JobConfig, Result, digest, publish_entry, run_job
+from nitro_e.data.jobs import JobConfig, Result, digest, each, publish_entry, run_job
 from nitro_e.data.order import permutation
 from nitro_e.data.writer import write_shard
 
@@ -119,7 +119,7 @@ def pack(units: Sequence[ListUnit | ArchiveUnit], job: JobConfig) -> list[dict]:
     """Write the shards of all units and their manifest; see jobs.run_job."""
     if not units:
         raise ConfigError("nothing to pack; check the input path")
-    return run_job("images", units, partial(pack_unit, out=job.out), job)
+    return run_job("images", units, each(partial(pack_unit, out=job.out), job.processes), job)
 
 
 def pack_unit(unit: ListUnit | ArchiveUnit, out: Path) -> Result:
@@ -129,7 +129,7 @@ def pack_unit(unit: ListUnit | ArchiveUnit, out: Path) -> Result:
     for part, first in enumerate(samples):
         suffix = f"-{part:03d}" if isinstance(unit, ArchiveUnit) else ""
         path = out / f"images-{unit.name}{suffix}.tar"
-        write_shard(path, chain([first], islice(samples, config.samples_per_shard - 1)))
+        result.samples += write_shard(path, chain([first], islice(samples, config.samples_per_shard - 1)))
         result.shards.append(publish_entry(path, scan_tar(path), source=config.name))
     return result
 
@@ -165,6 +165,9 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
 def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[str, bytes, tuple[int, int]]:
     """(extension, bytes, (width, height)): decoded once to be sure, encoded anew only when it has to be."""
     try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "PNG":
+                image.verify()  # the checksums of its chunks, which decoding does not look at
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             kind, size = image.format, image.size

@@ -70,6 +70,7 @@ class DataConfig:
     resolution: int = 512  # pixels per side
     workers: int = 2  # loader processes per training process; 0 reads in the training process
     caption_key: str = "caption"  # inside the json member, where there is no txt
+    use_latents: bool = True  # stored ones, if the shards have them; False decodes images instead
     max_bad_fraction: float = 0.001  # of the data set may be unusable
     tolerate_shards: int = 0  # damaged tars that are left out, and reported, instead of being an error
 
@@ -361,8 +362,8 @@ class Data:
             TarDataset(self.catalog, self.order, self.spec),
             batch_sampler=sampler,
             num_workers=self.config.workers,
-            collate_fn=_identity,
-            worker_init_fn=_ignore_interrupts,
+            collate_fn=identity,
+            worker_init_fn=ignore_interrupts,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or it would draw from the global one
         )
@@ -385,11 +386,11 @@ def open_data(
     catalog = open_catalog(config.expand(), config.tolerate_shards)
     if not len(catalog):
         raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first")
-    latents = _check_latents(catalog) if use_latents else False
+    latents = _check_latents(catalog) if use_latents and config.use_latents else False
     _check_members(catalog, ("txt", "json"), "caption (txt or json)", "captions")
     if need_pixels or not latents:
         _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images")
-    images = tuple(name for name in IMAGES if catalog.find(name)) if need_pixels or not latents else ()
+    images = image_spec(catalog) if need_pixels or not latents else ()
     layout = _latent_layout(catalog, latent_shape) if latents else None
     spec = ReadSpec(images, layout, _wants_info(catalog, images, latents), config.resolution, config.caption_key)
     data = Data(config, catalog, Order(catalog.sizes, config.weights, seed=seed, stage=stage), spec)
@@ -420,6 +421,11 @@ def _check_members(catalog: Catalog, extensions: tuple[str, ...], what: str, rem
             )
     if not has.all():
         catalog.keep(has, f"no {what}")
+
+
+def image_spec(catalog: Catalog) -> tuple[str, ...]:
+    """The image extensions that occur, in the order in which they are preferred."""
+    return tuple(name for name in IMAGES if catalog.find(name))
 
 
 def _wants_info(catalog: Catalog, images: tuple[str, ...], latents: bool) -> bool:
@@ -460,9 +466,9 @@ def _check_captions(data: Data) -> None:
         raise ConfigError(f"{failed[0]}; set data.caption_key to the right one")
 
 
-def _identity(records: Records) -> Records:
+def identity(records: Records) -> Records:
     return records
 
 
-def _ignore_interrupts(worker: int) -> None:
+def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process ends its workers

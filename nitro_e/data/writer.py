@@ -51,28 +51,43 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 def write_shard(
     path: str | Path, samples: Iterable[dict[str, Any]], check: Callable[[Path], None] | None = None
 ) -> int:
-    """Write one tar atomically and return the number of samples in it.
+    """Write one tar atomically and return the number of samples in it; see `open_shard`."""
+    count = 0
+    with open_shard(path, check) as add:
+        for sample in samples:
+            add(sample)
+            count += 1
+    return count
+
+
+@contextmanager
+def open_shard(
+    path: str | Path, check: Callable[[Path], None] | None = None
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that adds samples to a new tar, which is published when the block ends well.
 
     Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON. `check` is given the finished
     temporary file; the shard is published only if it does not raise.
     Raises ConfigError for a key that is empty, repeated, or holds a dot or a slash (a reader would split it).
     """
     seen: set[str] = set()
+
+    def add(sample: dict[str, Any]) -> None:
+        key = check_key(sample["__key__"])
+        if key in seen:
+            raise ConfigError(f"{path}: key '{key}' appears twice; keys must be unique")
+        seen.add(key)
+        for extension, value in sample.items():
+            if not extension.startswith("__"):
+                _add_member(tar, f"{key}.{extension}", field_bytes(value))
+
     with atomic_file(path) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                key = check_key(sample["__key__"])
-                if key in seen:
-                    raise ConfigError(f"{path}: key '{key}' appears twice; keys must be unique")
-                seen.add(key)
-                for extension, value in sample.items():
-                    if not extension.startswith("__"):
-                        _add_member(tar, f"{key}.{extension}", field_bytes(value))
+            yield add
         if check is not None:
             file.flush()
             check(Path(file.name))
         index_path(path).unlink(missing_ok=True)  # it describes what was here before
-    return len(seen)
 
 
 def write_shards(samples: Iterable[dict[str, Any]], pattern: str, samples_per_shard: int = 1000) -> list[Path]:
