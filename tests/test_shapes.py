@@ -482,6 +482,14 @@ def test_other_shapes_have_no_name(radius):
     assert names == [[None]] * len(strangers) + [[shape] for shape in known]
 
 
+def test_objects_at_the_edge_are_judged_as_they_are_seen():
+    square, disk_half_outside = torch.zeros(64, 64, dtype=torch.bool), disk(0, 32, 12)
+    square[:18, 46:] = True
+    found = find_objects(torch.stack([paint((square, "green")), paint((disk_half_outside, "green"))]))
+    assert [[thing.name for thing in things] for things in found] == [["square"], [None]]
+    assert found[0][0].box == (46, 0, 64, 18)
+
+
 def flood_fill(mask: np.ndarray) -> np.ndarray:
     labels, fresh = np.zeros(mask.shape, int), 0
     for start in zip(*np.nonzero(mask)):

@@ -171,8 +171,9 @@ def _overlaps(
     """(N, shapes): soft IoU of each silhouette, centered and of unit area, with the nearest template."""
     grid = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * REACH
     size = np.sqrt(area)[:, None]
-    x0, wx = _split(center[:, :1] + grid * size, labels.shape[2])  # (N, CELLS)
-    y0, wy = _split(center[:, 1:] + grid * size, labels.shape[1])
+    labels = np.pad(labels, ((0, 0), (1, 1), (1, 1)))  # background, for places outside the image
+    x0, wx = _split(center[:, :1] + grid * size + 1, labels.shape[2])  # (N, CELLS)
+    y0, wy = _split(center[:, 1:] + grid * size + 1, labels.shape[1])
     silhouette = np.zeros((len(names), CELLS, CELLS), np.float32)
     for dy in (0, 1):
         for dx in (0, 1):
@@ -188,7 +189,7 @@ def _overlaps(
 
 
 def _split(place: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel index and fraction for linear interpolation; places outside the image are held at its edge."""
+    """Pixel index and fraction for linear interpolation; places outside are held at the edge."""
     place = place.clip(0, size - 1)
     index = np.minimum(place.astype(int), size - 2)
     return index, (place - index).astype(np.float32)
