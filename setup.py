@@ -25,6 +25,7 @@ setup(
             "ema-pytorch>=0.7.3",
             "webdataset>=0.2.100",
             "wandb>=0.18",
+            "tensorboard>=2.17",
             "torchvision",
             "timm>=1.0.12",  # DINOv2, for REPA
             "peft>=0.14",

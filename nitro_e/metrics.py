@@ -1,7 +1,12 @@
-"""Where numbers and pictures of a run go: `metrics.jsonl` is the record, wandb a mirror that may fail.
+"""Where numbers and pictures of a run go: files in the run directory are the record, a tracker is a mirror that may fail.
 
-Lines are appended; a resumed run writes a new `attempt`, and lines of an earlier attempt past the step where the new
-one starts are superseded (`read` drops them).
+    RUN/metrics.jsonl                  one line per report, each with its attempt, step and time; events are lines too
+    RUN/samples/step-0001000-NAME.png  pictures
+    RUN/wandb/ or RUN/tensorboard/     what the tracker keeps
+
+Lines are only ever appended. A resumed run starts a new attempt; lines of earlier attempts past the step where it
+starts are superseded, and `read` drops them. Training never stops for a tracker: after three failures it is dropped.
+A full disk does not stop training either, but is reported as an error at every line until the disk has room again.
 """
 
 from __future__ import annotations
@@ -11,97 +16,186 @@ import logging
 import netrc
 import os
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
+
+from nitro_e.environment import environment
 
 log = logging.getLogger(__name__)
 
-WandbMode = Literal["auto", "online", "offline", "disabled"]
+# auto: wandb with a login at hand, else tensorboard if installed, else none. WANDB_MODE is obeyed.
+Tracker = Literal["auto", "none", "wandb", "wandb:offline", "tensorboard"]
+MAX_FAILURES = 3
+WandbMode = Literal["auto", "online", "offline", "disabled"]  # of the former argument `wandb`
 
 
 class Metrics:
-    """Writer of one run. Only the main process makes one that is `enabled`."""
+    """Writer of one attempt of a run. Only the main process makes one that is `enabled`."""
 
-    def __init__(self, run: Path, *, start_step: int, wandb: WandbMode, config: dict[str, Any], enabled: bool) -> None:
-        self.run, self.enabled, self.failures = run, enabled, 0
-        self._file = self._wandb = None
+    def __init__(
+        self, run: Path, *, start_step: int, config: dict[str, Any], enabled: bool, tracker: Tracker = "auto",
+        wandb: WandbMode | None = None,
+    ) -> None:  # fmt: skip
+        if wandb is not None:
+            tracker = {"auto": "auto", "online": "wandb", "offline": "wandb:offline", "disabled": "none"}[wandb]
+        self.run, self.enabled, self.step = run, enabled, start_step
+        self.failures, self.mirror = 0, None
         if not enabled:
             return
         path = run / "metrics.jsonl"
-        attempts = [row["attempt"] for row in _rows(path)] if path.exists() else []
-        self.attempt = max(attempts, default=0) + 1
-        self._file = path.open("a", buffering=1)
-        self._write_line({"step": start_step, "event": "start"})
-        self._start_wandb(wandb, config)
+        self.attempt = 1 + max((row.get("attempt", 0) for row in _rows(path)), default=0)
+        self._lines = _Lines(path)
+        self.event(start_step, "start", environment=environment())
+        self._start_tracker(tracker, config)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record scalars of an optimiser step."""
-        if not self.enabled or not values:
-            return
-        self._write_line({"step": step, **values})
-        self._mirror({"step": step, **values})
+        if self.enabled and values:
+            self._write_line(step, values)
+            self._guard(lambda mirror: mirror.log(step, values))
 
     def write_image(self, step: int, name: str, image: Image.Image) -> Path:
-        """Save `samples/step-N-NAME.png` and mirror it."""
+        """Save `samples/step-N-NAME.png`, then mirror it."""
         path = self.run / "samples" / f"step-{step:07d}-{name}.png"
         if self.enabled:
-            path.parent.mkdir(exist_ok=True)
-            image.save(path)
-            if self._wandb is not None:
-                import wandb
-
-                self._mirror({"step": step, name: wandb.Image(image)})
+            try:
+                _save_png(image, path)
+            except OSError as error:
+                log.error("%s could not be written: %s", path, error)
+                self.event(step, "warning", message=f"{path.name} could not be written: {error}")
+            self._guard(lambda mirror: mirror.log_image(step, name, image))
         return path
 
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Record something that happened, such as a skipped step or a checkpoint that could not be written."""
+        if self.enabled:
+            self._write_line(step, {"event": event, **details})
+
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._wandb is not None:
-            self._attempt_wandb(self._wandb.finish)
+        if self.enabled:
+            self._guard(lambda mirror: mirror.close())
+            self.mirror = None
+            self._lines.close()
 
-    def _write_line(self, row: dict[str, Any]) -> None:
-        row = {"attempt": self.attempt, "time": round(time.time(), 3), **row}
-        self._file.write(json.dumps(row) + "\n")
+    def _write_line(self, step: int, values: dict[str, Any]) -> None:
+        self.step = step
+        row = {"attempt": self.attempt, "time": round(time.time(), 3), "step": step, **values}
+        self._lines.append(json.dumps(row))
 
-    def _start_wandb(self, mode: WandbMode, config: dict[str, Any]) -> None:
-        if mode == "disabled":
+    def _start_tracker(self, tracker: Tracker, config: dict[str, Any]) -> None:
+        kind, _, mode = tracker.partition(":")
+        if kind == "auto":
+            kind = _best_tracker()
+        mode = mode or os.environ.get("WANDB_MODE", "online")
+        if kind == "wandb" and mode == "online" and not has_wandb_key():
+            self._warn("wandb has no key (wandb login, or WANDB_API_KEY): offline; send it later with wandb sync")
+            mode = "offline"
+        if kind == "none" or (kind == "wandb" and mode == "disabled"):
             return
-        try:
-            import wandb
-        except ImportError:
-            log.warning("wandb is not installed: metrics go to %s only", self.run / "metrics.jsonl")
+        if kind == "tensorboard":
+            self.mirror = self._attempt(lambda: TensorBoard(self.run, config, start_step=self.step))
             return
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
-        id_file = self.run / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if id_file.exists() else None
-        settings = wandb.Settings(silent=True, console="off")
-        start = lambda: wandb.init(  # noqa: E731
-            project="nitro-e", name=self.run.name, id=run_id, resume="allow", mode=mode, dir=str(self.run), config=config,
-            settings=settings,
-        )  # fmt: skip
-        self._wandb = self._attempt_wandb(start)
-        if self._wandb is not None:
-            id_file.write_text(self._wandb.id)
-            self._wandb.define_metric("*", step_metric="step")  # our own axis: replayed steps are not dropped
+        self.mirror = self._attempt(lambda: WandB(self.run, config, mode))
+        if self.mirror is None and mode == "online":
+            self._warn("wandb cannot be reached: offline; send it later with wandb sync")
+            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline"))
 
-    def _mirror(self, values: dict[str, Any]) -> None:
-        if self._wandb is not None:
-            self._attempt_wandb(lambda: self._wandb.log(values))
+    def _guard(self, action: Callable[[Any], None]) -> None:
+        if self.mirror is not None:
+            self._attempt(lambda: action(self.mirror))
+            if self.failures >= MAX_FAILURES:
+                self._warn(f"the tracker failed {self.failures} times and is dropped; {self._lines.path} goes on")
+                self.mirror = None
 
-    def _attempt_wandb(self, action) -> Any:
-        """A tracker never stops training: three failures and it is dropped."""
+    def _attempt(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:
+        except Exception as error:  # whatever a tracker raises is not worth a training run
             self.failures += 1
-            log.warning("wandb failed (%d of 3): %s", self.failures, error)
-            if self.failures >= 3:
-                log.warning("wandb is dropped for the rest of this run")
-                self._wandb = None
+            self._warn(f"tracker failure {self.failures} of {MAX_FAILURES}: {type(error).__name__}: {error}")
             return None
+
+    def _warn(self, message: str) -> None:
+        log.warning(message)
+        self.event(self.step, "warning", message=message)
+
+
+class WandB:
+    """Mirror to Weights & Biases. The id is kept in the run directory, so a resumed run continues the same page."""
+
+    def __init__(self, run: Path, config: dict[str, Any], mode: str) -> None:
+        import wandb
+
+        id_file = run / "wandb_id.txt"
+        self.wandb = wandb
+        self.page = wandb.init(
+            project="nitro-e", name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
+            mode=mode, dir=str(run), config=config, settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )  # fmt: skip
+        id_file.write_text(self.page.id)
+        self.page.define_metric("*", step_metric="step")  # our own axis: replayed steps are not dropped
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.page.log({"step": step, **values})
+
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        self.page.log({"step": step, name: self.wandb.Image(image)})
+
+    def close(self) -> None:
+        self.page.finish()
+
+
+class TensorBoard:
+    """Mirror to `RUN/tensorboard`; what an earlier attempt wrote past the starting step is purged there too."""
+
+    def __init__(self, run: Path, config: dict[str, Any], start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        self.writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```", start_step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Lines:
+    """A file of lines that survives a full disk: what could not be written is kept and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b"\n" if cut_short else b""  # a kill in the middle of a line: do not glue the next one to it
+
+    def append(self, line: str) -> None:
+        failed_before = self._pending not in (b"", b"\n")
+        self._pending += line.encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            lines = self._pending.count(b"\n")
+            log.error("CANNOT WRITE %s (%s): %d lines are held in memory; free some space", self.path, error, lines)
+        else:
+            if failed_before:
+                log.warning("%s can be written again; no line was lost", self.path)
+
+    def close(self) -> None:
+        if self._pending:
+            log.error("LOST: the last %d lines of %s could not be written", self._pending.count(b"\n"), self.path)
+        self._file.close()
 
 
 def has_wandb_key() -> bool:
@@ -115,21 +209,50 @@ def has_wandb_key() -> bool:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The valid rows of a run in step order: of each step the newest attempt, superseded lines dropped."""
+    """The valid rows of a run in step order: of each step the newest attempt, superseded lines and events dropped."""
     kept: list[dict[str, Any]] = []
     for row in _rows(run / "metrics.jsonl"):
         if row.get("event") == "start":
             kept = [old for old in kept if old["step"] <= row["step"]]
-        else:
+        elif "event" not in row:
             kept.append(row)
     return kept
 
 
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Everything that happened, in the order of the file: the start of every attempt, warnings, skipped steps."""
+    return [row for row in _rows(run / "metrics.jsonl") if "event" in row]
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that a kill cut short
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif line:  # cut short by a kill
             log.warning("%s: one unreadable line skipped: %.40s", path, line)
     return rows
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        image.save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _best_tracker() -> str:
+    wanted = os.environ.get("WANDB_MODE")
+    if find_spec("wandb") and (wanted in ("online", "offline") or (wanted is None and has_wandb_key())):
+        return "wandb"
+    return "tensorboard" if find_spec("tensorboard") else "none"
