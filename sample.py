@@ -33,6 +33,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default: what the weights came with, as for the next ones")
     parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance")
     parser.add_argument("--sampler", help="euler or heun")
+    parser.add_argument("--height", type=int, metavar="PIXELS")
+    parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -55,7 +57,7 @@ def draw(options: argparse.Namespace) -> None:
     pipeline = TextToImage.from_pretrained(options.source, device, getattr(torch, options.dtype))
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
     seeds = [options.seed + index for _ in prompts for index in range(options.num_images)]
-    overrides = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler")}
+    overrides = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")}
     pictures = pipeline(
         repeated, negative_prompt=options.negative_prompt, seeds=seeds, batch_size=options.batch_size, progress=True, **overrides
     )

@@ -85,19 +85,23 @@ class TextToImage:
         self, prompts: list[str], negative_prompt: str, seeds: list[int], settings: SamplingConfig, progress: bool
     ) -> Tensor:
         device = next(self.model.parameters()).device
-        x = initial_noise(seeds, self.latent_shape(settings.resolution)).to(device)  # (B, C, h, w)
+        x = initial_noise(seeds, self.latent_shape(*settings.size)).to(device)  # (B, C, h, w)
         text = self.text.encode(prompts)
         negative = TextEmbedding(*(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt])))
         velocity = guide(self.model, text, negative, settings.guidance_scale)
         latents = SAMPLERS[settings.sampler](velocity, x, settings.times().to(device), progress)
         return self.codec.decode(latents).float().clamp(-1, 1)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        side, rest = divmod(resolution, self.codec.stride)
-        if rest:
-            raise ConfigError(f"resolution {resolution} is not a multiple of the codec's stride {self.codec.stride}")
-        self.model.config.check_grid(*self.model.config.latent_grid(side, side), self.text.length)
-        return self.codec.channels, side, side
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
+        config, stride = self.model.config, self.codec.stride
+        unit = stride * config.patch_size  # pixels per token side
+        if height % unit or width % unit:
+            nearest = config.nearest_grids(round(height / unit), round(width / unit))
+            sizes = ", ".join(f"{rows * unit}x{columns * unit}" for rows, columns in nearest)
+            raise ConfigError(f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px")
+        config.check_grid(height // unit, width // unit, self.text.length, pixels=unit)
+        return self.codec.channels, height // stride, width // stride
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -26,6 +26,8 @@ class SamplingConfig:
     """How a model wants to be sampled; stored with its weights, every value can be overridden when sampling."""
 
     resolution: int = 512  # pixels per side
+    height: int | None = None  # pixels; None: resolution
+    width: int | None = None
     steps: int = 20
     guidance_scale: float = 4.5  # 0 or 1: no guidance
     sampler: Literal["euler", "heun"] = "euler"
@@ -35,10 +37,16 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        if self.resolution < 1:
-            raise ConfigError(f"resolution must be positive, got {self.resolution}")
+        for name in ("resolution", "height", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.shift <= 0:
             raise ConfigError(f"shift must be positive, got {self.shift}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height or self.resolution, self.width or self.resolution
 
     def times(self) -> Tensor:
         return time_grid(self.steps, self.grid, self.shift)

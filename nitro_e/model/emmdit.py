@@ -10,8 +10,9 @@ A choice in `ModelConfig` decides which module is built; what is off has no para
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -96,11 +97,18 @@ class ModelConfig:
     def mlp_hidden(self) -> int:
         return round(self.width * self.mlp_ratio)
 
-    @property
+    @functools.cached_property
     def regions(self) -> tuple[Region, ...]:
         """The attention region of every block."""
         cycle = [Region.parse(name) for name in self.attention]
         return tuple(cycle[index % len(cycle)] for index in range(self.depth))
+
+    @functools.cached_property
+    def multiples(self) -> tuple[int, int, int]:
+        """What the number of tokens in each of the three groups must be a multiple of."""
+        first, inside, _ = self.groups
+        parts = self.regions[:first], self.regions[first : first + inside], self.regions[first + inside :]
+        return tuple(math.lcm(*(region.multiple for region in part)) for part in parts)
 
     @property
     def interpolation(self) -> int:
@@ -117,9 +125,49 @@ class ModelConfig:
         """Whether the image tokens after the first `tap` blocks are the full grid."""
         return not self.compression or tap <= self.groups[0] or tap > self.groups[0] + self.groups[1]
 
-    def check_grid(self, height: int, width: int, text_length: int | None = None) -> None:
-        """Refuse a token grid (rows, columns) or text length that the architecture does not divide."""
-        _check_grid(self, height, width, text_length)
+    def check_grid(self, height: int, width: int, text_length: int | None = None, pixels: int | None = None) -> None:
+        """Refuse a token grid (rows, columns) or text length that the architecture does not divide.
+
+        pixels: per token side, when the message should speak of pixels.
+        """
+        problem = self._grid_problem(height, width)
+        if problem is not None:
+            sizes = [_size(*grid, pixels) for grid in self.nearest_grids(height, width)]
+            nearest = f"the nearest that work: {', '.join(sizes)}" if sizes else "no grid works with this config"
+            raise ConfigError(f"{_size(height, width, pixels)}: {problem}; {nearest}")
+        if text_length is not None:
+            self._check_text_length(text_length)
+
+    def nearest_grids(self, height: int, width: int, count: int = 3) -> list[Grid]:
+        """The token grids that work and are nearest in rows plus columns."""
+        sides = range(step := math.lcm(*self.compression), self.position_table + 1, step)
+        grids = sorted(
+            itertools.product(sides, sides), key=lambda grid: (abs(grid[0] - height) + abs(grid[1] - width), grid)
+        )
+        return list(itertools.islice((grid for grid in grids if self._grid_problem(*grid) is None), count))
+
+    def _grid_problem(self, height: int, width: int) -> str | None:
+        """Why a token grid does not fit, or None."""
+        if height < 1 or width < 1:
+            return "there must be at least one token"
+        if max(height, width) > self.position_table:
+            return f"more than the {self.position_table} tokens per side of position_table"
+        for ratio in self.compression:
+            if height % ratio or width % ratio:
+                return f"{height}x{width} tokens are not a multiple of compression ratio {ratio}"
+        for group, (tokens, multiple) in enumerate(zip(self.image_tokens(height, width), self.multiples), start=1):
+            if tokens % multiple:
+                return f"attention {list(self.attention)} needs multiples of {multiple} tokens, but group {group} has {tokens}"
+        return None
+
+    def _check_text_length(self, length: int) -> None:
+        multiple = math.lcm(*self.multiples)
+        if length < 1 or length % multiple:
+            lengths = [n for n in (length // multiple * multiple, -(-length // multiple) * multiple) if n > 0] or [multiple]
+            raise ConfigError(
+                f"attention {list(self.attention)} needs multiples of {multiple} tokens, but the text has {length}; "
+                f"the nearest text length that works: {' or '.join(map(str, lengths))}"
+            )
 
     def latent_grid(self, height: int, width: int) -> Grid:
         """Token grid of a latent of this size."""
@@ -128,56 +176,8 @@ class ModelConfig:
         return height // self.patch_size, width // self.patch_size
 
 
-@functools.lru_cache(maxsize=256)
-def _check_grid(config: ModelConfig, height: int, width: int, text_length: int | None) -> None:
-    problem = _grid_problem(config, height, width)
-    if problem is not None:
-        raise ConfigError(f"grid {height}x{width}: {problem}; {_nearest_grids(config, height, width)}")
-    if text_length is None:
-        return
-    multiple = max_multiple(config.regions)
-    for region in config.regions:
-        if text_length < 1 or text_length % region.multiple:
-            below, above = text_length // multiple * multiple, -(-text_length // multiple) * multiple
-            nearest = f"{below} or {above}" if below else str(max(above, multiple))
-            raise ConfigError(
-                f"attention '{region.groups}x{region.run}' needs multiples of {region.multiple} tokens, but the text has "
-                f"{text_length}; the nearest text length that works: {nearest}"
-            )
-
-
-def max_multiple(regions: Iterable[Region]) -> int:
-    return math.lcm(*(region.multiple for region in regions))
-
-
-def _grid_problem(config: ModelConfig, height: int, width: int) -> str | None:
-    """Why a token grid does not fit, or None."""
-    if height < 1 or width < 1:
-        return "must have at least one token"
-    if max(height, width) > config.position_table:
-        return f"exceeds position_table {config.position_table}"
-    for ratio in config.compression:
-        if height % ratio or width % ratio:
-            return f"is not a multiple of compression ratio {ratio}"
-    group_of_block = [group for group, count in enumerate(config.groups) for _ in range(count)]
-    for region, group in zip(config.regions, group_of_block):
-        tokens = config.image_tokens(height, width)[group]
-        if tokens % region.multiple:
-            return (
-                f"attention '{region.groups}x{region.run}' needs multiples of {region.multiple} tokens, but group "
-                f"{group + 1} has {tokens} image tokens"
-            )
-    return None
-
-
-def _nearest_grids(config: ModelConfig, height: int, width: int) -> str:
-    limit = config.position_table
-    sizes = sorted(
-        ((h, w) for h in range(1, limit + 1) for w in range(1, limit + 1) if abs(h - height) + abs(w - width) <= 32),
-        key=lambda size: (abs(size[0] - height) + abs(size[1] - width), size),
-    )
-    fits = [f"{h}x{w}" for h, w in sizes if _grid_problem(config, h, w) is None][:3]
-    return f"the nearest that work: {', '.join(fits)}" if fits else "no grid nearby works with this config"
+def _size(height: int, width: int, pixels: int | None) -> str:
+    return f"grid {height}x{width}" if pixels is None else f"{height * pixels}x{width * pixels} px"
 
 
 GATE_ROWS = [2, 5]  # of the six modulation rows
@@ -260,6 +260,9 @@ class EMMDiT(nn.Module):
         self, x: Tensor, t: Tensor, text: TextEmbedding, taps: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """`forward`, and the image tokens (B, N_tap, D) after the first `tap` blocks for each tap in 1..depth."""
+        tapped: dict[int, Tensor | None] = dict.fromkeys(taps)
+        if not tapped.keys() <= set(range(1, self.config.depth + 1)):
+            raise ConfigError(f"taps {list(taps)}: block counts must be in 1 to {self.config.depth}")
         grid = self.config.latent_grid(*x.shape[-2:])
         self.config.check_grid(*grid, text.tokens.shape[1])
 
@@ -268,7 +271,6 @@ class EMMDiT(nn.Module):
         time = self.shared_modulation(self.time(t))  # (B, 6, D), or (B, D) for full modulation
 
         first, inside, _ = self.config.groups
-        tapped: dict[int, Tensor] = {}
         image, words = self.run_blocks(range(first), image, words, time, text.mask, tapped)
         saved = image
         image = self.compress(image, grid)
@@ -280,7 +282,7 @@ class EMMDiT(nn.Module):
         return velocity, [tapped[tap] for tap in taps]
 
     def run_blocks(
-        self, indices: range, image: Tensor, words: Tensor, time: Tensor, mask: Tensor, tapped: dict[int, Tensor]
+        self, indices: range, image: Tensor, words: Tensor, time: Tensor, mask: Tensor, tapped: dict[int, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         visible = self.key_mask(image, mask)  # (B, N + L) or None
         for index in indices:
@@ -289,7 +291,8 @@ class EMMDiT(nn.Module):
                 image, words = checkpoint(block, image, words, time, visible, use_reentrant=False)
             else:
                 image, words = block(image, words, time, visible)
-            tapped[index + 1] = image
+            if index + 1 in tapped:
+                tapped[index + 1] = image
         return image, words
 
     def patchify(self, x: Tensor) -> Tensor:
