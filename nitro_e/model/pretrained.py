@@ -102,7 +102,13 @@ def _build(config: ModelConfig, state: dict[str, torch.Tensor], source: Path) ->
 
 
 def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any, assign: bool = False) -> None:
-    """`load_state_dict`, strict, with one line naming the first differences instead of pages of names."""
+    """`load_state_dict`, strict, after `check_fits`."""
+    check_fits(module, state, source)
+    module.load_state_dict(state, assign=assign)
+
+
+def check_fits(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any) -> None:
+    """Refuse a state dict of other names or shapes: one line naming the first differences instead of pages of names."""
     own = module.state_dict()
     wrong = {
         "missing": [name for name in own if name not in state],
@@ -116,7 +122,6 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
     detail = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in wrong.items() if names)
     if detail:
         raise ConfigError(f"the weights of {source} are of another architecture: {detail}")
-    module.load_state_dict(state, assign=assign)
 
 
 def locate(source: str | Path, file: str | None = None) -> Path:
