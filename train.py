@@ -7,7 +7,9 @@ To resume, run the same command again. Checkpoints, metrics and sample grids are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 
 from nitro_e import cli
@@ -25,14 +27,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    from nitro_e.run import RunConfig, build, summary  # after the arguments: --help needs no torch
+    from nitro_e import checkpoint  # after the arguments: --help needs no torch
+    from nitro_e.run import RunConfig, build, summary
 
     config = load(RunConfig, options.config, options.overrides)
     if options.dry_run:
         print(summary(config))
         return
-    engine = build(config)
-    finished = engine.run()
+    first = os.environ.get("RANK", "0") == "0"
+    with checkpoint.lock(config.folder) if first else contextlib.nullcontext():
+        engine = build(config)
+        finished = engine.run()
     if engine.accelerator.is_main_process:
         if finished:
             print(f"done: {engine.step} steps. Sample with: python sample.py {engine.run_folder} --prompt '...'")

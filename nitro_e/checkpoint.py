@@ -1,50 +1,74 @@
 """Run directories and checkpoints.
 
-    RUN/config.yaml  metrics.jsonl  samples/
+    RUN/config.yaml  metrics.jsonl  samples/  STATUS.json
     RUN/checkpoints/step-0001000/
         model/   config.json  model.safetensors      EMMDiT.from_pretrained(...), TextToImage.from_pretrained(...)
         ema/     the same, when the run keeps an average
         trainer/ what a resume needs: module and optimiser of every phase, EMA counters
-        meta.json                                     written last: a folder without it is not a checkpoint
+        meta.json                                     written last: step, experiment, size and sha256 of every file
 
-A checkpoint is written to `step-N.tmp` and renamed when complete, so a kill at any time leaves the previous one.
+A checkpoint is written to `step-N.tmp`, synced, renamed when complete, and only then are old ones pruned: a kill, a
+full disk or a power cut at any time leaves the previous one. A resume takes the newest whose hashes are right; one
+that is damaged is renamed to `bad-step-N` and named in a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, did_you_mean
 
+log = logging.getLogger(__name__)
+
 STEP = re.compile(r"step-(\d+)")
 
 
-def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], keep_last: int) -> Path:
-    """Let `write(folder)` fill a new checkpoint, publish it, then prune all but the newest `keep_last`."""
-    root = run / "checkpoints"
-    final, temporary = root / f"step-{step:07d}", root / f"step-{step:07d}.tmp"
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
+    """Let `write(folder)` fill a new checkpoint and publish it. On any error nothing is left of it; OSError comes through."""
+    final = folder_of(run, step)
+    temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    (temporary / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1) + "\n")
-    _sync_tree(temporary)
-    if final.exists():  # only after a resume from an older step
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(root)
-    for old in complete(run)[:-keep_last]:
-        shutil.rmtree(old)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
+        (temporary / "meta.json").write_text(json.dumps({"step": step, **meta, "files": files}, indent=1) + "\n")
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if final.exists():  # only after a resume from an older step
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
+def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the milestones, every `keep_every` steps."""
+    for old in complete(run)[:-keep_last]:
+        if not keep_every or int(STEP.fullmatch(old.name)[1]) % keep_every:
+            shutil.rmtree(old)
+
+
 def complete(run: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first."""
+    """All completely written checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
     found = [(int(match[1]), path) for path in folders if (match := STEP.fullmatch(path.name)) and (path / "meta.json").is_file()]
     return [path for _, path in sorted(found)]
@@ -54,8 +78,57 @@ def latest(run: Path) -> Path | None:
     return (complete(run) or [None])[-1]
 
 
+def latest_valid(run: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written; damaged ones are renamed, with a warning."""
+    for folder in reversed(complete(run)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        bad = folder.with_name(f"bad-{folder.name}")
+        shutil.rmtree(bad, ignore_errors=True)
+        folder.rename(bad)
+        log.warning("checkpoint %s is damaged (%s): renamed to %s, trying the one before", folder, problem, bad.name)
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What differs from `meta.json`, or None."""
+    try:
+        files = read_meta(folder)["files"]
+    except (ValueError, KeyError):
+        return "meta.json is unreadable"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _fingerprint(path)[1] != digest:
+            return f"{name} has the wrong sha256"
+    return None
+
+
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "meta.json").read_text())
+
+
+def write_status(run: Path, state: str, step: int, **details: Any) -> None:
+    """`STATUS.json`, replaced atomically: running, preempted, done or failed. Job scripts decide by it."""
+    temporary = run / "STATUS.json.tmp"
+    temporary.write_text(json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n")
+    temporary.rename(run / "STATUS.json")
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Only one job may train in a run directory; the kernel frees the lock however the job ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another job is training in {run}; wait for it, stop it, or choose another run=...") from None
+        yield
 
 
 def model_folder(source: str | Path) -> Path:
@@ -81,9 +154,17 @@ def model_folder(source: str | Path) -> Path:
     return checkpoint / which
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> list:
+    """[bytes, sha256]"""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]
 
 
 def _sync(path: Path) -> None:

@@ -8,20 +8,23 @@ randomness are functions of the step, so the state is the weights, the optimiser
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from ema_pytorch import EMA
 from PIL import Image
@@ -32,11 +35,13 @@ from nitro_e import checkpoint
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.metrics import Metrics, WandbMode
-from nitro_e.model.pretrained import load_state, save_pretrained
+from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.optim import build_optimizers, set_learning_rate
+from nitro_e.parallel import SHARDING, load_module_state, load_optimizer_state, module_state, optimizer_state
 from nitro_e.randomness import SlotRandom
 
 log = logging.getLogger(__name__)
+
 
 @dataclass
 class Hook:
@@ -61,29 +66,41 @@ class EngineConfig:
     steps: int  # optimiser steps
     accumulate: int = 1  # micro-batches per process and step
     precision: Literal["float32", "bf16", "fp16"] = "bf16"  # of the forward pass; weights stay float32
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    ema: EMAConfig | None = None
     save_every: int = 1000
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints
+    keep_every: int = 0  # and those at multiples of this many steps; 0: none
+    max_failed_saves: int = 3  # in a row before giving up
+    max_skips: int = 5  # non-finite steps in a row before giving up
     log_every: int = 20
     sample_every: int = 1000  # steps between sample grids; 0: none
-    max_skips: int = 5  # non-finite steps in a row before giving up
-    ema: EMAConfig | None = None
-    compile: bool = False
     wandb: WandbMode = "auto"  # auto: online with a key, else offline
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "save_every", "keep_last", "log_every"):
+        for name in ("steps", "accumulate", "save_every", "log_every", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_last < 2:
+            raise ConfigError(f"keep_last must be at least 2, got {self.keep_last}: the newest one may turn out damaged")
+        if self.sharding == "fsdp" and self.precision == "fp16":
+            raise ConfigError("sharding 'fsdp' has no loss scaler: use precision bf16 or float32")
 
 
 def make_accelerator(config: EngineConfig) -> Accelerator:
     """The process group and device. Refuses to run as copies of one process under a launcher."""
     precision = {"float32": "no"}.get(config.precision, config.precision)
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, step_scheduler_with_optimizer=False)
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=int(os.environ.get("NITRO_E_TIMEOUT_MINUTES", 10))))
+    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[patience])
     world = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world:
-        raise ConfigError(f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}")
+        raise ConfigError(
+            f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}; "
+            "start them with torchrun, and use the CPU or GPUs on all of them"
+        )
     return accelerator
 
 
@@ -97,18 +114,19 @@ class Engine:
         """use: stored with exported weights for sampling; record: the resolved config, for trackers."""
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.run_folder, self.seed, self.use, self.record, self.hooks = run, seed, use, record, hooks
-        self.step = self.skipped = self.skipped_in_row = 0
+        self.main = accelerator.is_main_process
+        self.step = self.skipped = self.skipped_in_row = self.failed_saves = 0
         self.stop_requested = False
         set_seed(seed)  # for anything that draws from global state, dropout for one
+        self.parallel = SHARDING[config.sharding](accelerator)
         self.ema = self._make_ema()
+        self._place()
         self.nets, self.optimizers = [], []
         for phase in stage.phases:
-            optimizers = build_optimizers(phase.module, phase.optim)
+            self.optimizers.append([accelerator.prepare_optimizer(o) for o in build_optimizers(phase.module, phase.optim)])
             if config.compile:
                 phase.module.compile()
-            net, *optimizers = accelerator.prepare(phase.module, *optimizers)
-            self.nets.append(net)
-            self.optimizers.append(optimizers)
+            self.nets.append(self.parallel.wrap(phase.module))
         self.resume()
 
     # ---- the loop
@@ -117,68 +135,85 @@ class Engine:
         """Train to the last step. False if a signal stopped it earlier (a checkpoint is written either way)."""
         if self.step >= self.config.steps:
             return True
-        rank, world, main = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_main_process
-        self.metrics = Metrics(
-            self.run_folder, start_step=self.step, wandb=self.config.wandb, config=self.record, enabled=main
-        )
-        stream = self.stage.batches(self.step, rank, world, self.config.accumulate)
-        bar = tqdm(total=self.config.steps, initial=self.step, desc=self.stage.name, disable=not main, mininterval=1 if sys.stderr.isatty() else 30)
-        self._since, self._seconds_waiting = (time.perf_counter(), self.step), 0.0
         with self._signals():
-            while self.step < self.config.steps and not self._must_stop():
-                waiting = time.perf_counter()
+            self.metrics = Metrics(
+                self.run_folder, start_step=self.step, wandb=self.config.wandb, config=self.record, enabled=self.main
+            )
+            self._status("running")
+            try:
+                self._loop()
+            except BaseException as error:
+                self._status("failed", reason=str(error))
+                raise
+            finally:
+                self.metrics.close()
+            finished = self.step >= self.config.steps
+            self._status("done" if finished else "preempted")
+            return finished
+
+    def _loop(self) -> None:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        stream = self.stage.batches(self.step, rank, world, self.config.accumulate)
+        interval = 1 if sys.stderr.isatty() else 30
+        bar = tqdm(
+            total=self.config.steps, initial=self.step, desc=self.stage.name, disable=not self.main, mininterval=interval
+        )
+        self._window, self._first_step = Window(self.step), self.step
+        while self.step < self.config.steps and not self._must_stop():
+            with self._window.waiting():
                 batches = list(islice(stream, self.config.accumulate))
-                self._seconds_waiting += time.perf_counter() - waiting
-
-                logs: dict[str, Tensor] = {}
-                for index in range(len(self.stage.phases)):
-                    logs |= self.update(index, batches)
-                if self.ema is not None and not self.skipped_in_row:
+            done = [self.update(index, batches) for index in range(len(self.stage.phases))]
+            if all(done):
+                self.skipped_in_row = 0
+                if self.ema is not None:
                     self.ema.update()
-                self.step += 1
-                bar.update()
+            else:
+                self._count_skip(batches)
+            self.step += 1
+            bar.update()
 
-                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-                    self._report(logs, bar)
-                for hook in self.hooks:
-                    if main and hook.every and (self.step % hook.every == 0 or self.step == self.config.steps):
-                        for name, image in hook.run(self.published_model()).items():
-                            self.metrics.write_image(self.step, name, image)
-                if self.step % self.config.save_every == 0:
-                    self.save()
-        if checkpoint.latest(self.run_folder) != self._folder(self.step):
+            last = self.step == self.config.steps
+            if self.step % self.config.log_every == 0 or last:
+                self._report(bar)
+            for hook in self.hooks:
+                if hook.every and (self.step % hook.every == 0 or last):
+                    self._show(hook)
+            if self.step % self.config.save_every == 0 or (self.failed_saves and self.step % (self.config.save_every // 2 or 1) == 0):
+                self.save()
+        if checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
             self.save()
         bar.close()
-        self.metrics.close()
-        return self.step >= self.config.steps
 
-    def update(self, index: int, batches: list[Any]) -> dict[str, Tensor]:
-        """One optimiser step of one phase over the micro-batches of this process."""
+    def update(self, index: int, batches: list[Any]) -> bool:
+        """One optimiser step of one phase over the micro-batches of this process; False if it had to be skipped."""
         phase, net, optimizers = self.stage.phases[index], self.nets[index], self.optimizers[index]
         factor = phase.optim.factor(self.step, self.config.steps)
         set_learning_rate(optimizers, factor)
         phase.module.train()
-        totals: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
-            last = micro == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(net):
-                loss, logs = phase.loss(net, batch, self._random(phase, micro))
+            with self.parallel.synchronize(net, last=micro == len(batches) - 1):
+                with self.accelerator.autocast():
+                    loss, parts = phase.loss(net, batch, self._random(phase, micro))
                 self.accelerator.backward(loss / len(batches))
-            for name, value in {"loss": loss, **logs}.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() / len(batches)
-        norm = self.accelerator.clip_grad_norm_(phase.module.parameters(), phase.optim.clip)
+            for name, value in {"loss": loss, **parts}.items():
+                logs[name] = logs.get(name, 0) + _sum_and_count(value)
+        self._check_all_used(phase)
+        for optimizer in optimizers:
+            self.accelerator.unscale_gradients(optimizer)
+        norm = _plain(torch.nn.utils.clip_grad_norm_(phase.module.parameters(), phase.optim.clip))
         # Gradients are averaged over processes, so every process sees the same norm and decides alike.
-        if self.config.precision == "fp16" or math.isfinite(norm):  # fp16: the loss scaler skips overflows itself
+        # Under fp16 the loss scaler skips overflowing steps itself, which is part of finding its scale.
+        finite = math.isfinite(norm)
+        if finite or self.config.precision == "fp16":
             for optimizer in optimizers:
                 optimizer.step()
-            self.skipped_in_row = 0
-        else:
-            self._count_skip(phase, batches)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        prefix = "" if len(self.stage.phases) == 1 else f"{phase.name}/"
-        totals |= {"grad_norm": norm, "lr": torch.tensor(phase.optim.lr * factor)}
-        return {prefix + name: value for name, value in totals.items()}
+        if finite:
+            logs |= {"grad_norm": _sum_and_count(norm), "lr": _sum_and_count(torch.tensor(phase.optim.lr * factor))}
+            self._window.add("" if len(self.stage.phases) == 1 else f"{phase.name}/", logs)
+        return finite or self.config.precision == "fp16"
 
     def _random(self, phase: Phase, micro: int) -> SlotRandom:
         """The numbers of this process's slots: the global batch is ranks in order, each rank its micro-batches."""
@@ -187,33 +222,59 @@ class Engine:
         purpose = (self.seed, self.stage.name, phase.name, self.step)
         return SlotRandom(*purpose, first=first, count=count, device=self.accelerator.device)
 
-    def _count_skip(self, phase: Phase, batches: list[Any]) -> None:
+    def _check_all_used(self, phase: Phase) -> None:
+        """A parameter that no loss reaches would hang DDP or drift by weight decay alone."""
+        if self.step > self._first_step:
+            return
+        unused = [name for name, p in phase.module.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise TrainingError(f"{len(unused)} parameters of phase '{phase.name}' get no gradient, such as {unused[0]}")
+
+    def _count_skip(self, batches: list[Any]) -> None:
         self.skipped += 1
         self.skipped_in_row += 1
-        log.warning("step %d skipped: the gradient of phase '%s' is not finite", self.step, phase.name)
+        log.warning("step %d skipped: a gradient is not finite", self.step)
         if self.skipped_in_row > self.config.max_skips:
-            keys = [key for batch in batches for key in getattr(batch, "keys", [])]
+            keys = [key for batch in batches for key in batch.keys]
             raise TrainingError(
-                f"{self.skipped_in_row} steps in a row had a non-finite gradient (phase '{phase.name}', step {self.step}); "
-                f"lower the learning rate or look at these samples: {', '.join(keys[:8])}. "
+                f"{self.skipped_in_row} steps in a row had a non-finite gradient, the last is step {self.step}; lower the "
+                f"learning rate or look at these samples: {', '.join(keys[:8])}. "
                 f"The last checkpoint is {checkpoint.latest(self.run_folder)}"
             )
 
-    def _report(self, logs: dict[str, Tensor], bar: tqdm) -> None:
-        """Average over processes and write; the only place where metrics leave the device."""
-        names = sorted(logs)
-        stacked = torch.stack([torch.as_tensor(logs[name], dtype=torch.float32).to(self.accelerator.device) for name in names])
-        values = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist()))
-        now, (since, since_step) = time.perf_counter(), self._since
-        samples = (self.step - since_step) * self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
+    # ---- telling
+
+    def _report(self, bar: tqdm) -> None:
+        """Average over processes and steps since the last report; the only place where metrics leave the device."""
+        values = self._window.averages(self.accelerator)
+        samples = self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
+        per_second = samples * self._window.steps(self.step) / self._window.seconds
+        teraflops = per_second * 3 * self.stage.forward_flops / 1e12  # backward costs two forwards
         values |= {
-            "samples_per_second": samples / (now - since),
-            "data_wait": self._seconds_waiting / (now - since),
+            "samples_per_second": per_second,
+            "tflops": teraflops,
+            "data_wait": self._window.seconds_waiting / self._window.seconds,
+            "eta_seconds": (self.config.steps - self.step) * self._window.seconds / self._window.steps(self.step),
+            "memory_gb": _memory_gb(self.accelerator.device),
             "skipped": self.skipped,
+            "failed_saves": self.failed_saves,
         }
-        self._since, self._seconds_waiting = (now, self.step), 0.0
+        peak = peak_teraflops(self.accelerator.device)
+        if peak is not None:
+            values["mfu"] = teraflops / (peak * self.accelerator.num_processes)
         self.metrics.write(self.step, {name: float(f"{value:.6g}") for name, value in values.items()})
-        bar.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}", "samples/s": f"{values['samples_per_second']:.0f}"})
+        bar.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}", "samples/s": f"{per_second:.0f}"})
+        self._window = Window(self.step)
+
+    def _show(self, hook: Hook) -> None:
+        model = self.published_model()
+        if self.main:
+            for name, image in hook.run(model).items():
+                self.metrics.write_image(self.step, name, image)
+
+    def _status(self, state: str, **details: Any) -> None:
+        if self.main:
+            checkpoint.write_status(self.run_folder, state, self.step, **details)
 
     # ---- stopping
 
@@ -238,36 +299,93 @@ class Engine:
 
     def _must_stop(self) -> bool:
         """All processes stop at the same step, whichever of them was asked."""
+        return self._any(self.stop_requested)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says yes; every process must call it."""
         if self.accelerator.num_processes == 1:
-            return self.stop_requested
-        flag = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+            return flag
+        votes = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum").item())
 
     # ---- weights and files
-
-    def published_model(self) -> nn.Module:
-        return self.stage.export(self.stage.model if self.ema is None else self.ema.ema_model)
 
     def _make_ema(self) -> EMA | None:
         config = self.config.ema
         if config is None:
             return None
         power = config.warmup_power
-        ema = EMA(
-            self.stage.model, beta=config.beta, update_every=1, update_after_step=0, include_online_model=False,
-            min_value=config.beta if power is None else 0.0, power=power or 1.0, inv_gamma=1.0,
+        average = copy.deepcopy(self.stage.model).eval().requires_grad_(False)
+        return EMA(
+            self.stage.model, ema_model=average, beta=config.beta, update_every=1, update_after_step=0,
+            include_online_model=False, min_value=config.beta if power is None else 0.0, power=power or 1.0, inv_gamma=1.0,
         )  # fmt: skip
-        ema.ema_model.eval().requires_grad_(False)
-        return ema
 
-    def _folder(self, step: int) -> Path:
-        return self.run_folder / "checkpoints" / f"step-{step:07d}"
+    def _place(self) -> None:
+        """Shard what is to be sharded, before optimisers are made."""
+        if self.config.sharding == "ddp":
+            return
+        for model in [self.stage.model] if self.ema is None else [self.stage.model, self.ema.ema_model]:
+            self.parallel.keep_whole(model)
+        for phase in self.stage.phases:
+            self.parallel.place(phase.module)
+        if self.ema is not None:
+            self.parallel.place(self.ema.ema_model)
+
+    def published_model(self) -> nn.Module:
+        """What a person should look at: the average if there is one. Every process must call it."""
+        models = self._models()
+        return models.get("ema", models["model"])
 
     def save(self) -> None:
-        if self.accelerator.is_main_process:
-            meta = {**self._identity(), "skipped": self.skipped}
-            checkpoint.save(self.run_folder, self.step, self._write, meta, self.config.keep_last)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint. A failure (a full disk) is counted and retried; training goes on from memory."""
+        models, state = self._models(), self._state()  # every process takes part in gathering
+        failure = ""
+        if self.main:
+            try:
+                checkpoint.save(self.run_folder, self.step, lambda folder: self._write(folder, models, state), self._meta())
+                checkpoint.prune(self.run_folder, self.config.keep_last, self.config.keep_every)
+            except OSError as error:
+                failure = str(error)
+                log.error("step %d could not be saved (%s); the checkpoints before it are untouched", self.step, error)
+        if not self._any(bool(failure)):
+            self.failed_saves = 0
+            return
+        self.failed_saves += 1
+        if self.failed_saves >= self.config.max_failed_saves:
+            raise TrainingError(
+                f"{self.failed_saves} checkpoints in a row could not be saved ({failure or 'see process 0'}); free space and "
+                f"run the same command again: it continues from {checkpoint.latest(self.run_folder)}"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        """Everything a resume needs, as whole tensors."""
+        state = {
+            phase.name: {
+                "module": module_state(phase.module),
+                "optimizers": [optimizer_state(phase.module, optimizer.optimizer) for optimizer in optimizers],
+            }
+            for phase, optimizers in zip(self.stage.phases, self.optimizers)
+        }
+        if self.ema is not None:
+            state["ema"] = {
+                "module": module_state(self.ema.ema_model),
+                "step": self.ema.step.clone(),
+                "initted": self.ema.initted.clone(),
+            }
+        return state
+
+    def _models(self) -> dict[str, nn.Module]:
+        """What is published, by folder name."""
+        models = {"model": self.stage.model} | ({} if self.ema is None else {"ema": self.ema.ema_model})
+        return {name: self.stage.export(self.parallel.whole(model)) for name, model in models.items()}
+
+    def _write(self, folder: Path, models: dict[str, nn.Module], state: dict[str, Any]) -> None:
+        for name, model in models.items():
+            save_pretrained(model, folder / name, self.use)
+        (folder / "trainer").mkdir()
+        for name, values in state.items():
+            torch.save(values, folder / "trainer" / f"{name}.pt")
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resume to continue the same run."""
@@ -275,23 +393,13 @@ class Engine:
         batch = self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
         return {"stage": self.stage.name, "seed": self.seed, "global batch": batch, **data}
 
-    def _write(self, folder: Path) -> None:
-        save_pretrained(self.stage.export(self.stage.model), folder / "model", self.use)
-        if self.ema is not None:
-            save_pretrained(self.stage.export(self.ema.ema_model), folder / "ema", self.use)
-        (folder / "trainer").mkdir()
-        for phase, optimizers in zip(self.stage.phases, self.optimizers):
-            state = {
-                "module": phase.module.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            }
-            torch.save(state, folder / "trainer" / f"{phase.name}.pt")
-        if self.ema is not None:
-            torch.save(self.ema.state_dict(), folder / "trainer" / "ema.pt")
+    def _meta(self) -> dict[str, Any]:
+        return {**self._identity(), "world": self.accelerator.num_processes, "skipped": self.skipped, "torch": torch.__version__}
 
     def resume(self) -> None:
-        """Continue from the newest complete checkpoint of the run directory, if there is one."""
-        folder = checkpoint.latest(self.run_folder)
+        """Continue from the newest valid checkpoint of the run directory, if there is one."""
+        with self.accelerator.main_process_first():  # the first to look renames damaged ones
+            folder = checkpoint.latest_valid(self.run_folder)
         if folder is None:
             return
         meta = checkpoint.read_meta(folder)
@@ -301,18 +409,90 @@ class Engine:
             changed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key])
             raise ConfigError(f"{folder} is of another experiment ({changed}); give this one its own run directory: run=...")
         for phase, optimizers in zip(self.stage.phases, self.optimizers):
-            state = torch.load(folder / "trainer" / f"{phase.name}.pt", map_location="cpu", weights_only=True)
-            load_state(phase.module, state["module"], folder)
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                current = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
-                for group, values in zip(optimizer.param_groups, current):
-                    group.update(values)  # rates and decay come from the config of today
+            state = _load(folder / "trainer" / f"{phase.name}.pt")
+            check_fits(phase.module, state["module"], folder)
+            load_module_state(phase.module, state["module"])
+            if len(state["optimizers"]) != len(optimizers):
+                raise ConfigError(f"{folder} was trained with another kind of optimiser; set optim.kind back, or use init_from")
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                load_optimizer_state(phase.module, optimizer.optimizer, saved)
         if self.ema is not None:
             path = folder / "trainer" / "ema.pt"
             if not path.exists():
                 raise ConfigError(f"engine.ema is set but {folder} has no average; start a new run with init_from={folder}")
-            self.ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = _load(path)
+            load_module_state(self.ema.ema_model, state["module"])
+            self.ema.step.copy_(state["step"])
+            self.ema.initted.copy_(state["initted"])
         self.step, self.skipped = meta["step"], meta["skipped"]
-        if self.accelerator.is_main_process:
+        if self.main:
             print(f"resuming {self.run_folder} at step {self.step}")
+
+
+class Window:
+    """Sums of metrics since the last report, kept on the device, and where the time went."""
+
+    def __init__(self, since: int) -> None:
+        self.since, self.seconds_waiting = since, 0.0
+        self.started = time.perf_counter()
+        self.sums: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds_waiting += time.perf_counter() - start
+
+    def add(self, prefix: str, logs: dict[str, Tensor]) -> None:
+        for name, pair in logs.items():
+            self.sums[prefix + name] = self.sums.get(prefix + name, 0) + pair
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def steps(self, now: int) -> int:
+        return now - self.since
+
+    def averages(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes; names whose count is zero (an empty timestep bin) are left out."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        pairs = torch.stack([self.sums[name].to(accelerator.device, torch.float64) for name in names])
+        pairs = accelerator.reduce(pairs, "sum").cpu()
+        return {name: total / count for name, (total, count) in zip(names, pairs.tolist()) if count}
+
+
+def _sum_and_count(value: Tensor) -> Tensor:
+    """Metrics are means of (sum, count) pairs; a scalar counts once."""
+    value = value.detach()
+    return value if value.ndim else torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
+
+
+def _plain(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _memory_gb(device: torch.device) -> float:
+    """Largest so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# Dense bf16 peaks from the makers' data sheets.
+PEAK_TERAFLOPS = {"H200": 989, "H100": 989, "A100": 312, "MI300X": 1307, "L40S": 362, "RTX 4090": 165}
+
+
+def peak_teraflops(device: torch.device) -> float | None:
+    """Of the GPU; None where it is not known, the CPU included."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TERAFLOPS.items() if key in name), None)

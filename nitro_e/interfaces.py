@@ -82,7 +82,8 @@ LossFn = Callable[[nn.Module, Any, "SlotRandom"], tuple[Tensor, dict[str, Tensor
 class Phase:
     """These parameters, this loss, this optimiser.
 
-    `loss(net, batch, rng)` returns the scalar to minimise and scalars to log. `net` is the engine's view (DDP,
+    `loss(net, batch, rng)` returns the scalar to minimise and what to log: scalars, or (2,) sums with their counts,
+    of which the mean over processes and steps is reported. `net` is the engine's view (DDP,
     compiled, autocast) of `module`; whatever else the loss calls is bare and frozen.
     """
 
@@ -99,6 +100,7 @@ class Stage(Protocol):
     model: nn.Module  # averaged by the EMA, shown by hooks
     phases: tuple[Phase, ...]  # run in this order at every step
     batch_size: int  # samples of one micro-batch
+    forward_flops: float  # of the trained model, per sample
     fingerprint: dict[str, Any]  # of the data order; a resume with another one is refused
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Any]:

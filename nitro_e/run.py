@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e import checkpoint
 from nitro_e.components import (
@@ -15,7 +16,7 @@ from nitro_e.components import (
 from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
-from nitro_e.interfaces import LatentCodec, TextEncoder
+from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained
 from nitro_e.pipeline import TextToImage, Use, image_grid
@@ -128,9 +129,11 @@ def build(config: RunConfig) -> Engine:
         raise ConfigError(f"model.text_width is {config.model.text_width}, but the text encoder gives {text.width}")
     config._check_codec(codec.channels, codec.stride, text.length)
     model = build_model(config).to(device)
+    model.gradient_checkpointing = config.engine.gradient_checkpointing
     stage = FlowMatching(
-        config.stage, model, data, codec, text, build_vision_encoder(vision, device) if vision else None, device
-    )
+        config.stage, model, data, codec, text, build_vision_encoder(vision, device) if vision else None, device,
+        forward_flops(config.model, side, text.length),
+    )  # fmt: skip
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
     prompts = config.prompts or first_captions(data, 8)
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +158,15 @@ def build_model(config: RunConfig) -> EMMDiT:
         different = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
         raise ConfigError(f"init_from '{config.init_from}' is another architecture: {different}")
     return model.float().train()
+
+
+def forward_flops(config: ModelConfig, side: int, text_length: int) -> float:
+    """Of one sample, 2 x multiply-add, counted by torch on a model without memory."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        tokens = torch.zeros(1, text_length, config.text_width)
+        text = TextEmbedding(tokens, torch.ones(1, text_length, dtype=torch.bool))
+        EMMDiT(config)(torch.zeros(1, config.latent_channels, side, side), torch.zeros(1), text)
+    return float(counter.get_total_flops())
 
 
 def architecture(config: ModelConfig) -> dict:

@@ -30,6 +30,7 @@ class ToyStage:
 
     name = "toy"
     fingerprint = {"shards": "toy"}
+    forward_flops = 1.0
 
     def __init__(self, batch_size=8, optim=OptimConfig(lr=1e-2, warmup=2), poison=()):
         torch.manual_seed(0)
@@ -162,17 +163,94 @@ def test_only_the_newest_checkpoints_stay(run):
     assert [path.name for path in checkpoint.complete(run)] == ["step-0000016", "step-0000020"]
 
 
-def test_a_half_written_checkpoint_is_not_one(run, monkeypatch):
+def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch):
+    """Two failed saves are counted and retried, the old checkpoint stays, nothing half-written is left; then it works."""
+    write, failures = engine.Engine._write, []
+
+    def fails_twice(self, folder, models, state):
+        if self.step > 4 and len(failures) < 2:
+            (folder / "model").mkdir()
+            failures.append(checkpoint.latest(run).name)
+            raise OSError(28, "No space left on device")
+        write(self, folder, models, state)
+
+    monkeypatch.setattr(engine.Engine, "_write", fails_twice)
+    trainer = train(run, steps=16)
+    assert failures == ["step-0000004"] * 2 and trainer.failed_saves == 0
+    assert [path.name for path in checkpoint.complete(run)] == ["step-0000012", "step-0000016"]
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert max(row["failed_saves"] for row in metrics.read(run)) == 2
+
+
+def test_a_disk_that_stays_full_stops_with_a_reason(run, monkeypatch):
     train(run, steps=4)
 
-    def dies(self, folder):
-        (folder / "model").mkdir()
-        raise OSError("disk full")
+    def dies(self, folder, models, state):
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(engine.Engine, "_write", dies)
-    with pytest.raises(OSError):
-        train(run, steps=8)
+    with pytest.raises(TrainingError, match="3 checkpoints in a row could not be saved"):
+        train(run, steps=40)
     assert checkpoint.latest(run).name == "step-0000004"
+    assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    train(clean)
+    train(run, steps=8)
+    path = run / "checkpoints" / "step-0000008" / "trainer" / "model.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one flipped bit
+    path.write_bytes(content)
+    train(run)
+    assert "step-0000008" in caplog.text and "wrong sha256" in caplog.text
+    assert (run / "checkpoints" / "bad-step-0000008").is_dir()
+    assert losses(run) == losses(clean)
+
+
+def test_a_kill_between_publishing_and_pruning_only_leaves_one_more(run, monkeypatch):
+    monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
+    train(run, steps=12)
+    assert len(checkpoint.complete(run)) == 3
+    monkeypatch.undo()
+    train(run, steps=16)
+    assert [path.name for path in checkpoint.complete(run)] == ["step-0000012", "step-0000016"]
+
+
+def test_milestones_stay(run):
+    train(run, steps=24, keep_every=8)
+    assert [path.name for path in checkpoint.complete(run)] == [f"step-00000{step:02d}" for step in (8, 16, 20, 24)]
+
+
+def test_two_jobs_cannot_train_in_one_run_directory(run):
+    with checkpoint.lock(run), pytest.raises(ConfigError, match="another job"), checkpoint.lock(run):
+        pass
+    with checkpoint.lock(run):  # free again
+        pass
+
+
+def test_a_parameter_that_no_loss_reaches_is_named(run):
+    stage = ToyStage()
+    stage.phases[0].module.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(TrainingError, match="1 parameters .* such as unused"):
+        train(run, stage)
+
+
+def test_a_nan_micro_batch_voids_the_whole_step(run):
+    """One bad micro-batch of two: the step is skipped and the optimiser's moments stay as they were."""
+
+    class Half(ToyStage):
+        def batches(self, step, rank, world, accumulate):
+            for number, batch in enumerate(super().batches(step, rank, world, accumulate)):
+                yield ToyBatch(batch.x * float("nan")) if number == 6 * accumulate else batch
+
+    trainer = train(run, Half(batch_size=4), accumulate=2)
+    assert trainer.skipped == 1
+    moments = [state["step"].item() for state in trainer.optimizers[0][0].optimizer.state.values()]
+    assert set(moments) == {11.0}
+    assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
 
 def test_resume_refuses_another_experiment(run):
@@ -190,7 +268,7 @@ def test_resume_refuses_another_experiment(run):
 def test_changed_learning_rate_applies_after_resume(run):
     train(run, steps=4)
     trainer = train(run, ToyStage(optim=OptimConfig(lr=5e-4, warmup=0)), steps=5)
-    assert trainer.optimizers[0][0].param_groups[0]["lr"] == 5e-4
+    assert trainer.optimizers[0][0].optimizer.param_groups[0]["lr"] == 5e-4
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ ALLOWED = {
     "interfaces": {"optim", "randomness"},  # for annotations only
     "cli": {"config"},
     "flow": {"config"},
+    "parallel": {"config"},
+    "ema": {"config", "checkpoint", "model"},
+    "report": {"config", "metrics", "checkpoint"},
     "optim": {"config"},
     "environment": set(),
     "metrics": {"config", "environment"},
@@ -27,7 +30,7 @@ ALLOWED = {
     "checkpoint": {"config", "model"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness", "pipeline"},
-    "engine": {"config", "interfaces", "checkpoint", "metrics", "optim", "randomness", "model.pretrained"},
+    "engine": {"config", "interfaces", "checkpoint", "metrics", "optim", "randomness", "parallel", "model.pretrained"},
     "shapes": {"config", "interfaces"},
     "run": None,  # everything
     "__init__": None,
@@ -35,7 +38,7 @@ ALLOWED = {
 
 # library -> the modules that may import it
 OWNERS = {
-    "accelerate": {"engine"},
+    "accelerate": {"engine", "parallel"},
     "ema_pytorch": {"engine"},
     "wandb": {"metrics"},
     "diffusers": {"codec", "text"},  # text: the released caption cleaner

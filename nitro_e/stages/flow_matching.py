@@ -70,17 +70,26 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 
+def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
+    """(sum, count) of per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
+    index = (t * bins).long().clamp(max=bins - 1)
+    pairs = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1)  # (B, 2)
+    sums = pairs.new_zeros(bins, 2).index_add_(0, index, pairs)
+    return {f"loss_t{number}": sums[number] for number in range(bins)}
+
+
 class FlowMatching:
     """Batches of captioned latents, one phase."""
 
     def __init__(
         self, config: FlowMatchingConfig, model: EMMDiT, data: Data, codec: LatentCodec, text: TextEncoder,
-        vision: VisionEncoder | None, device: torch.device,
+        vision: VisionEncoder | None, device: torch.device, forward_flops: float,
     ) -> None:  # fmt: skip
         self.config, self.model, self.data = config, model, data
         self.codec, self.text, self.vision, self.device = codec, text, vision, device
         self.name = "pretrain" if config.repa else "flow_matching"
         self.batch_size = data.config.batch_size
+        self.forward_flops = forward_flops
         self.fingerprint = data.fingerprint()
         self.null_text = text.encode([""])
         module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
@@ -115,11 +124,13 @@ class FlowMatching:
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = self.drop_captions(batch.text, rng.uniform() < self.config.caption_dropout)
         velocity, projected = net(flow.interpolate(batch.latents, noise, t), t, text)
-        error = F.mse_loss(velocity.float(), flow.velocity_target(batch.latents, noise))
+        squared = (velocity.float() - flow.velocity_target(batch.latents, noise)).square().flatten(1).mean(dim=1)  # (B,)
+        logs = by_time(squared, t)
         if self.config.repa is None:
-            return error, {}
+            return squared.mean(), logs
         alignment = repa_loss(projected, batch.features)
-        return error + self.config.repa.weight * alignment, {"velocity_loss": error, "repa_loss": alignment}
+        logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
+        return squared.mean() + self.config.repa.weight * alignment, logs
 
     def drop_captions(self, text: TextEmbedding, drop: Tensor) -> TextEmbedding:
         """Replace the rows where drop (B,) is true by the null prompt."""
