@@ -38,6 +38,7 @@ def train(options: argparse.Namespace) -> None:
     with checkpoint.lock(config.folder) if first else contextlib.nullcontext():
         engine = build(config)
         finished = engine.run()
+        engine.close()
     if engine.accelerator.is_main_process:
         if finished:
             print(f"done: {engine.step} steps. Sample with: python sample.py {engine.run_folder} --prompt '...'")

@@ -242,6 +242,12 @@ class Engine:
                 f"The last checkpoint is {checkpoint.latest(self.run_folder)}"
             )
 
+    def close(self) -> None:
+        """Leave the process group together: a process that goes first can make gloo abort the others."""
+        if torch.distributed.is_initialized():
+            self.accelerator.wait_for_everyone()
+            torch.distributed.destroy_process_group()
+
     # ---- telling
 
     def _report(self, bar: tqdm) -> None:
@@ -262,7 +268,7 @@ class Engine:
         peak = peak_teraflops(self.accelerator.device)
         if peak is not None:
             values["mfu"] = teraflops / (peak * self.accelerator.num_processes)
-        self.metrics.write(self.step, {name: float(f"{value:.6g}") for name, value in values.items()})
+        self.metrics.write(self.step, {name: float(f"{value:.9g}") for name, value in values.items()})
         bar.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}", "samples/s": f"{per_second:.0f}"})
         self._window = Window(self.step)
 

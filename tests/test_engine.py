@@ -271,6 +271,31 @@ def test_changed_learning_rate_applies_after_resume(run):
     assert trainer.optimizers[0][0].optimizer.param_groups[0]["lr"] == 5e-4
 
 
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    """accelerate can fall back to one process under a launcher: two runs would then train side by side."""
+
+    class Alone:
+        num_processes = 1
+
+        def __init__(self, **_):
+            pass
+
+    monkeypatch.setattr(engine, "Accelerator", Alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="the launcher started 2 processes but accelerate sees 1"):
+        make_accelerator(EngineConfig(steps=1))
+
+
+def test_averages_and_checkpoints_are_of_the_raw_module(run):
+    """No `module.` or `_orig_mod.` in any name, compiled or not."""
+    trainer = train(run, ema=EMAConfig(beta=0.9), compile=True, steps=2)
+    names = set(ToyStage().model.state_dict())
+    assert set(trainer.ema.ema_model.state_dict()) == names
+    for which in ("model", "ema"):
+        state = torch.load(checkpoint.latest(run) / "trainer" / f"{which}.pt", weights_only=True)
+        assert set(state["module"]) == names
+
+
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.1), (9, 1.0), (50, 1.0), (79, 1.0), (80, 1.0), (90, 0.5), (99, 0.05), (100, 0.0)]
 )

@@ -1,0 +1,103 @@
+"""Two processes through torchrun and gloo: the same losses as one, faults on one process only, sharding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import losses
+
+from nitro_e import checkpoint
+
+SCRIPT = Path(__file__).parent / "toy_run.py"
+
+
+def launch(run: Path, processes: int, **options) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NITRO_E_TIMEOUT_MINUTES": "1"}
+    command = [sys.executable, *torchrun, str(SCRIPT), str(run), json.dumps(options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The run of one process, batch 16."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    done = launch(run, 1, batch_size=16)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def assert_same_losses(run: Path, other: Path) -> None:
+    ours, theirs = losses(run), losses(other)
+    assert ours.keys() == theirs.keys() and len(ours) == 12
+    for step in ours:
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-6), step
+
+
+def weights(run: Path, which: str = "model") -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint.latest(run) / "trainer" / f"{which}.pt", weights_only=True)["module"]
+    return state
+
+
+def test_two_processes_stopped_and_resumed_as_one(one, tmp_path):
+    """SIGTERM on rank 1 alone: both stop at the same step and save; one process finishes with the losses of one."""
+    run = tmp_path / "run"
+    done = launch(run, 2, batch_size=8, fault="sigterm")
+    assert done.returncode == 0, done.stderr
+    ends = {line for line in done.stdout.splitlines() if line.startswith("rank")}
+    steps = {line.split("step ")[1] for line in ends}
+    assert len(ends) == 2 and len(steps) == 1
+    status = json.loads((run / "STATUS.json").read_text())
+    assert status["state"] == "preempted" and 0 < status["step"] < 12
+    done = launch(run, 1, batch_size=8, accumulate=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(run, one)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-6, atol=1e-7)
+
+
+def test_sharded_training_is_replicated_training(one, tmp_path):
+    """FSDP2 until the middle, then one whole process on its checkpoint: same names, losses, weights and average."""
+    run = tmp_path / "run"
+    done = launch(run, 2, batch_size=8, sharding="fsdp", fault="sigusr1")
+    assert done.returncode == 0, done.stderr
+    done = launch(run, 1, batch_size=16)
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(run, one)
+    for which in ("model", "ema"):
+        assert weights(run, which).keys() == weights(one, which).keys()
+        for name, tensor in weights(run, which).items():
+            torch.testing.assert_close(tensor, weights(one, which)[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_replicated_checkpoint_continues_sharded(one, tmp_path):
+    run = tmp_path / "run"
+    assert launch(run, 1, batch_size=16, fault="sigterm").returncode == 0
+    done = launch(run, 2, batch_size=8, sharding="fsdp")
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(run, one)
+
+
+def test_nan_on_one_process_skips_the_step_on_both(tmp_path):
+    run = tmp_path / "run"
+    done = launch(run, 2, fault="nan")
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0 ended at step 12, skipped 1", "rank 1 ended at step 12, skipped 1",
+    ]  # fmt: skip
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_a_process_that_dies_ends_the_job_with_an_error(tmp_path):
+    done = launch(tmp_path / "run", 2, fault="dies")
+    assert done.returncode != 0
+    assert checkpoint.read_meta(checkpoint.latest(tmp_path / "run"))["step"] == 4
+
+
+def test_sharding_needs_several_processes(tmp_path):
+    done = launch(tmp_path / "run", 1, sharding="fsdp")
+    assert done.returncode == 2 and "needs several processes" in done.stderr

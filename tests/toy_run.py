@@ -1,0 +1,60 @@
+"""Train the toy stage of `test_engine.py` in this process (or in each process of torchrun).
+
+    python toy_run.py RUN '{"steps": 12, "fault": "nan-on-rank-1"}'
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from test_engine import ToyBatch, ToyStage
+
+from nitro_e import cli
+from nitro_e.engine import EMAConfig, Engine, EngineConfig, make_accelerator
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+class FaultyStage(ToyStage):
+    """Something goes wrong on one process only."""
+
+    def __init__(self, fault: str | None, **options) -> None:
+        super().__init__(**options)
+        self.fault = fault
+
+    def batches(self, step, rank, world, accumulate):
+        for number, batch in enumerate(super().batches(step, rank, world, accumulate)):
+            if number == 5 * accumulate and rank == world - 1:
+                if self.fault == "nan":
+                    batch = ToyBatch(batch.x * float("nan"), batch.keys)
+                elif self.fault == "sigterm":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif self.fault == "sigusr1":
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                elif self.fault == "dies":
+                    os._exit(17)
+            yield batch
+
+
+def main() -> None:
+    run, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    fault, batch_size = options.pop("fault", None), options.pop("batch_size", 8)
+    torch.set_num_threads(1)
+    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "wandb": "disabled", **options}
+    config = EngineConfig(**options, ema=EMAConfig(beta=0.9))
+    accelerator = make_accelerator(config)
+    if RANK == 0:
+        run.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    stage = FaultyStage(fault, batch_size=batch_size)
+    trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={})
+    trainer.run()
+    print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.skipped}", flush=True)
+    trainer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
