@@ -48,7 +48,7 @@ class Metrics:
         if not enabled:
             return
         path = run / "metrics.jsonl"
-        self.attempt = 1 + max((row.get("attempt", 0) for row in _rows(path)), default=0)
+        self.attempt = 1 + max((row.get("attempt", 0) for row in read_lines(run)), default=0)
         self._lines = _Lines(path)
         self.event(start_step, "start", environment=environment())
         self._start_tracker(tracker, config)
@@ -211,7 +211,7 @@ def has_wandb_key() -> bool:
 def read(run: Path) -> list[dict[str, Any]]:
     """The valid rows of a run in step order: of each step the newest attempt, superseded lines and events dropped."""
     kept: list[dict[str, Any]] = []
-    for row in _rows(run / "metrics.jsonl"):
+    for row in read_lines(run):
         if row.get("event") == "start":
             kept = [old for old in kept if old["step"] <= row["step"]]
         elif "event" not in row:
@@ -221,10 +221,12 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """Everything that happened, in the order of the file: the start of every attempt, warnings, skipped steps."""
-    return [row for row in _rows(run / "metrics.jsonl") if "event" in row]
+    return [row for row in read_lines(run) if "event" in row]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run as they stand in the file, superseded ones and events too."""
+    path = run / "metrics.jsonl"
     if not path.exists():
         return []
     rows = []
