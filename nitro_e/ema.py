@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,20 @@ FOLDER = "posthoc_ema"  # of snapshots, in the run directory
 MAX_ERROR = 0.05  # of a synthesised profile, in L2 relative to the profile asked for
 
 
+@dataclass(frozen=True, kw_only=True)
+class PostHocEMAConfig:
+    sigma_rels: tuple[float, ...] = (0.05, 0.10)  # profiles that are tracked; two are enough
+    every: int = 1000  # steps between snapshots; 25 to 50 snapshots in a run give profiles to about 0.1 %
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"every must be at least 1 step, got {self.every}")
+        if len(set(self.sigma_rels)) < 2:
+            raise ConfigError(f"sigma_rels: synthesis needs two different profiles, got {list(self.sigma_rels)}")
+        for sigma_rel in self.sigma_rels:
+            gamma_of(sigma_rel)
+
+
 class PostHocEMA:
     """Power-function averages of a bare module, in float32, updated at every step, with snapshots every so many steps.
 
@@ -41,12 +56,9 @@ class PostHocEMA:
     def __init__(
         self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), folder: Path | None = None, every: int = 1000
     ) -> None:
-        self.module, self.sigma_rels, self.folder, self.every = module, tuple(sigma_rels), folder, every
+        config = PostHocEMAConfig(sigma_rels=tuple(sigma_rels), every=every)
+        self.module, self.sigma_rels, self.folder, self.every = module, config.sigma_rels, folder, config.every
         self.step = self.failed = 0
-        if every < 1:
-            raise ConfigError(f"every must be at least 1 step, got {every}")
-        if len(set(self.sigma_rels)) < 2:
-            raise ConfigError(f"sigma_rels: synthesis needs two different profiles, got {list(sigma_rels)}")
         self.gammas = [gamma_of(sigma_rel) for sigma_rel in self.sigma_rels]
         state = _floats(module)
         for name, tensor in state.items():
