@@ -126,7 +126,13 @@ def test_flags_are_not_branched_on_in_forward():
     functions = 0
     for module in (layers, emmdit):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.FunctionDef) and node.name in ("forward", "forward_intermediates", "run_blocks", "before", "after"):
+            if isinstance(node, ast.FunctionDef) and node.name in (
+                "forward",
+                "forward_intermediates",
+                "run_blocks",
+                "before",
+                "after",
+            ):
                 functions += 1
                 for branch in ast.walk(node):
                     if isinstance(branch, (ast.If, ast.IfExp)):
@@ -210,7 +216,9 @@ def test_parameter_counts(choices):
 
 def test_config_survives_its_own_dump():
     for choices in PRODUCT + ALONE:
-        config = build(**choices).config if choices in ALONE else from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices})
+        config = (
+            build(**choices).config if choices in ALONE else from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices})
+        )
         assert from_dict(ModelConfig, to_dict(config)) == config
 
 
@@ -221,7 +229,10 @@ def test_config_survives_its_own_dump():
         (dict(compression=[1]), "a ratio must be 2 or more"),
         (dict(compression=[2, 2]), "the ratios must differ"),
         (dict(compression=[8]), "compression ratio 8 needs a width that is a multiple of 64, not 16"),
-        (dict(compression=[3], width=36), r"8x8 tokens are not a multiple of compression ratio 3; the nearest that work: grid 6x6"),
+        (
+            dict(compression=[3], width=36),
+            r"8x8 tokens are not a multiple of compression ratio 3; the nearest that work: grid 6x6",
+        ),
         (dict(attention=["4x4"]), "needs multiples of 16 tokens, but group 2 has 20"),
         (dict(attention=["4by4"]), "attention '4by4': expected 'full' or 'RxN' such as '4x1'"),
         (dict(attention=["0x4"]), "attention '0x4'"),
@@ -257,7 +268,9 @@ def test_forward_is_one_graph():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "choices", [{}, dict(compression=[], position_reinforcement=False, modulation="full", qk_norm=False, text_mask="real")], ids=name
+    "choices",
+    [{}, dict(compression=[], position_reinforcement=False, modulation="full", qk_norm=False, text_mask="real")],
+    ids=name,
 )
 def test_forward_and_backward_are_one_graph(choices):
     """With and without gradient checkpointing, through autograd's own tracing."""

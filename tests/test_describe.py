@@ -60,7 +60,12 @@ def test_counts_are_those_of_the_forward_pass(config, grid, text_length):
              "blocks after": range(first + inside, first + inside + last)}  # fmt: skip
     for name, indices in edges.items():
         assert sum(flops[f"EMMDiT.blocks.{index}"] for index in indices) == (parts[name].flops if name in parts else 0)
-    for name, module in {"compression": "compress", "reconstruction": "reconstruct", "output": "out", "text embedding": "text"}.items():
+    for name, module in {
+        "compression": "compress",
+        "reconstruction": "reconstruct",
+        "output": "out",
+        "text embedding": "text",
+    }.items():
         assert (parts[name].flops if name in parts else 0) == flops.get(f"EMMDiT.{module}", 0)
 
 

@@ -157,7 +157,9 @@ def test_pictures_have_the_size_asked_for(pipeline):
 def test_wrong_sizes_name_the_nearest_in_pixels(pipeline):
     with pytest.raises(ConfigError, match="100x64 px: both sides must be multiples of 8; the nearest that work: 64x64, 128x64"):
         pipeline(["a"], height=100)
-    with pytest.raises(ConfigError, match="72x64 px: 9x8 tokens are not .* ratio 2; the nearest that work: 64x64 px, 128x64 px"):
+    with pytest.raises(
+        ConfigError, match="72x64 px: 9x8 tokens are not .* ratio 2; the nearest that work: 64x64 px, 128x64 px"
+    ):
         pipeline(["a"], height=72)
     with pytest.raises(ConfigError, match="height must be positive, got 0"):
         pipeline(["a"], height=0)

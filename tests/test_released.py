@@ -233,7 +233,11 @@ class Skeleton(nn.Module):
                     parent.add_module(part, nn.Module())
                 parent = parent._modules[part]
             weight = state[f"{name}.weight"]
-            layer = nn.Linear(*weight.shape[::-1]) if weight.ndim == 2 else nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2])
+            layer = (
+                nn.Linear(*weight.shape[::-1])
+                if weight.ndim == 2
+                else nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2])
+            )
             layer.weight.data, layer.bias.data = weight.clone(), state[f"{name}.bias"].clone()
             parent.add_module(leaf, layer)
 
@@ -336,7 +340,10 @@ def test_adapter_folders_that_are_none(released_state, tmp_path):
         ("1 missing, such as proj_out.bias", lambda s: {n: t for n, t in s.items() if n != "proj_out.bias"}),
         ("1 unknown, such as extra.weight", lambda s: {**s, "extra.weight": torch.zeros(1)}),
         (r"proj_out.bias \[9\] instead of \[8\]", lambda s: {**s, "proj_out.bias": torch.zeros(9)}),
-        ("2-dimensional tensor 'context_embedder.weight'", lambda s: {n: t for n, t in s.items() if n != "context_embedder.weight"}),
+        (
+            "2-dimensional tensor 'context_embedder.weight'",
+            lambda s: {n: t for n, t in s.items() if n != "context_embedder.weight"},
+        ),
         ("4-dimensional tensor 'pos_embed.proj.weight'", lambda s: {**s, "pos_embed.proj.weight": torch.zeros(32, 8)}),
         ("missing, such as tokencompressor", lambda s: {n: t for n, t in s.items() if "body2x" not in n}),
         ("not the table of base_grid 16", lambda s: {**s, "pos_embed.pos_embed": s["pos_embed.pos_embed"] + 1e-3}),
@@ -394,7 +401,27 @@ def test_convert_reports_wrong_input_in_one_line(released_file, tmp_path, conver
         assert convert([str(argument) for argument in arguments]) == 2, message
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut-512px.safetensors", "empty", "tiny-512px.safetensors", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cut-512px.safetensors",
+        "empty",
+        "tiny-512px.safetensors",
+        "weights.safetensors",
+    ]
+
+
+def test_folders_that_are_no_model_folders(released_file, tmp_path):
+    with pytest.raises(ConfigError, match="has no config.json; of a checkpoint, give model/ or ema/"):
+        EMMDiT.from_pretrained(tmp_path)
+    save_pretrained(EMMDiT.from_pretrained(released_file), tmp_path / "ours")
+    with pytest.raises(ConfigError, match="resolution and config are for files in the released format"):
+        EMMDiT.from_pretrained(tmp_path / "ours", resolution=512)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "width": 64}}))
+    with pytest.raises(ConfigError, match=r"of another architecture: \d+ misshapen, such as .* instead of "):
+        EMMDiT.from_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "format": 9}))
+    with pytest.raises(ConfigError, match="format 9 is not 1"):
+        EMMDiT.from_pretrained(tmp_path / "ours")
 
 
 def test_parameter_count_of_the_tiny_reference(released_state):

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(convert(options))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # OSError: no space, no permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -67,7 +67,7 @@ def convert(options: argparse.Namespace) -> str:
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
         write_folder(model, out, use)
-        lines = [f"{out}: model folder; try it: python sample.py {out} --prompt \"...\""]
+        lines = [f'{out}: model folder; try it: python sample.py {out} --prompt "..."']
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines.append(f"{parameters:,} parameters in {next(model.parameters()).dtype}" + (f", {lora} merged" if lora else ""))
     return "\n".join([*lines, *left_out(path)])

@@ -68,7 +68,9 @@ def report(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
     """All tables, as lines of Markdown."""
     by_part, whole = parts(config, grid, text_length), total(config, grid, text_length)
     full, inside, _ = config.image_tokens(*grid)
-    lines = [f"{whole.parameters:,} parameters, {gflop(whole.flops)} GFLOP for {grid[0]}x{grid[1]} image and {text_length} text tokens."]
+    lines = [
+        f"{whole.parameters:,} parameters, {gflop(whole.flops)} GFLOP for {grid[0]}x{grid[1]} image and {text_length} text tokens."
+    ]
     if config.compression:
         lines.append(f"Image tokens in the compressed blocks: {inside} instead of {full}, {1 - inside / full:.2%} fewer.")
     everywhere = dataclasses.replace(config, attention=("full",))
@@ -80,7 +82,14 @@ def report(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
         )
     header = ["part", "parameters", "share", "image + text tokens", "GFLOP", "share"]
     rows = [
-        [c.name, f"{c.parameters:,}", share(c.parameters, whole.parameters), tokens(c), gflop(c.flops), share(c.flops, whole.flops)]
+        [
+            c.name,
+            f"{c.parameters:,}",
+            share(c.parameters, whole.parameters),
+            tokens(c),
+            gflop(c.flops),
+            share(c.flops, whole.flops),
+        ]
         for c in by_part
     ]
     lines += ["", *table(header, rows)]

@@ -141,9 +141,7 @@ class ModelConfig:
     def nearest_grids(self, height: int, width: int, count: int = 3) -> list[Grid]:
         """The token grids that work and are nearest in rows plus columns."""
         sides = range(step := math.lcm(*self.compression), self.position_table + 1, step)
-        grids = sorted(
-            itertools.product(sides, sides), key=lambda grid: (abs(grid[0] - height) + abs(grid[1] - width), grid)
-        )
+        grids = sorted(itertools.product(sides, sides), key=lambda grid: (abs(grid[0] - height) + abs(grid[1] - width), grid))
         return list(itertools.islice((grid for grid in grids if self._grid_problem(*grid) is None), count))
 
     def _grid_problem(self, height: int, width: int) -> str | None:
@@ -203,9 +201,7 @@ class EMMDiT(nn.Module):
 
         last = c.depth - 1
         self.blocks = nn.ModuleList(
-            (layers.LastBlock if index == last else layers.Block)(
-                width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region
-            )
+            (layers.LastBlock if index == last else layers.Block)(width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region)
             for index, region in enumerate(c.regions)
         )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -260,9 +256,10 @@ class EMMDiT(nn.Module):
         self, x: Tensor, t: Tensor, text: TextEmbedding, taps: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """`forward`, and the image tokens (B, N_tap, D) after the first `tap` blocks for each tap in 1..depth."""
-        tapped: dict[int, Tensor | None] = dict.fromkeys(taps)
-        if not tapped.keys() <= set(range(1, self.config.depth + 1)):
-            raise ConfigError(f"taps {list(taps)}: block counts must be in 1 to {self.config.depth}")
+        for tap in taps:
+            if not 1 <= tap <= self.config.depth:
+                raise ConfigError(f"taps {list(taps)}: block counts must be in 1 to {self.config.depth}")
+        tapped: dict[int, Tensor | None] = {tap: None for tap in taps}
         grid = self.config.latent_grid(*x.shape[-2:])
         self.config.check_grid(*grid, text.tokens.shape[1])
 

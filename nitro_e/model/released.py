@@ -36,7 +36,9 @@ def check_representable(config: ModelConfig) -> None:
     """Refuse a model that programs reading the released format would load as something else, or not at all."""
     for field, value in RELEASED_CHOICES.items():
         if getattr(config, field) != value:
-            raise ConfigError(f"the released format has {field} {_plain(value)} only; this model has {_plain(getattr(config, field))}")
+            raise ConfigError(
+                f"the released format has {field} {_plain(value)} only; this model has {_plain(getattr(config, field))}"
+            )
     if config.attention not in RELEASED_CYCLES:
         known = " or ".join(str(_plain(cycle)) for cycle in RELEASED_CYCLES)
         raise ConfigError(f"the released format has attention {known} only; this model has {_plain(config.attention)}")
@@ -151,8 +153,7 @@ def from_released(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     _check_position_table(state[POSITION_TABLE], config)
     shapes = _shapes(config)
     return {
-        name: torch.cat([state[part] for part in parts]).reshape(shapes[name])
-        for name, parts in released_names(config).items()
+        name: torch.cat([state[part] for part in parts]).reshape(shapes[name]) for name, parts in released_names(config).items()
     }
 
 
