@@ -4,12 +4,14 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from data_samples import png
+from tqdm import tqdm
 
 from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
 from nitro_e.config import ConfigError
@@ -90,6 +92,41 @@ def test_ragged_text_keeps_real_tokens(tmp_path, images):
         np.testing.assert_array_equal(stored[f"s0_{i}"], tokens[0][mask[0]].half())
 
 
+@pytest.mark.parametrize("text_format", ["padded", "ragged"])
+def test_stored_text_and_features_are_read(tmp_path, images, text_format):
+    text = build_text_encoder(ComponentConfig(name="hash"))
+    config = EncodeConfig(resolution=16, batch_size=4, workers=0, text_format=text_format)
+    encode(images, Encoders(codec=codec(), text=text, vision=Vision()), config, JobConfig(out=tmp_path))
+
+    def opened(**kwargs):
+        return open_data(DataConfig(shards=(str(tmp_path / "*.tar"),), batch_size=26, resolution=16, workers=0),
+                         **{"need_pixels": True, "use_text": True, "use_features": True, "text_length": text.length,
+                            "seed": 0, "stage": "s", **kwargs})  # fmt: skip
+
+    data = opened()
+    records = next(data.records())
+    assert data.text_format == text_format and data.has_features and not data.has_pixels and records.pixels is None
+    tokens, mask = text.encode(records.prompts)
+    assert torch.equal(records.text.mask, mask)
+    assert torch.equal(records.text.tokens[mask], tokens.half()[mask])
+    if text_format == "padded":
+        assert torch.equal(records.text.tokens, tokens.half())
+    pixels = next(opened(use_features=False).records()).pixels.float() / 127.5 - 1
+    assert torch.equal(records.features, Vision().features(pixels, (2, 2)).half())
+    assert torch.equal(data.null_text().tokens[0], text.encode([""]).tokens[0].half())
+    assert data.encoders()["text"]["format"] == text_format and "weights" in data.encoders()["latents"]
+    assert opened(use_text=False).null_text() is None
+    if text_format == "padded":
+        with pytest.raises(ConfigError, match=f"stored text has {text.length} tokens, the text encoder 99"):
+            opened(text_length=99)
+    else:
+        with pytest.raises(ConfigError, match="bad samples of 26 .*expected up to 3 x"):  # nearly all are longer
+            next(opened(text_length=3).records())
+    only = open_data(DataConfig(shards=(str(tmp_path / "latents-*.tar"),), workers=0), need_pixels=False, use_text=True,
+                     seed=0, stage="s")  # fmt: skip
+    assert not only.has_text and next(only.records()).text is None
+
+
 def test_ranks_and_workers_give_the_same_bytes(tmp_path, images):
     encode(images, Encoders(codec=codec()), CONFIG, JobConfig(out=tmp_path / "one"))
     for rank in (2, 0, 1):
@@ -119,7 +156,7 @@ class SlowCodec:
 
 
 def run_slowly(shards, out, rank, world):
-    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the parent's is shared, and a killed process may hold it
     encode(shards, Encoders(codec=SlowCodec()), CONFIG, JobConfig(out=out, rank=rank, world=world))
 
 
@@ -134,7 +171,7 @@ def test_killed_ten_times_gives_the_same_bytes(tmp_path):
     while kills < 10:
         child = context.Process(target=run_slowly, args=(shards, out, 0, 1))
         child.start()
-        while len(list(out.glob(".journal/latents/*.json"))) < kills:
+        while len(list(out.glob(".journal/latents/*.json"))) < kills and child.is_alive():
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.06))
         os.kill(child.pid, signal.SIGKILL)
@@ -208,7 +245,7 @@ def test_bad_samples_are_left_out_and_reported(tmp_path):
     nan = NanCodec()
     data = open_data(DataConfig(shards=(str(tmp_path / "images-0.tar"),), resolution=16, workers=0),
                      need_pixels=True, seed=0, stage="s")  # fmt: skip
-    from nitro_e.data.reader import TarDataset
+    from nitro_e.data.dataset import TarDataset
 
     nan.poison = TarDataset(data.catalog, data.order, data.spec).load(np.array([11]))[0].pixels[0].float() / 127.5 - 1
     encode([str(tmp_path / "images-0.tar")], Encoders(codec=nan), CONFIG, JobConfig(out=tmp_path))

@@ -17,7 +17,8 @@ from nitro_e.data import BadDataError, DataConfig, SourceConfig, open_data, writ
 from nitro_e.data.catalog import expand_braces
 from nitro_e.data.decode import BadSample, decode_image
 from nitro_e.data.order import quotas
-from nitro_e.data.reader import BadSamples, TarDataset
+from nitro_e.data.dataset import TarDataset
+from nitro_e.data.reader import BadSamples
 
 
 def make(tmp_path, samples, per_shard=7):

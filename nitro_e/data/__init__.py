@@ -1,6 +1,7 @@
 """Captioned images and latents in webdataset tars: writing, indexing, an exact order, reading."""
 
-from nitro_e.data.reader import BadDataError, Data, DataConfig, Records, SourceConfig, open_data
+from nitro_e.data.dataset import BadDataError, Records
+from nitro_e.data.reader import Data, DataConfig, SourceConfig, open_data
 from nitro_e.data.writer import write_shard, write_shards
 
 __all__ = ["BadDataError", "Data", "DataConfig", "Records", "SourceConfig", "open_data", "write_shard", "write_shards"]

@@ -129,9 +129,10 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + option + rest for option in options for rest in rests]
 
 
-def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0) -> Catalog:
+def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0, progress: bool = False) -> Catalog:
     """Index the shards of every source (paths from `expand_shards`) and join their columns.
 
+    `progress` must stay False in worker processes: tqdm's lock does not survive a fork or a kill.
     Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that do
     not match.
     """
@@ -140,29 +141,26 @@ def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0) -> 
     names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
     parts: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in names}
     shard_names, sizes, problems, damaged, digest = [], [], [], 0, hashlib.sha256()
-    total = sum(len(groups) for groups in grouped)
-    with tqdm(total=total, desc="index", unit="shard", disable=None if total > 20 else True, leave=False) as bar:
-        for groups in grouped:
-            sizes.append([])
-            for shards in groups.values():
-                bar.update()
-                try:
-                    indices = {name: shard_index(shards[name]) for name in names if name in shards}
-                except DamagedTar as error:
-                    damaged += 1
-                    if damaged > tolerate_shards:
-                        raise
-                    problems.append(Problem(Path(next(iter(shards.values()))).name, "*", str(error)))
-                    continue
-                if len(indices) < len(names):
-                    absent = ", ".join(f"{name or 'plain'}-" for name in names if name not in shards)
-                    raise ConfigError(f"{next(iter(shards.values()))}: no {absent} shard of the same name, as others have")
-                rows = _join(indices, shards, problems)
-                for name, index in indices.items():
-                    parts[name].append((shards[name], rows[name]))
-                    digest.update(index.digest().encode())
-                shard_names.append(Path(shards[names[0]]).name)
-                sizes[-1].append(len(rows[names[0]]))
+    for groups in grouped:
+        sizes.append([])
+        for shards in tqdm(groups.values(), desc="index", unit="shard") if progress and len(groups) > 20 else groups.values():
+            try:
+                indices = {name: shard_index(shards[name]) for name in names if name in shards}
+            except DamagedTar as error:
+                damaged += 1
+                if damaged > tolerate_shards:
+                    raise
+                problems.append(Problem(Path(next(iter(shards.values()))).name, "*", str(error)))
+                continue
+            if len(indices) < len(names):
+                absent = ", ".join(f"{name or 'plain'}-" for name in names if name not in shards)
+                raise ConfigError(f"{next(iter(shards.values()))}: no {absent} shard of the same name, as others have")
+            rows = _join(indices, shards, problems)
+            for name, index in indices.items():
+                parts[name].append((shards[name], rows[name]))
+                digest.update(index.digest().encode())
+            shard_names.append(Path(shards[names[0]]).name)
+            sizes[-1].append(len(rows[names[0]]))
     columns = [Column(name, [path for path, _ in part], _concatenate([rows for _, rows in part]))
                for name, part in parts.items()]  # fmt: skip
     sizes = [np.array(source, np.int64) for source in sizes]

@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
+from nitro_e.data.dataset import ReadSpec, Records, TarDataset
 from nitro_e.data.decode import decode_array
 from nitro_e.data.index import Problem, scan_tar
 from nitro_e.data.jobs import JobConfig, Result, digest, publish_entry, run_job
 from nitro_e.data.order import Order
-from nitro_e.data.reader import ReadSpec, Records, TarDataset, identity, ignore_interrupts, image_spec
+from nitro_e.data.reader import identity, ignore_interrupts, image_spec
 from nitro_e.data.writer import atomic_file, open_shard
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
@@ -144,7 +145,8 @@ class UnitImages(Dataset):
 
     def _dataset(self, catalog: Catalog) -> TarDataset:
         images = image_spec(catalog) if self.pixels else ()
-        spec = ReadSpec(images, None, catalog.find("json") is not None, self.config.resolution, self.config.caption_key)
+        info = catalog.find("json") is not None
+        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
 
 

@@ -120,6 +120,17 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     return shards
 
 
+def read_manifests(folders: set[Path]) -> dict[Path, dict]:
+    """Shard path -> its manifest line, from every manifest-*.jsonl in these folders."""
+    entries = {}
+    for folder in sorted(folders):
+        for manifest in sorted(folder.glob("manifest-*.jsonl")):
+            for line in manifest.read_text().splitlines():
+                entry = json.loads(line)
+                entries[(folder / entry["shard"]).resolve()] = {**entry, "manifest": manifest.name}
+    return entries
+
+
 def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
     """Store the index of a finished shard and describe it for the manifest."""
     store_index(path, index)

@@ -7,49 +7,33 @@ Global batch t holds the positions [t * B, (t + 1) * B), B = batch_size * micro_
 takes its contiguous slice, a micro-batch a slice of that. The loader is a plain torch DataLoader and must not be
 given to accelerate, which would split it a second time. Left out: epochs (a stage counts steps).
 
-Every process compares each sample with its CRC the first time it reads it, and believes the file from then on.
-A sample that turns out bad when read (CRC, decoding, NaN, empty caption) is replaced by the next good one of its
-source, the same in every run, and reported. Training stops when more distinct samples are bad than
-max(1, max_bad_fraction * data set), or, to notice early, more than max(8, 10 * max_bad_fraction * samples read).
+Samples that turn out bad are replaced (see dataset.py) and counted here. Training stops when more distinct samples
+are bad than max(1, max_bad_fraction * data set), or, to notice early, than max(8, 10 * max_bad_fraction * read so far).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, Catalog, expand_shards, open_catalog
-from nitro_e.data.decode import (
-    BadSample,
-    decode_caption,
-    decode_image,
-    decode_info,
-    not_finite,
-    npy_layout,
-)
+from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
+from nitro_e.data.decode import BadSample, npy_layout
 from nitro_e.data.index import Problem
+from nitro_e.data.jobs import read_manifests
 from nitro_e.data.order import Order
+from nitro_e.interfaces import TextEmbedding
 
 log = logging.getLogger("nitro_e.data")
-OPEN_FILES = 256  # per process
-ATTEMPTS = 64  # replacements tried for one position
-
-
-class BadDataError(ConfigError):
-    """Too much of the data cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,174 +84,6 @@ class DataConfig:
             [] if source.weight == 0 else expand_shards(source.shards, f"data.sources.{name}.shards")
             for name, source in self.sources.items()
         ]
-
-
-@dataclass
-class Records:
-    """One micro-batch on the CPU."""
-
-    keys: list[str]  # "shard.tar:key"
-    prompts: list[str]
-    info: list[dict]  # the json member, {} without one
-    pixels: Tensor | None = None  # (B, 3, R, R) uint8
-    latents: Tensor | None = None  # (B, C, h, w) raw latents as stored, usually float16
-    bad: list[Problem] = field(default_factory=list)  # samples that were replaced
-    failure: str | None = None  # set by a worker instead of raising; never seen by callers
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def pin_memory(self) -> Records:
-        pinned = {name: getattr(self, name) for name in ("pixels", "latents")}
-        return replace(self, **{name: x if x is None else x.pin_memory() for name, x in pinned.items()})
-
-
-@dataclass(frozen=True)
-class LatentLayout:
-    """What every `npy` member looks like; settled by the first one, so that no batch can decide otherwise."""
-
-    header: bytes
-    shape: tuple[int, int, int]  # (C, h, w)
-    dtype: str
-    nbytes: int  # header and data
-
-
-@dataclass(frozen=True)
-class ReadSpec:
-    """Which members are read."""
-
-    images: tuple[str, ...]  # extensions to look for, () = no pixels
-    latents: LatentLayout | None  # None = no latents
-    info: bool  # the json member
-    resolution: int
-    caption_key: str
-
-
-class TarDataset(Dataset):
-    """`dataset.__getitems__(positions) -> Records`. Files are opened when needed, so it can be pickled."""
-
-    def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
-        self.catalog, self.order, self.spec = catalog, order, spec
-        self._files = OpenFiles()
-        self._checked: np.ndarray | None = None  # (N,) bool: content was compared with its CRC in this process
-
-    def __getstate__(self):
-        return {**self.__dict__, "_files": OpenFiles(), "_checked": None}
-
-    def __getitems__(self, positions: range) -> Records:
-        try:
-            return self._read(np.asarray(positions))
-        except (ConfigError, OSError) as error:
-            return Records([], [], [], failure=str(error))
-
-    def _read(self, positions: np.ndarray) -> Records:
-        records, failed = self.load(self.order.ids(positions))
-        for slot, problem in failed.items():
-            records.bad.append(problem)
-            self._replace(records, slot, int(positions[slot]))
-        return records
-
-    def _replace(self, records: Records, slot: int, position: int) -> None:
-        """Fill one slot with the next good sample of the same source."""
-        (source,), (counter,) = self.order.locate(np.array([position]))
-        for attempt in range(1, ATTEMPTS + 1):
-            one, failed = self.load(self.order.sample(int(source), np.array([counter + attempt])))
-            if not failed:
-                for name in ("keys", "prompts", "info", "pixels", "latents"):
-                    if getattr(records, name) is not None:
-                        getattr(records, name)[slot] = getattr(one, name)[0]
-                return
-            records.bad += failed.values()
-        raise BadDataError(
-            f"{ATTEMPTS} samples in a row cannot be used, the last is {records.bad[-1]};"
-            " look for the cause with `python tools/data.py verify`"
-        )
-
-    def load(self, ids: np.ndarray) -> tuple[Records, dict[int, Problem]]:
-        """Samples by id, without replacement: what could be read, and {slot: problem} for the rest."""
-        if self._checked is None:
-            self._checked = np.zeros(len(self.catalog), bool)
-        shards, failed = self.catalog.shard_of(ids).tolist(), {}
-        prompts, info = self._texts(ids, shards, failed)
-        latents = self._latents(ids, shards, failed) if self.spec.latents else None
-        pixels = self._pixels(ids, shards, failed) if self.spec.images else None
-        self._checked[np.delete(ids, list(failed))] = True
-        names = [self.catalog.names[shard] for shard in shards]
-        keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
-        problems = {slot: Problem(names[slot], keys[slot], reason) for slot, reason in sorted(failed.items())}
-        keys = [f"{name}:{key}" for name, key in zip(names, keys)]
-        return Records(keys, prompts, info, pixels, latents), problems
-
-    def _contents(self, extension: str, ids, shards: list[int], failed: dict[int, str]) -> list[bytes | None]:
-        """The member's bytes per sample; None where there is none or its CRC is wrong."""
-        column = self.catalog.find(extension)
-        if column is None:
-            return [None] * len(ids)
-        contents, checked = [], self._checked[ids].tolist()
-        for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[extension][ids].tolist())):
-            content = os.pread(self._files[column.paths[shard]], size, offset) if offset else None
-            if content is not None and (len(content) != size or not checked[slot] and zlib.crc32(content) != crc):
-                failed.setdefault(slot, f"{extension} is not what was indexed (CRC differs)")
-                content = None
-            contents.append(content)
-        return contents
-
-    def _texts(self, ids, shards: list[int], failed: dict[int, str]) -> tuple[list[str], list[dict]]:
-        prompts, info = [""] * len(ids), [{} for _ in ids]
-        texts = self._contents("txt", ids, shards, failed)
-        jsons = self._contents("json", ids, shards, failed) if self.spec.info else [None] * len(ids)
-        for slot, (text, content) in enumerate(zip(texts, jsons)):
-            try:
-                if content is not None:
-                    info[slot] = decode_info(content)
-                prompts[slot] = decode_caption(text, info[slot], self.spec.caption_key)
-            except BadSample as error:
-                failed.setdefault(slot, str(error))
-        return prompts, info
-
-    def _pixels(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
-        pixels = np.zeros((len(ids), 3, self.spec.resolution, self.spec.resolution), np.uint8)
-        for extension in self.spec.images:
-            for slot, content in enumerate(self._contents(extension, ids, shards, failed)):
-                if content is not None and slot not in failed:
-                    try:
-                        pixels[slot] = decode_image(content, self.spec.resolution)
-                    except BadSample as error:
-                        failed[slot] = str(error)
-        return torch.from_numpy(pixels)
-
-    def _latents(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
-        """Read the `.npy` members straight into one array and view the part behind their headers."""
-        layout, column = self.spec.latents, self.catalog.find("npy")
-        nbytes, checked = layout.nbytes, self._checked[ids].tolist()
-        buffer = np.empty((len(ids), nbytes), np.uint8)
-        for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows["npy"][ids].tolist())):
-            if size != nbytes:
-                failed.setdefault(slot, f"latent of {size} bytes, expected {nbytes} for {layout.shape}")
-                continue
-            row = buffer[slot]
-            read = os.preadv(self._files[column.paths[shard]], [row], offset)
-            if read != nbytes or not checked[slot] and zlib.crc32(row) != crc:
-                failed.setdefault(slot, "npy is not what was indexed (CRC differs)")
-        start = len(layout.header)
-        headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
-        for slot in np.flatnonzero(~headers).tolist():
-            failed.setdefault(slot, f"latent is not a {layout.dtype} array of shape {layout.shape}")
-        values = buffer[:, start:].view(layout.dtype)
-        fresh = np.flatnonzero(~self._checked[ids])
-        for slot in fresh[not_finite(values[fresh] if len(fresh) < len(ids) else values)].tolist():
-            failed.setdefault(slot, "latent has NaN or Inf")
-        return torch.from_numpy(values).unflatten(1, layout.shape)  # (B, C, h, w)
-
-
-class OpenFiles(OrderedDict):
-    """path -> file descriptor; beyond OPEN_FILES the one opened first is closed."""
-
-    def __missing__(self, path: str) -> int:
-        if len(self) >= OPEN_FILES:
-            os.close(self.popitem(last=False)[1])
-        self[path] = os.open(path, os.O_RDONLY)
-        return self[path]
 
 
 class StepSampler(Sampler):
@@ -327,18 +143,42 @@ class BadSamples:
 
 
 class Data:
-    """An opened data set. `has_latents` says whether `Records.latents` are there, `latent_shape` their (C, h, w)."""
+    """An opened data set; what `Records` will hold is settled.
+
+    has_latents, has_pixels, has_text, has_features; latent_shape (C, h, w), text_format "padded" or "ragged", or None.
+    """
 
     def __init__(self, config: DataConfig, catalog: Catalog, order: Order, spec: ReadSpec):
         self.config, self.catalog, self.order, self.spec = config, catalog, order, spec
-        self.has_latents = spec.latents is not None
+        self.has_latents, self.has_pixels = spec.latents is not None, bool(spec.images)
+        self.has_text, self.has_features = spec.text is not None, spec.features is not None
         self.latent_shape = spec.latents.shape if spec.latents else None
-        self.has_pixels = bool(spec.images)
+        self.text_format = None if spec.text is None else "padded" if spec.mask else "ragged"
         total = len(catalog) + len(catalog.problems)
         self.bad = BadSamples(total, config.max_bad_fraction, catalog.problems)
 
     def __len__(self) -> int:
         return len(self.catalog)
+
+    def null_text(self) -> TextEmbedding | None:
+        """The null prompt's embedding, (1, L, D) and (1, L), as `encode` left it beside stored text; None without."""
+        column = self.catalog.find("text.npy") if self.has_text else None
+        path = Path(column.paths[0]).parent / "null-text.npz" if column else None
+        if path is None or not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return TextEmbedding(torch.from_numpy(file["tokens"])[None], torch.from_numpy(file["mask"])[None])
+
+    def encoders(self) -> dict[str, dict]:
+        """What made each column, from the manifests beside its first shard: {"latents": {"name": ..., ...}, ...}."""
+        made = {}
+        for column in self.catalog.columns:
+            if column.paths:
+                path = Path(column.paths[0])
+                entry = read_manifests({path.parent}).get(path.resolve(), {})
+                if "encoder" in entry:
+                    made[column.name] = entry["encoder"]
+        return made
 
     def fingerprint(self) -> dict:
         """Content and order as plain data; a run resumes exactly only when it is equal."""
@@ -375,36 +215,59 @@ class Data:
 
 
 def open_data(
-    config: DataConfig, *, need_pixels: bool, use_latents: bool = True, seed: int, stage: str, latent_shape=None
+    config: DataConfig,
+    *,
+    need_pixels: bool,
+    seed: int,
+    stage: str,
+    use_latents: bool = True,
+    use_text: bool = False,
+    use_features: bool = False,
+    latent_shape: tuple[int, int, int] | None = None,
+    text_length: int = 128,
 ) -> Data:
     """Index the shards, check that every sample has what is needed, and fix the order.
 
-    Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False; otherwise, or if
-    `need_pixels`, images are decoded. `latent_shape` (C, h, w) is what stored latents must have, if given.
-    Raises ConfigError for missing or damaged shards, captions, images, or latents of another shape.
+    Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False, and so are text embeddings
+    and vision features where `use_text`, `use_features` ask for them. Images are decoded when there are no latents, or
+    when `need_pixels` (for a vision encoder) and there are no stored features. `latent_shape` (C, h, w) is what
+    stored latents must have, if given; `text_length` is L of stored text.
+    Raises ConfigError for missing or damaged shards, captions, images, or arrays of another shape.
     """
-    catalog = open_catalog(config.expand(), config.tolerate_shards)
+    catalog = open_catalog(config.expand(), config.tolerate_shards, progress=True)
     if not len(catalog):
         raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first")
-    latents = _check_latents(catalog) if use_latents and config.use_latents else False
+    latents = use_latents and config.use_latents and _all_or_none(catalog, "npy", "latents")
+    text = use_text and _all_or_none(catalog, "text.npy", "text embeddings")
+    features = use_features and _all_or_none(catalog, "features.npy", "vision features")
+    pixels = not latents or need_pixels and not features
     _check_members(catalog, ("txt", "json"), "caption (txt or json)", "captions")
-    if need_pixels or not latents:
+    if pixels:
         _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images")
-    images = image_spec(catalog) if need_pixels or not latents else ()
-    layout = _latent_layout(catalog, latent_shape) if latents else None
-    spec = ReadSpec(images, layout, _wants_info(catalog, images, latents), config.resolution, config.caption_key)
+    images = image_spec(catalog) if pixels else ()
+    spec = ReadSpec(
+        images=images,
+        info=_wants_info(catalog, images, latents),
+        resolution=config.resolution,
+        caption_key=config.caption_key,
+        latents=_latent_layout(catalog, latent_shape) if latents else None,
+        features=_layout(catalog, "features.npy", 2) if features else None,
+        text=_text_layout(catalog, text_length) if text else None,
+        mask=_layout(catalog, "mask.npy", 1) if text and _all_or_none(catalog, "mask.npy", "text masks") else None,
+        text_length=text_length,
+    )
     data = Data(config, catalog, Order(catalog.sizes, config.weights, seed=seed, stage=stage), spec)
     _check_captions(data)
     return data
 
 
-def _check_latents(catalog: Catalog) -> bool:
-    """Whether all samples have latents; some with and some without is an error."""
-    has = catalog.has("npy")
+def _all_or_none(catalog: Catalog, member: str, what: str) -> bool:
+    """Whether all samples have this member; some with and some without is an error."""
+    has = catalog.has(member)
     if has.any() and not has.all():
         with_, without = int(np.argmax(has)), int(np.argmin(has))
         raise ConfigError(
-            f"data.shards: {int(has.sum())} of {len(has)} samples have latents: {catalog.describe(with_)},"
+            f"data.shards: {int(has.sum())} of {len(has)} samples have {what}: {catalog.describe(with_)},"
             f" but {catalog.describe(without)}; encode all shards, or list only one kind"
         )
     return bool(has.all())
@@ -436,31 +299,49 @@ def _wants_info(catalog: Catalog, images: tuple[str, ...], latents: bool) -> boo
     return column in [catalog.find(name) for name in ("txt", *images, *["npy"] * latents)]
 
 
-def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> LatentLayout:
-    """Layout of the first latent that can be read."""
-    column = catalog.find("npy")
-    with open(column.paths[0], "rb") as file:
-        offset, size, _ = column.rows["npy"][0].tolist()
+def _layout(catalog: Catalog, member: str, dimensions: int) -> ArrayLayout:
+    """Layout of the first array of this member."""
+    column = catalog.find(member)
+    offset, size, _ = column.rows[member][0].tolist()
+    with open(column.paths[int(catalog.shard_of(0))], "rb") as file:
         file.seek(offset)
         content = file.read(size)
     try:
         shape, dtype, start = npy_layout(content)
+        if len(shape) != dimensions:
+            raise BadSample(f"{len(shape)} dimensions, expected {dimensions}")
     except BadSample as error:
-        raise ConfigError(f"{catalog.name_of(0)}: the first latent cannot be read: {error}; encode it again") from None
-    if len(shape) != 3 or dtype.kind != "f" or expected is not None and shape != tuple(expected):
+        raise ConfigError(f"{catalog.name_of(0)}: the first {member} cannot be used: {error}; encode it again") from None
+    return ArrayLayout(content[:start], shape, dtype.str, len(content))
+
+
+def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> ArrayLayout:
+    layout = _layout(catalog, "npy", 3)
+    if np.dtype(layout.dtype).kind != "f" or expected is not None and layout.shape != tuple(expected):
         raise ConfigError(
-            f"{catalog.name_of(0)}: latents are {dtype} {shape}, the model needs floats of shape"
+            f"{catalog.name_of(0)}: latents are {np.dtype(layout.dtype)} {layout.shape}, the model needs floats of shape"
             f" {tuple(expected) if expected else '(C, h, w)'}; encode for this codec and resolution,"
             " or set data.use_latents=false"
         )
-    return LatentLayout(content[:start], shape, dtype.str, len(content))
+    return layout
+
+
+def _text_layout(catalog: Catalog, length: int) -> ArrayLayout:
+    layout, padded = _layout(catalog, "text.npy", 2), catalog.find("mask.npy") is not None
+    if padded and layout.shape[0] != length:
+        raise ConfigError(
+            f"{catalog.name_of(0)}: stored text has {layout.shape[0]} tokens, the text encoder {length};"
+            " encode it with the same --text-length"
+        )
+    return layout
 
 
 def _check_captions(data: Data) -> None:
     """Where captions come from json, the first sample must have the configured key."""
     if data.catalog.find("txt") is not None:
         return
-    dataset = TarDataset(data.catalog, data.order, replace(data.spec, images=(), latents=None))
+    spec = replace(data.spec, images=(), latents=None, text=None, features=None)
+    dataset = TarDataset(data.catalog, data.order, spec)
     _, failed = dataset.load(np.array([0]))
     if 0 in failed and "no caption under" in failed[0].reason:
         raise ConfigError(f"{failed[0]}; set data.caption_key to the right one")

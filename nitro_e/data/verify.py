@@ -7,7 +7,6 @@ match, shards that a manifest names and that are gone. Left out: repair; make or
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, group_columns
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import Problem, ShardIndex, read_stored, scan_tar
-from nitro_e.data.jobs import each, sha256_of
+from nitro_e.data.jobs import each, read_manifests, sha256_of
 from nitro_e.data.writer import index_path
 
 
@@ -91,17 +90,6 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
                 checked.problems.append(problem("*", f"{name} is {value}, {entry['manifest']} says {entry[name]}"))
     _check_members(path, index, checked, deep, caption_key)
     return checked
-
-
-def read_manifests(folders: set[Path]) -> dict[Path, dict]:
-    """Shard path -> its manifest line, from every manifest-*.jsonl in these folders."""
-    entries = {}
-    for folder in sorted(folders):
-        for manifest in sorted(folder.glob("manifest-*.jsonl")):
-            for line in manifest.read_text().splitlines():
-                entry = json.loads(line)
-                entries[(folder / entry["shard"]).resolve()] = {**entry, "manifest": manifest.name}
-    return entries
 
 
 def _compare(path: Path, index: ShardIndex, stored: ShardIndex) -> list[Problem]:

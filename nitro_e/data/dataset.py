@@ -1,0 +1,237 @@
+"""Samples by position: tars, an order and a specification of what to read -> Records.
+
+Every process compares each sample with its CRC the first time it reads it, and believes the file from then on.
+A sample that turns out bad (CRC, decoding, NaN, empty caption) is replaced by the next good one of its source, the same
+one in every run, and reported with the batch.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nitro_e.config import ConfigError
+from nitro_e.data.catalog import Catalog
+from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info, not_finite
+from nitro_e.data.index import Problem
+from nitro_e.data.order import Order
+from nitro_e.interfaces import TextEmbedding
+
+OPEN_FILES = 256  # per process
+ATTEMPTS = 64  # replacements tried for one position
+
+
+class BadDataError(ConfigError):
+    """Too much of the data cannot be used."""
+
+
+@dataclass
+class Records:
+    """One micro-batch on the CPU."""
+
+    keys: list[str]  # "shard.tar:key"
+    prompts: list[str]
+    info: list[dict]  # the json member, {} without one
+    pixels: Tensor | None = None  # (B, 3, R, R) uint8
+    latents: Tensor | None = None  # (B, C, h, w) raw latents as stored, usually float16
+    text: TextEmbedding | None = None  # stored (B, L, D) tokens, usually float16, and their (B, L) mask
+    features: Tensor | None = None  # (B, h*w, F) stored vision features, usually float16
+    bad: list[Problem] = field(default_factory=list)  # samples that were replaced
+    failure: str | None = None  # set by a worker instead of raising; never seen by callers
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pin_memory(self) -> Records:
+        tensors = {name: getattr(self, name) for name in ("pixels", "latents", "features")}
+        pinned = {name: x if x is None else x.pin_memory() for name, x in tensors.items()}
+        text = self.text if self.text is None else TextEmbedding(*(x.pin_memory() for x in self.text))
+        return replace(self, text=text, **pinned)
+
+    def put(self, slot: int, other: Records) -> None:
+        """Replace one sample by the only one of `other`."""
+        for mine, theirs in ((self.keys, other.keys), (self.prompts, other.prompts), (self.info, other.info)):
+            mine[slot] = theirs[0]
+        tensors = [(self.pixels, other.pixels), (self.latents, other.latents), (self.features, other.features)]
+        for mine, theirs in (*tensors, *zip(self.text or (), other.text or ())):
+            if mine is not None:
+                mine[slot] = theirs[0]
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """What every array of one member looks like; settled by the first one, so that no batch can decide otherwise."""
+
+    header: bytes
+    shape: tuple[int, ...]  # latents: (C, h, w)
+    dtype: str
+    nbytes: int  # header and data
+
+
+@dataclass(frozen=True)
+class ReadSpec:
+    """Which members are read."""
+
+    images: tuple[str, ...]  # extensions to look for, () = no pixels
+    info: bool  # the json member
+    resolution: int
+    caption_key: str
+    latents: ArrayLayout | None = None  # None = not read
+    features: ArrayLayout | None = None
+    text: ArrayLayout | None = None  # (L, D); ragged: (rows of the first one, D)
+    mask: ArrayLayout | None = None  # of padded text; None with text = ragged
+    text_length: int = 0  # L
+
+
+class TarDataset(Dataset):
+    """`dataset.__getitems__(positions) -> Records`. Files are opened when needed, so it can be pickled."""
+
+    def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
+        self.catalog, self.order, self.spec = catalog, order, spec
+        self._files = OpenFiles()
+        self._checked: np.ndarray | None = None  # (N,) bool: content was compared with its CRC in this process
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": OpenFiles(), "_checked": None}
+
+    def __getitems__(self, positions: range) -> Records:
+        try:
+            return self._read(np.asarray(positions))
+        except (ConfigError, OSError) as error:
+            return Records([], [], [], failure=str(error))
+
+    def _read(self, positions: np.ndarray) -> Records:
+        records, failed = self.load(self.order.ids(positions))
+        for slot, problem in failed.items():
+            records.bad.append(problem)
+            self._replace(records, slot, int(positions[slot]))
+        return records
+
+    def _replace(self, records: Records, slot: int, position: int) -> None:
+        """Fill one slot with the next good sample of the same source."""
+        (source,), (counter,) = self.order.locate(np.array([position]))
+        for attempt in range(1, ATTEMPTS + 1):
+            one, failed = self.load(self.order.sample(int(source), np.array([counter + attempt])))
+            if not failed:
+                return records.put(slot, one)
+            records.bad += failed.values()
+        raise BadDataError(
+            f"{ATTEMPTS} samples in a row cannot be used, the last is {records.bad[-1]};"
+            " look for the cause with `python tools/data.py verify`"
+        )
+
+    def load(self, ids: np.ndarray) -> tuple[Records, dict[int, Problem]]:
+        """Samples by id, without replacement: what could be read, and {slot: problem} for the rest."""
+        if self._checked is None:
+            self._checked = np.zeros(len(self.catalog), bool)
+        shards, failed = self.catalog.shard_of(ids).tolist(), {}
+        prompts, info = self._texts(ids, shards, failed)
+        latents, features = (
+            self._arrays(member, layout, ids, shards, failed) if layout else None
+            for member, layout in (("npy", self.spec.latents), ("features.npy", self.spec.features))
+        )
+        text = self._text(ids, shards, failed) if self.spec.text else None
+        pixels = self._pixels(ids, shards, failed) if self.spec.images else None
+        self._checked[np.delete(ids, list(failed))] = True
+        names = [self.catalog.names[shard] for shard in shards]
+        keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
+        problems = {slot: Problem(names[slot], keys[slot], reason) for slot, reason in sorted(failed.items())}
+        keys = [f"{name}:{key}" for name, key in zip(names, keys)]
+        return Records(keys, prompts, info, pixels, latents, text, features), problems
+
+    def _contents(self, extension: str, ids, shards: list[int], failed: dict[int, str]) -> list[bytes | None]:
+        """The member's bytes per sample; None where there is none or its CRC is wrong."""
+        column = self.catalog.find(extension)
+        if column is None:
+            return [None] * len(ids)
+        contents, checked = [], self._checked[ids].tolist()
+        for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[extension][ids].tolist())):
+            content = os.pread(self._files[column.paths[shard]], size, offset) if offset else None
+            if content is not None and (len(content) != size or not checked[slot] and zlib.crc32(content) != crc):
+                failed.setdefault(slot, f"{extension} is not what was indexed (CRC differs)")
+                content = None
+            contents.append(content)
+        return contents
+
+    def _texts(self, ids, shards: list[int], failed: dict[int, str]) -> tuple[list[str], list[dict]]:
+        prompts, info = [""] * len(ids), [{} for _ in ids]
+        texts = self._contents("txt", ids, shards, failed)
+        jsons = self._contents("json", ids, shards, failed) if self.spec.info else [None] * len(ids)
+        for slot, (text, content) in enumerate(zip(texts, jsons)):
+            try:
+                if content is not None:
+                    info[slot] = decode_info(content)
+                prompts[slot] = decode_caption(text, info[slot], self.spec.caption_key)
+            except BadSample as error:
+                failed.setdefault(slot, str(error))
+        return prompts, info
+
+    def _pixels(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
+        pixels = np.zeros((len(ids), 3, self.spec.resolution, self.spec.resolution), np.uint8)
+        for extension in self.spec.images:
+            for slot, content in enumerate(self._contents(extension, ids, shards, failed)):
+                if content is not None and slot not in failed:
+                    try:
+                        pixels[slot] = decode_image(content, self.spec.resolution)
+                    except BadSample as error:
+                        failed[slot] = str(error)
+        return torch.from_numpy(pixels)
+
+    def _arrays(self, member: str, layout: ArrayLayout, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
+        """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
+        column, nbytes, checked = self.catalog.find(member), layout.nbytes, self._checked[ids].tolist()
+        buffer = np.empty((len(ids), nbytes), np.uint8)
+        for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[member][ids].tolist())):
+            if size != nbytes:
+                failed.setdefault(slot, f"{member} of {size} bytes, expected {nbytes} for {layout.shape}")
+                buffer[slot] = 0
+                continue
+            row = buffer[slot]
+            read = os.preadv(self._files[column.paths[shard]], [row], offset)
+            if read != nbytes or not checked[slot] and zlib.crc32(row) != crc:
+                failed.setdefault(slot, f"{member} is not what was indexed (CRC differs)")
+        start = len(layout.header)
+        headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
+        for slot in np.flatnonzero(~headers).tolist():
+            failed.setdefault(slot, f"{member} is not a {layout.dtype} array of shape {layout.shape}")
+        values = buffer[:, start:].view(layout.dtype)
+        fresh = np.flatnonzero(~self._checked[ids])
+        if values.dtype.kind == "f":
+            for slot in fresh[not_finite(values[fresh] if len(fresh) < len(ids) else values)].tolist():
+                failed.setdefault(slot, f"{member} has NaN or Inf")
+        return torch.from_numpy(values).unflatten(1, layout.shape)
+
+    def _text(self, ids, shards: list[int], failed: dict[int, str]) -> TextEmbedding:
+        """Stored prompt tokens: padded ones with their mask, ragged ones padded with zeros here."""
+        layout, length = self.spec.text, self.spec.text_length
+        if self.spec.mask is not None:
+            tokens = self._arrays("text.npy", layout, ids, shards, failed)
+            return TextEmbedding(tokens, self._arrays("mask.npy", self.spec.mask, ids, shards, failed).bool())
+        tokens = np.zeros((len(ids), length, layout.shape[1]), layout.dtype)
+        mask = np.zeros((len(ids), length), bool)
+        for slot, content in enumerate(self._contents("text.npy", ids, shards, failed)):
+            try:
+                rows = decode_array(content) if content is not None else tokens[slot, :0]
+                if rows.shape[1:] != layout.shape[1:] or len(rows) > length or rows.dtype != tokens.dtype:
+                    raise BadSample(f"text.npy is {rows.dtype} {rows.shape}, expected up to {length} x {layout.shape[1]}")
+                tokens[slot, : len(rows)], mask[slot, : len(rows)] = rows, True
+            except BadSample as error:
+                failed.setdefault(slot, str(error))
+        return TextEmbedding(torch.from_numpy(tokens), torch.from_numpy(mask))
+
+
+class OpenFiles(OrderedDict):
+    """path -> file descriptor; beyond OPEN_FILES the one opened first is closed."""
+
+    def __missing__(self, path: str) -> int:
+        if len(self) >= OPEN_FILES:
+            os.close(self.popitem(last=False)[1])
+        self[path] = os.open(path, os.O_RDONLY)
+        return self[path]
