@@ -1,6 +1,7 @@
 """Post-hoc EMA against closed forms, numeric integration and directly tracked averages."""
 
 import errno
+import re
 import sys
 from pathlib import Path
 
@@ -243,3 +244,15 @@ def test_the_tool_writes_a_model_folder(tmp_path, capsys):
     assert (tmp_path / "out" / "config.json").read_bytes() == (checkpoint / "model" / "config.json").read_bytes()
     assert tool.main(command) == 2 and "exists" in capsys.readouterr().err
     assert tool.main(["list", str(tmp_path)]) == 2 and "no snapshots" in capsys.readouterr().err
+
+
+def test_the_errors_in_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|", text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["10", "25", "50", "100"]
+    for count, *printed in rows:
+        steps = np.repeat(np.arange(1, int(count) + 1), 2)
+        errors = {s: solve(steps, [0.05, 0.10] * int(count), int(count), s)[1] for s in np.arange(3, 21) / 100}
+        expected = [errors[0.08], max(errors[s] for s in errors if 0.05 <= s <= 0.15), errors[0.03], errors[0.20]]
+        for value, error in zip(printed, expected):
+            assert float(value) == pytest.approx(100 * error, abs=0.6 * 10 ** -len(value.partition(".")[2]))
