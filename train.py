@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import logging
 import os
-import sys
 
 from nitro_e import cli
 from nitro_e.config import load
@@ -38,7 +37,6 @@ def train(options: argparse.Namespace) -> None:
     with checkpoint.lock(config.folder) if first else contextlib.nullcontext():
         engine = build(config)
         finished = engine.run()
-        engine.close()
     if engine.accelerator.is_main_process:
         if finished:
             print(f"done: {engine.step} steps. Sample with: python sample.py {engine.run_folder} --prompt '...'")
@@ -47,4 +45,4 @@ def train(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

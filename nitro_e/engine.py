@@ -182,6 +182,7 @@ class Engine:
                 self.save()
         if checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
             self.save()
+        stream.close()  # ends the data workers
         bar.close()
 
     def update(self, index: int, batches: list[Any]) -> bool:
@@ -241,12 +242,6 @@ class Engine:
                 f"learning rate or look at these samples: {', '.join(keys[:8])}. "
                 f"The last checkpoint is {checkpoint.latest(self.run_folder)}"
             )
-
-    def close(self) -> None:
-        """Leave the process group together: a process that goes first can make gloo abort the others."""
-        if torch.distributed.is_initialized():
-            self.accelerator.wait_for_everyone()
-            torch.distributed.destroy_process_group()
 
     # ---- telling
 

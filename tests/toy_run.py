@@ -53,8 +53,7 @@ def main() -> None:
     trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={})
     trainer.run()
     print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.skipped}", flush=True)
-    trainer.close()
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.leave(cli.run(main))
