@@ -11,7 +11,9 @@ import glob
 import hashlib
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from nitro_e.config import ConfigError
 from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
+from nitro_e.data.remote import ShardCache, is_url, list_urls
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
@@ -43,6 +46,7 @@ class Catalog:
     columns: list[Column]
     digest: str  # of the content of every shard, in order
     problems: list[Problem] = field(default_factory=list)  # samples that were left out
+    cache: ShardCache = field(default_factory=ShardCache)  # of the shards behind URLs
     starts: np.ndarray = field(init=False)  # (S + 1,) first sample of each shard
 
     def __post_init__(self):
@@ -97,16 +101,20 @@ class Catalog:
 
 
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
-    """Paths, globs and brace ranges (`a-{000000..000012}.tar`, `{a,b}.tar`) -> existing files, in order.
+    """Paths, globs, brace ranges (`a-{000000..000012}.tar`, `{a,b}.tar`), URLs and `@list.txt` -> shards, in order.
 
-    Raises ConfigError naming what is missing, and a file that is listed twice.
+    Raises ConfigError naming the files that are missing, and one that is listed twice. URLs are not looked up here.
     """
+    patterns = [line for pattern in patterns for line in _read_list(pattern, key)]
     if not patterns:
         raise ConfigError(f"{key}: no shards; give webdataset tars, for example {key}='[\"data/train-*.tar\"]'")
     paths, missing = [], []
     for pattern in patterns:
         for name in expand_braces(pattern):
-            found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()
+            if is_url(name):
+                found = list_urls(name) if glob.has_magic(name.partition("?")[0]) else [name]
+            else:
+                found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()
             paths += found
             missing += [] if found else [name]
     if missing:
@@ -116,6 +124,16 @@ def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str
     if twice is not None:
         raise ConfigError(f"{key}: '{twice}' is listed twice; every shard must match one pattern only")
     return paths
+
+
+def _read_list(pattern: str, key: str) -> list[str]:
+    """The lines of an `@file`, or the pattern itself."""
+    if not pattern.startswith("@"):
+        return [pattern]
+    path = Path(pattern[1:])
+    if not path.is_file():
+        raise ConfigError(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
+    return [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -129,13 +147,17 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + option + rest for option in options for rest in rests]
 
 
-def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0, progress: bool = False) -> Catalog:
+def open_catalog(
+    sources: Sequence[Sequence[str]], tolerate_shards: int = 0, progress: bool = False, cache: ShardCache | None = None
+) -> Catalog:
     """Index the shards of every source (paths from `expand_shards`) and join their columns.
 
     `progress` must stay False in worker processes: tqdm's lock does not survive a fork or a kill.
     Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that do
     not match.
     """
+    cache = cache or ShardCache()
+    _fetch_indices([path for paths in sources for path in paths if is_url(path)], cache, progress)
     grouped = [group_columns(paths) for paths in sources]
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
     names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
@@ -145,7 +167,7 @@ def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0, pro
         sizes.append([])
         for shards in tqdm(groups.values(), desc="index", unit="shard") if progress and len(groups) > 20 else groups.values():
             try:
-                indices = {name: shard_index(shards[name]) for name in names if name in shards}
+                indices = {name: shard_index(shards[name], cache=cache) for name in names if name in shards}
             except DamagedTar as error:
                 damaged += 1
                 if damaged > tolerate_shards:
@@ -164,7 +186,23 @@ def open_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int = 0, pro
     columns = [Column(name, [path for path, _ in part], _concatenate([rows for _, rows in part]))
                for name, part in parts.items()]  # fmt: skip
     sizes = [np.array(source, np.int64) for source in sizes]
-    return Catalog(shard_names, sizes, columns, digest.hexdigest(), problems)
+    return Catalog(shard_names, sizes, columns, digest.hexdigest(), problems, cache)
+
+
+def _fetch_indices(urls: list[str], cache: ShardCache, progress: bool) -> None:
+    """Bring the indices of remote shards here, many at a time; the loop that follows finds them in the cache."""
+    if urls:
+        with ThreadPoolExecutor(16) as pool:
+            fetched = pool.map(partial(_fetch_index, cache=cache), urls)
+            for _ in tqdm(fetched, desc="fetch indices", total=len(urls), unit="shard") if progress else fetched:
+                pass
+
+
+def _fetch_index(url: str, cache: ShardCache) -> None:
+    try:
+        shard_index(url, cache=cache)
+    except DamagedTar:
+        pass  # for the loop, which may be allowed to leave it out
 
 
 def group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:

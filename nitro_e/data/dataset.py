@@ -22,6 +22,7 @@ from nitro_e.data.catalog import Catalog
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info, not_finite
 from nitro_e.data.index import Problem
 from nitro_e.data.order import Order
+from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.interfaces import TextEmbedding
 
 OPEN_FILES = 256  # per process
@@ -95,11 +96,11 @@ class TarDataset(Dataset):
 
     def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
         self.catalog, self.order, self.spec = catalog, order, spec
-        self._files = OpenFiles()
+        self._files = OpenFiles(catalog.cache)
         self._checked: np.ndarray | None = None  # (N,) bool: content was compared with its CRC in this process
 
     def __getstate__(self):
-        return {**self.__dict__, "_files": OpenFiles(), "_checked": None}
+        return {**self.__dict__, "_files": OpenFiles(self.catalog.cache), "_checked": None}
 
     def __getitems__(self, positions: range) -> Records:
         try:
@@ -228,10 +229,14 @@ class TarDataset(Dataset):
 
 
 class OpenFiles(OrderedDict):
-    """path -> file descriptor; beyond OPEN_FILES the one opened first is closed."""
+    """path or URL -> file descriptor; beyond OPEN_FILES the one opened first is closed."""
+
+    def __init__(self, cache: ShardCache):
+        super().__init__()
+        self.cache = cache
 
     def __missing__(self, path: str) -> int:
         if len(self) >= OPEN_FILES:
             os.close(self.popitem(last=False)[1])
-        self[path] = os.open(path, os.O_RDONLY)
+        self[path] = os.open(self.cache.fetch(path) if is_url(path) else path, os.O_RDONLY)
         return self[path]

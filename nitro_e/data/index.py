@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from nitro_e.config import ConfigError
+from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.data.writer import atomic_file, index_path
 
 BLOCK = 512
@@ -63,11 +64,14 @@ class ShardIndex:
         return hashlib.sha256(repr(self.rows.dtype.descr).encode() + self.rows.tobytes()).hexdigest()
 
 
-def shard_index(path: str | Path, force: bool = False) -> ShardIndex:
+def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """The stored index of a shard, or a fresh one, which is then stored.
 
+    A shard behind a URL is downloaded into `cache` only if no index lies beside it there.
     Raises DamagedTar (a ConfigError) when the tar is broken or its length differs from the stored index.
     """
+    if is_url(path):
+        return _remote_index(str(path), cache or ShardCache())
     path = Path(path)
     stored = index_path(path)
     if not force and stored.is_file():
@@ -81,6 +85,17 @@ def store_index(path: str | Path, index: ShardIndex) -> None:
     """Keep the index of the tar at `path` where `shard_index` finds it."""
     with atomic_file(index_path(path)) as file:
         file.write(_serialize(index))
+
+
+def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
+    folder, _, name = url.rpartition("/")
+    stored = index_path(cache.path(url))  # from an earlier download, which may be gone by now
+    if stored.is_file():
+        return read_stored(Path(name), stored, check_length=False)
+    beside = cache.fetch_optional(f"{folder}/.index/{name}.npy")
+    if beside is not None:
+        return read_stored(Path(name), beside, check_length=False)
+    return shard_index(cache.fetch(url))  # stored in the cache, beside the local copy
 
 
 def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
@@ -242,7 +257,7 @@ def _serialize(index: ShardIndex) -> bytes:
     return buffer.getvalue()
 
 
-def read_stored(path: Path, stored: Path) -> ShardIndex:
+def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardIndex:
     try:
         with open(stored, "rb") as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)
@@ -251,7 +266,7 @@ def read_stored(path: Path, stored: Path) -> ShardIndex:
         index = ShardIndex(rows, int(first), problems)
     except (ValueError, TypeError, EOFError) as error:
         raise ConfigError(f"{stored} is not an index of this version ({error}); delete it") from None
-    actual = os.path.getsize(path)
+    actual = os.path.getsize(path) if check_length else index.nbytes
     if actual != index.nbytes:
         raise DamagedTar(
             f"{path}: {actual} bytes, but its index was made when it had {index.nbytes}: cut short or replaced;"

@@ -31,6 +31,7 @@ from nitro_e.data.decode import BadSample, npy_layout
 from nitro_e.data.index import Problem
 from nitro_e.data.jobs import read_manifests
 from nitro_e.data.order import Order
+from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.interfaces import TextEmbedding
 
 log = logging.getLogger("nitro_e.data")
@@ -57,6 +58,8 @@ class DataConfig:
     use_latents: bool = True  # stored ones, if the shards have them; False decodes images instead
     max_bad_fraction: float = 0.001  # of the data set may be unusable
     tolerate_shards: int = 0  # damaged tars that are left out, and reported, instead of being an error
+    cache: str | None = None  # folder for shards behind URLs; None: $NITRO_E_CACHE or ~/.cache/nitro_e
+    cache_gb: float = 200.0  # its size
 
     def __post_init__(self):
         for name, least in (("batch_size", 1), ("resolution", 1), ("workers", 0), ("tolerate_shards", 0)):
@@ -234,7 +237,7 @@ def open_data(
     stored latents must have, if given; `text_length` is L of stored text.
     Raises ConfigError for missing or damaged shards, captions, images, or arrays of another shape.
     """
-    catalog = open_catalog(config.expand(), config.tolerate_shards, progress=True)
+    catalog = open_catalog(config.expand(), config.tolerate_shards, True, ShardCache(config.cache, config.cache_gb * 1e9))
     if not len(catalog):
         raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first")
     latents = use_latents and config.use_latents and _all_or_none(catalog, "npy", "latents")
@@ -303,7 +306,8 @@ def _layout(catalog: Catalog, member: str, dimensions: int) -> ArrayLayout:
     """Layout of the first array of this member."""
     column = catalog.find(member)
     offset, size, _ = column.rows[member][0].tolist()
-    with open(column.paths[int(catalog.shard_of(0))], "rb") as file:
+    path = column.paths[int(catalog.shard_of(0))]
+    with open(catalog.cache.fetch(path) if is_url(path) else path, "rb") as file:
         file.seek(offset)
         content = file.read(size)
     try:

@@ -108,8 +108,11 @@ def index_path(shard: str | Path) -> Path:
     writable = os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222  # root may write anywhere
     if beside.is_dir() or writable:
         return beside / f"{shard.name}.npy"
-    cache = Path(os.environ.get("NITRO_E_CACHE") or Path.home() / ".cache" / "nitro_e")
-    return cache / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
+    return cache_folder() / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("NITRO_E_CACHE") or Path.home() / ".cache" / "nitro_e")
 
 
 def check_key(key: str) -> str:

@@ -1,0 +1,142 @@
+"""Shards behind URLs (http, s3, gs, hf, ... through fsspec), kept in a local cache under the hash of the whole URL.
+
+A shard is downloaded once per machine, whole, into a temporary file, its length is compared with what the server
+said, and then it is renamed; processes that want the same one wait for it. The least recently used shards are
+deleted beyond the limit; a reader that has one open keeps it. Left out: ranges of a shard, `pipe:` commands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nitro_e.config import ConfigError
+from nitro_e.data.writer import atomic_file, cache_folder
+
+ATTEMPTS = 5
+CHUNK = 1 << 22
+STALLED = 60.0  # seconds without a byte
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+class ShardCache:
+    """Local copies of remote files. Can be pickled and shared by processes and runs."""
+
+    def __init__(self, folder: str | Path | None = None, limit_bytes: float = 200e9, backoff: float = 1.0):
+        self.folder, self.limit, self.backoff = Path(folder or cache_folder()) / "shards", limit_bytes, backoff
+
+    def path(self, url: str) -> Path:
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}-{url.rstrip('/').rsplit('/', 1)[-1][:80]}"
+
+    def fetch(self, url: str, nbytes: int | None = None) -> Path:
+        """The local copy, downloaded if it is not there. `nbytes` is the length it must have, if known.
+
+        Raises ConfigError naming the URL when it cannot be had after several attempts.
+        """
+        path = self.path(url)
+        if not self._is_there(path, nbytes):
+            with self._lock(path):
+                if not self._is_there(path, nbytes):  # another process may have fetched it meanwhile
+                    self._download(url, path, nbytes)
+        try:
+            os.utime(path)  # the time of its last use
+        except FileNotFoundError:
+            return self.fetch(url, nbytes)  # evicted between the two lines
+        return path
+
+    def fetch_optional(self, url: str) -> Path | None:
+        """As `fetch`, but None if there is no such file."""
+        path = self.path(url)
+        if not path.is_file():
+            try:
+                self._copy(url, path, None)
+            except FileNotFoundError:
+                return None
+            except Exception as error:
+                raise _failure(url, error) from None
+        return path
+
+    def _is_there(self, path: Path, nbytes: int | None) -> bool:
+        return path.is_file() and nbytes in (None, path.stat().st_size)
+
+    def _download(self, url: str, path: Path, nbytes: int | None) -> None:
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._copy(url, path, nbytes)
+            except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
+                raise _failure(url, error) from None  # trying again would not help
+            except Exception as error:  # every protocol has its own
+                if attempt == ATTEMPTS - 1:
+                    raise _failure(url, error, f" after {ATTEMPTS} attempts") from None
+                time.sleep(self.backoff * 2**attempt)
+
+    def _copy(self, url: str, path: Path, nbytes: int | None) -> None:
+        import fsspec
+
+        http = url.startswith(("http://", "https://"))
+        system, name = fsspec.core.url_to_fs(url, **({"client_kwargs": {"timeout": _http_timeout()}} if http else {}))
+        expected = system.info(name).get("size") if nbytes is None else nbytes
+        self._make_room(expected or 0)
+        with system.open(name, "rb", **({"block_size": 0} if http else {})) as source, atomic_file(path) as file:
+            shutil.copyfileobj(source, file, CHUNK)
+            if expected is not None and file.tell() != expected:
+                raise OSError(f"{file.tell()} of {expected} bytes arrived")
+
+    @contextmanager
+    def _lock(self, path: Path) -> Iterator[None]:
+        """One downloader per file and machine; the system releases it when the holder dies."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, nbytes: int) -> None:
+        """Delete what was used longest ago until `nbytes` more fit."""
+        files = []
+        for path in self.folder.glob("??/*"):
+            if path.name[0] != "." and not path.name.endswith((".lock", ".tmp")):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                files.append((status.st_mtime, status.st_size, path))
+        total = nbytes + sum(size for _, size, _ in files)
+        for _, size, path in sorted(files, key=lambda file: file[0]):
+            if total <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def list_urls(pattern: str) -> list[str]:
+    """URLs that match a glob, sorted."""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        return sorted(system.unstrip_protocol(name) for name in system.glob(path))
+    except Exception as error:
+        raise _failure(pattern, error) from None
+
+
+def _http_timeout():
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
+
+
+def _failure(url: str, error: Exception, after: str = "") -> ConfigError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, ImportError):
+        return ConfigError(f"{url}: this kind of URL needs another package: {reason}")
+    return ConfigError(f"{url}: cannot be read{after} ({type(error).__name__}: {reason}); check the address and access")

@@ -1,0 +1,145 @@
+"""Shards behind URLs: a real HTTP server on this machine, with its faults."""
+
+import http.server
+import multiprocessing
+import os
+import threading
+from itertools import islice
+
+import pytest
+from data_samples import latent_samples
+
+from nitro_e.config import ConfigError
+from nitro_e.data import DataConfig, open_data, write_shard
+from nitro_e.data.index import shard_index
+from nitro_e.data.remote import ShardCache
+
+pytest.importorskip("aiohttp")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves tmp_path/www; `faults[path]` is a list of status codes or "cut" to answer with first."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        faults: dict = {}
+        log: list = []
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "www"))
+
+        def do_GET(self):
+            self.log.append(self.path)
+            fault = self.faults.get(self.path, [])
+            if fault and (code := fault.pop(0)) == "cut":
+                content = (tmp_path / "www" / self.path[1:]).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+            elif fault or "code" in locals():
+                self.send_error(code)
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "www").mkdir()
+    instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=instance.serve_forever, daemon=True).start()
+    instance.url, instance.handler = f"http://127.0.0.1:{instance.server_port}", Handler
+    Handler.faults, Handler.log = {}, []
+    yield instance
+    instance.shutdown()
+    instance.server_close()
+
+
+def test_training_from_urls_equals_training_from_files(tmp_path, server):
+    for source in ("a", "b"):  # equal file names in two folders
+        samples = [{**s, "txt": f"{source} {s['txt']}"} for s in latent_samples(12)]
+        for part in range(2):
+            write_shard(tmp_path / f"www/{source}/{part:03d}.tar", samples[part * 6 : part * 6 + 6])
+
+    def batches(root, workers):
+        shards = tuple(f"{root}/{source}/{{000..001}}.tar" for source in "ab")
+        config = DataConfig(shards=shards, batch_size=6, workers=workers, cache=str(tmp_path / "cache"))
+        data = open_data(config, need_pixels=False, seed=0, stage="s")
+        stream = data.records()
+        got = [(records.keys, records.prompts) for records in islice(stream, 8)]
+        stream.close()
+        return got, data.fingerprint()
+
+    local = batches(tmp_path / "www", 0)
+    for workers in (0, 2):
+        assert batches(server.url, workers) == local
+    assert sorted(path for path in server.handler.log if path.endswith(".tar")) == [
+        f"/{source}/{part:03d}.tar" for source in "ab" for part in range(2)
+    ]  # each once: everything else came from the cache
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_an_index_beside_the_shard_is_used(tmp_path, server):
+    write_shard(tmp_path / "www/a.tar", latent_samples(5))
+    index = shard_index(tmp_path / "www/a.tar")
+    found = shard_index(server.url + "/a.tar", cache=ShardCache(tmp_path / "cache"))
+    assert found.digest() == index.digest() and "/a.tar" not in server.handler.log
+
+
+def test_faults_are_retried(tmp_path, server):
+    (tmp_path / "www/a.tar").write_bytes(b"x" * 100_000)
+    server.handler.faults["/a.tar"] = [503, "cut", 500]
+    cache = ShardCache(tmp_path / "cache", backoff=0.001)
+    path = cache.fetch(server.url + "/a.tar")
+    assert path.read_bytes() == b"x" * 100_000 and len(server.handler.log) == 4
+    server.handler.faults["/b.tar"] = [503] * 10
+    (tmp_path / "www/b.tar").write_bytes(b"y")
+    with pytest.raises(ConfigError, match=r"/b.tar: cannot be read after 5 attempts"):
+        cache.fetch(server.url + "/b.tar")
+    with pytest.raises(ConfigError, match=r"/none.tar: cannot be read .*FileNotFound"):
+        cache.fetch(server.url + "/none.tar")
+    with pytest.raises(ConfigError, match=r"nothing://x/a.tar"):
+        cache.fetch("nothing://x/a.tar")
+    assert [path.name[65:] for path in (tmp_path / "cache").rglob("*-?.tar")] == ["a.tar"]
+
+
+def fetch(url, cache):
+    ShardCache(cache).fetch(url)
+
+
+def test_two_processes_download_once(tmp_path, server):
+    (tmp_path / "www/a.tar").write_bytes(b"x" * 3_000_000)
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=fetch, args=(server.url + "/a.tar", tmp_path / "cache")) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert server.handler.log == ["/a.tar"]
+
+
+def test_least_recently_used_shards_are_deleted(tmp_path, server):
+    for name in "abcd":
+        (tmp_path / f"www/{name}").write_bytes(b"x" * 1000)
+    cache = ShardCache(tmp_path / "cache", limit_bytes=3500)
+    for age, name in enumerate("abcad"):
+        os.utime(cache.fetch(f"{server.url}/{name}"), (age, age))
+    (tmp_path / "www/e").write_bytes(b"x" * 1000)
+    cache.fetch(f"{server.url}/e")
+    left = [name for name in "abcde" if cache.path(f"{server.url}/{name}").is_file()]
+    assert left == ["a", "d", "e"]
+
+
+def test_patterns_over_memory_filesystem(tmp_path):
+    import fsspec
+
+    write_shard(tmp_path / "a-0.tar", latent_samples(5))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/data/a-0.tar", (tmp_path / "a-0.tar").read_bytes())
+    memory.pipe("/data/a-1.tar", (tmp_path / "a-0.tar").read_bytes())
+    (tmp_path / "list.txt").write_text("# shards\nmemory://data/a-*.tar\n")
+    config = DataConfig(shards=(f"@{tmp_path / 'list.txt'}",), batch_size=10, workers=0, cache=str(tmp_path / "cache"))
+    records = next(open_data(config, need_pixels=False, seed=0, stage="s").records())
+    assert sorted(records.keys) == sorted(f"a-{part}.tar:s{i:03d}" for part in range(2) for i in range(5))
