@@ -132,10 +132,13 @@ class WandB:
         import wandb
 
         id_file = run / "wandb_id.txt"
+        settings = {"silent": True, "console": "off", "init_timeout": 30}
+        if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):  # without it, no network means no end
+            settings["finish_timeout"] = 60
         self.wandb = wandb
         self.page = wandb.init(
             project="nitro-e", name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
-            mode=mode, dir=str(run), config=config, settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            mode=mode, dir=str(run), config=config, settings=wandb.Settings(**settings),
         )  # fmt: skip
         id_file.write_text(self.page.id)
         self.page.define_metric("*", step_metric="step")  # our own axis: replayed steps are not dropped
