@@ -100,7 +100,7 @@ class TarDataset(Dataset):
         self._checked: np.ndarray | None = None  # (N,) bool: content was compared with its CRC in this process
 
     def __getstate__(self):
-        return {**self.__dict__, "_files": OpenFiles(self.catalog.cache), "_checked": None}
+        return {**self.__dict__, "_checked": None}
 
     def __getitems__(self, positions: range) -> Records:
         try:
@@ -211,21 +211,35 @@ class TarDataset(Dataset):
 
     def _text(self, ids, shards: list[int], failed: dict[int, str]) -> TextEmbedding:
         """Stored prompt tokens: padded ones with their mask, ragged ones padded with zeros here."""
-        layout, length = self.spec.text, self.spec.text_length
+        layout = self.spec.text
         if self.spec.mask is not None:
             tokens = self._arrays("text.npy", layout, ids, shards, failed)
             return TextEmbedding(tokens, self._arrays("mask.npy", self.spec.mask, ids, shards, failed).bool())
-        tokens = np.zeros((len(ids), length, layout.shape[1]), layout.dtype)
-        mask = np.zeros((len(ids), length), bool)
+        rows = []
         for slot, content in enumerate(self._contents("text.npy", ids, shards, failed)):
             try:
-                rows = decode_array(content) if content is not None else tokens[slot, :0]
-                if rows.shape[1:] != layout.shape[1:] or len(rows) > length or rows.dtype != tokens.dtype:
-                    raise BadSample(f"text.npy is {rows.dtype} {rows.shape}, expected up to {length} x {layout.shape[1]}")
-                tokens[slot, : len(rows)], mask[slot, : len(rows)] = rows, True
+                rows.append(ragged_rows(content, self.spec) if content is not None else np.zeros((0, layout.shape[1])))
             except BadSample as error:
                 failed.setdefault(slot, str(error))
-        return TextEmbedding(torch.from_numpy(tokens), torch.from_numpy(mask))
+                rows.append(np.zeros((0, layout.shape[1])))
+        return pad_rows(rows, self.spec)
+
+
+def ragged_rows(content: bytes, spec: ReadSpec) -> np.ndarray:
+    """One ragged text embedding: (up to L, D)."""
+    rows, layout = decode_array(content), spec.text
+    if rows.ndim != 2 or rows.shape[1] != layout.shape[1] or len(rows) > spec.text_length or rows.dtype.str != layout.dtype:
+        raise BadSample(f"text.npy is {rows.dtype} {rows.shape}, expected up to {spec.text_length} x {layout.shape[1]}")
+    return rows
+
+
+def pad_rows(samples: list[np.ndarray], spec: ReadSpec) -> TextEmbedding:
+    """Ragged text embeddings with zeros after the real tokens."""
+    tokens = np.zeros((len(samples), spec.text_length, spec.text.shape[1]), spec.text.dtype)
+    mask = np.zeros(tokens.shape[:2], bool)
+    for slot, rows in enumerate(samples):
+        tokens[slot, : len(rows)], mask[slot, : len(rows)] = rows, True
+    return TextEmbedding(torch.from_numpy(tokens), torch.from_numpy(mask))  # (B, L, D), (B, L)
 
 
 class OpenFiles(OrderedDict):
@@ -234,6 +248,9 @@ class OpenFiles(OrderedDict):
     def __init__(self, cache: ShardCache):
         super().__init__()
         self.cache = cache
+
+    def __reduce__(self):
+        return OpenFiles, (self.cache,)  # descriptors mean nothing in another process
 
     def __missing__(self, path: str) -> int:
         if len(self) >= OPEN_FILES:

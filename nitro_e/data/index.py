@@ -104,19 +104,24 @@ def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
     Raises DamagedTar naming the shard and the byte where its structure breaks.
     """
     path = Path(path)
+    view = map_tar(path)
+    names, places = [], []
+    for name, offset, size in tar_members(view.obj, path):
+        names.append(name)
+        places.append((offset, size, zlib.crc32(view[offset : offset + size]) if crc else 0))
+    return _group(path, names, places, len(view))
+
+
+def map_tar(path: Path) -> memoryview:
+    """The file in memory; DamagedTar when its length cannot be that of a tar."""
     nbytes = os.path.getsize(path)
     if nbytes < 2 * BLOCK or nbytes % BLOCK:
         raise DamagedTar(_damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)"))
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    view, names, places = memoryview(data), [], []
-    for name, offset, size in _members(data, path):
-        names.append(name)
-        places.append((offset, size, zlib.crc32(view[offset : offset + size]) if crc else 0))
-    return _group(path, names, places, nbytes)
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
+def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of every regular file, after checking the structure of the whole archive."""
     headers, found = [], []
     offset, long_name, long_size = 0, None, None

@@ -19,6 +19,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ class DataConfig:
 
     shards: tuple[str, ...] = ()  # webdataset tars: paths, globs, brace ranges
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # or several sets; without weights, their union
+    reader: Literal["indexed", "stream"] = "indexed"  # stream: no scan of all shards at the start, a weaker order
     batch_size: int = 32  # samples per process and micro-batch
     resolution: int = 512  # pixels per side
     workers: int = 2  # loader processes per training process; 0 reads in the training process
@@ -229,7 +231,7 @@ def open_data(
     latent_shape: tuple[int, int, int] | None = None,
     text_length: int = 128,
 ) -> Data:
-    """Index the shards, check that every sample has what is needed, and fix the order.
+    """Index the shards, check that every sample has what is needed, and fix the order (or its weaker form, stream.py).
 
     Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False, and so are text embeddings
     and vision features where `use_text`, `use_features` ask for them. Images are decoded when there are no latents, or
@@ -237,13 +239,37 @@ def open_data(
     stored latents must have, if given; `text_length` is L of stored text.
     Raises ConfigError for missing or damaged shards, captions, images, or arrays of another shape.
     """
-    catalog = open_catalog(config.expand(), config.tolerate_shards, True, ShardCache(config.cache, config.cache_gb * 1e9))
+    wishes = Wishes(need_pixels, use_latents and config.use_latents, use_text, use_features, latent_shape, text_length)
+    cache = ShardCache(config.cache, config.cache_gb * 1e9)
+    if config.reader == "stream":
+        from nitro_e.data.stream import StreamData  # the only module that needs webdataset
+
+        return StreamData(config, cache, wishes, seed=seed, stage=stage)
+    catalog = open_catalog(config.expand(), config.tolerate_shards, True, cache)
+    spec = read_spec(catalog, config, wishes)
+    return Data(config, catalog, Order(catalog.sizes, config.weights, seed=seed, stage=stage), spec)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller of `open_data` asked for; explained there."""
+
+    need_pixels: bool
+    use_latents: bool
+    use_text: bool
+    use_features: bool
+    latent_shape: tuple[int, int, int] | None
+    text_length: int
+
+
+def read_spec(catalog: Catalog, config: DataConfig, wishes: Wishes) -> ReadSpec:
+    """Settle what is read, after checking that all samples have it. Raises ConfigError; see `open_data`."""
     if not len(catalog):
         raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first")
-    latents = use_latents and config.use_latents and _all_or_none(catalog, "npy", "latents")
-    text = use_text and _all_or_none(catalog, "text.npy", "text embeddings")
-    features = use_features and _all_or_none(catalog, "features.npy", "vision features")
-    pixels = not latents or need_pixels and not features
+    latents = wishes.use_latents and _all_or_none(catalog, "npy", "latents")
+    text = wishes.use_text and _all_or_none(catalog, "text.npy", "text embeddings")
+    features = wishes.use_features and _all_or_none(catalog, "features.npy", "vision features")
+    pixels = not latents or wishes.need_pixels and not features
     _check_members(catalog, ("txt", "json"), "caption (txt or json)", "captions")
     if pixels:
         _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images")
@@ -253,15 +279,14 @@ def open_data(
         info=_wants_info(catalog, images, latents),
         resolution=config.resolution,
         caption_key=config.caption_key,
-        latents=_latent_layout(catalog, latent_shape) if latents else None,
+        latents=_latent_layout(catalog, wishes.latent_shape) if latents else None,
         features=_layout(catalog, "features.npy", 2) if features else None,
-        text=_text_layout(catalog, text_length) if text else None,
+        text=_text_layout(catalog, wishes.text_length) if text else None,
         mask=_layout(catalog, "mask.npy", 1) if text and _all_or_none(catalog, "mask.npy", "text masks") else None,
-        text_length=text_length,
+        text_length=wishes.text_length,
     )
-    data = Data(config, catalog, Order(catalog.sizes, config.weights, seed=seed, stage=stage), spec)
-    _check_captions(data)
-    return data
+    _check_captions(catalog, spec)
+    return spec
 
 
 def _all_or_none(catalog: Catalog, member: str, what: str) -> bool:
@@ -340,13 +365,12 @@ def _text_layout(catalog: Catalog, length: int) -> ArrayLayout:
     return layout
 
 
-def _check_captions(data: Data) -> None:
+def _check_captions(catalog: Catalog, spec: ReadSpec) -> None:
     """Where captions come from json, the first sample must have the configured key."""
-    if data.catalog.find("txt") is not None:
+    if catalog.find("txt") is not None:
         return
-    spec = replace(data.spec, images=(), latents=None, text=None, features=None)
-    dataset = TarDataset(data.catalog, data.order, spec)
-    _, failed = dataset.load(np.array([0]))
+    only_captions = replace(spec, images=(), latents=None, text=None, features=None)
+    _, failed = TarDataset(catalog, Order(catalog.sizes, seed=0, stage="check"), only_captions).load(np.array([0]))
     if 0 in failed and "no caption under" in failed[0].reason:
         raise ConfigError(f"{failed[0]}; set data.caption_key to the right one")
 
