@@ -44,6 +44,7 @@ class Records:
     latents: Tensor | None = None  # (B, C, h, w) raw latents as stored, usually float16
     text: TextEmbedding | None = None  # stored (B, L, D) tokens, usually float16, and their (B, L) mask
     features: Tensor | None = None  # (B, h*w, F) stored vision features, usually float16
+    extra: dict[str, Tensor] = field(default_factory=dict)  # other array members that were asked for, by name
     bad: list[Problem] = field(default_factory=list)  # samples that were replaced
     failure: str | None = None  # set by a worker instead of raising; never seen by callers
 
@@ -54,14 +55,15 @@ class Records:
         tensors = {name: getattr(self, name) for name in ("pixels", "latents", "features")}
         pinned = {name: x if x is None else x.pin_memory() for name, x in tensors.items()}
         text = self.text if self.text is None else TextEmbedding(*(x.pin_memory() for x in self.text))
-        return replace(self, text=text, **pinned)
+        return replace(self, text=text, extra={name: x.pin_memory() for name, x in self.extra.items()}, **pinned)
 
     def put(self, slot: int, other: Records) -> None:
         """Replace one sample by the only one of `other`."""
         for mine, theirs in ((self.keys, other.keys), (self.prompts, other.prompts), (self.info, other.info)):
             mine[slot] = theirs[0]
         tensors = [(self.pixels, other.pixels), (self.latents, other.latents), (self.features, other.features)]
-        for mine, theirs in (*tensors, *zip(self.text or (), other.text or ())):
+        extra = [(self.extra[name], other.extra[name]) for name in self.extra]
+        for mine, theirs in (*tensors, *extra, *zip(self.text or (), other.text or ())):
             if mine is not None:
                 mine[slot] = theirs[0]
 
@@ -86,6 +88,7 @@ class ReadSpec:
     caption_key: str
     latents: ArrayLayout | None = None  # None = not read
     features: ArrayLayout | None = None
+    extra: tuple[tuple[str, ArrayLayout], ...] = ()
     text: ArrayLayout | None = None  # (L, D); ragged: (rows of the first one, D)
     mask: ArrayLayout | None = None  # of padded text; None with text = ragged
     text_length: int = 0  # L
@@ -138,6 +141,7 @@ class TarDataset(Dataset):
             self._arrays(member, layout, ids, shards, failed) if layout else None
             for member, layout in (("npy", self.spec.latents), ("features.npy", self.spec.features))
         )
+        extra = {member: self._arrays(member, layout, ids, shards, failed) for member, layout in self.spec.extra}
         text = self._text(ids, shards, failed) if self.spec.text else None
         pixels = self._pixels(ids, shards, failed) if self.spec.images else None
         self._checked[np.delete(ids, list(failed))] = True
@@ -145,7 +149,7 @@ class TarDataset(Dataset):
         keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
         problems = {slot: Problem(names[slot], keys[slot], reason) for slot, reason in sorted(failed.items())}
         keys = [f"{name}:{key}" for name, key in zip(names, keys)]
-        return Records(keys, prompts, info, pixels, latents, text, features), problems
+        return Records(keys, prompts, info, pixels, latents, text, features, extra), problems
 
     def _contents(self, extension: str, ids, shards: list[int], failed: dict[int, str]) -> list[bytes | None]:
         """The member's bytes per sample; None where there is none or its CRC is wrong."""

@@ -228,6 +228,7 @@ def open_data(
     use_latents: bool = True,
     use_text: bool = False,
     use_features: bool = False,
+    extra: tuple[str, ...] = (),
     latent_shape: tuple[int, int, int] | None = None,
     text_length: int = 128,
 ) -> Data:
@@ -236,10 +237,11 @@ def open_data(
     Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False, and so are text embeddings
     and vision features where `use_text`, `use_features` ask for them. Images are decoded when there are no latents, or
     when `need_pixels` (for a vision encoder) and there are no stored features. `latent_shape` (C, h, w) is what
-    stored latents must have, if given; `text_length` is L of stored text.
+    stored latents must have, if given; `text_length` is L of stored text. `extra` names more `.npy` members that every
+    sample must have, all of one shape (`noise.npy` of synthetic pairs); they arrive in `Records.extra`.
     Raises ConfigError for missing or damaged shards, captions, images, or arrays of another shape.
     """
-    wishes = Wishes(need_pixels, use_latents and config.use_latents, use_text, use_features, latent_shape, text_length)
+    wishes = Wishes(need_pixels, use_latents and config.use_latents, use_text, use_features, extra, latent_shape, text_length)
     cache = ShardCache(config.cache, config.cache_gb * 1e9)
     if config.reader == "stream":
         from nitro_e.data.stream import StreamData  # the only module that needs webdataset
@@ -258,6 +260,7 @@ class Wishes:
     use_latents: bool
     use_text: bool
     use_features: bool
+    extra: tuple[str, ...]
     latent_shape: tuple[int, int, int] | None
     text_length: int
 
@@ -273,6 +276,9 @@ def read_spec(catalog: Catalog, config: DataConfig, wishes: Wishes) -> ReadSpec:
     _check_members(catalog, ("txt", "json"), "caption (txt or json)", "captions")
     if pixels:
         _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images")
+    for member in wishes.extra:
+        if not _all_or_none(catalog, member, f"'{member}'"):
+            raise ConfigError(f"data.shards: no sample has '{member}': {catalog.describe(0)}; list shards that have it")
     images = image_spec(catalog) if pixels else ()
     spec = ReadSpec(
         images=images,
@@ -281,6 +287,7 @@ def read_spec(catalog: Catalog, config: DataConfig, wishes: Wishes) -> ReadSpec:
         caption_key=config.caption_key,
         latents=_latent_layout(catalog, wishes.latent_shape) if latents else None,
         features=_layout(catalog, "features.npy", 2) if features else None,
+        extra=tuple((member, _layout(catalog, member)) for member in wishes.extra),
         text=_text_layout(catalog, wishes.text_length) if text else None,
         mask=_layout(catalog, "mask.npy", 1) if text and _all_or_none(catalog, "mask.npy", "text masks") else None,
         text_length=wishes.text_length,
@@ -327,7 +334,7 @@ def _wants_info(catalog: Catalog, images: tuple[str, ...], latents: bool) -> boo
     return column in [catalog.find(name) for name in ("txt", *images, *["npy"] * latents)]
 
 
-def _layout(catalog: Catalog, member: str, dimensions: int) -> ArrayLayout:
+def _layout(catalog: Catalog, member: str, dimensions: int | None = None) -> ArrayLayout:
     """Layout of the first array of this member."""
     column = catalog.find(member)
     offset, size, _ = column.rows[member][0].tolist()
@@ -337,7 +344,7 @@ def _layout(catalog: Catalog, member: str, dimensions: int) -> ArrayLayout:
         content = file.read(size)
     try:
         shape, dtype, start = npy_layout(content)
-        if len(shape) != dimensions:
+        if dimensions is not None and len(shape) != dimensions:
             raise BadSample(f"{len(shape)} dimensions, expected {dimensions}")
     except BadSample as error:
         raise ConfigError(f"{catalog.name_of(0)}: the first {member} cannot be used: {error}; encode it again") from None

@@ -53,6 +53,8 @@ class StreamData:
                 raise ConfigError("data.reader: stream cannot join columns; use indexed, or shards that hold all members")
         probe = open_catalog([shards[:1] for shards in self.sources], cache=cache)
         self.spec = read_spec(probe, config, wishes)
+        if self.spec.extra:
+            raise ConfigError("data.reader=stream reads no extra members; use data.reader=indexed")
         self.has_latents, self.has_pixels = self.spec.latents is not None, bool(self.spec.images)
         self.has_text, self.has_features = self.spec.text is not None, self.spec.features is not None
         self.latent_shape = self.spec.latents.shape if self.spec.latents else None
@@ -196,7 +198,7 @@ class StreamBatches(IterableDataset):
             embedding = TextEmbedding(torch.from_numpy(np.stack(text)), torch.from_numpy(np.stack(mask)).bool())
         elif self.data.spec.text is not None:
             embedding = pad_rows(text, self.data.spec)
-        return Records(keys, prompts, info, pixels, latents, embedding, features, bad)
+        return Records(keys, prompts, info, pixels, latents, embedding, features, bad=bad)
 
 
 def _check_unique(path: Path, members: list[tuple[str, int, int]]) -> None:

@@ -1,0 +1,163 @@
+"""Synthetic pairs: equal to the pipeline's own pictures, the same from any rank, continued, and read back for training."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nitro_e.components import ComponentConfig, build_codec, text_shape
+from nitro_e.config import to_dict
+from nitro_e.data import DataConfig, open_data
+from nitro_e.data.index import scan_tar
+from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.model.pretrained import save_pretrained
+from nitro_e.pipeline import TextToImage, Use
+from nitro_e.sampling import SamplingConfig, euler, guide
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tools import synthesize as tool  # noqa: E402
+
+PROMPTS = [f"a red circle number {i}" for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model of random weights, saved with everything that sampling needs."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    text = ComponentConfig(name="hash")
+    config = ModelConfig(**{**ModelConfig.PRESETS["micro-8"], "latent_channels": 24, "text_width": text_shape(text)[0]})
+    use = Use(codec=ComponentConfig(name="dct-f8c24"), text=text, sampling=SamplingConfig(resolution=64, steps=3))
+    save_pretrained(EMMDiT(config), folder, to_dict(use))
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return tmp_path / "prompts.txt"
+
+
+def run(*args):
+    assert tool.main([str(arg) for arg in args]) == 0
+
+
+def tars(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+def test_pairs_belong_together(tmp_path, model, prompts):
+    run(model, "--prompts", prompts, "--per-prompt", 2, "--out", tmp_path / "o", "--samples-per-shard", 5,
+        "--batch-size", 4, "--text-embeddings", "--images")  # fmt: skip
+    assert sorted(tars(tmp_path / "o")) == [f"synth-{i:06d}.tar" for i in range(3)]
+    assert Image.open(tmp_path / "o/preview.png").size == (4 * 66 - 2, 66 - 2)
+    pipeline = TextToImage.from_pretrained(model)
+    data = open_data(DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=14, resolution=64, workers=0),
+                     need_pixels=True, use_text=True, text_length=pipeline.text.length, extra=("noise.npy",),
+                     seed=0, stage="s")  # fmt: skip
+    records = next(data.records())
+    assert sorted(records.prompts) == sorted(PROMPTS * 2) and len({info["seed"] for info in records.info}) == 14
+    text = pipeline.text.encode(records.prompts)
+    assert torch.equal(records.text.mask, text.mask) and torch.equal(records.text.tokens, text.tokens.half())
+    negative = pipeline.text.encode([""] * 14)
+    velocity = guide(pipeline.model, text, negative, pipeline.defaults.guidance_scale)
+    with torch.no_grad():
+        latents = euler(velocity, records.extra["noise.npy"].float(), pipeline.defaults.times())
+    torch.testing.assert_close(pipeline.codec.normalize(records.latents.float()), latents, rtol=2e-3, atol=2e-3)
+    pixels = pipeline.codec.decode(latents)
+    assert (records.pixels.float() / 127.5 - 1 - pixels).abs().mean() < 0.1  # JPEG
+    # The seed alone gives the noise.
+    for seed, noise in zip((info["seed"] for info in records.info), records.extra["noise.npy"]):
+        again = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).half()
+        assert torch.equal(again, noise)
+
+
+def test_ranks_and_restarts_give_the_same_bytes(tmp_path, model, prompts, capsys):
+    common = (model, "--prompts", prompts, "--samples-per-shard", 2, "--batch-size", 2)
+    run(*common, "--out", tmp_path / "one")
+    for rank in (1, 0):
+        run(*common, "--out", tmp_path / "two", "--rank", rank, "--world", 2)
+    assert tars(tmp_path / "one") == tars(tmp_path / "two") and len(tars(tmp_path / "one")) == 4
+    (tmp_path / "two/synth-000002.tar").unlink()
+    run(*common, "--out", tmp_path / "two")
+    assert tars(tmp_path / "one") == tars(tmp_path / "two")
+    manifest = [json.loads(line) for line in (tmp_path / "two/manifest-synth.jsonl").read_text().splitlines()]
+    assert [entry["samples"] for entry in manifest] == [2, 2, 2, 1] and manifest[0]["generator"]["steps"] == 3
+    assert tool.main([str(arg) for arg in (*common, "--out", tmp_path / "two", "--steps", 4)]) == 2
+    assert "made from other input or with other options" in capsys.readouterr().err
+
+
+def test_other_seeds_other_pictures(tmp_path, model, prompts):
+    for seed in (0, 1):
+        run(model, "--prompts", prompts, "--limit", 2, "--seed", seed, "--out", tmp_path / str(seed))
+    assert tars(tmp_path / "0") != tars(tmp_path / "1")
+
+
+def test_prompts_of_a_table_keep_their_columns(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "tag": "single"}\n{"prompt": " ", "tag": "x"}\n')
+    (job,) = tool.read_jobs(tmp_path / "p.jsonl", "prompt", 1, 0)
+    assert job.prompt == "a cat" and job.info == {"tag": "single"}
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\nbond\tAbstract\n")
+    assert tool.read_jobs(tmp_path / "p.tsv", "Prompt", 3, 0)[2].k == 2
+
+
+def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
+    generator = tool.OwnGenerator(TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1), "", False, False)
+    make = generator.make
+
+    def broken(jobs):
+        made = make(jobs)
+        made.latents[0] = float("nan")
+        return made
+
+    generator.make = broken
+    jobs = tool.read_jobs(prompts, "prompt", 1, 0)
+    tool.synthesize(generator, jobs, tool.JobConfig(out=tmp_path / "o"), 7, 7, False)
+    (line,) = (tmp_path / "o/bad-synth.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "synth_000000000" and "not finite" in line
+    assert len(scan_tar(tmp_path / "o/synth-000000.tar").rows) == 6
+
+
+class FakeDiffusers:
+    """What DiffusersGenerator uses of a pipeline: a picture whose colour is the seed's first random number."""
+
+    def to(self, device):
+        return self
+
+    def set_progress_bar_config(self, **kwargs):
+        pass
+
+    def __call__(self, prompts, generator, height, width, num_inference_steps):
+        colors = [(torch.rand(3, generator=g) * 255).byte().tolist() for g in generator]
+
+        class Output:
+            images = [Image.new("RGB", (width, height), tuple(color)) for color in colors]
+
+        return Output
+
+
+def test_a_diffusers_pipeline(tmp_path, prompts, monkeypatch):
+    import diffusers
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: FakeDiffusers())
+    run("diffusers:some/pipeline", "--prompts", prompts, "--resolution", 16, "--steps", 2, "--codec", "dct-f8c24",
+        "--out", tmp_path / "o", "--batch-size", 3)  # fmt: skip
+    data = open_data(DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=7, resolution=16, workers=0),
+                     need_pixels=True, seed=0, stage="s")  # fmt: skip
+    records = next(data.records())
+    decoded = build_codec(ComponentConfig(name="dct-f8c24"))
+    pixels = decoded.decode(decoded.normalize(records.latents.float()))
+    np.testing.assert_allclose(pixels, records.pixels.float() / 127.5 - 1, atol=0.03)
+    for seed, x in zip((info["seed"] for info in records.info), records.pixels):
+        color = (torch.rand(3, generator=torch.Generator().manual_seed(seed)) * 255).byte()
+        np.testing.assert_allclose(x[:, 8, 8], color, atol=4)
+
+
+def test_denormalize_inverts_every_codec():
+    codec = build_codec(ComponentConfig(name="dct-f16c64"))
+    x = torch.randn(2, codec.channels, 2, 2)
+    torch.testing.assert_close(codec.normalize(tool.denormalize(codec, x)), x)
