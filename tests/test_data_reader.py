@@ -13,7 +13,7 @@ from data_samples import flip_byte, image_samples, latent, latent_samples, png
 from PIL import Image
 
 from nitro_e.config import ConfigError
-from nitro_e.data import BadDataError, DataConfig, SourceConfig, open_data, write_shard, write_shards
+from nitro_e.data import BadDataError, DataConfig, SourceConfig, catalog, open_data, write_shard, write_shards
 from nitro_e.data.catalog import expand_braces
 from nitro_e.data.decode import BadSample, decode_image
 from nitro_e.data.order import quotas
@@ -219,6 +219,36 @@ def test_column_without_its_shard(tmp_path):
     write_shard(tmp_path / "latents-000.tar", latent_samples(7))
     with pytest.raises(ConfigError, match="images-001.tar: no latents- shard of the same name"):
         opened(str(tmp_path / "*.tar"))
+
+
+def test_merged_catalog_is_the_same_and_follows_changes(tmp_path, monkeypatch):
+    samples = latent_samples(30)
+    samples[5]["txt"] = ""
+    shards = make(tmp_path, samples)
+    plain, reference = opened(shards), list(islice(opened(shards).records(), 8))
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "MERGE_FROM", 2)
+    for attempt in range(2):
+        if attempt:  # nothing is built the second time
+            monkeypatch.setattr(catalog, "_build_catalog", None)
+        data = opened(shards, workers=attempt * 2)
+        assert data.fingerprint() == plain.fingerprint() and data.catalog.columns[0].file is not None
+        batches = data.records()
+        for want, got in zip(reference, batches):
+            assert got.keys == want.keys and torch.equal(got.latents, want.latents)
+        batches.close()
+        copy = pickle.loads(pickle.dumps(TarDataset(data.catalog, data.order, data.spec)))
+        assert copy.__getitems__(range(5)).keys == reference[0].keys
+        assert len(pickle.dumps(data.catalog)) < 3000
+    monkeypatch.undo()
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "MERGE_FROM", 2)
+    write_shard(tmp_path / "a-001.tar", samples[7:13])
+    assert len(opened(shards)) == 29
+    path = tmp_path / "a-002.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="a-002.tar: 5000 bytes, but its index was made when"):
+        opened(shards)
 
 
 # --- what is wrong at the start ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import http.server
 import multiprocessing
 import os
 import threading
+import time
 from itertools import islice
 
 import pytest
@@ -102,6 +103,24 @@ def test_faults_are_retried(tmp_path, server):
     with pytest.raises(ConfigError, match=r"nothing://x/a.tar"):
         cache.fetch("nothing://x/a.tar")
     assert [path.name[65:] for path in (tmp_path / "cache").rglob("*-?.tar")] == ["a.tar"]
+
+
+def test_the_next_windows_are_fetched_in_order_before_they_are_read(tmp_path, server):
+    for part in range(20):
+        write_shard(tmp_path / f"www/{part:02d}.tar", [{**s, "__key__": f"k{part}_{i}"} for i, s in enumerate(latent_samples(4))])
+        shard_index(tmp_path / f"www/{part:02d}.tar")
+    config = DataConfig(shards=(f"{server.url}/{{00..19}}.tar",), batch_size=4, workers=0, cache=str(tmp_path / "cache"))
+    data = open_data(config, need_pixels=False, seed=0, stage="s")
+    data.order.window = 3
+    server.handler.log.clear()
+    batches = data.records()
+    next(batches)
+    wanted = {key.split(":")[0] for key in data.keys(range(4 + 2 * 3 * 4))} - {"00.tar"}  # read when data were opened
+    deadline = time.monotonic() + 10
+    while (got := {path[1:] for path in server.handler.log}) < wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert got == wanted and len(server.handler.log) == len(got) and 5 <= len(got) <= 9
+    batches.close()
 
 
 def fetch(url, cache):

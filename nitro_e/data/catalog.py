@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,9 +25,12 @@ from tqdm import tqdm
 from nitro_e.config import ConfigError
 from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
 from nitro_e.data.remote import ShardCache, is_url, list_urls
+from nitro_e.data.writer import cache_folder, index_path
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
+MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
+KEEP_MERGED = 8
 PRIORITY = ("text", "latents", "features", "images", "")  # where a member is taken from when columns repeat it
 
 
@@ -35,6 +41,15 @@ class Column:
     name: str  # "latents", ...; "" for shards that are no column
     paths: list[str]
     rows: np.ndarray  # (N,) structured as in index.py
+    file: Path | None = None  # a .npy that holds the rows; all processes of a machine then share one copy
+
+    def __getstate__(self):
+        return self.__dict__ if self.file is None else {**self.__dict__, "rows": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.file is not None:
+            self.rows = map_rows(self.file)
 
 
 @dataclass
@@ -96,7 +111,7 @@ class Catalog:
         edges = np.cumsum([len(source) for source in self.sizes])[:-1]
         self.sizes = np.split(counts.astype(np.int64), edges)
         for column in self.columns:
-            column.rows = column.rows[mask]
+            column.rows, column.file = column.rows[mask], None
         self.__post_init__()
 
 
@@ -152,12 +167,29 @@ def open_catalog(
 ) -> Catalog:
     """Index the shards of every source (paths from `expand_shards`) and join their columns.
 
+    Beyond MERGE_FROM shards the result is kept as one file per column, which the next call maps into memory.
     `progress` must stay False in worker processes: tqdm's lock does not survive a fork or a kill.
     Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that do
     not match.
     """
     cache = cache or ShardCache()
     _fetch_indices([path for paths in sources for path in paths if is_url(path)], cache, progress)
+    merge = sum(map(len, sources)) >= MERGE_FROM
+    merged = _merged_folder(sources, tolerate_shards, cache) if merge else None
+    if merged is not None and (merged / "catalog.json").is_file():
+        return _read_merged(merged, cache)
+    catalog = _build_catalog(sources, tolerate_shards, progress, cache)
+    if merge:
+        merged = _merged_folder(sources, tolerate_shards, cache)
+        if merged is not None:
+            _write_merged(catalog, merged)
+            return _read_merged(merged, cache)
+    return catalog
+
+
+def _build_catalog(
+    sources: Sequence[Sequence[str]], tolerate_shards: int, progress: bool, cache: ShardCache
+) -> Catalog:
     grouped = [group_columns(paths) for paths in sources]
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
     names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
@@ -187,6 +219,60 @@ def open_catalog(
                for name, part in parts.items()]  # fmt: skip
     sizes = [np.array(source, np.int64) for source in sizes]
     return Catalog(shard_names, sizes, columns, digest.hexdigest(), problems, cache)
+
+
+def map_rows(file: Path) -> np.ndarray:
+    return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+
+
+def _merged_folder(sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache) -> Path | None:
+    """Where the catalog of exactly these shards and indices is kept; None while an index is missing."""
+    state = hashlib.sha256(f"1 {tolerate_shards}".encode())
+    for source in sources:
+        state.update(b"source")
+        for path in source:
+            stored = index_path(cache.path(path) if is_url(path) else path)
+            try:
+                status = stored.stat()
+                length = None if is_url(path) else os.path.getsize(path)
+            except OSError:
+                return None
+            state.update(f"{path}\0{length}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return cache_folder() / "catalogs" / state.hexdigest()[:32]
+
+
+def _write_merged(catalog: Catalog, folder: Path) -> None:
+    """Publish a catalog under its name, unless another process was faster; keep the newest few."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    for number, column in enumerate(catalog.columns):
+        np.save(temporary / f"{number}.npy", column.rows, allow_pickle=False)
+    content = {
+        "names": catalog.names,
+        "sizes": [source.tolist() for source in catalog.sizes],
+        "columns": [[column.name, column.paths] for column in catalog.columns],
+        "digest": catalog.digest,
+        "problems": [[problem.shard, problem.key, problem.reason] for problem in catalog.problems],
+    }
+    (temporary / "catalog.json").write_text(json.dumps(content))
+    try:
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary)
+    others = sorted((path for path in folder.parent.iterdir() if path.suffix != ".tmp"), key=lambda path: path.stat().st_mtime)
+    for old in others[:-KEEP_MERGED]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_merged(folder: Path, cache: ShardCache) -> Catalog:
+    content = json.loads((folder / "catalog.json").read_text())
+    columns = []
+    for number, (name, paths) in enumerate(content["columns"]):
+        file = folder / f"{number}.npy"
+        columns.append(Column(name, paths, map_rows(file), file))
+    sizes = [np.array(source, np.int64) for source in content["sizes"]]
+    problems = [Problem(*problem) for problem in content["problems"]]
+    return Catalog(content["names"], sizes, columns, content["digest"], problems, cache)
 
 
 def _fetch_indices(urls: list[str], cache: ShardCache, progress: bool) -> None:

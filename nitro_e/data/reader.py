@@ -26,12 +26,13 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from nitro_e.config import ConfigError
-from nitro_e.data.catalog import IMAGES, Catalog, expand_shards, open_catalog
+from nitro_e.data.catalog import IMAGES, Catalog, Column, expand_shards, open_catalog
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
 from nitro_e.data.index import Problem
 from nitro_e.data.jobs import read_manifests
 from nitro_e.data.order import Order
+from nitro_e.data.prefetch import Prefetcher
 from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.interfaces import TextEmbedding
 
@@ -212,11 +213,28 @@ class Data:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        for records in loader:
-            if records.failure is not None:
-                raise ConfigError(records.failure)
-            self.bad.add(records.bad, read=len(records))
-            yield records
+        position, stride = step * micro_batches_per_step * world * self.config.batch_size, self.config.batch_size * world
+        prefetcher = Prefetcher(self.catalog, self.order, self._columns())
+        try:
+            prefetcher.advance(position)
+            for records in loader:
+                if records.failure is not None:
+                    raise ConfigError(records.failure)
+                self.bad.add(records.bad, read=len(records))
+                position += stride
+                prefetcher.advance(position)
+                yield records
+        finally:
+            prefetcher.close()
+
+    def _columns(self) -> list[Column]:
+        """The columns whose tars are read."""
+        spec = self.spec
+        members = ["txt", *spec.images, *(member for member, _ in spec.extra)]
+        wanted = [("json", spec.info), ("npy", spec.latents), ("features.npy", spec.features), ("text.npy", spec.text)]
+        members += [member for member, layout in wanted if layout]
+        found = [self.catalog.find(member) for member in members]
+        return [column for column in self.catalog.columns if column in found]
 
 
 def open_data(
