@@ -33,12 +33,15 @@ from tqdm.auto import tqdm
 
 from nitro_e import checkpoint
 from nitro_e.config import ConfigError, TrainingError
+from nitro_e.ema import FOLDER as SNAPSHOTS
+from nitro_e.ema import PostHocEMA, PostHocEMAConfig
 from nitro_e.interfaces import Phase, Stage
-from nitro_e.metrics import Metrics, WandbMode
+from nitro_e.metrics import Metrics, Tracker
 from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.optim import build_optimizers, set_learning_rate
 from nitro_e.parallel import SHARDING, load_module_state, load_optimizer_state, module_state, optimizer_state
 from nitro_e.randomness import SlotRandom
+from nitro_e.report import write_report
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class EngineConfig:
     compile: bool = False
     gradient_checkpointing: bool = False
     ema: EMAConfig | None = None
+    posthoc_ema: PostHocEMAConfig | None = None  # snapshots from which tools/ema.py makes any average afterwards
     save_every: int = 1000
     keep_last: int = 2  # newest checkpoints
     keep_every: int = 0  # and those at multiples of this many steps; 0: none
@@ -77,7 +81,7 @@ class EngineConfig:
     max_skips: int = 5  # non-finite steps in a row before giving up
     log_every: int = 20
     sample_every: int = 1000  # steps between sample grids; 0: none
-    wandb: WandbMode = "auto"  # auto: online with a key, else offline
+    tracker: Tracker = "wandb"  # a mirror of metrics.jsonl; wandb is offline where there is no login
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "save_every", "log_every", "max_failed_saves"):
@@ -121,11 +125,12 @@ class Engine:
         self.parallel = SHARDING[config.sharding](accelerator)
         self.ema = self._make_ema()
         self._place()
+        self.posthoc = self._make_posthoc()
         self.nets, self.optimizers = [], []
         for phase in stage.phases:
             self.optimizers.append([accelerator.prepare_optimizer(o) for o in build_optimizers(phase.module, phase.optim)])
             if config.compile:
-                phase.module.compile()
+                phase.module.compile(dynamic=False)
             self.nets.append(self.parallel.wrap(phase.module))
         self.resume()
 
@@ -137,18 +142,19 @@ class Engine:
             return True
         with self._signals():
             self.metrics = Metrics(
-                self.run_folder, start_step=self.step, wandb=self.config.wandb, config=self.record, enabled=self.main
+                self.run_folder, start_step=self.step, tracker=self.config.tracker, config=self.record, enabled=self.main
             )
             self._status("running")
             try:
                 self._loop()
-            except BaseException as error:
+                finished = self.step >= self.config.steps
+                self._status("done" if finished else "preempted")
+            except (ConfigError, TrainingError) as error:  # what comes again if the same is tried again
                 self._status("failed", reason=str(error))
                 raise
             finally:
                 self.metrics.close()
-            finished = self.step >= self.config.steps
-            self._status("done" if finished else "preempted")
+                self._write_report()
             return finished
 
     def _loop(self) -> None:
@@ -167,6 +173,8 @@ class Engine:
                 self.skipped_in_row = 0
                 if self.ema is not None:
                     self.ema.update()
+                if self.posthoc is not None:
+                    self.posthoc.update(self.step + 1)
             else:
                 self._count_skip(batches)
             self.step += 1
@@ -182,6 +190,8 @@ class Engine:
                 self.save()
         if checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
             self.save()
+        if self.posthoc is not None and self.posthoc.step % self.posthoc.every:
+            self.posthoc.snapshot()
         stream.close()  # ends the data workers
         bar.close()
 
@@ -235,6 +245,7 @@ class Engine:
         self.skipped += 1
         self.skipped_in_row += 1
         log.warning("step %d skipped: a gradient is not finite", self.step)
+        self.metrics.event(self.step, "warning", message="step skipped: a gradient is not finite")
         if self.skipped_in_row > self.config.max_skips:
             keys = [key for batch in batches for key in batch.keys]
             raise TrainingError(
@@ -276,6 +287,13 @@ class Engine:
     def _status(self, state: str, **details: Any) -> None:
         if self.main:
             checkpoint.write_status(self.run_folder, state, self.step, **details)
+
+    def _write_report(self) -> None:
+        if self.main:
+            try:
+                write_report(self.run_folder)
+            except Exception as error:  # a page for people must not turn a finished run into a failed one
+                log.warning("no report.html: %s", error)
 
     # ---- stopping
 
@@ -322,6 +340,11 @@ class Engine:
             include_online_model=False, min_value=config.beta if power is None else 0.0, power=power or 1.0, inv_gamma=1.0,
         )  # fmt: skip
 
+    def _make_posthoc(self) -> PostHocEMA | None:
+        config = self.config.posthoc_ema
+        folder = self.run_folder / SNAPSHOTS if self.main else None
+        return config and PostHocEMA(self.stage.model, config.sigma_rels, folder, config.every)
+
     def _place(self) -> None:
         """Shard what is to be sharded, before optimisers are made."""
         if self.config.sharding == "ddp":
@@ -349,6 +372,7 @@ class Engine:
             except OSError as error:
                 failure = str(error)
                 log.error("step %d could not be saved (%s); the checkpoints before it are untouched", self.step, error)
+                self.metrics.event(self.step, "warning", message=f"checkpoint could not be saved: {error}")
         if not self._any(bool(failure)):
             self.failed_saves = 0
             return
@@ -374,6 +398,8 @@ class Engine:
                 "step": self.ema.step.clone(),
                 "initted": self.ema.initted.clone(),
             }
+        if self.posthoc is not None:
+            state["posthoc_ema"] = self.posthoc.state_dict()
         return state
 
     def _models(self) -> dict[str, nn.Module]:
@@ -410,7 +436,7 @@ class Engine:
             changed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key])
             raise ConfigError(f"{folder} is of another experiment ({changed}); give this one its own run directory: run=...")
         for phase, optimizers in zip(self.stage.phases, self.optimizers):
-            state = _load(folder / "trainer" / f"{phase.name}.pt")
+            state = self._saved(folder, phase.name)
             check_fits(phase.module, state["module"], folder)
             load_module_state(phase.module, state["module"])
             if len(state["optimizers"]) != len(optimizers):
@@ -418,16 +444,22 @@ class Engine:
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 load_optimizer_state(phase.module, optimizer.optimizer, saved)
         if self.ema is not None:
-            path = folder / "trainer" / "ema.pt"
-            if not path.exists():
-                raise ConfigError(f"engine.ema is set but {folder} has no average; start a new run with init_from={folder}")
-            state = _load(path)
+            state = self._saved(folder, "ema")
             load_module_state(self.ema.ema_model, state["module"])
             self.ema.step.copy_(state["step"])
             self.ema.initted.copy_(state["initted"])
+        if self.posthoc is not None:
+            self.posthoc.load_state_dict(self._saved(folder, "posthoc_ema"))
         self.step, self.skipped = meta["step"], meta["skipped"]
         if self.main:
             print(f"resuming {self.run_folder} at step {self.step}")
+
+
+    def _saved(self, folder: Path, name: str) -> dict[str, Any]:
+        path = folder / "trainer" / f"{name}.pt"
+        if not path.exists():
+            raise ConfigError(f"{folder} has no '{name}' to resume (engine.{name} is new?); start a new run with init_from={folder}")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Window:
@@ -473,10 +505,6 @@ def _sum_and_count(value: Tensor) -> Tensor:
 
 def _plain(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _memory_gb(device: torch.device) -> float:

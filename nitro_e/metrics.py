@@ -31,18 +31,14 @@ log = logging.getLogger(__name__)
 # auto: wandb with a login at hand, else tensorboard if installed, else none. WANDB_MODE is obeyed.
 Tracker = Literal["auto", "none", "wandb", "wandb:offline", "tensorboard"]
 MAX_FAILURES = 3
-WandbMode = Literal["auto", "online", "offline", "disabled"]  # of the former argument `wandb`
 
 
 class Metrics:
     """Writer of one attempt of a run. Only the main process makes one that is `enabled`."""
 
     def __init__(
-        self, run: Path, *, start_step: int, config: dict[str, Any], enabled: bool, tracker: Tracker = "auto",
-        wandb: WandbMode | None = None,
-    ) -> None:  # fmt: skip
-        if wandb is not None:
-            tracker = {"auto": "auto", "online": "wandb", "offline": "wandb:offline", "disabled": "none"}[wandb]
+        self, run: Path, *, start_step: int, config: dict[str, Any], enabled: bool, tracker: Tracker = "auto"
+    ) -> None:
         self.run, self.enabled, self.step = run, enabled, start_step
         self.failures, self.mirror = 0, None
         if not enabled:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e import checkpoint
 from nitro_e.components import (
@@ -16,8 +16,8 @@ from nitro_e.components import (
 from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
-from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
-from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.interfaces import LatentCodec, TextEncoder
+from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained
 from nitro_e.pipeline import TextToImage, Use, image_grid
 from nitro_e.randomness import seed_of
@@ -94,46 +94,75 @@ class RunConfig:
 
 def summary(config: RunConfig) -> str:
     """The resolved config and what follows from it, without loading weights of components."""
-    data = open_data(config.data, need_pixels=config.components.vision is not None, seed=config.seed, stage=config.name)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in EMMDiT(config.model).parameters())
-    lines = [dump(config), f"parameters           {parameters:,}"]
-    shape = codec_shape(config.components.codec)
-    if shape is not None:
-        side = config.data.resolution // shape[1]
-        tokens = config.model.image_tokens(*config.model.latent_grid(side, side))
-        lines.append(f"image tokens         {' / '.join(map(str, tokens))} in the three block groups")
-    batch = config.data.batch_size * config.engine.accumulate
-    lines += [
-        f"batch                {batch} per process and step ({config.data.batch_size} x {config.engine.accumulate})",
-        f"samples              {len(data):,} in the data, {batch * config.engine.steps / len(data):.2f} epochs per process",
-        f"first sample         {next(data.records(0, micro_batches_per_step=1, rank=0, world=1)).keys[0]}",
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    data = open_run_data(config)
+    shape, (_, text_length) = codec_shape(config.components.codec), text_shape(config.components.text)
+    grid = None if shape is None else token_grid(config, shape[1])
+    rows = describe.parts(config.model, grid, text_length)
+    total = describe.total(config.model, grid, text_length)
+    batch = config.data.batch_size * config.engine.accumulate * world
+    optim, steps = config.stage.optim, config.engine.steps
+    copies = 4 + 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)  # 2 weights, 2 moments
+    kept = config.engine.keep_last + (steps // config.engine.keep_every if config.engine.keep_every else 0)
+    gigabytes = 4e-9 * total.parameters * copies
+    lines = [
+        dump(config),
+        f"{'part':<28}{'parameters':>14}{'GFLOP':>9}{'image tokens':>14}{'text tokens':>13}",
+        *(f"{row.name:<28}{row.parameters:>14,}{row.flops / 1e9:>9.2f}{row.image_tokens:>14}{row.text_tokens:>13}" for row in (*rows, total)),
+        "",
+        f"global batch         {batch} = {config.data.batch_size} x {config.engine.accumulate} micro-batches x {world} processes",
+        f"steps                {steps:,}; learning rate {optim.lr:g} after {optim.warmup} steps of warm-up"
+        + (f", falling over the last {optim.decay:.0%}" if optim.decay else ""),
+        f"samples              {len(data):,} in the data, {batch * steps / len(data):.2f} epochs",
+        f"compute              {3 * total.flops * batch * steps:.2e} FLOP for the model (forward and backward)",
+        f"checkpoints          {kept} kept, about {gigabytes:.2f} GB each",
+        f"first sample         {data.keys(range(1))[0]}",
         f"run directory        {config.folder}",
     ]
     return "\n".join(lines)
+
+
+def open_run_data(config: RunConfig, latent_shape: tuple[int, int, int] | None = None, text_length: int = 128) -> Data:
+    """The data as this run reads it; stored columns must come from the components it names."""
+    vision = config.components.vision is not None
+    data = open_data(
+        config.data, need_pixels=vision, use_text=True, use_features=vision, seed=config.seed, stage=config.name,
+        latent_shape=latent_shape, text_length=text_length,
+    )  # fmt: skip
+    for column, made in data.encoders().items():
+        component = {"latents": "codec", "text": "text", "features": "vision"}.get(column)
+        ours = component and getattr(config.components, component)
+        if ours is not None and made.get("name") not in (None, ours.name):
+            raise ConfigError(f"components.{component} is '{ours.name}', but the stored {column} were made with '{made['name']}'")
+    if data.text_format == "ragged" and config.model.text_mask == "none":
+        raise ConfigError(
+            "model.text_mask is 'none', which attends to padded positions, but the stored text has none (ragged); "
+            "encode it padded, or train with model.text_mask=real"
+        )
+    return data
+
+
+def token_grid(config: RunConfig, stride: int) -> tuple[int, int]:
+    side = config.data.resolution // stride
+    return config.model.latent_grid(side, side)
 
 
 def build(config: RunConfig) -> Engine:
     """Load the components, open the data, and put the stage on an engine, resumed if the run directory has a checkpoint."""
     accelerator = make_accelerator(config.engine)
     device = accelerator.device
-    vision = config.components.vision
     codec = build_codec(config.components.codec, device)
-    side = config.data.resolution // codec.stride
-    data = open_data(
-        config.data, need_pixels=vision is not None, seed=config.seed, stage=config.name,
-        latent_shape=(codec.channels, side, side),
-    )  # fmt: skip
     text = build_text_encoder(config.components.text, device)
     if text.width != config.model.text_width:
         raise ConfigError(f"model.text_width is {config.model.text_width}, but the text encoder gives {text.width}")
     config._check_codec(codec.channels, codec.stride, text.length)
+    side = config.data.resolution // codec.stride
+    data = open_run_data(config, (codec.channels, side, side), text.length)
+    vision = config.components.vision and build_vision_encoder(config.components.vision, device)
     model = build_model(config).to(device)
     model.gradient_checkpointing = config.engine.gradient_checkpointing
-    stage = FlowMatching(
-        config.stage, model, data, codec, text, build_vision_encoder(vision, device) if vision else None, device,
-        forward_flops(config.model, side, text.length),
-    )  # fmt: skip
+    flops = describe.total(config.model, token_grid(config, codec.stride), text.length).flops
+    stage = FlowMatching(config.stage, model, data, codec, text, vision, device, flops)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
     prompts = config.prompts or first_captions(data, 8)
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -152,31 +181,25 @@ def build_model(config: RunConfig) -> EMMDiT:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, "initial weights") % 2**32)
             return EMMDiT(config.model)
-    model = load_pretrained(checkpoint.model_folder(config.init_from))
-    if architecture(model.config) != architecture(config.model):
-        theirs, ours = architecture(model.config), architecture(config.model)
+    source = load_pretrained(checkpoint.model_folder(config.init_from)).float()
+    theirs, ours = architecture(source.config), architecture(config.model)
+    if theirs != ours:
         different = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
         raise ConfigError(f"init_from '{config.init_from}' is another architecture: {different}")
-    return model.float().train()
-
-
-def forward_flops(config: ModelConfig, side: int, text_length: int) -> float:
-    """Of one sample, 2 x multiply-add, counted by torch on a model without memory."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        tokens = torch.zeros(1, text_length, config.text_width)
-        text = TextEmbedding(tokens, torch.ones(1, text_length, dtype=torch.bool))
-        EMMDiT(config)(torch.zeros(1, config.latent_channels, side, side), torch.zeros(1), text)
-    return float(counter.get_total_flops())
+    model = EMMDiT(config.model)
+    model.load_state_dict(source.state_dict())
+    return model
 
 
 def architecture(config: ModelConfig) -> dict:
-    """The fields that decide what the weights mean (initial values do not)."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "gate_init"}
+    """The fields that decide what the weights are; initial values do not, and a continuation may change grid and ASA."""
+    return {key: value for key, value in to_dict(config).items() if key not in ("gate_init", "base_grid", "attention")}
 
 
 def first_captions(data: Data, count: int) -> tuple[str, ...]:
-    records = next(data.records(0, micro_batches_per_step=1, rank=0, world=1))
-    return tuple(records.prompts[:count])
+    records = data.records()
+    with contextlib.closing(records):
+        return tuple(next(records).prompts[:count])
 
 
 def sample_grid_hook(config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]) -> Hook:

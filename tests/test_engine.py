@@ -57,7 +57,7 @@ class ToyStage:
 
 
 def train(run, stage=None, stop=None, **options) -> Engine:
-    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "wandb": "disabled", **options}
+    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "tracker": "none", **options}
     config = EngineConfig(**options)
     trainer = Engine(config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={})
     if stop is not None:  # as if SIGTERM came during step `stop`
@@ -130,7 +130,7 @@ def test_training_learns(run):
 def test_ema_follows_its_closed_form(run):
     stage = ToyStage()
     trainer = Engine(
-        EngineConfig(steps=5, precision="float32", ema=EMAConfig(beta=0.5), wandb="disabled"), stage,
+        EngineConfig(steps=5, precision="float32", ema=EMAConfig(beta=0.5), tracker="none"), stage,
         make_accelerator(EngineConfig(steps=5, precision="float32")), run=run, seed=0, use={}, record={},
     )  # fmt: skip
     expected = stage.model[0].weight.detach().clone()

@@ -31,7 +31,9 @@ ALLOWED = {
     "checkpoint": {"config", "model"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness", "pipeline"},
-    "engine": {"config", "interfaces", "checkpoint", "metrics", "optim", "randomness", "parallel", "model.pretrained"},
+    "engine": {
+        "config", "interfaces", "checkpoint", "metrics", "optim", "randomness", "parallel", "ema", "report", "model.pretrained"
+    },
     "shapes": {"config", "interfaces"},
     "run": None,  # everything
     "__init__": None,

@@ -32,7 +32,7 @@ model: {preset: micro-8, latent_channels: 24, text_width: 128}
 stage: {kind: flow_matching, optim: {lr: 2e-3, warmup: 2}}
 data: {shards: [SHARDS], batch_size: 4, resolution: 64, workers: 0}
 components: {codec: dct-f8c24, text: hash}
-engine: {steps: 6, save_every: 3, sample_every: 0, log_every: 1, precision: float32, wandb: disabled, ema: {beta: 0.9}}
+engine: {steps: 6, save_every: 3, sample_every: 0, log_every: 1, precision: float32, tracker: none, ema: {beta: 0.9}}
 sampling: {resolution: 64, steps: 2, guidance_scale: 2.0}
 """
 
@@ -271,4 +271,4 @@ def test_sample_refuses_what_it_cannot_draw(recipe, tmp_path, capsys):
 def test_dry_run_tells_what_would_be_trained(recipe, tmp_path, capsys):
     assert train.main([str(recipe), f"run={tmp_path}/run", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "64 / 20 / 64" in out and "toy-000000.tar:" in out and not (tmp_path / "run").exists()
+    assert "blocks inside" in out and "global batch         4" in out and "toy-000000.tar:" in out and not (tmp_path / "run").exists()

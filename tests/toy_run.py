@@ -1,12 +1,13 @@
 """Train the toy stage of `test_engine.py` in this process (or in each process of torchrun).
 
-    python toy_run.py RUN '{"steps": 12, "fault": "nan-on-rank-1"}'
+    python toy_run.py RUN '{"steps": 12, "fault": "nan", "pause": 0.01}'
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ RANK = int(os.environ.get("RANK", 0))
 
 
 class FaultyStage(ToyStage):
-    """Something goes wrong on one process only."""
+    """Something goes wrong on one process only; `pause` seconds per micro-batch leave time for it."""
 
-    def __init__(self, fault: str | None, **options) -> None:
+    def __init__(self, fault: str | None, pause: float = 0.0, **options) -> None:
         super().__init__(**options)
-        self.fault = fault
+        self.fault, self.pause = fault, pause
 
     def batches(self, step, rank, world, accumulate):
         for number, batch in enumerate(super().batches(step, rank, world, accumulate)):
@@ -36,24 +37,25 @@ class FaultyStage(ToyStage):
                     os.kill(os.getpid(), signal.SIGUSR1)
                 elif self.fault == "dies":
                     os._exit(17)
+            time.sleep(self.pause)
             yield batch
 
 
-def main() -> None:
-    run, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    fault, batch_size = options.pop("fault", None), options.pop("batch_size", 8)
+def main(run: Path, options: dict) -> None:
+    faults = {key: options.pop(key) for key in ("fault", "pause") if key in options}
+    batch_size = options.pop("batch_size", 8)
     torch.set_num_threads(1)
-    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "wandb": "disabled", **options}
+    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "tracker": "none", **options}
     config = EngineConfig(**options, ema=EMAConfig(beta=0.9))
     accelerator = make_accelerator(config)
     if RANK == 0:
         run.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
-    stage = FaultyStage(fault, batch_size=batch_size)
+    stage = FaultyStage(**{"fault": None, **faults}, batch_size=batch_size)
     trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={})
     trainer.run()
     print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.skipped}", flush=True)
 
 
 if __name__ == "__main__":
-    cli.leave(cli.run(main))
+    cli.leave(cli.run(lambda: main(Path(sys.argv[1]), json.loads(sys.argv[2]))))

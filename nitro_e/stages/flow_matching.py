@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from nitro_e import flow
 from nitro_e.config import ConfigError
-from nitro_e.data import Data
+from nitro_e.data import Data, Records
 from nitro_e.flow import TimestepConfig
 from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.model import EMMDiT
@@ -91,7 +92,8 @@ class FlowMatching:
         self.batch_size = data.config.batch_size
         self.forward_flops = forward_flops
         self.fingerprint = data.fingerprint()
-        self.null_text = text.encode([""])
+        stored_null = data.null_text()
+        self.null_text = text.encode([""]) if stored_null is None else TextEmbedding(*(part.to(device) for part in stored_null))
         module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
         self.phases = (Phase("model", module, self.loss, config.optim),)
 
@@ -99,24 +101,33 @@ class FlowMatching:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
-        for records in self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world):
-            pixels = None
-            if records.pixels is not None:
-                pixels = records.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, H, W)
-            if records.latents is not None:
-                raw = records.latents.to(self.device, non_blocking=True).float()
-            else:
-                raw = self.codec.encode_pixels(pixels)
-            latents = self.codec.normalize(raw)  # (B, C, h, w)
+        """Stored latents, text embeddings and vision features where the shards have them; the rest is encoded here."""
+        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
+        with contextlib.closing(records):
+            for record in records:
+                yield self.encode(record)
+
+    def encode(self, record: Records) -> Batch:
+        """Records on the CPU -> a batch on the device."""
+        pixels = None
+        if record.pixels is not None:
+            pixels = record.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, H, W)
+        raw = self.codec.encode_pixels(pixels) if record.latents is None else self.to_device(record.latents)
+        latents = self.codec.normalize(raw)  # (B, C, h, w)
+        if record.text is None:
+            text = self.text.encode(record.prompts)
+        else:
+            text = TextEmbedding(self.to_device(record.text.tokens), record.text.mask.to(self.device))
+        features = None
+        if self.config.repa is not None:
             grid = self.model.config.latent_grid(*latents.shape[-2:])
-            yield Batch(
-                latents=latents,
-                text=self.text.encode(records.prompts),
-                prompts=records.prompts,
-                keys=records.keys,
-                features=None if self.vision is None else self.vision.features(pixels, grid),
-                info=records.info,
-            )
+            stored = record.features
+            features = self.vision.features(pixels, grid) if stored is None else self.to_device(stored)  # (B, N, F)
+        return Batch(latents=latents, text=text, prompts=record.prompts, keys=record.keys, features=features, info=record.info)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Stored half precision is widened: all arithmetic around the model is float32."""
+        return tensor.to(self.device, non_blocking=True).float()
 
     def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared velocity error, plus the weighted REPA term."""
@@ -135,6 +146,6 @@ class FlowMatching:
     def drop_captions(self, text: TextEmbedding, drop: Tensor) -> TextEmbedding:
         """Replace the rows where drop (B,) is true by the null prompt."""
         return TextEmbedding(
-            torch.where(drop[:, None, None], self.null_text.tokens, text.tokens),
+            torch.where(drop[:, None, None], self.null_text.tokens.float(), text.tokens),
             torch.where(drop[:, None], self.null_text.mask, text.mask),
         )
