@@ -63,15 +63,18 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
 def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
     """Delete all but the newest `keep_last` checkpoints and the milestones, every `keep_every` steps."""
     for old in complete(run)[:-keep_last]:
-        if not keep_every or int(STEP.fullmatch(old.name)[1]) % keep_every:
+        if not keep_every or step_of(old) % keep_every:
             shutil.rmtree(old)
 
 
 def complete(run: Path) -> list[Path]:
     """All completely written checkpoints of a run, oldest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    found = [(int(match[1]), path) for path in folders if (match := STEP.fullmatch(path.name)) and (path / "meta.json").is_file()]
-    return [path for _, path in sorted(found)]
+    folders = [path.parent for path in (run / "checkpoints").glob("step-*/meta.json") if STEP.fullmatch(path.parent.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(STEP.fullmatch(folder.name)[1])
 
 
 def latest(run: Path) -> Path | None:

@@ -183,11 +183,13 @@ class Engine:
             last = self.step == self.config.steps
             if self.step % self.config.log_every == 0 or last:
                 self._report(bar)
-            for hook in self.hooks:
-                if hook.every and (self.step % hook.every == 0 or last):
-                    self._show(hook)
-            if self.step % self.config.save_every == 0 or (self.failed_saves and self.step % (self.config.save_every // 2 or 1) == 0):
-                self.save()
+            with self._window.paused():
+                for hook in self.hooks:
+                    if hook.every and (self.step % hook.every == 0 or last):
+                        self._show(hook)
+                save_every = self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
+                if self.step % save_every == 0:
+                    self.save()
         if checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
             self.save()
         if self.posthoc is not None and self.posthoc.step % self.posthoc.every:
@@ -400,6 +402,8 @@ class Engine:
             }
         if self.posthoc is not None:
             state["posthoc_ema"] = self.posthoc.state_dict()
+        if self.accelerator.scaler is not None:
+            state["loss_scaler"] = self.accelerator.scaler.state_dict()
         return state
 
     def _models(self) -> dict[str, nn.Module]:
@@ -421,7 +425,8 @@ class Engine:
         return {"stage": self.stage.name, "seed": self.seed, "global batch": batch, **data}
 
     def _meta(self) -> dict[str, Any]:
-        return {**self._identity(), "world": self.accelerator.num_processes, "skipped": self.skipped, "torch": torch.__version__}
+        world = self.accelerator.num_processes
+        return {**self._identity(), "world": world, "skipped": self.skipped, "torch": torch.__version__}
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run directory, if there is one."""
@@ -450,6 +455,8 @@ class Engine:
             self.ema.initted.copy_(state["initted"])
         if self.posthoc is not None:
             self.posthoc.load_state_dict(self._saved(folder, "posthoc_ema"))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._saved(folder, "loss_scaler"))
         self.step, self.skipped = meta["step"], meta["skipped"]
         if self.main:
             print(f"resuming {self.run_folder} at step {self.step}")
@@ -458,7 +465,10 @@ class Engine:
     def _saved(self, folder: Path, name: str) -> dict[str, Any]:
         path = folder / "trainer" / f"{name}.pt"
         if not path.exists():
-            raise ConfigError(f"{folder} has no '{name}' to resume (engine.{name} is new?); start a new run with init_from={folder}")
+            raise ConfigError(
+                f"{folder} has no '{name}' to resume: the config asks for something that was off before; put it back, or "
+                f"start a new run with init_from={folder}"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -466,15 +476,23 @@ class Window:
     """Sums of metrics since the last report, kept on the device, and where the time went."""
 
     def __init__(self, since: int) -> None:
-        self.since, self.seconds_waiting = since, 0.0
-        self.started = time.perf_counter()
+        self.since, self.seconds_waiting, self._seconds_paused = since, 0.0, 0.0
+        self._started = time.perf_counter()
         self.sums: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Around the wait for batches: reading, and encoding what is not stored."""
         start = time.perf_counter()
         yield
         self.seconds_waiting += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: pictures and checkpoints."""
+        start = time.perf_counter()
+        yield
+        self._seconds_paused += time.perf_counter() - start
 
     def add(self, prefix: str, logs: dict[str, Tensor]) -> None:
         for name, pair in logs.items():
@@ -482,7 +500,7 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self._started - self._seconds_paused
 
     def steps(self, now: int) -> int:
         return now - self.since
