@@ -20,7 +20,9 @@ def latent(i):
 
 
 def image_samples(n=30):
-    return [{"__key__": f"s{i:03d}", "png": png(i), "txt": f"caption {i}", "json": {"n": i}} for i in range(n)]
+    return [
+        {"__key__": f"s{i:03d}", "png": png(i), "txt": f"caption {i}", "json": {"n": i}} for i in range(n)
+    ]
 
 
 def latent_samples(n=30):

@@ -1,4 +1,4 @@
-"""Encoding packed shards: equal to the encoders run directly, resumable under SIGKILL, strict about what it made."""
+"""Encoding packed shards: equal to the encoders run directly, resumable under SIGKILL, strict."""
 
 import json
 import multiprocessing
@@ -42,30 +42,55 @@ class Vision:
 def images(tmp_path):
     """Four packed shards of 5, 6, 7, 8 samples."""
     for shard in range(4):
-        samples = [{"__key__": f"s{shard}_{i}", "png": png(i + shard, (20, 16)), "txt": f"a b {'c ' * i}", "json": {"i": i}}
-                   for i in range(5 + shard)]  # fmt: skip
+        samples = [
+            {
+                "__key__": f"s{shard}_{i}",
+                "png": png(i + shard, (20, 16)),
+                "txt": f"a b {'c ' * i}",
+                "json": {"i": i},
+            }
+            for i in range(5 + shard)
+        ]
         write_shard(tmp_path / f"images-{shard:03d}.tar", samples)
     return expand_shards([str(tmp_path / "images-*.tar")])
 
 
 def tars(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.tar") if not path.name.startswith("images")}
+    return {
+        path.name: path.read_bytes() for path in folder.glob("*.tar") if not path.name.startswith("images")
+    }
 
 
 def arrays(path, member):
     content = path.read_bytes()
     rows = scan_tar(path).rows
-    return {row["__key__"].decode(): decode_array(content[row[member]["offset"] :][: row[member]["size"]]) for row in rows}
+    return {
+        row["__key__"].decode(): decode_array(content[row[member]["offset"] :][: row[member]["size"]])
+        for row in rows
+    }
 
 
 def test_all_columns_equal_the_encoders(tmp_path, images):
     text = build_text_encoder(ComponentConfig(name="hash"))
     encoders = Encoders(codec=codec(), text=text, vision=Vision())
     entries = encode(images, encoders, CONFIG, JobConfig(out=tmp_path))
-    assert [entry["shard"] for entry in entries[:3]] == ["latents-000.tar", "text-000.tar", "features-000.tar"]
+    assert [entry["shard"] for entry in entries[:3]] == [
+        "latents-000.tar",
+        "text-000.tar",
+        "features-000.tar",
+    ]
     assert all(len(entry["sha256"]) == 64 and entry["encoder"]["weights"] for entry in entries)
-    data = open_data(DataConfig(shards=(str(tmp_path / "images-*.tar"), str(tmp_path / "latents-*.tar")), batch_size=26,
-                                resolution=16, workers=0), need_pixels=True, seed=0, stage="s")  # fmt: skip
+    data = open_data(
+        DataConfig(
+            shards=(str(tmp_path / "images-*.tar"), str(tmp_path / "latents-*.tar")),
+            batch_size=26,
+            resolution=16,
+            workers=0,
+        ),
+        need_pixels=True,
+        seed=0,
+        stage="s",
+    )
     records = next(data.records())
     pixels = records.pixels.float() / 127.5 - 1
     assert torch.equal(records.latents, codec().encode_pixels(pixels).half())
@@ -74,9 +99,13 @@ def test_all_columns_equal_the_encoders(tmp_path, images):
     for slot, key in enumerate(records.keys):
         shard, key = key.split(":")
         number = shard[-7:]
-        np.testing.assert_array_equal(arrays(tmp_path / f"text-{number}", "text.npy")[key], tokens[slot].half())
+        np.testing.assert_array_equal(
+            arrays(tmp_path / f"text-{number}", "text.npy")[key], tokens[slot].half()
+        )
         np.testing.assert_array_equal(arrays(tmp_path / f"text-{number}", "mask.npy")[key], mask[slot])
-        np.testing.assert_array_equal(arrays(tmp_path / f"features-{number}", "features.npy")[key], features[slot].half())
+        np.testing.assert_array_equal(
+            arrays(tmp_path / f"features-{number}", "features.npy")[key], features[slot].half()
+        )
     null = np.load(tmp_path / "null-text.npz")
     np.testing.assert_array_equal(null["tokens"], text.encode([""]).tokens[0].half())
 
@@ -99,13 +128,27 @@ def test_stored_text_and_features_are_read(tmp_path, images, text_format):
     encode(images, Encoders(codec=codec(), text=text, vision=Vision()), config, JobConfig(out=tmp_path))
 
     def opened(**kwargs):
-        return open_data(DataConfig(shards=(str(tmp_path / "*.tar"),), batch_size=26, resolution=16, workers=0),
-                         **{"need_pixels": True, "use_text": True, "use_features": True, "text_length": text.length,
-                            "seed": 0, "stage": "s", **kwargs})  # fmt: skip
+        return open_data(
+            DataConfig(shards=(str(tmp_path / "*.tar"),), batch_size=26, resolution=16, workers=0),
+            **{
+                "need_pixels": True,
+                "use_text": True,
+                "use_features": True,
+                "text_length": text.length,
+                "seed": 0,
+                "stage": "s",
+                **kwargs,
+            },
+        )
 
     data = opened()
     records = next(data.records())
-    assert data.text_format == text_format and data.has_features and not data.has_pixels and records.pixels is None
+    assert (
+        data.text_format == text_format
+        and data.has_features
+        and not data.has_pixels
+        and records.pixels is None
+    )
     tokens, mask = text.encode(records.prompts)
     assert torch.equal(records.text.mask, mask)
     assert torch.equal(records.text.tokens[mask], tokens.half()[mask])
@@ -120,10 +163,17 @@ def test_stored_text_and_features_are_read(tmp_path, images, text_format):
         with pytest.raises(ConfigError, match=f"stored text has {text.length} tokens, the text encoder 99"):
             opened(text_length=99)
     else:
-        with pytest.raises(ConfigError, match="bad samples of 26 .*expected up to 3 x"):  # nearly all are longer
+        with pytest.raises(
+            ConfigError, match="bad samples of 26 .*expected up to 3 x"
+        ):  # nearly all are longer
             next(opened(text_length=3).records())
-    only = open_data(DataConfig(shards=(str(tmp_path / "latents-*.tar"),), workers=0), need_pixels=False, use_text=True,
-                     seed=0, stage="s")  # fmt: skip
+    only = open_data(
+        DataConfig(shards=(str(tmp_path / "latents-*.tar"),), workers=0),
+        need_pixels=False,
+        use_text=True,
+        seed=0,
+        stage="s",
+    )
     assert not only.has_text and next(only.records()).text is None
 
 
@@ -162,7 +212,9 @@ def run_slowly(shards, out, rank, world):
 
 def test_killed_ten_times_gives_the_same_bytes(tmp_path):
     for shard in range(14):
-        samples = [{"__key__": f"s{shard}_{i}", "png": png(i + shard, (20, 16)), "txt": f"{i}"} for i in range(8)]
+        samples = [
+            {"__key__": f"s{shard}_{i}", "png": png(i + shard, (20, 16)), "txt": f"{i}"} for i in range(8)
+        ]
         write_shard(tmp_path / f"images-{shard:03d}.tar", samples)
     shards = expand_shards([str(tmp_path / "images-*.tar")])
     encode(shards, Encoders(codec=SlowCodec()), CONFIG, JobConfig(out=tmp_path / "clean"))
@@ -178,7 +230,9 @@ def test_killed_ten_times_gives_the_same_bytes(tmp_path):
         child.join()
         assert child.exitcode == -signal.SIGKILL
         kills += 1
-    children = [context.Process(target=run_slowly, args=(shards, out, rank, 3)) for rank in range(3)]  # 1 -> 3 processes
+    children = [
+        context.Process(target=run_slowly, args=(shards, out, rank, 3)) for rank in range(3)
+    ]  # 1 -> 3 processes
     for child in children:
         child.start()
     for child in children:
@@ -204,7 +258,10 @@ def test_other_encoder_resolution_or_input_is_refused(tmp_path, images):
     encode(images, Encoders(codec=codec()), CONFIG, job)
     other = codec()
     other.encoder[0, 0] += 0.001  # the same name, other weights
-    for encoders, config in ((Encoders(codec=other), CONFIG), (Encoders(codec=codec()), EncodeConfig(resolution=32, workers=0))):
+    for encoders, config in (
+        (Encoders(codec=other), CONFIG),
+        (Encoders(codec=codec()), EncodeConfig(resolution=32, workers=0)),
+    ):
         with pytest.raises(ConfigError, match="unit '000' made from other input or with other options"):
             encode(images, encoders, config, job)
     write_shard(images[0], [{"__key__": "x", "png": png(), "txt": "new"}])
@@ -243,20 +300,30 @@ def test_bad_samples_are_left_out_and_reported(tmp_path):
             return raw
 
     nan = NanCodec()
-    data = open_data(DataConfig(shards=(str(tmp_path / "images-0.tar"),), resolution=16, workers=0),
-                     need_pixels=True, seed=0, stage="s")  # fmt: skip
+    data = open_data(
+        DataConfig(shards=(str(tmp_path / "images-0.tar"),), resolution=16, workers=0),
+        need_pixels=True,
+        seed=0,
+        stage="s",
+    )
     from nitro_e.data.dataset import TarDataset
 
-    nan.poison = TarDataset(data.catalog, data.order, data.spec).load(np.array([11]))[0].pixels[0].float() / 127.5 - 1
+    nan.poison = (
+        TarDataset(data.catalog, data.order, data.spec).load(np.array([11]))[0].pixels[0].float() / 127.5 - 1
+    )
     encode([str(tmp_path / "images-0.tar")], Encoders(codec=nan), CONFIG, JobConfig(out=tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "bad-latents.jsonl").read_text().splitlines()]
-    assert {line["key"] for line in lines} == {"s2", "s5", "s6", "s11"} and {line["shard"] for line in lines} == {"images-0.tar"}
+    assert {line["key"] for line in lines} == {"s2", "s5", "s6", "s11"} and {
+        line["shard"] for line in lines
+    } == {"images-0.tar"}
     assert "not finite" in next(line["reason"] for line in lines if line["key"] == "s11")
     assert len(arrays(tmp_path / "latents-0.tar", "npy")) == 8
 
 
 def test_too_many_bad_samples_stop_the_job(tmp_path):
-    write_shard(tmp_path / "images-0.tar", [{"__key__": f"s{i}", "png": b"x", "txt": f"{i}"} for i in range(12)])
+    write_shard(
+        tmp_path / "images-0.tar", [{"__key__": f"s{i}", "png": b"x", "txt": f"{i}"} for i in range(12)]
+    )
     with pytest.raises(ConfigError, match="12 bad samples of 12"):
         encode([str(tmp_path / "images-0.tar")], Encoders(codec=codec()), CONFIG, JobConfig(out=tmp_path))
 
@@ -268,6 +335,11 @@ def test_damaged_input_and_equal_names(tmp_path, images):
         encode(images, Encoders(codec=codec()), CONFIG, JobConfig(out=tmp_path / "o"))
     write_shard(tmp_path / "b" / "images-000.tar", [{"__key__": "x", "png": png(), "txt": "new"}])
     with pytest.raises(ConfigError, match="two input shards are called '000'"):
-        encode([images[0], str(tmp_path / "b/images-000.tar")], Encoders(codec=codec()), CONFIG, JobConfig(out=tmp_path))
+        encode(
+            [images[0], str(tmp_path / "b/images-000.tar")],
+            Encoders(codec=codec()),
+            CONFIG,
+            JobConfig(out=tmp_path),
+        )
     with pytest.raises(ConfigError, match="nothing to encode"):
         Encoders()

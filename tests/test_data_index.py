@@ -17,7 +17,12 @@ def samples(n=10, prefix="s"):
     rng = np.random.default_rng(0)
     for i in range(n):
         latent = rng.standard_normal((4, 3, 3)).astype(np.float16)
-        yield {"__key__": f"{prefix}_{i:04d}", "npy": latent, "txt": f"caption {i}", "json": {"n": i, "ä": "é"}}
+        yield {
+            "__key__": f"{prefix}_{i:04d}",
+            "npy": latent,
+            "txt": f"caption {i}",
+            "json": {"n": i, "ä": "é"},
+        }
 
 
 def test_written_shards_are_reproducible_and_readable_by_tarfile(tmp_path):
@@ -27,7 +32,9 @@ def test_written_shards_are_reproducible_and_readable_by_tarfile(tmp_path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     with tarfile.open(first[2]) as tar:
         members = tar.getmembers()
-        assert [m.name for m in members][:3] == ["s_0008.npy", "s_0008.txt", "s_0008.json"] and len(members) == 6
+        assert [m.name for m in members][:3] == ["s_0008.npy", "s_0008.txt", "s_0008.json"] and len(
+            members
+        ) == 6
         assert all(m.mtime == 0 and not m.pax_headers for m in members)
         array = np.load(io.BytesIO(tar.extractfile("s_0008.npy").read()))
         np.testing.assert_array_equal(array, list(samples())[8]["npy"])
@@ -36,7 +43,9 @@ def test_written_shards_are_reproducible_and_readable_by_tarfile(tmp_path):
 
 def test_sample_size_in_the_tar(tmp_path):
     latent = np.zeros((32, 16, 16), np.float16)
-    write_shard(tmp_path / "a.tar", ({"__key__": f"k{i}", "npy": latent, "txt": "a cat"} for i in range(1000)))
+    write_shard(
+        tmp_path / "a.tar", ({"__key__": f"k{i}", "npy": latent, "txt": "a cat"} for i in range(1000))
+    )
     assert (tmp_path / "a.tar").stat().st_size / 1000 == pytest.approx(18_442, abs=64)
 
 

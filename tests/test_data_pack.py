@@ -15,8 +15,20 @@ from nitro_e.data.captions import CaptionTable, rows, stem
 from nitro_e.data.decode import BadSample
 from nitro_e.data.jobs import JobConfig
 from nitro_e.data.pack import (
-    ArchiveUnit, Item, PackConfig, archive_units, folder_units, journeydb_units, pack, prepare, prepare_image,
-    read_parquet, read_sa1b, read_tgz, read_webdataset, table_units,
+    ArchiveUnit,
+    Item,
+    PackConfig,
+    archive_units,
+    folder_units,
+    journeydb_units,
+    pack,
+    prepare,
+    prepare_image,
+    read_parquet,
+    read_sa1b,
+    read_tgz,
+    read_webdataset,
+    table_units,
 )  # fmt: skip
 
 N = 64
@@ -60,7 +72,9 @@ def folder_names(root):
 def folder_csv(root):
     images(root)
     with open(root / "captions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["image", "caption"], *[[f"{i:02d}.jpg", f"picture {i}"] for i in range(N)]])
+        csv.writer(file).writerows(
+            [["image", "caption"], *[[f"{i:02d}.jpg", f"picture {i}"] for i in range(N)]]
+        )
     return folder_units(root, CONFIG, captions=root / "captions.csv")
 
 
@@ -68,7 +82,9 @@ def jsonl(root):
     images(root, "x/{:02d}.jpg")
     lines = [json.dumps({"image": f"x/{i:02d}.jpg", "meta": {"text": f"picture {i}"}}) for i in range(N)]
     (root / "list.jsonl").write_text("\n".join(lines))
-    return table_units(root / "list.jsonl", PackConfig(name="t", samples_per_shard=25, caption_column="meta.text"))
+    return table_units(
+        root / "list.jsonl", PackConfig(name="t", samples_per_shard=25, caption_column="meta.text")
+    )
 
 
 def parquet(root):
@@ -89,7 +105,11 @@ def img2dataset(root):
             for i in range(part * 32, part * 32 + 32):
                 key = f"{part:05d}{i:04d}"
                 meta = {"key": key, "caption": f"picture {i}", "url": f"http://x/{i}", "status": "success"}
-                for suffix, content in (("jpg", jpeg(i)), ("txt", f"picture {i}".encode()), ("json", json.dumps(meta).encode())):
+                for suffix, content in (
+                    ("jpg", jpeg(i)),
+                    ("txt", f"picture {i}".encode()),
+                    ("json", json.dumps(meta).encode()),
+                ):
                     add(tar, f"{key}.{suffix}", content)
         (root / f"{part:05d}_stats.json").write_text("{}")
     return archive_units([str(root / "*.tar")], read_webdataset, CONFIG)
@@ -101,13 +121,18 @@ def sa1b(root):
             for i in range(part * 32, part * 32 + 32):
                 add(tar, f"./sa_{i}.jpg", jpeg(i))
                 add(tar, f"./sa_{i}.json", json.dumps({"annotations": ["mask"] * 2000}).encode())
-    (root / "c.jsonl").write_text("\n".join(json.dumps({"id": f"sa_{i}", "caption": f"picture {i}"}) for i in range(N)))
+    (root / "c.jsonl").write_text(
+        "\n".join(json.dumps({"id": f"sa_{i}", "caption": f"picture {i}"}) for i in range(N))
+    )
     table, _ = CaptionTable.build(root / "c.jsonl", root / "tables", "id", "caption")
     return archive_units([str(root / "sa_*.tar")], read_sa1b, CONFIG, table)
 
 
 def annotations(root):
-    lines = [{"img_path": f"./{i // 32:03d}/im{i}.jpg", "prompt": "p", "Task2": {"Caption": f"picture {i}"}} for i in range(N)]
+    lines = [
+        {"img_path": f"./{i // 32:03d}/im{i}.jpg", "prompt": "p", "Task2": {"Caption": f"picture {i}"}}
+        for i in range(N)
+    ]
     return "\n".join(map(json.dumps, lines)).encode()
 
 
@@ -119,7 +144,9 @@ def journeydb_archives(root):
                 add(tar, f"{part:03d}/im{i}.jpg", jpeg(i))
     with tarfile.open(root / "train_anno_realease_repath.jsonl.tgz", "w:gz") as tar:
         add(tar, "train_anno_realease_repath.jsonl", annotations(root))
-    return journeydb_units(root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables")[0]
+    return journeydb_units(
+        root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables"
+    )[0]
 
 
 def journeydb_extracted(root):
@@ -128,10 +155,22 @@ def journeydb_extracted(root):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg(i))
     (root / "train_anno.jsonl").write_bytes(annotations(root))
-    return journeydb_units(root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables")[0]
+    return journeydb_units(
+        root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables"
+    )[0]
 
 
-LAYOUTS = [folder_sidecar, folder_names, folder_csv, jsonl, parquet, img2dataset, sa1b, journeydb_archives, journeydb_extracted]
+LAYOUTS = [
+    folder_sidecar,
+    folder_names,
+    folder_csv,
+    jsonl,
+    parquet,
+    img2dataset,
+    sa1b,
+    journeydb_archives,
+    journeydb_extracted,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

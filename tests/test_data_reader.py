@@ -15,9 +15,9 @@ from PIL import Image
 from nitro_e.config import ConfigError
 from nitro_e.data import BadDataError, DataConfig, SourceConfig, catalog, open_data, write_shard, write_shards
 from nitro_e.data.catalog import expand_braces
+from nitro_e.data.dataset import TarDataset
 from nitro_e.data.decode import BadSample, decode_image
 from nitro_e.data.order import quotas
-from nitro_e.data.dataset import TarDataset
 from nitro_e.data.reader import BadSamples
 
 
@@ -31,14 +31,19 @@ def config(*shards, **kwargs):
 
 
 def opened(*shards, need_pixels=False, seed=0, use_latents=True, **kwargs):
-    return open_data(config(*shards, **kwargs), need_pixels=need_pixels, use_latents=use_latents, seed=seed, stage="s")
+    return open_data(
+        config(*shards, **kwargs), need_pixels=need_pixels, use_latents=use_latents, seed=seed, stage="s"
+    )
 
 
 def test_same_samples_as_webdataset(tmp_path):
     shards = make(tmp_path, image_samples())
     data = opened(shards, batch_size=30)
     records = next(data.records())
-    ours = {key.split(":")[1]: (prompt, info) for key, prompt, info in zip(records.keys, records.prompts, records.info)}
+    ours = {
+        key.split(":")[1]: (prompt, info)
+        for key, prompt, info in zip(records.keys, records.prompts, records.info)
+    }
     theirs = {}
     for sample in webdataset.WebDataset(sorted(map(str, tmp_path.glob("a-*.tar"))), shardshuffle=False):
         theirs[sample["__key__"]] = (sample["txt"].decode(), json.loads(sample["json"]))
@@ -68,9 +73,18 @@ def test_latents_are_read_as_stored_and_images_left_alone(tmp_path):
 def test_batches_do_not_depend_on_world_workers_or_start(tmp_path, kind):
     shards = make(tmp_path, image_samples() if kind == "images" else latent_samples())
     reference = list(islice(opened(shards, batch_size=8).records(), 12))  # 12 steps of 8
-    for world, workers, micro, step in [(1, 2, 1, 0), (2, 0, 1, 0), (2, 2, 2, 0), (1, 0, 4, 5), (2, 2, 1, 7), (4, 0, 2, 3)]:
+    for world, workers, micro, step in [
+        (1, 2, 1, 0),
+        (2, 0, 1, 0),
+        (2, 2, 2, 0),
+        (1, 0, 4, 5),
+        (2, 2, 1, 7),
+        (4, 0, 2, 3),
+    ]:
         data = opened(shards, batch_size=8 // world // micro, workers=workers)
-        ranks = [data.records(step, micro_batches_per_step=micro, rank=rank, world=world) for rank in range(world)]
+        ranks = [
+            data.records(step, micro_batches_per_step=micro, rank=rank, world=world) for rank in range(world)
+        ]
         for want in reference[step : step + 3]:
             got = [next(records) for records in ranks for _ in range(micro)]
             assert sum((part.keys for part in got), []) == want.keys
@@ -92,9 +106,14 @@ def test_one_epoch_reads_everything_once_and_keys_are_known_in_advance(tmp_path)
 
 @pytest.mark.parametrize("case", range(6))
 def test_mixture_over_worlds_workers_and_resume_points(tmp_path, case):
-    """Exact quotas and coverage, and the same global batches for worlds {1, 2, 4} x workers {0, 2} x any start."""
+    """Exact quotas and coverage, and the same global batches for worlds {1, 2, 4} x workers {0, 2} x any
+    start.
+    """
     rng = np.random.default_rng(case)
-    sources, sizes = {}, {"a": rng.integers(1, 9, 5), "b": rng.integers(1, 20, 2), "c": rng.integers(1, 30, 1)}
+    sources, sizes = (
+        {},
+        {"a": rng.integers(1, 9, 5), "b": rng.integers(1, 20, 2), "c": rng.integers(1, 30, 1)},
+    )
     for name, counts in sizes.items():
         for shard, count in enumerate(counts):
             samples = [{"__key__": f"{name}{shard}_{i}", "npy": latent(i), "txt": name} for i in range(count)]
@@ -131,9 +150,13 @@ def test_sources_without_weights_are_a_union(tmp_path):
     write_shard(tmp_path / "a.tar", latent_samples(5))
     write_shard(tmp_path / "b.tar", latent_samples(9))
     sources = {name: SourceConfig(shards=(str(tmp_path / f"{name}.tar"),)) for name in "ab"}
-    data = open_data(DataConfig(sources=sources, batch_size=14, workers=0), need_pixels=False, seed=0, stage="s")
+    data = open_data(
+        DataConfig(sources=sources, batch_size=14, workers=0), need_pixels=False, seed=0, stage="s"
+    )
     assert len(set(next(data.records()).keys)) == 14
-    assert len({json.dumps(opened(str(tmp_path / "*.tar")).fingerprint()), json.dumps(data.fingerprint())}) == 1
+    assert (
+        len({json.dumps(opened(str(tmp_path / "*.tar")).fingerprint()), json.dumps(data.fingerprint())}) == 1
+    )
 
 
 def test_bad_sources(tmp_path):
@@ -177,7 +200,7 @@ def test_fingerprint_changes_with_content_seed_and_shards(tmp_path):
     assert opened(str(moved / "a-*.tar")).fingerprint() == prints[3]
 
 
-# --- columns -----------------------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 def test_columns_are_joined_by_key(tmp_path):
@@ -206,9 +229,13 @@ def test_training_on_latents_does_not_open_images(tmp_path):
 
 def test_key_missing_in_a_column_is_reported(tmp_path):
     write_shard(tmp_path / "images-0.tar", image_samples(10))
-    write_shard(tmp_path / "latents-0.tar", [sample for sample in latent_samples(10) if sample["__key__"] != "s004"])
+    write_shard(
+        tmp_path / "latents-0.tar", [sample for sample in latent_samples(10) if sample["__key__"] != "s004"]
+    )
     data = opened(str(tmp_path / "*.tar"))
-    assert len(data) == 9 and [str(p) for p in data.catalog.problems] == ["images-0.tar:s004: not in latents-0.tar"]
+    assert len(data) == 9 and [str(p) for p in data.catalog.problems] == [
+        "images-0.tar:s004: not in latents-0.tar"
+    ]
     write_shard(tmp_path / "latents-0.tar", latent_samples(4))
     with pytest.raises(BadDataError, match="6 bad samples of 10 .*not in latents-0.tar"):
         opened(str(tmp_path / "*.tar"))
@@ -251,7 +278,7 @@ def test_merged_catalog_is_the_same_and_follows_changes(tmp_path, monkeypatch):
         opened(shards)
 
 
-# --- what is wrong at the start ----------------------------------------------------------------------------------
+# --- what is wrong at the start -------------------------------------------------------------------
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -274,12 +301,16 @@ def test_brace_ranges():
 def test_shard_without_captions(tmp_path):
     shards = make(tmp_path, image_samples())
     write_shard(tmp_path / "a-002.tar", [{"__key__": f"x{i}", "png": png(i)} for i in range(3)])
-    with pytest.raises(ConfigError, match=r"a-002.tar has a caption .*a-002.tar:x0 \(members: png\); add captions"):
+    with pytest.raises(
+        ConfigError, match=r"a-002.tar has a caption .*a-002.tar:x0 \(members: png\); add captions"
+    ):
         opened(shards)
 
 
 def test_wrong_caption_key(tmp_path):
-    shards = make(tmp_path, [{"__key__": f"x{i}", "png": png(i), "json": {"text": f"a {i}"}} for i in range(3)])
+    shards = make(
+        tmp_path, [{"__key__": f"x{i}", "png": png(i), "json": {"text": f"a {i}"}} for i in range(3)]
+    )
     with pytest.raises(ConfigError, match=r"no caption under 'caption' \(keys: text\); set data.caption_key"):
         opened(shards)
     assert next(opened(shards, caption_key="text", batch_size=3).records()).prompts != []
@@ -294,13 +325,17 @@ def test_shard_without_images(tmp_path):
 def test_latents_in_some_shards_only(tmp_path):
     shards = make(tmp_path, image_samples())
     write_shard(tmp_path / "a-001.tar", latent_samples(7))
-    with pytest.raises(ConfigError, match=r"7 of 30 samples have latents: a-001.tar:s000 .*npy.*a-000.tar:s000 .*png"):
+    with pytest.raises(
+        ConfigError, match=r"7 of 30 samples have latents: a-001.tar:s000 .*npy.*a-000.tar:s000 .*png"
+    ):
         opened(shards)
 
 
 def test_latents_of_another_shape(tmp_path):
     shards = make(tmp_path, latent_samples())
-    with pytest.raises(ConfigError, match=r"latents are float16 \(4, 2, 2\), the model needs .*\(32, 16, 16\)"):
+    with pytest.raises(
+        ConfigError, match=r"latents are float16 \(4, 2, 2\), the model needs .*\(32, 16, 16\)"
+    ):
         open_data(config(shards), need_pixels=False, seed=0, stage="s", latent_shape=(32, 16, 16))
 
 
@@ -320,7 +355,7 @@ def test_bad_config(values):
         config("a.tar", **values)
 
 
-# --- what is wrong when it is read -------------------------------------------------------------------------------
+# --- what is wrong when it is read ----------------------------------------------------------------
 
 BROKEN = {
     "undecodable image": ({"png": b"not an image"}, "image does not decode"),
@@ -360,7 +395,10 @@ def test_bad_latents_are_replaced(tmp_path):
     flip_byte(tmp_path / "a-003.tar", "s022", "npy")
     data.bad.fraction = 1.0
     keys = [key for records in islice(data.records(), 6) for key in records.keys]
-    assert not {"a-000.tar:s003", "a-001.tar:s009", "a-002.tar:s015", "a-003.tar:s022"} & set(keys) and len(keys) == 30
+    assert (
+        not {"a-000.tar:s003", "a-001.tar:s009", "a-002.tar:s015", "a-003.tar:s022"} & set(keys)
+        and len(keys) == 30
+    )
     reasons = {key: reason for (_, key), reason in data.bad.seen.items()}
     assert "NaN" in reasons["s003"] and "bytes" in reasons["s009"]
     assert "not a <f2 array" in reasons["s015"] and "CRC" in reasons["s022"]
@@ -373,7 +411,11 @@ def test_bit_flips_are_found_in_every_member(tmp_path):
         flip_byte(tmp_path / "a-000.tar", key, extension)
     data.bad.fraction = 1.0
     list(islice(data.records(), 6))
-    assert {key: "CRC" in reason for (_, key), reason in data.bad.seen.items()} == {"s000": 1, "s001": 1, "s002": 1}
+    assert {key: "CRC" in reason for (_, key), reason in data.bad.seen.items()} == {
+        "s000": 1,
+        "s001": 1,
+        "s002": 1,
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -418,7 +460,7 @@ def test_shard_that_disappears(tmp_path):
         next(data.records())
 
 
-# --- images ------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def encoded(image, format="PNG", **kwargs):
@@ -463,7 +505,9 @@ def test_resize_and_crop_against_torchvision(size):
 
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).resize(size)
-    reference = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)])(image)
+    reference = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)])(
+        image
+    )
     pixels = decode_image(encoded(image), 16).transpose(1, 2, 0).astype(int)
     assert pixels.shape == (16, 16, 3)
     # torchvision truncates the longer side, this rounds it: at most a fraction of a pixel's shift

@@ -107,15 +107,22 @@ def test_faults_are_retried(tmp_path, server):
 
 def test_the_next_windows_are_fetched_in_order_before_they_are_read(tmp_path, server):
     for part in range(20):
-        write_shard(tmp_path / f"www/{part:02d}.tar", [{**s, "__key__": f"k{part}_{i}"} for i, s in enumerate(latent_samples(4))])
+        write_shard(
+            tmp_path / f"www/{part:02d}.tar",
+            [{**s, "__key__": f"k{part}_{i}"} for i, s in enumerate(latent_samples(4))],
+        )
         shard_index(tmp_path / f"www/{part:02d}.tar")
-    config = DataConfig(shards=(f"{server.url}/{{00..19}}.tar",), batch_size=4, workers=0, cache=str(tmp_path / "cache"))
+    config = DataConfig(
+        shards=(f"{server.url}/{{00..19}}.tar",), batch_size=4, workers=0, cache=str(tmp_path / "cache")
+    )
     data = open_data(config, need_pixels=False, seed=0, stage="s")
     data.order.window = 3
     server.handler.log.clear()
     batches = data.records()
     next(batches)
-    wanted = {key.split(":")[0] for key in data.keys(range(4 + 2 * 3 * 4))} - {"00.tar"}  # read when data were opened
+    wanted = {key.split(":")[0] for key in data.keys(range(4 + 2 * 3 * 4))} - {
+        "00.tar"
+    }  # read when data were opened
     deadline = time.monotonic() + 10
     while (got := {path[1:] for path in server.handler.log}) < wanted and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -130,7 +137,9 @@ def fetch(url, cache):
 def test_two_processes_download_once(tmp_path, server):
     (tmp_path / "www/a.tar").write_bytes(b"x" * 3_000_000)
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=fetch, args=(server.url + "/a.tar", tmp_path / "cache")) for _ in range(3)]
+    children = [
+        context.Process(target=fetch, args=(server.url + "/a.tar", tmp_path / "cache")) for _ in range(3)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -159,6 +168,8 @@ def test_patterns_over_memory_filesystem(tmp_path):
     memory.pipe("/data/a-0.tar", (tmp_path / "a-0.tar").read_bytes())
     memory.pipe("/data/a-1.tar", (tmp_path / "a-0.tar").read_bytes())
     (tmp_path / "list.txt").write_text("# shards\nmemory://data/a-*.tar\n")
-    config = DataConfig(shards=(f"@{tmp_path / 'list.txt'}",), batch_size=10, workers=0, cache=str(tmp_path / "cache"))
+    config = DataConfig(
+        shards=(f"@{tmp_path / 'list.txt'}",), batch_size=10, workers=0, cache=str(tmp_path / "cache")
+    )
     records = next(open_data(config, need_pixels=False, seed=0, stage="s").records())
     assert sorted(records.keys) == sorted(f"a-{part}.tar:s{i:03d}" for part in range(2) for i in range(5))

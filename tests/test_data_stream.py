@@ -19,7 +19,9 @@ def opened(*shards, seed=0, **kwargs):
     names = ("need_pixels", "use_text", "text_length")
     wishes = {name: kwargs.pop(name) for name in names if name in kwargs}
     options = {"batch_size": 5, "resolution": 8, "workers": 0, "reader": "stream", **kwargs}
-    return open_data(DataConfig(shards=shards, **options), **{"need_pixels": False, **wishes}, seed=seed, stage="s")
+    return open_data(
+        DataConfig(shards=shards, **options), **{"need_pixels": False, **wishes}, seed=seed, stage="s"
+    )
 
 
 @pytest.fixture
@@ -78,7 +80,9 @@ def test_images_and_json(tmp_path):
     indexed = open_data(DataConfig(shards=(str(tmp_path / "*.tar"),), batch_size=12, resolution=8, workers=0),
                         need_pixels=True, seed=0, stage="s")  # fmt: skip
     expected = next(indexed.records())
-    expected = {key: (pixels, info) for key, pixels, info in zip(expected.keys, expected.pixels, expected.info)}
+    expected = {
+        key: (pixels, info) for key, pixels, info in zip(expected.keys, expected.pixels, expected.info)
+    }
     for records in islice(opened(str(tmp_path / "*.tar")).records(), 5):
         for key, pixels, info in zip(records.keys, records.pixels, records.info):
             assert torch.equal(pixels, expected[key][0]) and info == expected[key][1]
@@ -121,7 +125,11 @@ def test_truncated_shard_is_an_error(tmp_path, shards, workers):
     path.write_bytes(path.read_bytes()[: 512 * 8])
     with pytest.raises(ConfigError, match="a-003.tar: damaged tar"):
         list(islice(opened(shards, workers=workers).records(), 40))
-    seen = {key for records in islice(opened(shards, workers=workers, tolerate_shards=1).records(), 40) for key in records.keys}
+    seen = {
+        key
+        for records in islice(opened(shards, workers=workers, tolerate_shards=1).records(), 40)
+        for key in records.keys
+    }
     assert len(seen) == 23
 
 

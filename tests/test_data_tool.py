@@ -25,9 +25,36 @@ def source(tmp_path):
 
 def test_pack_encode_verify_and_look(tmp_path, source, capsys):
     out = tmp_path / "out"
-    assert tool.main(["pack", "webdataset", f"{source}/*.tar", "--out", str(out), "--name", "e", "--samples-per-shard", "6"]) == 0
-    encode = ["encode", f"{out}/images-*.tar", "--out", str(out), "--codec", "dct-f8c24", "--text", "hash",
-              "--resolution", "16", "--workers", "0"]  # fmt: skip
+    assert (
+        tool.main(
+            [
+                "pack",
+                "webdataset",
+                f"{source}/*.tar",
+                "--out",
+                str(out),
+                "--name",
+                "e",
+                "--samples-per-shard",
+                "6",
+            ]
+        )
+        == 0
+    )
+    encode = [
+        "encode",
+        f"{out}/images-*.tar",
+        "--out",
+        str(out),
+        "--codec",
+        "dct-f8c24",
+        "--text",
+        "hash",
+        "--resolution",
+        "16",
+        "--workers",
+        "0",
+    ]
     assert tool.main(encode) == 0
     capsys.readouterr()
     assert tool.main(["verify", f"{out}/*.tar", "--deep", "--report", str(tmp_path / "r.jsonl")]) == 0
@@ -37,7 +64,10 @@ def test_pack_encode_verify_and_look(tmp_path, source, capsys):
     assert tool.main(["stats", f"{out}/latents-*.tar"]) == 0
     assert json.loads(capsys.readouterr().out)["members"]["npy"]["count"] == 30
     assert tool.main(["head", f"{out}/images-*.tar", "-n", "3", "--sheet", str(tmp_path / "s.png")]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[0])["caption"] == "caption 0" and (tmp_path / "s.png").is_file()
+    assert (
+        json.loads(capsys.readouterr().out.splitlines()[0])["caption"] == "caption 0"
+        and (tmp_path / "s.png").is_file()
+    )
     flip_byte(out / "latents-00001-000.tar", "e_00001_000003", "npy")
     assert tool.main(["verify", f"{out}/*.tar", "--report", str(tmp_path / "r.jsonl")]) == 1
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
@@ -50,7 +80,10 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
     from nitro_e.data import open_data
     from nitro_e.run import RunConfig
 
-    recipe, overrides = ROOT / "configs/emoji/pretrain.yaml", [f"data.shards=[{tmp_path}/*.tar]", "data.batch_size=4"]
+    recipe, overrides = (
+        ROOT / "configs/emoji/pretrain.yaml",
+        [f"data.shards=[{tmp_path}/*.tar]", "data.batch_size=4"],
+    )
     assert tool.main(["which", str(recipe), *overrides, "--step", "3", "--world", "2"]) == 0
     run = load(RunConfig, recipe, overrides)
     data = open_data(run.data, need_pixels=False, seed=run.seed, stage=run.name)
@@ -75,7 +108,10 @@ def test_plan(capsys):
         ("encode IN/*.tar --out OUT", "nothing to encode"),
         ("encode IN/*.tar --out OUT --codec nothing", "unknown 'nothing'"),
         ("encode IN/*.tar --out OUT --codec dct-f8c24 --rank 3 --world 2", "--rank 3"),
-        ("encode IN/*.tar --out OUT --codec dct-f8c24 --resolution 12 --workers 0", "not a multiple of the codec's stride 8"),
+        (
+            "encode IN/*.tar --out OUT --codec dct-f8c24 --resolution 12 --workers 0",
+            "not a multiple of the codec's stride 8",
+        ),
         ("verify IN/none.tar", "missing shards"),
         ("plan --images 0", "must be greater than 0"),
     ],
@@ -89,8 +125,20 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, source, capsys, command, m
 
 def test_torchrun_variables_divide_the_work(tmp_path, source):
     """As torchrun and accelerate set them, without their processes talking to each other."""
-    command = [sys.executable, str(ROOT / "tools/data.py"), "encode", f"{source}/a-*.tar", "--out", str(tmp_path / "out"),
-               "--codec", "dct-f8c24", "--resolution", "16", "--workers", "0"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "tools/data.py"),
+        "encode",
+        f"{source}/a-*.tar",
+        "--out",
+        str(tmp_path / "out"),
+        "--codec",
+        "dct-f8c24",
+        "--resolution",
+        "16",
+        "--workers",
+        "0",
+    ]
     for rank in range(2):
         variables = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
         subprocess.run(command, env=variables, check=True, capture_output=True)

@@ -13,6 +13,8 @@ from nitro_e.data.jobs import publish_entry
 from nitro_e.data.report import Plan, head, plan_compute, plan_storage, stats
 from nitro_e.data.verify import verify
 
+NAN, NARROW = np.full((4, 2, 2), np.nan, np.float16), np.zeros((4, 2, 1), np.float16)
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -21,7 +23,10 @@ def folder(tmp_path):
     for shard in range(3):
         keys = [f"s{shard}_{i}" for i in range(6)]
         columns = {
-            "images": [{"__key__": key, "png": png(i), "txt": f"caption {i}", "json": {}} for i, key in enumerate(keys)],
+            "images": [
+                {"__key__": key, "png": png(i), "txt": f"caption {i}", "json": {}}
+                for i, key in enumerate(keys)
+            ],
             "latents": [{"__key__": key, "npy": latent(i), "txt": "c"} for i, key in enumerate(keys)],
         }
         for name, samples in columns.items():
@@ -88,8 +93,8 @@ def test_truncation_and_lost_shards(folder):
         ("images-0", lambda s: s[1].update(txt=b" "), "images-0.tar:s0_1: txt: empty caption"),
         ("images-0", lambda s: s[1].update(json=b"{"), "images-0.tar:s0_1: json: json does not parse"),
         ("images-0", lambda s: s[1].update(png=b"?"), "images-0.tar:s0_1: png: image does not decode"),
-        ("latents-0", lambda s: s[1].update(npy=np.full((4, 2, 2), np.nan, np.float16)), "latents-0.tar:s0_1: npy: array has NaN"),
-        ("latents-0", lambda s: s[1].update(npy=np.zeros((4, 2, 1), np.float16)), "latents-0.tar:s0_1: npy: [4, 2, 1, '<f2'], but"),
+        ("latents-0", lambda s: s[1].update(npy=NAN), "latents-0.tar:s0_1: npy: array has NaN"),
+        ("latents-0", lambda s: s[1].update(npy=NARROW), "latents-0.tar:s0_1: npy: [4, 2, 1, '<f2'], but"),
         ("latents-0", lambda s: s[:5], "latents-0.tar:s0_5: missing; images-0.tar has it"),
         ("images-0", lambda s: s[:5], "images-0.tar:s0_5: missing; latents-0.tar has it"),
     ],
@@ -100,13 +105,22 @@ def test_content(folder, shard, change, expected):
 
 
 def test_another_shape_in_a_whole_shard(folder):
-    rewrite(folder / "latents-2.tar", lambda s: [x.update(npy=np.zeros((4, 3, 3), np.float16)) for x in s] and None)
-    assert any("latents-2.tar:*: npy is [4, 3, 3, '<f2'], in latents-0.tar it is" in line for line in problems(folder))
+    rewrite(
+        folder / "latents-2.tar",
+        lambda s: [x.update(npy=np.zeros((4, 3, 3), np.float16)) for x in s] and None,
+    )
+    assert any(
+        "latents-2.tar:*: npy is [4, 3, 3, '<f2'], in latents-0.tar it is" in line
+        for line in problems(folder)
+    )
 
 
 def test_replaced_shard(folder):
     index = (folder / ".index" / "images-0.tar.npy").read_bytes()
-    rewrite(folder / "images-0.tar", lambda s: [x.update(__key__=x["__key__"].replace("s", "t")) for x in s] and None)
+    rewrite(
+        folder / "images-0.tar",
+        lambda s: [x.update(__key__=x["__key__"].replace("s", "t")) for x in s] and None,
+    )
     (folder / ".index" / "images-0.tar.npy").write_bytes(index)
     assert any("holds other keys or members than when it was indexed" in line for line in problems(folder))
 
@@ -120,12 +134,21 @@ def test_repeated_keys_are_noted(folder):
 
 def test_stats_and_head(folder, tmp_path):
     found = stats(expand_shards([str(folder / "*.tar")]))
-    assert found["members"]["npy"] == {"count": 18, "mean_bytes": 128 + 32} and found["members"]["txt"]["count"] == 36
-    assert found["kinds"] == {"PNG RGB": 18, "latent (4, 2, 2)": 18} and found["image_shorter_side"]["max"] == 8
+    assert (
+        found["members"]["npy"] == {"count": 18, "mean_bytes": 128 + 32}
+        and found["members"]["txt"]["count"] == 36
+    )
+    assert (
+        found["kinds"] == {"PNG RGB": 18, "latent (4, 2, 2)": 18} and found["image_shorter_side"]["max"] == 8
+    )
     values = np.stack([latent(i) for i in range(6)]).astype(float)
     assert found["latent_mean"] == pytest.approx(values.mean()) and 0.5 < found["latent_std"] < 1.5
     lines = head(expand_shards([str(folder / "images-*.tar")]), 8, tmp_path / "sheet.png")
-    assert [line["sample"] for line in lines[5:]] == ["images-0.tar:s0_5", "images-1.tar:s1_0", "images-1.tar:s1_1"]
+    assert [line["sample"] for line in lines[5:]] == [
+        "images-0.tar:s0_5",
+        "images-1.tar:s1_0",
+        "images-1.tar:s1_1",
+    ]
     assert lines[0]["caption"] == "caption 0" and (tmp_path / "sheet.png").is_file()
 
 
@@ -134,7 +157,11 @@ def test_plan_agrees_with_written_shards(tmp_path):
     storage = plan_storage(plan)
     text = {"text.npy": np.zeros((128, 2048), np.float16), "mask.npy": np.zeros(128, np.uint8)}
     members = {
-        "latents (npy, txt, json)": {"npy": np.zeros((32, 16, 16), np.float16), "txt": "x" * 60, "json": {"a": "b"}},
+        "latents (npy, txt, json)": {
+            "npy": np.zeros((32, 16, 16), np.float16),
+            "txt": "x" * 60,
+            "json": {"a": "b"},
+        },
         "text padded": text,
         "text ragged": {"text.npy": np.zeros((66, 2048), np.float16)},
         "features (DINOv2)": {"features.npy": np.zeros((256, 768), np.float16)},

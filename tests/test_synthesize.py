@@ -1,4 +1,4 @@
-"""Synthetic pairs: equal to the pipeline's own pictures, the same from any rank, continued, and read back for training."""
+"""Synthetic pairs: equal to the pipeline's own pictures, from any rank, continued, and read back."""
 
 import json
 import sys
@@ -30,8 +30,12 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     text = ComponentConfig(name="hash")
-    config = ModelConfig(**{**ModelConfig.PRESETS["micro-8"], "latent_channels": 24, "text_width": text_shape(text)[0]})
-    use = Use(codec=ComponentConfig(name="dct-f8c24"), text=text, sampling=SamplingConfig(resolution=64, steps=3))
+    config = ModelConfig(
+        **{**ModelConfig.PRESETS["micro-8"], "latent_channels": 24, "text_width": text_shape(text)[0]}
+    )
+    use = Use(
+        codec=ComponentConfig(name="dct-f8c24"), text=text, sampling=SamplingConfig(resolution=64, steps=3)
+    )
     save_pretrained(EMMDiT(config), folder, to_dict(use))
     return folder
 
@@ -51,23 +55,46 @@ def tars(folder):
 
 
 def test_pairs_belong_together(tmp_path, model, prompts):
-    run(model, "--prompts", prompts, "--per-prompt", 2, "--out", tmp_path / "o", "--samples-per-shard", 5,
-        "--batch-size", 4, "--text-embeddings", "--images")  # fmt: skip
+    run(
+        model,
+        "--prompts",
+        prompts,
+        "--per-prompt",
+        2,
+        "--out",
+        tmp_path / "o",
+        "--samples-per-shard",
+        5,
+        "--batch-size",
+        4,
+        "--text-embeddings",
+        "--images",
+    )
     assert sorted(tars(tmp_path / "o")) == [f"synth-{i:06d}.tar" for i in range(3)]
     assert Image.open(tmp_path / "o/preview.png").size == (4 * 66 - 2, 66 - 2)
     pipeline = TextToImage.from_pretrained(model)
-    data = open_data(DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=14, resolution=64, workers=0),
-                     need_pixels=True, use_text=True, text_length=pipeline.text.length, extra=("noise.npy",),
-                     seed=0, stage="s")  # fmt: skip
+    data = open_data(
+        DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=14, resolution=64, workers=0),
+        need_pixels=True,
+        use_text=True,
+        text_length=pipeline.text.length,
+        extra=("noise.npy",),
+        seed=0,
+        stage="s",
+    )
     records = next(data.records())
-    assert sorted(records.prompts) == sorted(PROMPTS * 2) and len({info["seed"] for info in records.info}) == 14
+    assert (
+        sorted(records.prompts) == sorted(PROMPTS * 2) and len({info["seed"] for info in records.info}) == 14
+    )
     text = pipeline.text.encode(records.prompts)
     assert torch.equal(records.text.mask, text.mask) and torch.equal(records.text.tokens, text.tokens.half())
     negative = pipeline.text.encode([""] * 14)
     velocity = guide(pipeline.model, text, negative, pipeline.defaults.guidance_scale)
     with torch.no_grad():
         latents = euler(velocity, records.extra["noise.npy"].float(), pipeline.defaults.times())
-    torch.testing.assert_close(pipeline.codec.normalize(records.latents.float()), latents, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        pipeline.codec.normalize(records.latents.float()), latents, rtol=2e-3, atol=2e-3
+    )
     pixels = pipeline.codec.decode(latents)
     assert (records.pixels.float() / 127.5 - 1 - pixels).abs().mean() < 0.1  # JPEG
     # The seed alone gives the noise.
@@ -106,7 +133,9 @@ def test_prompts_of_a_table_keep_their_columns(tmp_path):
 
 
 def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
-    generator = tool.OwnGenerator(TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1), "", False, False)
+    generator = tool.OwnGenerator(
+        TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1), "", False, False
+    )
     make = generator.make
 
     def broken(jobs):
@@ -123,7 +152,7 @@ def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
 
 
 class FakeDiffusers:
-    """What DiffusersGenerator uses of a pipeline: a picture whose colour is the seed's first random number."""
+    """What DiffusersGenerator uses of a pipeline; the colour of a picture is its seed's first numbers."""
 
     def to(self, device):
         return self
@@ -143,11 +172,30 @@ class FakeDiffusers:
 def test_a_diffusers_pipeline(tmp_path, prompts, monkeypatch):
     import diffusers
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: FakeDiffusers())
-    run("diffusers:some/pipeline", "--prompts", prompts, "--resolution", 16, "--steps", 2, "--codec", "dct-f8c24",
-        "--out", tmp_path / "o", "--batch-size", 3)  # fmt: skip
-    data = open_data(DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=7, resolution=16, workers=0),
-                     need_pixels=True, seed=0, stage="s")  # fmt: skip
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: FakeDiffusers()
+    )
+    run(
+        "diffusers:some/pipeline",
+        "--prompts",
+        prompts,
+        "--resolution",
+        16,
+        "--steps",
+        2,
+        "--codec",
+        "dct-f8c24",
+        "--out",
+        tmp_path / "o",
+        "--batch-size",
+        3,
+    )
+    data = open_data(
+        DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=7, resolution=16, workers=0),
+        need_pixels=True,
+        seed=0,
+        stage="s",
+    )
     records = next(data.records())
     decoded = build_codec(ComponentConfig(name="dct-f8c24"))
     pixels = decoded.decode(decoded.normalize(records.latents.float()))

@@ -2,8 +2,8 @@
 
     python tools/benchmark_data.py [--shards 8] [--json FILE]
 
-Samples per CPU-second of the reading process, best of several passes, files in the page cache; "through one worker"
-is wall time. The shards (latents 32x16x16 float16 and captions) are made in a temporary folder.
+Samples per CPU-second of the reading process, best of several passes, files in the page cache; "through one
+worker" is wall time. The shards (latents 32x16x16 float16 and captions) are made in a temporary folder.
 """
 
 from __future__ import annotations
@@ -45,27 +45,43 @@ def measure(shards: int = 8, repeats: int = 5) -> dict[str, float]:
             write_shard(path, _samples(rng, i))
         total = shards * SAMPLES
         found = {
-            "index scan, headers only": _rate(lambda: [scan_tar(path, crc=False) for path in paths], total, repeats),
-            "index scan, with CRC of the content": _rate(lambda: [scan_tar(path) for path in paths], total, repeats),
+            "index scan, headers only": _rate(
+                lambda: [scan_tar(path, crc=False) for path in paths], total, repeats
+            ),
+            "index scan, with CRC of the content": _rate(
+                lambda: [scan_tar(path) for path in paths], total, repeats
+            ),
         }
-        found |= _indexed(paths, total, repeats) | _stream(paths, total, repeats) | _webdataset(paths, total, repeats)
+        found |= (
+            _indexed(paths, total, repeats)
+            | _stream(paths, total, repeats)
+            | _webdataset(paths, total, repeats)
+        )
     plain = found["webdataset .decode()"]
-    found |= {f"{name} / webdataset .decode()": found[name] / plain for name in ("indexed, in process", "stream")}
+    found |= {
+        f"{name} / webdataset .decode()": found[name] / plain for name in ("indexed, in process", "stream")
+    }
     return found | order_cost() | _images(repeats)
 
 
 def order_cost(batch: int = 2048) -> dict[str, float]:
-    """Milliseconds of CPU per global batch at 25M samples in 25,000 shards, and of the first one after a jump."""
+    """Milliseconds of CPU per global batch at 25M samples in 25,000 shards, and of the first one after a
+    jump.
+    """
     sizes, found = [[1000] * 11_100, [1000] * 4_400, [1000] * 9_500], {}
     for name, weights in (("union", None), ("mixture", [11.1, 4.4, 9.5])):
         order = Order(sizes, weights, seed=0, stage="benchmark")
         start = time.process_time()
         for i in range(200):
             order.ids(range(i * batch, (i + 1) * batch))
-        found[f"order of 25M samples, {name}: ms per {batch} samples"] = (time.process_time() - start) / 200 * 1e3
+        found[f"order of 25M samples, {name}: ms per {batch} samples"] = (
+            (time.process_time() - start) / 200 * 1e3
+        )
         start = time.process_time()
         order.ids(range(10**10, 10**10 + batch))
-        found[f"order of 25M samples, {name}: ms to reach position 1e10"] = (time.process_time() - start) * 1e3
+        found[f"order of 25M samples, {name}: ms to reach position 1e10"] = (
+            time.process_time() - start
+        ) * 1e3
     return found
 
 
@@ -76,7 +92,9 @@ def _samples(rng: np.random.Generator, shard: int) -> Iterator[dict]:
         yield {"__key__": f"sample_{shard:05d}{i:06d}", "npy": latent, "txt": caption}
 
 
-def _rate(work: Callable[[], object], count: int, repeats: int, clock: Callable[[], float] = time.process_time) -> float:
+def _rate(
+    work: Callable[[], object], count: int, repeats: int, clock: Callable[[], float] = time.process_time
+) -> float:
     """Best rate of `work`, which handles `count` samples."""
     best = 0.0
     for _ in range(repeats):
@@ -94,7 +112,11 @@ def _read(batches: Iterator, count: int) -> None:
 def _indexed(paths: list[Path], total: int, repeats: int) -> dict[str, float]:
     for path in paths:
         shard_index(path)
-    found, config, steps = {}, DataConfig(shards=tuple(map(str, paths)), batch_size=BATCH, workers=0), total // BATCH
+    found, config, steps = (
+        {},
+        DataConfig(shards=tuple(map(str, paths)), batch_size=BATCH, workers=0),
+        total // BATCH,
+    )
 
     def opened(workers: int) -> Iterator:
         options = {**config.__dict__, "workers": workers}
@@ -144,7 +166,9 @@ def _images(repeats: int, count: int = 20) -> dict[str, float]:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
     return {
-        f"JPEG 512 px -> {side} px": _rate(lambda: [decode_image(buffer.getvalue(), side) for _ in range(count)], count, repeats)
+        f"JPEG 512 px -> {side} px": _rate(
+            lambda: [decode_image(buffer.getvalue(), side) for _ in range(count)], count, repeats
+        )
         for side in (512, 224)
     }
 
@@ -157,12 +181,16 @@ def report(found: dict[str, float]) -> str:
             note = f"target <= 0.5  {'met' if value <= 0.5 else 'MISSED'}"
         else:
             note = f"target >= {target:,}  {'met' if value >= target else 'MISSED'}" if target else ""
-        lines.append(f"{name:58} {value:12,.0f}  {note}" if value >= 100 else f"{name:58} {value:12.2f}  {note}")
+        lines.append(
+            f"{name:58} {value:12,.0f}  {note}" if value >= 100 else f"{name:58} {value:12.2f}  {note}"
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", type=int, default=8, help="of 1,000 samples each")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here as well")

@@ -1,11 +1,11 @@
 """Prepare and look at training data. Every command can be killed and run again.
 
     python tools/data.py pack folder photos/ --captions photos/captions.csv --out data/photos --name photos
-    python tools/data.py pack sa1b 'sa1b/sa_*.tar' --captions captions.parquet --out data/sa1b --name sa1b --processes 32
-    python tools/data.py encode 'data/photos/images-*.tar' --out data/photos --codec dc-ae-f32c32
-    torchrun --nproc_per_node 8 tools/data.py encode 'data/sa1b/images-*.tar' --out data/sa1b --codec dc-ae-f32c32
-    python tools/data.py verify 'data/photos/*.tar' --deep
-    python tools/data.py plan --images 25e6
+    python tools/data.py pack sa1b 'sa1b/sa_*.tar' --captions captions.parquet --out data/sa1b --name sa1b
+    --processes 32 python tools/data.py encode 'data/photos/images-*.tar' --out data/photos --codec
+    dc-ae-f32c32 torchrun --nproc_per_node 8 tools/data.py encode 'data/sa1b/images-*.tar' --out data/sa1b
+    --codec dc-ae-f32c32 python tools/data.py verify 'data/photos/*.tar' --deep python tools/data.py plan
+    --images 25e6
 
 Then train with data.shards='["data/photos/latents-*.tar"]'.
 """
@@ -23,7 +23,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nitro_e import cli, config
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, build_vision_encoder
+from nitro_e.components import (
+    BUILT_IN,
+    ComponentConfig,
+    build_codec,
+    build_text_encoder,
+    build_vision_encoder,
+)
 from nitro_e.config import ConfigError
 from nitro_e.data import encode, jobs, pack, report, verify
 from nitro_e.data.captions import CaptionTable
@@ -35,10 +41,14 @@ LAYOUTS = ("folder", "table", "parquet", "webdataset", "img2dataset", "sa1b", "j
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (add_arguments, run, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
@@ -49,30 +59,47 @@ def main(argv: list[str] | None = None) -> int:
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("layout", choices=LAYOUTS, help="how the input is laid out")
     parser.add_argument("input", nargs="+", help="folder, table, or archives (globs and brace ranges)")
-    parser.add_argument("--captions", type=Path, help="table (csv, tsv, jsonl, parquet) or folder of .txt files")
+    parser.add_argument(
+        "--captions", type=Path, help="table (csv, tsv, jsonl, parquet) or folder of .txt files"
+    )
     parser.add_argument("--captions-from-names", action="store_true", help="folder: file names are captions")
-    parser.add_argument("--id-column", default="id", help="of --captions for archives; file names are reduced to their stem")
+    parser.add_argument(
+        "--id-column", default="id", help="of --captions for archives; file names are reduced to their stem"
+    )
     parser.add_argument("--image-column", default="image", help="of tables and parquet")
-    parser.add_argument("--caption-column", help="dots reach into objects (default: caption; journeydb: prompt)")
+    parser.add_argument(
+        "--caption-column", help="dots reach into objects (default: caption; journeydb: prompt)"
+    )
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--name", default="sample", help="start of every key; give each source its own")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
-    parser.add_argument("--resize", type=int, help="make larger images smaller, to this shorter side in pixels")
+    parser.add_argument(
+        "--resize", type=int, help="make larger images smaller, to this shorter side in pixels"
+    )
     parser.add_argument("--min-side", type=int, default=1, help="leave out smaller images, pixels")
-    parser.add_argument("--shuffle", type=int, default=0, metavar="SEED", help="of folders and tables; -1 keeps their order")
+    parser.add_argument(
+        "--shuffle", type=int, default=0, metavar="SEED", help="of folders and tables; -1 keeps their order"
+    )
     job_arguments(parser)
 
 
 def run_pack(args: argparse.Namespace) -> None:
     column = args.caption_column or ("prompt" if args.layout == "journeydb" else "caption")
     options = pack.PackConfig(
-        name=args.name, samples_per_shard=args.samples_per_shard, resize=args.resize, min_side=args.min_side,
-        caption_key=args.caption_key, image_column=args.image_column, caption_column=column,
+        name=args.name,
+        samples_per_shard=args.samples_per_shard,
+        resize=args.resize,
+        min_side=args.min_side,
+        caption_key=args.caption_key,
+        image_column=args.image_column,
+        caption_column=column,
         shuffle=None if args.shuffle < 0 else args.shuffle,
-    )  # fmt: skip
+    )
     job = make_job(args)
     if args.layout in ("folder", "table", "journeydb") and len(args.input) > 1:
-        raise ConfigError(f"pack {args.layout} takes one input, got {len(args.input)}; pack each into its own --out")
+        raise ConfigError(
+            f"pack {args.layout} takes one input, got {len(args.input)}; pack each into its own --out"
+        )
     root, tables = Path(args.input[0]), args.out / ".journal"
     twice: list = []
     if args.layout == "folder":
@@ -88,9 +115,15 @@ def run_pack(args: argparse.Namespace) -> None:
         elif args.layout == "sa1b":
             raise ConfigError("pack sa1b needs --captions: SA-1B comes without any")
         readers = {"parquet": pack.read_parquet, "sa1b": pack.read_sa1b}
-        units = pack.archive_units(args.input, readers.get(args.layout, pack.read_webdataset), options, captions)
+        units = pack.archive_units(
+            args.input, readers.get(args.layout, pack.read_webdataset), options, captions
+        )
     if twice:
-        print(f"{len(twice)} ids have several captions, the first is used: {', '.join(p.key for p in twice[:5])}", file=sys.stderr)
+        print(
+            f"{len(twice)} ids have several captions, the first is used:"
+            f" {', '.join(p.key for p in twice[:5])}",
+            file=sys.stderr,
+        )
     pack.pack(units, job)
 
 
@@ -99,10 +132,16 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", help="name or name=folder-or-hub-id: writes latents-*.tar")
     parser.add_argument("--text", help="the same for the text encoder: writes text-*.tar")
     parser.add_argument("--vision", help="the same for the vision encoder: writes features-*.tar")
-    parser.add_argument("--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only")
+    parser.add_argument(
+        "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
+    )
     parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
-    parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="of the vision features, without --codec")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the encoders")
+    parser.add_argument(
+        "--grid", type=int, nargs=2, metavar=("H", "W"), help="of the vision features, without --codec"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the encoders"
+    )
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -114,23 +153,27 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
 def run_encode(args: argparse.Namespace) -> None:
     import torch
 
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = args.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
     builders = {"codec": build_codec, "text": build_text_encoder, "vision": build_vision_encoder}
     built, names = {}, {}
     for kind, builder in builders.items():
         if value := getattr(args, kind):
             name, _, path = value.partition("=")
-            component = ComponentConfig(
-                name=name, path=path or None, dtype="float32" if not path and name not in ("dc-ae-f32c32", "llama-3.2-1b",
-                "dinov2-b14") else args.dtype, length=args.text_length if kind == "text" else None,
-            )  # fmt: skip
+            length = args.text_length if kind == "text" else None
+            dtype = "float32" if name in BUILT_IN else args.dtype
+            component = ComponentConfig(name=name, path=path or None, dtype=dtype, length=length)
             built[kind] = builder(component, device)
             names[{"codec": "latents", "vision": "features"}.get(kind, kind)] = config.to_dict(component)
     encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
     options = encode.EncodeConfig(
-        resolution=args.resolution, text_format=args.text_format, caption_key=args.caption_key,
-        batch_size=args.batch_size, workers=args.workers,
-    )  # fmt: skip
+        resolution=args.resolution,
+        text_format=args.text_format,
+        caption_key=args.caption_key,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
     encode.encode(expand_shards(args.shards, "shards"), encoders, options, make_job(args))
 
 
@@ -138,17 +181,29 @@ def job_arguments(parser: argparse.ArgumentParser, processes: bool = True) -> No
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     if processes:
         parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)), help="of this process or array job")
-    parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of ranks")
-    parser.add_argument("--overwrite", action="store_true", help="redo what was made from other input or options")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.001, help="stop when more samples are unusable")
+    parser.add_argument(
+        "--rank", type=int, default=int(os.environ.get("RANK", 0)), help="of this process or array job"
+    )
+    parser.add_argument(
+        "--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of ranks"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="redo what was made from other input or options"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.001, help="stop when more samples are unusable"
+    )
 
 
 def make_job(args: argparse.Namespace) -> jobs.JobConfig:
     return jobs.JobConfig(
-        out=args.out, processes=getattr(args, "processes", 1), rank=args.rank, world=args.world,
-        overwrite=args.overwrite, max_bad_fraction=args.max_bad_fraction,
-    )  # fmt: skip
+        out=args.out,
+        processes=getattr(args, "processes", 1),
+        rank=args.rank,
+        world=args.world,
+        overwrite=args.overwrite,
+        max_bad_fraction=args.max_bad_fraction,
+    )
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +221,13 @@ def run_verify(args: argparse.Namespace) -> int:
     if len(found.problems) > 50:
         print(f"... and {len(found.problems) - 50} more")
     if args.report is not None:
-        args.report.write_text("".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in found.problems))
-    print(f"{found.shards} shards, {found.samples} samples, {found.nbytes / 1e9:.3f} GB: {len(found.problems)} problems")
+        args.report.write_text(
+            "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in found.problems)
+        )
+    print(
+        f"{found.shards} shards, {found.samples} samples, {found.nbytes / 1e9:.3f} GB: {len(found.problems)}"
+        " problems"
+    )
     if found.repeated:
         print(f"note: {found.repeated} keys occur in several shards; samples are told apart by shard and key")
     return 1 if found.problems else 0
@@ -238,7 +298,11 @@ def run_plan(args: argparse.Namespace) -> None:
 COMMANDS = {
     "pack": (pack_arguments, run_pack, "captioned images in the layouts people have -> shards"),
     "encode": (encode_arguments, run_encode, "shards -> latents, text embeddings, vision features"),
-    "verify": (verify_arguments, run_verify, "check shards against themselves, their index and their manifest"),
+    "verify": (
+        verify_arguments,
+        run_verify,
+        "check shards against themselves, their index and their manifest",
+    ),
     "index": (index_arguments, run_index, "scan shards in advance"),
     "stats": (stats_arguments, run_stats, "count members, captions, sizes"),
     "head": (head_arguments, run_head, "show the first samples"),

@@ -1,17 +1,19 @@
 """Prompts -> shards of synthetic pairs, for distillation and for synthetic parts of a mixture.
 
     python tools/synthesize.py runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
-    torchrun --nproc_per_node 8 tools/synthesize.py runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
-    python tools/synthesize.py diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --out data/flux --codec dc-ae-f32c32
+    torchrun --nproc_per_node 8 tools/synthesize.py runs/pretrain-512 --prompts captions.jsonl --out
+    data/synthetic python tools/synthesize.py diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --out
+    data/flux --codec dc-ae-f32c32
 
 Members of a sample in `synth-*.tar`:
     npy         (C, h, w) float16 final latent, raw like all latents in shards
     noise.npy   (C, h, w) float16 noise it was drawn from (ours only); exactly what the sampler started with
     txt, json   the prompt; its seed, the settings, and what the prompts file says about it
     text.npy, mask.npy   with --text-embeddings (ours only)
-    jpg         with --images, and always for diffusers pipelines, whose latents are those of --codec, if given
-The seed of picture k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter. The same
-command continues; OUT/preview.png shows the first pictures. Left out: scoring and filtering by reward.
+    jpg         with --images, and always for diffusers pipelines; their latents are those of --codec
+The seed of picture k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
+The same command continues; OUT/preview.png shows the first pictures. Left out: scoring and filtering by
+reward.
 """
 
 from __future__ import annotations
@@ -78,11 +80,25 @@ class Generator(Protocol):
 class OwnGenerator:
     """Any checkpoint of this project."""
 
-    def __init__(self, pipeline: TextToImage, settings: SamplingConfig, negative: str, text: bool, images: bool):
-        self.pipeline, self.settings, self.negative, self.text, self.images = pipeline, settings, negative, text, images
+    def __init__(
+        self, pipeline: TextToImage, settings: SamplingConfig, negative: str, text: bool, images: bool
+    ):
+        self.pipeline, self.settings, self.negative, self.text, self.images = (
+            pipeline,
+            settings,
+            negative,
+            text,
+            images,
+        )
         parts = {"model": pipeline, "text": pipeline.text, "codec": pipeline.codec}
         weights = {name: weights_digest(part)[:16] for name, part in parts.items()}
-        self.identity = {"weights": weights, **asdict(settings), "negative_prompt": negative, "text_embeddings": text, "images": images}
+        self.identity = {
+            "weights": weights,
+            **asdict(settings),
+            "negative_prompt": negative,
+            "text_embeddings": text,
+            "images": images,
+        }
 
     @torch.no_grad()
     def make(self, jobs: Sequence[Job]) -> Made:
@@ -91,7 +107,9 @@ class OwnGenerator:
         shape = pipeline.latent_shape(*settings.size)
         noise = initial_noise([job.seed for job in jobs], shape).half()  # what is stored is what is used
         text = pipeline.text.encode([job.prompt for job in jobs])
-        negative = TextEmbedding(*(x.expand(len(jobs), *x.shape[1:]) for x in pipeline.text.encode([self.negative])))
+        negative = TextEmbedding(
+            *(x.expand(len(jobs), *x.shape[1:]) for x in pipeline.text.encode([self.negative]))
+        )
         velocity = guide(pipeline.model, text, negative, settings.guidance_scale)
         latents = SAMPLERS[settings.sampler](velocity, noise.float().to(device), settings.times().to(device))
         images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.images else None
@@ -101,16 +119,27 @@ class OwnGenerator:
 class DiffusersGenerator:
     """Any diffusers text-to-image pipeline; latents come from our codec, so that they fit our models."""
 
-    def __init__(self, name: str, device: str, dtype: str, settings: dict[str, Any], codec: LatentCodec | None):
+    def __init__(
+        self, name: str, device: str, dtype: str, settings: dict[str, Any], codec: LatentCodec | None
+    ):
         from diffusers import DiffusionPipeline
 
         try:
-            pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(
+                name, torch_dtype=getattr(torch, dtype), use_safetensors=True
+            )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"'{name}' is no diffusers pipeline: {' '.join(str(error).split())[:200]}") from None
+            raise ConfigError(
+                f"'{name}' is no diffusers pipeline: {' '.join(str(error).split())[:200]}"
+            ) from None
         self.pipeline, self.settings, self.codec = pipeline.to(device), settings, codec
         self.pipeline.set_progress_bar_config(disable=True)
-        self.identity = {"pipeline": name, "dtype": dtype, **settings, "codec": weights_digest(codec) if codec else None}
+        self.identity = {
+            "pipeline": name,
+            "dtype": dtype,
+            **settings,
+            "codec": weights_digest(codec) if codec else None,
+        }
 
     @torch.no_grad()
     def make(self, jobs: Sequence[Job]) -> Made:
@@ -118,7 +147,9 @@ class DiffusersGenerator:
         images = self.pipeline([job.prompt for job in jobs], generator=seeds, **self.settings).images
         if self.codec is None:
             return Made(images=images)
-        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(
+            0, 3, 1, 2
+        )
         return Made(self.codec.encode_pixels(pixels.float() / 127.5 - 1).float().cpu(), images=images)
 
 
@@ -128,7 +159,7 @@ def denormalize(codec: LatentCodec, latents: Tensor) -> Tensor:
     return (latents - offset) / (codec.normalize(torch.ones_like(latents)) - offset)
 
 
-# --- shards ------------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -145,20 +176,34 @@ class SynthUnit:
 
 
 def synthesize(
-    generator: Generator, jobs: Sequence[Job], job: JobConfig, samples_per_shard: int, batch_size: int, keep_images: bool
+    generator: Generator,
+    jobs: Sequence[Job],
+    job: JobConfig,
+    samples_per_shard: int,
+    batch_size: int,
+    keep_images: bool,
 ) -> list[dict]:
     """Make every picture, in shards; see jobs.run_job."""
     if samples_per_shard < 1 or batch_size < 1:
         raise ConfigError("--samples-per-shard and --batch-size must be at least 1")
     units = [
-        SynthUnit(f"{start // samples_per_shard:06d}", start, list(jobs[start : start + samples_per_shard]), generator.identity)
+        SynthUnit(
+            f"{start // samples_per_shard:06d}",
+            start,
+            list(jobs[start : start + samples_per_shard]),
+            generator.identity,
+        )
         for start in range(0, len(jobs), samples_per_shard)
     ]
-    work = partial(make_shard, generator=generator, out=job.out, batch_size=batch_size, keep_images=keep_images)
+    work = partial(
+        make_shard, generator=generator, out=job.out, batch_size=batch_size, keep_images=keep_images
+    )
     return run_job("synth", units, each(work), job)
 
 
-def make_shard(unit: SynthUnit, generator: Generator, out: Path, batch_size: int, keep_images: bool) -> Result:
+def make_shard(
+    unit: SynthUnit, generator: Generator, out: Path, batch_size: int, keep_images: bool
+) -> Result:
     result, path, keys = Result(), out / f"synth-{unit.name}.tar", []
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -204,7 +249,9 @@ def _check(keys: list[str], path: Path) -> None:
     """A finished shard has every key and only finite latents."""
     rows_ = scan_tar(path).rows
     if [key.decode() for key in rows_["__key__"]] != keys:
-        raise ConfigError(f"{path}: was not written as it should be (keys differ); check the disk and run again")
+        raise ConfigError(
+            f"{path}: was not written as it should be (keys differ); check the disk and run again"
+        )
     with open(path, "rb") as file:
         for name in (name for name in rows_.dtype.names if name.endswith("npy")):
             for offset, size, _ in rows_[name].tolist():
@@ -220,19 +267,28 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         prompts = [(line.strip(), {}) for line in path.read_text().splitlines() if line.strip()]
     else:
         table = rows(path, (column,))
-        prompts = [(str(value_at(row, column)).strip(), {k: v for k, v in row.items() if k != column}) for row in table]
+        prompts = [
+            (str(value_at(row, column)).strip(), {k: v for k, v in row.items() if k != column})
+            for row in table
+        ]
     empty = sum(not prompt for prompt, _ in prompts)
     if empty:
         print(f"{path}: {empty} of {len(prompts)} prompts are empty and left out", file=sys.stderr)
     if empty == len(prompts):
         raise ConfigError(f"--prompts '{path}' holds no prompts")
     prompts = islice(((prompt, info) for prompt, info in prompts if prompt), limit)
-    return [Job(prompt, k, seed_of(prompt, k, seed), info) for prompt, info in prompts for k in range(per_prompt)]
+    return [
+        Job(prompt, k, seed_of(prompt, k, seed), info) for prompt, info in prompts for k in range(per_prompt)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="run, checkpoint or model folder (@ema, @model), or diffusers:NAME_OR_FOLDER")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", help="run, checkpoint or model folder (@ema, @model), or diffusers:NAME_OR_FOLDER"
+    )
     parser.add_argument("--prompts", type=Path, required=True, help="text file with one per line, or a table")
     parser.add_argument("--prompt-column", default="prompt", help="of a table")
     parser.add_argument("--limit", type=int, help="only so many prompts")
@@ -243,9 +299,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="default: what the weights came with")
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="ours only")
     parser.add_argument("--resolution", type=int, help="pixels per side")
-    parser.add_argument("--codec", help="diffusers only: name or name=folder; stores the latents of the pictures")
+    parser.add_argument(
+        "--codec", help="diffusers only: name or name=folder; stores the latents of the pictures"
+    )
     parser.add_argument("--images", action="store_true", help="store the pictures too (diffusers: always)")
-    parser.add_argument("--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)")
+    parser.add_argument(
+        "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -271,10 +331,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_generator(args: argparse.Namespace) -> Generator:
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = args.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
     if args.source.startswith("diffusers:"):
         if args.text_embeddings or args.sampler or args.negative_prompt:
-            raise ConfigError("--text-embeddings, --sampler and --negative-prompt are for our own models only")
+            raise ConfigError(
+                "--text-embeddings, --sampler and --negative-prompt are for our own models only"
+            )
         settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance,
                     "height": args.resolution, "width": args.resolution}  # fmt: skip
         name, _, path = (args.codec or "").partition("=")
@@ -284,7 +348,9 @@ def build_generator(args: argparse.Namespace) -> Generator:
     if args.codec:
         raise ConfigError("--codec is for diffusers pipelines; our checkpoints know theirs")
     pipeline = TextToImage.from_pretrained(args.source, device, getattr(torch, args.dtype))
-    settings = pipeline.settings(steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution)
+    settings = pipeline.settings(
+        steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution
+    )
     return OwnGenerator(pipeline, settings, args.negative_prompt, args.text_embeddings, args.images)
 
 

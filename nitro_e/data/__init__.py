@@ -4,4 +4,13 @@ from nitro_e.data.dataset import BadDataError, Records
 from nitro_e.data.reader import Data, DataConfig, SourceConfig, open_data
 from nitro_e.data.writer import write_shard, write_shards
 
-__all__ = ["BadDataError", "Data", "DataConfig", "Records", "SourceConfig", "open_data", "write_shard", "write_shards"]
+__all__ = [
+    "BadDataError",
+    "Data",
+    "DataConfig",
+    "Records",
+    "SourceConfig",
+    "open_data",
+    "write_shard",
+    "write_shards",
+]

@@ -1,7 +1,8 @@
-"""Tables of captions: CSV, TSV, JSON lines (also .gz, or alone in a .tgz), parquet, or a folder of .txt files.
+"""Tables of captions: CSV, TSV, JSON lines (also .gz, or alone in a .tgz), parquet, folders of .txt files.
 
-`rows` reads one; `CaptionTable` keeps one as an SQLite file beside the output, so that 25M captions need no memory
-and every worker process can look them up by id. The id of a row is the file name without folder and extension.
+`rows` reads one; `CaptionTable` keeps one as an SQLite file beside the output, so that 25M captions need no
+memory and every worker process can look them up by id. The id of a row is the file name without folder and
+extension.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def stem(name: str) -> str:
 
 
 def rows(path: str | Path, columns: tuple[str, ...] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table. With `columns`, ConfigError if the first row lacks one (dots reach into objects)."""
+    """The rows of a table. ConfigError if the first row lacks one of `columns` (dots reach into objects)."""
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"captions '{path}' do not exist; check the path")
@@ -122,14 +123,18 @@ def open_parquet(path: Path):
 
 
 class CaptionTable:
-    """Captions by id, in an SQLite file that is made once. Can be pickled; each process opens its own connection."""
+    """Captions by id, in an SQLite file that is made once. Can be pickled; each process opens its own
+    connection.
+    """
 
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity  # identity: hash of what the table was made from
         self._connection: sqlite3.Connection | None = None
 
     @classmethod
-    def build(cls, source: Path, folder: Path, id_column: str, caption_column: str) -> tuple[CaptionTable, list[Problem]]:
+    def build(
+        cls, source: Path, folder: Path, id_column: str, caption_column: str
+    ) -> tuple[CaptionTable, list[Problem]]:
         """Make the table from `source` unless it is there already; return it with the duplicate ids."""
         if not source.exists():
             raise ConfigError(f"captions '{source}' do not exist; check the path")
@@ -148,7 +153,9 @@ class CaptionTable:
         table = cls(path, identity)
         with sqlite3.connect(path) as connection:
             twice = connection.execute("SELECT id FROM duplicates ORDER BY id").fetchall()
-        return table, [Problem(source.name, key, "duplicate caption; the first one is used") for (key,) in twice]
+        return table, [
+            Problem(source.name, key, "duplicate caption; the first one is used") for (key,) in twice
+        ]
 
     def get(self, key: str) -> str | None:
         if self._connection is None:

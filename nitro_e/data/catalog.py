@@ -1,8 +1,8 @@
-"""Which shards there are, what their samples hold, and which members are read: settled before training starts.
+"""Which shards there are and what their samples hold: settled before training starts.
 
-Shards whose names differ only in a leading column word (`images-`, `latents-`, `text-`, `features-`) are columns
-of one shard and are joined by key, so that training on latents never opens the images. When the list holds equal
-names from several folders, columns must lie in one folder.
+Shards whose names differ only in a leading column word (`images-`, `latents-`, `text-`, `features-`) are
+columns of one shard and are joined by key, so that training on latents never opens the images. When the list
+holds equal names from several folders, columns must lie in one folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ IMAGES = ("png", "jpg", "jpeg", "webp")
 COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
 MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
 KEEP_MERGED = 8
-PRIORITY = ("text", "latents", "features", "images", "")  # where a member is taken from when columns repeat it
+PRIORITY = (
+    "text",
+    "latents",
+    "features",
+    "images",
+    "",
+)  # where a member is taken from when columns repeat it
 
 
 @dataclass(eq=False)
@@ -116,13 +122,17 @@ class Catalog:
 
 
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
-    """Paths, globs, brace ranges (`a-{000000..000012}.tar`, `{a,b}.tar`), URLs and `@list.txt` -> shards, in order.
+    """Paths, globs, brace ranges (`a-{000000..000012}.tar`, `{a,b}.tar`), URLs and `@list.txt` -> shards, in
+    order.
 
-    Raises ConfigError naming the files that are missing, and one that is listed twice. URLs are not looked up here.
+    Raises ConfigError naming the files that are missing, and one that is listed twice. URLs are not looked up
+    here.
     """
     patterns = [line for pattern in patterns for line in _read_list(pattern, key)]
     if not patterns:
-        raise ConfigError(f"{key}: no shards; give webdataset tars, for example {key}='[\"data/train-*.tar\"]'")
+        raise ConfigError(
+            f"{key}: no shards; give webdataset tars, for example {key}='[\"data/train-*.tar\"]'"
+        )
     paths, missing = [], []
     for pattern in patterns:
         for name in expand_braces(pattern):
@@ -134,8 +144,14 @@ def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str
             missing += [] if found else [name]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ConfigError(f"{key}: missing shards: {', '.join(missing[:5])}{more}; check the path or the range")
-    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+        raise ConfigError(
+            f"{key}: missing shards: {', '.join(missing[:5])}{more}; check the path or the range"
+        )
+    twice = (
+        next((path for path in paths if paths.count(path) > 1), None)
+        if len(set(paths)) < len(paths)
+        else None
+    )
     if twice is not None:
         raise ConfigError(f"{key}: '{twice}' is listed twice; every shard must match one pattern only")
     return paths
@@ -148,7 +164,9 @@ def _read_list(pattern: str, key: str) -> list[str]:
     path = Path(pattern[1:])
     if not path.is_file():
         raise ConfigError(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")
+    ]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -163,14 +181,17 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def open_catalog(
-    sources: Sequence[Sequence[str]], tolerate_shards: int = 0, progress: bool = False, cache: ShardCache | None = None
+    sources: Sequence[Sequence[str]],
+    tolerate_shards: int = 0,
+    progress: bool = False,
+    cache: ShardCache | None = None,
 ) -> Catalog:
     """Index the shards of every source (paths from `expand_shards`) and join their columns.
 
     Beyond MERGE_FROM shards the result is kept as one file per column, which the next call maps into memory.
     `progress` must stay False in worker processes: tqdm's lock does not survive a fork or a kill.
-    Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that do
-    not match.
+    Raises ConfigError for a damaged shard (up to `tolerate_shards` are left out instead) and for columns that
+    do not match.
     """
     cache = cache or ShardCache()
     _fetch_indices([path for paths in sources for path in paths if is_url(path)], cache, progress)
@@ -197,7 +218,11 @@ def _build_catalog(
     shard_names, sizes, problems, damaged, digest = [], [], [], 0, hashlib.sha256()
     for groups in grouped:
         sizes.append([])
-        for shards in tqdm(groups.values(), desc="index", unit="shard") if progress and len(groups) > 20 else groups.values():
+        for shards in (
+            tqdm(groups.values(), desc="index", unit="shard")
+            if progress and len(groups) > 20
+            else groups.values()
+        ):
             try:
                 indices = {name: shard_index(shards[name], cache=cache) for name in names if name in shards}
             except DamagedTar as error:
@@ -208,7 +233,9 @@ def _build_catalog(
                 continue
             if len(indices) < len(names):
                 absent = ", ".join(f"{name or 'plain'}-" for name in names if name not in shards)
-                raise ConfigError(f"{next(iter(shards.values()))}: no {absent} shard of the same name, as others have")
+                raise ConfigError(
+                    f"{next(iter(shards.values()))}: no {absent} shard of the same name, as others have"
+                )
             rows = _join(indices, shards, problems)
             for name, index in indices.items():
                 parts[name].append((shards[name], rows[name]))
@@ -259,7 +286,10 @@ def _write_merged(catalog: Catalog, folder: Path) -> None:
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary)
-    others = sorted((path for path in folder.parent.iterdir() if path.suffix != ".tmp"), key=lambda path: path.stat().st_mtime)
+    others = sorted(
+        (path for path in folder.parent.iterdir() if path.suffix != ".tmp"),
+        key=lambda path: path.stat().st_mtime,
+    )
     for old in others[:-KEEP_MERGED]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -276,11 +306,13 @@ def _read_merged(folder: Path, cache: ShardCache) -> Catalog:
 
 
 def _fetch_indices(urls: list[str], cache: ShardCache, progress: bool) -> None:
-    """Bring the indices of remote shards here, many at a time; the loop that follows finds them in the cache."""
+    """Bring the indices of remote shards into the cache, many at a time."""
     if urls:
         with ThreadPoolExecutor(16) as pool:
             fetched = pool.map(partial(_fetch_index, cache=cache), urls)
-            for _ in tqdm(fetched, desc="fetch indices", total=len(urls), unit="shard") if progress else fetched:
+            for _ in (
+                tqdm(fetched, desc="fetch indices", total=len(urls), unit="shard") if progress else fetched
+            ):
                 pass
 
 
@@ -303,8 +335,10 @@ def group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:
     return groups
 
 
-def _join(indices: dict[str, ShardIndex], shards: dict[str, str], problems: list[Problem]) -> dict[str, np.ndarray]:
-    """Rows of one shard's columns with equal keys at equal places; keys that a column lacks become problems."""
+def _join(
+    indices: dict[str, ShardIndex], shards: dict[str, str], problems: list[Problem]
+) -> dict[str, np.ndarray]:
+    """Rows of one shard's columns, equal keys at equal places; keys that a column lacks become problems."""
     for index in indices.values():
         problems += index.problems
     base, *others = indices
@@ -314,9 +348,13 @@ def _join(indices: dict[str, ShardIndex], shards: dict[str, str], problems: list
         theirs = indices[name].rows["__key__"]
         shared &= np.isin(keys, theirs)
         extra = theirs[~np.isin(theirs, keys)]
-        problems += [Problem(Path(shards[name]).name, _text(key), f"not in {Path(shards[base]).name}") for key in extra]
+        problems += [
+            Problem(Path(shards[name]).name, _text(key), f"not in {Path(shards[base]).name}") for key in extra
+        ]
         lost = keys[~np.isin(keys, theirs)]
-        problems += [Problem(Path(shards[base]).name, _text(key), f"not in {Path(shards[name]).name}") for key in lost]
+        problems += [
+            Problem(Path(shards[base]).name, _text(key), f"not in {Path(shards[name]).name}") for key in lost
+        ]
     joined = {base: indices[base].rows[shared]}
     for name in others:
         theirs = indices[name].rows
@@ -336,7 +374,9 @@ def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
     width = max(part.dtype["__key__"].itemsize for part in parts)
     extensions = dict.fromkeys(name for part in parts for name in part.dtype.names[1:])
     member = next((part.dtype[1] for part in parts if len(part.dtype) > 1), None)
-    rows = np.zeros(sum(map(len, parts)), [("__key__", f"S{width}"), *((name, member) for name in extensions)])
+    rows = np.zeros(
+        sum(map(len, parts)), [("__key__", f"S{width}"), *((name, member) for name in extensions)]
+    )
     start = 0
     for part in parts:
         for name in part.dtype.names:

@@ -1,8 +1,8 @@
 """Samples by position: tars, an order and a specification of what to read -> Records.
 
-Every process compares each sample with its CRC the first time it reads it, and believes the file from then on.
-A sample that turns out bad (CRC, decoding, NaN, empty caption) is replaced by the next good one of its source, the same
-one in every run, and reported with the batch.
+Every process compares each sample with its CRC the first time it reads it, and believes the file from then
+on. A sample that turns out bad (CRC, decoding, NaN, empty caption) is replaced by the next good one of its
+source, the same one in every run, and reported with the batch.
 """
 
 from __future__ import annotations
@@ -55,13 +55,19 @@ class Records:
         tensors = {name: getattr(self, name) for name in ("pixels", "latents", "features")}
         pinned = {name: x if x is None else x.pin_memory() for name, x in tensors.items()}
         text = self.text if self.text is None else TextEmbedding(*(x.pin_memory() for x in self.text))
-        return replace(self, text=text, extra={name: x.pin_memory() for name, x in self.extra.items()}, **pinned)
+        return replace(
+            self, text=text, extra={name: x.pin_memory() for name, x in self.extra.items()}, **pinned
+        )
 
     def put(self, slot: int, other: Records) -> None:
         """Replace one sample by the only one of `other`."""
         for mine, theirs in ((self.keys, other.keys), (self.prompts, other.prompts), (self.info, other.info)):
             mine[slot] = theirs[0]
-        tensors = [(self.pixels, other.pixels), (self.latents, other.latents), (self.features, other.features)]
+        tensors = [
+            (self.pixels, other.pixels),
+            (self.latents, other.latents),
+            (self.features, other.features),
+        ]
         extra = [(self.extra[name], other.extra[name]) for name in self.extra]
         for mine, theirs in (*tensors, *extra, *zip(self.text or (), other.text or ())):
             if mine is not None:
@@ -70,7 +76,9 @@ class Records:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """What every array of one member looks like; settled by the first one, so that no batch can decide otherwise."""
+    """What every array of one member looks like; settled by the first one, so that no batch can decide
+    otherwise.
+    """
 
     header: bytes
     shape: tuple[int, ...]  # latents: (C, h, w)
@@ -100,7 +108,9 @@ class TarDataset(Dataset):
     def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
         self.catalog, self.order, self.spec = catalog, order, spec
         self._files = OpenFiles(catalog.cache)
-        self._checked: np.ndarray | None = None  # (N,) bool: content was compared with its CRC in this process
+        self._checked: np.ndarray | None = (
+            None  # (N,) bool: content was compared with its CRC in this process
+        )
 
     def __getstate__(self):
         return {**self.__dict__, "_checked": None}
@@ -141,7 +151,9 @@ class TarDataset(Dataset):
             self._arrays(member, layout, ids, shards, failed) if layout else None
             for member, layout in (("npy", self.spec.latents), ("features.npy", self.spec.features))
         )
-        extra = {member: self._arrays(member, layout, ids, shards, failed) for member, layout in self.spec.extra}
+        extra = {
+            member: self._arrays(member, layout, ids, shards, failed) for member, layout in self.spec.extra
+        }
         text = self._text(ids, shards, failed) if self.spec.text else None
         pixels = self._pixels(ids, shards, failed) if self.spec.images else None
         self._checked[np.delete(ids, list(failed))] = True
@@ -157,9 +169,13 @@ class TarDataset(Dataset):
         if column is None:
             return [None] * len(ids)
         contents, checked = [], self._checked[ids].tolist()
-        for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[extension][ids].tolist())):
+        for slot, (shard, (offset, size, crc)) in enumerate(
+            zip(shards, column.rows[extension][ids].tolist())
+        ):
             content = os.pread(self._files[column.paths[shard]], size, offset) if offset else None
-            if content is not None and (len(content) != size or not checked[slot] and zlib.crc32(content) != crc):
+            if content is not None and (
+                len(content) != size or not checked[slot] and zlib.crc32(content) != crc
+            ):
                 failed.setdefault(slot, f"{extension} is not what was indexed (CRC differs)")
                 content = None
             contents.append(content)
@@ -189,7 +205,9 @@ class TarDataset(Dataset):
                         failed[slot] = str(error)
         return torch.from_numpy(pixels)
 
-    def _arrays(self, member: str, layout: ArrayLayout, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
+    def _arrays(
+        self, member: str, layout: ArrayLayout, ids, shards: list[int], failed: dict[int, str]
+    ) -> Tensor:
         """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
         column, nbytes, checked = self.catalog.find(member), layout.nbytes, self._checked[ids].tolist()
         buffer = np.empty((len(ids), nbytes), np.uint8)
@@ -222,7 +240,9 @@ class TarDataset(Dataset):
         rows = []
         for slot, content in enumerate(self._contents("text.npy", ids, shards, failed)):
             try:
-                rows.append(ragged_rows(content, self.spec) if content is not None else np.zeros((0, layout.shape[1])))
+                rows.append(
+                    ragged_rows(content, self.spec) if content is not None else np.zeros((0, layout.shape[1]))
+                )
             except BadSample as error:
                 failed.setdefault(slot, str(error))
                 rows.append(np.zeros((0, layout.shape[1])))
@@ -232,8 +252,15 @@ class TarDataset(Dataset):
 def ragged_rows(content: bytes, spec: ReadSpec) -> np.ndarray:
     """One ragged text embedding: (up to L, D)."""
     rows, layout = decode_array(content), spec.text
-    if rows.ndim != 2 or rows.shape[1] != layout.shape[1] or len(rows) > spec.text_length or rows.dtype.str != layout.dtype:
-        raise BadSample(f"text.npy is {rows.dtype} {rows.shape}, expected up to {spec.text_length} x {layout.shape[1]}")
+    if (
+        rows.ndim != 2
+        or rows.shape[1] != layout.shape[1]
+        or len(rows) > spec.text_length
+        or rows.dtype.str != layout.dtype
+    ):
+        raise BadSample(
+            f"text.npy is {rows.dtype} {rows.shape}, expected up to {spec.text_length} x {layout.shape[1]}"
+        )
     return rows
 
 

@@ -15,7 +15,9 @@ class BadSample(Exception):
 
 
 def decode_image(content: bytes, resolution: int) -> np.ndarray:
-    """An encoded image -> (3, R, R) uint8: upright, over white, shorter side to R (bicubic, antialiased), centre crop."""
+    """An encoded image -> (3, R, R) uint8: upright, over white, shorter side to R (bicubic, antialiased),
+    centre crop.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "JPEG":
@@ -63,7 +65,9 @@ def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
     except UnicodeDecodeError:
         raise BadSample("caption is not UTF-8") from None
     if not isinstance(caption, str):
-        raise BadSample(f"no txt, and json has no caption under '{caption_key}' (keys: {', '.join(info) or 'none'})")
+        raise BadSample(
+            f"no txt, and json has no caption under '{caption_key}' (keys: {', '.join(info) or 'none'})"
+        )
     caption = caption.strip()
     if not caption:
         raise BadSample("empty caption")
@@ -79,7 +83,7 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def npy_layout(content: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, bytes before the data) of a version 1 `.npy`; the header of equal files is parsed once."""
+    """(shape, dtype, bytes before the data) of a version 1 `.npy`; equal headers are parsed once."""
     if content[:8] != b"\x93NUMPY\x01\x00":
         raise BadSample("not a version 1 .npy file")
     start = 10 + int.from_bytes(content[8:10], "little")
@@ -103,10 +107,13 @@ def decode_array(content: bytes) -> np.ndarray:
 def not_finite(rows: np.ndarray) -> np.ndarray:
     """(B, n) float -> (B,) bool: rows with a NaN or Inf.
 
-    Half precision is compared as integers, which needs no copy: +Inf is 0x7C00 and NaN lies above, and with the
-    sign bit set 0xFC00 and above.
+    Half precision is compared as integers, which needs no copy: +Inf is 0x7C00 and NaN lies above, and with
+    the sign bit set 0xFC00 and above.
     """
     if rows.dtype != np.float16:
         return ~np.isfinite(rows).all(axis=1)
-    positive, any_sign = rows.view(np.int16).max(axis=1, initial=0), rows.view(np.uint16).max(axis=1, initial=0)
+    positive, any_sign = (
+        rows.view(np.int16).max(axis=1, initial=0),
+        rows.view(np.uint16).max(axis=1, initial=0),
+    )
     return (positive >= 0x7C00) | (any_sign >= 0xFC00)

@@ -1,12 +1,13 @@
 """Run the frozen encoders once over packed images: one output shard per input shard and column.
 
     latents-X.tar    npy       (C, h, w) float16, raw (not scaled) codec latents, with copies of txt and json
-    text-X.tar       text.npy  (L, D) float16; padded: L fixed, and mask.npy (L,) uint8; ragged: real tokens only
+    text-X.tar       text.npy  (L, D) float16; padded: L fixed, with mask.npy (L,) uint8; ragged: real tokens
     features-X.tar   features.npy  (h*w, F) float16 vision features on the latent grid
 
-X is the input's name without `images-`. A shard is published after it was opened again and checked (keys, shapes,
-finite, |latent| < 10,000, and the codec's round trip of its first image). Its manifest entry says what made it.
-The bytes depend on the encoder, the device and the batch size, not on processes, ranks or interruptions.
+X is the input's name without `images-`. A shard is published after it was opened again and checked (keys,
+shapes, finite, |latent| < 10,000, and the codec's round trip of its first image). Its manifest entry says
+what made it. The bytes depend on the encoder, the device and the batch size, not on processes, ranks or
+interruptions.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class EncodeUnit:
 def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job: JobConfig) -> list[dict]:
     """Encode every shard (paths from `expand_shards`); see jobs.run_job. Returns the manifest entries.
 
-    Raises ConfigError for damaged input, for two shards whose output would have one name, and when a check fails.
+    Raises ConfigError for damaged input, for two shards whose output would have one name, and when a check
+    fails.
     """
     options = digest(replace(config, batch_size=1, workers=0).__dict__, encoders.identity, encoders.grid)
     units = []
@@ -105,7 +107,9 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
     names = [unit.name for unit in units]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
     if twice:
-        raise ConfigError(f"two input shards are called '{min(twice)}'; encode each folder into an --out of its own")
+        raise ConfigError(
+            f"two input shards are called '{min(twice)}'; encode each folder into an --out of its own"
+        )
     job.out.mkdir(parents=True, exist_ok=True)
     if encoders.text is not None:
         _write_null_text(encoders.text, job.out / "null-text.npz")
@@ -127,7 +131,7 @@ def weights_digest(encoder: Any) -> str:
     return state.hexdigest()
 
 
-# --- one unit after the other, with the images of all of them coming from one loader ------------------------------
+# --- one unit after the other, with the images of all of them coming from one loader --------------
 
 
 class UnitImages(Dataset):
@@ -161,15 +165,21 @@ def _work(
 
     pixels = encoders.codec is not None or encoders.vision is not None
     loader = DataLoader(
-        UnitImages(units, config, pixels), batch_sampler=batches(), num_workers=config.workers, collate_fn=identity,
-        worker_init_fn=ignore_interrupts, generator=torch.Generator(),
-    )  # fmt: skip
+        UnitImages(units, config, pixels),
+        batch_sampler=batches(),
+        num_workers=config.workers,
+        collate_fn=identity,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),
+    )
     stream = iter(loader) if units else None
     for unit in units:
         yield unit, _encode_unit(unit, stream, encoders, config, out)
 
 
-def _encode_unit(unit: EncodeUnit, stream: Iterator, encoders: Encoders, config: EncodeConfig, out: Path) -> Result:
+def _encode_unit(
+    unit: EncodeUnit, stream: Iterator, encoders: Encoders, config: EncodeConfig, out: Path
+) -> Result:
     """Write all columns of one shard side by side; none appears before it is checked."""
     catalog = unit.open()
     result, keys, psnr, remaining = Result(bad=list(catalog.problems)), [], None, len(catalog)
@@ -222,7 +232,9 @@ def _compute(
         _reject(records, failed, tokens, "text embedding", 65504)
         tokens, mask = tokens.half().numpy(), mask.numpy()
         columns["text"] = [
-            {"text.npy": x[m]} if config.text_format == "ragged" else {"text.npy": x, "mask.npy": m.astype(np.uint8)}
+            {"text.npy": x[m]}
+            if config.text_format == "ragged"
+            else {"text.npy": x, "mask.npy": m.astype(np.uint8)}
             for x, m in zip(tokens, mask)
         ]
     if encoders.vision is not None:
@@ -250,7 +262,9 @@ def _check_shard(column: str, keys: list[str], final: Path, path: Path) -> None:
     """Open a finished shard again: every key in order, arrays of one shape, finite, in range."""
     rows = scan_tar(path).rows
     if [key.decode() for key in rows["__key__"]] != keys:
-        raise ConfigError(f"{final}: was not written as it should be (keys differ); check the disk and run again")
+        raise ConfigError(
+            f"{final}: was not written as it should be (keys differ); check the disk and run again"
+        )
     member = {"latents": "npy", "text": "text.npy", "features": "features.npy"}[column]
     shapes = set()
     with open(path, "rb") as file:
@@ -259,7 +273,9 @@ def _check_shard(column: str, keys: list[str], final: Path, path: Path) -> None:
             array = decode_array(file.read(size))
             shapes.add((array.shape[1:] if column == "text" else array.shape, array.dtype.str))
     if len(shapes) > 1:
-        raise ConfigError(f"{final}: arrays of different shapes {sorted(shapes)}; this is a fault of the encoder")
+        raise ConfigError(
+            f"{final}: arrays of different shapes {sorted(shapes)}; this is a fault of the encoder"
+        )
 
 
 def _write_null_text(text: TextEncoder, path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Where every member of a webdataset tar lies: one scan of the headers, kept beside the shard as a `.npy` file.
+"""Where every member of a webdataset tar lies: one scan of the headers, kept beside the shard.
 
 The index of a shard is a structured array, one row per sample:
     __key__                     bytes: the member name up to the first dot of its last path component
-    <extension>                 (offset u8, size u4, crc u4) of that member's content; offset 0 = no such member
-It is written once to `<folder>/.index/<shard>.npy` (or under $NITRO_E_CACHE when the folder is read-only) and is
-believed from then on: a shard whose length no longer fits its index is an error, content that no longer fits its
-CRC is found when it is read. `tools/data.py index --force` makes a new one.
+    <extension>                 (offset u8, size u4, crc u4) of its content; offset 0 = no such member
+It is written once to `<folder>/.index/<shard>.npy` (or under $NITRO_E_CACHE when the folder is read-only) and
+is believed from then on: a shard whose length no longer fits its index is an error, content that no longer
+fits its CRC is found when it is read. `tools/data.py index --force` makes a new one.
 
 Python's tarfile and webdataset both take a damaged header for the end of the archive. This scan does not: it
 checks every header sum, the end marker, and that nothing follows it. Left out: sparse files, links.
@@ -116,7 +116,9 @@ def map_tar(path: Path) -> memoryview:
     """The file in memory; DamagedTar when its length cannot be that of a tar."""
     nbytes = os.path.getsize(path)
     if nbytes < 2 * BLOCK or nbytes % BLOCK:
-        raise DamagedTar(_damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)"))
+        raise DamagedTar(
+            _damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)")
+        )
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -198,7 +200,8 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
             column[row] = place
     if len(cells) > MAX_EXTENSIONS:
         raise ConfigError(
-            f"{path}: {len(cells)} different extensions ({', '.join(list(cells)[:4])}, ...): keys must not contain"
+            f"{path}: {len(cells)} different extensions ({', '.join(list(cells)[:4])}, ...): keys must not"
+            " contain"
             " dots, because a webdataset key ends at the first one; repack with `tools/data.py pack`"
         )
     encoded = [key.encode(errors="surrogateescape") for key in row_of]
@@ -250,7 +253,7 @@ def _pax_records(content: bytes, path: Path, offset: int) -> dict[str, str]:
 
 
 def _damage(path: Path, offset: int, reason: str) -> str:
-    return f"{path}: damaged tar at byte {offset}: {reason}; copy or make the shard again, or take it off the list"
+    return f"{path}: damaged tar at byte {offset}: {reason}; copy the shard again, or take it off the list"
 
 
 def _serialize(index: ShardIndex) -> bytes:
@@ -274,7 +277,8 @@ def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardInd
     actual = os.path.getsize(path) if check_length else index.nbytes
     if actual != index.nbytes:
         raise DamagedTar(
-            f"{path}: {actual} bytes, but its index was made when it had {index.nbytes}: cut short or replaced;"
+            f"{path}: {actual} bytes, but its index was made when it had {index.nbytes}: cut short or"
+            " replaced;"
             " if you replaced it, run `python tools/data.py index --force` on it"
         )
     return index

@@ -1,10 +1,10 @@
-"""Long work that makes shards: units, divided over processes and machines, done once, continued by the same command.
+"""Long work that makes shards: divided over processes, done once, continued by the same command.
 
-A unit is a piece of input whose result does not depend on any other: the same bytes come out whoever makes them and
-in whatever order. When its shards are complete, verified and renamed, a journal entry says so:
+A unit is a piece of input whose result does not depend on any other: the same bytes come out whoever makes
+them and in whatever order. When its shards are complete, verified and renamed, a journal entry says so:
 
     OUT/.journal/<job>/<unit>.json    what went in (a fingerprint), which shards came out, what was left out
-    OUT/manifest-<job>.jsonl          one line per shard (bytes, sha256, samples, ...), when every unit is done
+    OUT/manifest-<job>.jsonl          a line per shard (bytes, sha256, samples, ...), when all units are done
     OUT/bad-<job>.jsonl               one line per sample that was left out
 
 Left out: dynamic claims between machines (units are dealt out by number, rank r does every world-th).
@@ -77,8 +77,8 @@ def run_job(name: str, units: Sequence[Unit], work: Work, config: JobConfig) -> 
     """Do every unit of this rank that is not done yet; return the manifest entries of those that are done.
 
     `work` takes the units that remain and yields (unit, result) as they are finished; `each` makes one from a
-    function of a single unit. Raises ConfigError when OUT holds the result of other input, and when more samples are
-    bad than max(10, max_bad_fraction * samples).
+    function of a single unit. Raises ConfigError when OUT holds the result of other input, and when more
+    samples are bad than max(10, max_bad_fraction * samples).
     """
     journal = config.out / ".journal" / name
     mine = [unit for index, unit in enumerate(units) if index % config.world == config.rank]
@@ -112,7 +112,10 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
         else:
             missing += 1
     if missing:
-        print(f"{name}: {len(units) - missing} of {len(units)} units are done; the rank that ends last writes the manifest")
+        print(
+            f"{name}: {len(units) - missing} of {len(units)} units are done; the rank that ends last writes"
+            " the manifest"
+        )
     else:
         _write_lines(out / f"manifest-{name}.jsonl", shards)
         _write_lines(out / f"bad-{name}.jsonl", bad)
@@ -187,7 +190,8 @@ def _each(function: Callable, processes: int, units: Sequence[Any]) -> Iterator[
                 yield pending.pop(future), future.result()
     except BrokenProcessPool:
         raise ConfigError(
-            "a worker process died, most likely out of memory; run the same command again with fewer --processes"
+            "a worker process died, most likely out of memory; run the same command again with fewer"
+            " --processes"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

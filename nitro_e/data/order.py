@@ -1,15 +1,15 @@
 """Which sample stands at which position: a pure function of (seed, stage, position).
 
-A stage reads positions 0, 1, 2, ... without end. Nothing is remembered between positions, so any of them can be
-reached at once, and neither processes nor workers can change what a global batch holds.
+A stage reads positions 0, 1, 2, ... without end. Nothing is remembered between positions, so any of them can
+be reached at once, and neither processes nor workers can change what a global batch holds.
 
     mixture   every block of 512 positions holds each source exactly round(512 * weight) times, shuffled
     source    reads its samples in epochs; every epoch holds each sample exactly once
     epoch     permutes the shards, cuts them into windows of 64, and shuffles the samples inside each window,
               so that reading stays within 64 files while order is as good as random
 
-Randomness is Philox's raw stream keyed by a hash, which numpy promises never to change; a permutation is the sort
-of random numbers with the index in their low bits. Left out: sampling with replacement.
+Randomness is Philox's raw stream keyed by a hash, which numpy promises never to change; a permutation is the
+sort of random numbers with the index in their low bits. Left out: sampling with replacement.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ REMEMBERED = 8  # permutations kept per table; they are recomputed when needed
 class Order:
     """Positions -> sample ids.
 
-    shard_sizes: for every source the number of samples in each of its shards. Sample ids count through source 0's
-    shards, then source 1's, and so on. weights: one per source (0 drops it), or None for the union of all.
+    shard_sizes: for every source the number of samples in each of its shards. Sample ids count through source
+    0's shards, then source 1's, and so on. weights: one per source (0 drops it), or None for the union of
+    all.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Order:
         self._slot_rank = np.arange(BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
         for source, quota in enumerate(self.quotas):
             if quota and not self.totals[source]:
-                raise ConfigError(f"source {source} has weight {weights[source]} but no samples; add shards or set 0")
+                raise ConfigError(
+                    f"source {source} has weight {weights[source]} but no samples; add shards or set 0"
+                )
         self._tables: dict[str, dict] = {"epoch": {}, "window": {}}
 
     def ids(self, positions: range | np.ndarray) -> np.ndarray:
@@ -108,7 +111,9 @@ class Order:
         }
 
     def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in this epoch's order, and the number of samples before each window (one edge more at the end)."""
+        """Shards in this epoch's order, and the number of samples before each window (one edge more at the
+        end).
+        """
 
         def build():
             shards = self._permutation(len(self.sizes[source]), "shards", source, epoch)
@@ -167,5 +172,7 @@ def quotas(weights: Sequence[float]) -> np.ndarray:
     counts[by_remainder[: BLOCK - counts.sum()]] += 1
     for weight, count in zip(weights, counts):
         if weight > 0 and count == 0:
-            raise ConfigError(f"weight {weight} of {list(weights)} is less than 1/{BLOCK} of the mixture; use 0 or more")
+            raise ConfigError(
+                f"weight {weight} of {list(weights)} is less than 1/{BLOCK} of the mixture; use 0 or more"
+            )
     return counts

@@ -1,16 +1,17 @@
 """Captioned images in the layouts people have -> webdataset shards `images-*.tar` (jpg|png|webp, txt, json).
 
-    folder        images in any tree; captions from a table, from .txt files beside them, or from the file names
+    folder        images in any tree; captions from a table, .txt files beside them, or file names
     table         a CSV, JSON lines or parquet table that names image files
     parquet       parquet files that hold the images themselves
     webdataset    tars with captions inside (img2dataset output is this)
     sa1b          SA-1B tars (sa_1.jpg + sa_1.json); masks are dropped, captions come from a table
     journeydb     JourneyDB: imgs/000.tgz, ... or extracted folders, and its annotation file
 
-Image bytes are copied as they are; only formats other than JPEG, PNG and WebP, and images above --resize, are encoded
-anew. Every image is decoded once, so that a broken one is found here. Keys are NAME_NUMBER; where a sample came
-from is in its json. Folders and tables are shuffled over all shards; archives keep their order (training shuffles
-64 shards at a time). Left out: downloading, deduplication by content, filters other than --min-side.
+Image bytes are copied as they are; only formats other than JPEG, PNG and WebP, and images above --resize, are
+encoded anew. Every image is decoded once, so that a broken one is found here. Keys are NAME_NUMBER; where a
+sample came from is in its json. Folders and tables are shuffled over all shards; archives keep their order
+(training shuffles 64 shards at a time). Left out: downloading, deduplication by content, filters other than
+--min-side.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class PackConfig:
 
     def __post_init__(self):
         if not self.name.isidentifier():
-            raise ConfigError(f"--name '{self.name}': use letters, digits and '_' (it becomes the start of every key)")
+            raise ConfigError(
+                f"--name '{self.name}': use letters, digits and '_' (it becomes the start of every key)"
+            )
         if self.samples_per_shard < 1:
             raise ConfigError(f"--samples-per-shard {self.samples_per_shard} must be at least 1")
 
@@ -104,7 +107,9 @@ class ArchiveUnit:
     def fingerprint(self) -> str:
         path = Path(self.path)
         table = self.captions.identity if self.captions else None
-        return digest("archive", path.name, path.stat().st_size, self.reader.__name__, table, asdict(self.config))
+        return digest(
+            "archive", path.name, path.stat().st_size, self.reader.__name__, table, asdict(self.config)
+        )
 
     def read(self) -> Iterator[tuple[int, Item]]:
         for number, item in enumerate(self.reader(Path(self.path), self.config)):
@@ -204,23 +209,30 @@ def _sidecar(path: Path) -> str:
     raise BadSample(f"no caption file {path.with_suffix('.txt').name} beside it")
 
 
-# --- units of each layout ----------------------------------------------------------------------------------------
+# --- units of each layout -------------------------------------------------------------------------
 
 
-def folder_units(root: Path, config: PackConfig, captions: Path | None = None, names: bool = False) -> list[ListUnit]:
+def folder_units(
+    root: Path, config: PackConfig, captions: Path | None = None, names: bool = False
+) -> list[ListUnit]:
     """Images of a tree, in the order of their paths before shuffling.
 
-    Captions: `names` takes file names (`a_red_fox.jpg` -> "a red fox"), `captions` a table, else files beside.
+    Captions: `names` takes file names (`a_red_fox.jpg` -> "a red fox"), `captions` a table, else files
+    beside.
     """
     if not root.is_dir():
         raise ConfigError(f"'{root}' is not a folder; give the folder that holds the images")
-    files = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(
+        str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
     if captions is not None:
         return table_units(captions, config, root, files)
     return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
 
 
-def table_units(table: Path, config: PackConfig, root: Path | None = None, files: Sequence[str] = ()) -> list[ListUnit]:
+def table_units(
+    table: Path, config: PackConfig, root: Path | None = None, files: Sequence[str] = ()
+) -> list[ListUnit]:
     """Rows that name image files, relative to `root` (default: the folder of the table).
 
     With `files`, those without a row are kept as well, to be reported as having no caption.
@@ -235,7 +247,9 @@ def table_units(table: Path, config: PackConfig, root: Path | None = None, files
         caption = value_at(row, config.caption_column)
         pairs.setdefault(path, "" if caption is None else str(caption))
     if twice:
-        raise ConfigError(f"{table}: {len(twice)} images appear twice, the first is {twice[0]}; leave one row per image")
+        raise ConfigError(
+            f"{table}: {len(twice)} images appear twice, the first is {twice[0]}; leave one row per image"
+        )
     for path in files:
         pairs.setdefault(path, "")
     return list_units(list(pairs.items()), config)
@@ -255,7 +269,10 @@ def list_units(items: list[tuple[str, str | None]], config: PackConfig) -> list[
 
 
 def archive_units(
-    patterns: Iterable[str], reader: Callable[..., Iterator[Item]], config: PackConfig, captions: CaptionTable | None = None
+    patterns: Iterable[str],
+    reader: Callable[..., Iterator[Item]],
+    config: PackConfig,
+    captions: CaptionTable | None = None,
 ) -> list[ArchiveUnit]:
     """One unit per archive, numbered in the order given."""
     paths = expand_shards(list(patterns), "input")
@@ -266,7 +283,9 @@ def journeydb_units(root: Path, config: PackConfig, folder: Path) -> tuple[list,
     """`imgs/*.tgz` or extracted `imgs/*/`, with captions from the annotation file found beside them."""
     tables = sorted(path for path in root.glob("*anno*.json*") if path.is_file())
     if len(tables) != 1:
-        raise ConfigError(f"{root}: expected one annotation file *anno*.jsonl[.tgz], found {len(tables)}; pass --captions")
+        raise ConfigError(
+            f"{root}: expected one annotation file *anno*.jsonl[.tgz], found {len(tables)}; pass --captions"
+        )
     images = root / "imgs" if (root / "imgs").is_dir() else root
     archives = sorted(map(str, images.glob("*.tgz")))
     table, twice = CaptionTable.build(tables[0], folder, "img_path", config.caption_column)
@@ -276,7 +295,7 @@ def journeydb_units(root: Path, config: PackConfig, folder: Path) -> tuple[list,
     return list_units([(path, table.get(path) or "") for path in files], config), twice
 
 
-# --- readers of archives -----------------------------------------------------------------------------------------
+# --- readers of archives --------------------------------------------------------------------------
 
 
 def read_webdataset(path: Path, config: PackConfig) -> Iterator[Item]:
@@ -302,7 +321,9 @@ def _webdataset_item(key: str, members: dict[str, bytes]) -> Item:
         info = decode_info(members["json"]) if len(members.get("json", b"")) else {}
         caption = members["txt"].decode() if "txt" in members else None
     except (BadSample, UnicodeDecodeError) as error:
-        return Item(key, image, None, problem=str(error) if isinstance(error, BadSample) else "caption is not UTF-8")
+        return Item(
+            key, image, None, problem=str(error) if isinstance(error, BadSample) else "caption is not UTF-8"
+        )
     info = {name: value for name, value in info.items() if len(repr(value)) <= LARGEST_KEPT}
     return Item(key, image, caption, info)
 

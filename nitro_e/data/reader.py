@@ -1,14 +1,15 @@
-"""Read samples in the order of `order.py`: a torch Dataset over indexed tars, and the stream of micro-batches.
+"""Read samples in the order of `order.py`: the configuration, the checks, the micro-batches.
 
     data = open_data(DataConfig(shards=("data/train-*.tar",)), need_pixels=False, seed=0, stage="pretrain")
     for records in data.records(step=1000, micro_batches_per_step=2, rank=0, world=8): ...
 
-Global batch t holds the positions [t * B, (t + 1) * B), B = batch_size * micro_batches_per_step * world; a rank
-takes its contiguous slice, a micro-batch a slice of that. The loader is a plain torch DataLoader and must not be
-given to accelerate, which would split it a second time. Left out: epochs (a stage counts steps).
+Global batch t holds the positions [t * B, (t + 1) * B), B = batch_size * micro_batches_per_step * world; a
+rank takes its contiguous slice, a micro-batch a slice of that. The loader is a plain torch DataLoader and
+must not be given to accelerate, which would split it a second time. Left out: epochs (a stage counts steps).
 
-Samples that turn out bad are replaced (see dataset.py) and counted here. Training stops when more distinct samples
-are bad than max(1, max_bad_fraction * data set), or, to notice early, than max(8, 10 * max_bad_fraction * read so far).
+Samples that turn out bad are replaced (see dataset.py) and counted here. Training stops when more distinct
+samples are bad than max(1, max_bad_fraction * data set), or, to notice early, than max(8, 10 *
+max_bad_fraction * read so far).
 """
 
 from __future__ import annotations
@@ -52,8 +53,12 @@ class DataConfig:
     """Where the samples are and how they are read; the seed of their order belongs to the run."""
 
     shards: tuple[str, ...] = ()  # webdataset tars: paths, globs, brace ranges
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # or several sets; without weights, their union
-    reader: Literal["indexed", "stream"] = "indexed"  # stream: no scan of all shards at the start, a weaker order
+    sources: dict[str, SourceConfig] = field(
+        default_factory=dict
+    )  # or several sets; without weights, their union
+    reader: Literal["indexed", "stream"] = (
+        "indexed"  # stream: no scan of all shards at the start, a weaker order
+    )
     batch_size: int = 32  # samples per process and micro-batch
     resolution: int = 512  # pixels per side
     workers: int = 2  # loader processes per training process; 0 reads in the training process
@@ -71,10 +76,14 @@ class DataConfig:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction: {self.max_bad_fraction} must be between 0 and 1")
         if self.shards and self.sources:
-            raise ConfigError("data.shards and data.sources are both given; put the shards into a source of their own")
+            raise ConfigError(
+                "data.shards and data.sources are both given; put the shards into a source of their own"
+            )
         without = [name for name, source in self.sources.items() if source.weight is None]
         if without and len(without) < len(self.sources):
-            raise ConfigError(f"data.sources.{without[0]}.weight: missing; give every source a weight, or none of them")
+            raise ConfigError(
+                f"data.sources.{without[0]}.weight: missing; give every source a weight, or none of them"
+            )
 
     @property
     def weights(self) -> list[float] | None:
@@ -125,7 +134,9 @@ class BadSamples:
         return len(self.seen)
 
     def add(self, problems: list[Problem], read: int = 0) -> None:
-        """Count what `read` more samples brought; raises BadDataError above the limits of the module docstring."""
+        """Count what `read` more samples brought; raises BadDataError above the limits of the module
+        docstring.
+        """
         self.read += read
         for problem in problems:
             if (problem.shard, problem.key) not in self.seen:
@@ -135,14 +146,18 @@ class BadSamples:
         early = max(8, 10 * self.fraction * self.read) if self.read else limit
         if len(self) > min(limit, early) and problems:
             raise BadDataError(
-                f"{len(self)} bad samples of {self.total} ({self.read} read), more than data.max_bad_fraction="
-                f"{self.fraction:g} allows; the last: {problems[-1]}; find all with `python tools/data.py verify`,"
+                f"{len(self)} bad samples of {self.total} ({self.read} read), more than"
+                " data.max_bad_fraction="
+                f"{self.fraction:g} allows; the last: {problems[-1]}; find all with `python tools/data.py"
+                " verify`,"
                 " repair the shards or raise data.max_bad_fraction"
             )
 
     def _tell(self, problem: Problem) -> None:
         if len(self) <= 20:
-            log.warning("bad sample %s%s", problem, " (further ones are only counted)" if len(self) == 20 else "")
+            log.warning(
+                "bad sample %s%s", problem, " (further ones are only counted)" if len(self) == 20 else ""
+            )
         if self.report is not None:
             with open(self.report, "a") as file:
                 file.write(json.dumps(asdict(problem)) + "\n")
@@ -151,7 +166,8 @@ class BadSamples:
 class Data:
     """An opened data set; what `Records` will hold is settled.
 
-    has_latents, has_pixels, has_text, has_features; latent_shape (C, h, w), text_format "padded" or "ragged", or None.
+    has_latents, has_pixels, has_text, has_features; latent_shape (C, h, w), text_format "padded" or "ragged",
+    or None.
     """
 
     def __init__(self, config: DataConfig, catalog: Catalog, order: Order, spec: ReadSpec):
@@ -167,7 +183,9 @@ class Data:
         return len(self.catalog)
 
     def null_text(self) -> TextEmbedding | None:
-        """The null prompt's embedding, (1, L, D) and (1, L), as `encode` left it beside stored text; None without."""
+        """The null prompt's embedding, (1, L, D) and (1, L), as `encode` left it beside stored text; None
+        without.
+        """
         column = self.catalog.find("text.npy") if self.has_text else None
         path = Path(column.paths[0]).parent / "null-text.npz" if column else None
         if path is None or not path.is_file():
@@ -176,7 +194,9 @@ class Data:
             return TextEmbedding(torch.from_numpy(file["tokens"])[None], torch.from_numpy(file["mask"])[None])
 
     def encoders(self) -> dict[str, dict]:
-        """What made each column, from the manifests beside its first shard: {"latents": {"name": ..., ...}, ...}."""
+        """What made each column, from the manifests beside its first shard: {"latents": {"name": ..., ...},
+        ...}.
+        """
         made = {}
         for column in self.catalog.columns:
             if column.paths:
@@ -195,14 +215,25 @@ class Data:
         return [self.catalog.name_of(sample) for sample in self.order.ids(positions)]
 
     def records(
-        self, step: int = 0, *, micro_batches_per_step: int = 1, rank: int = 0, world: int = 1, pin_memory: bool = False
+        self,
+        step: int = 0,
+        *,
+        micro_batches_per_step: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
     ) -> Iterator[Records]:
-        """Endless micro-batches of one rank from optimizer step `step` on; closing the iterator ends the workers.
+        """Endless micro-batches of one rank from optimizer step `step` on; closing the iterator ends the
+        workers.
 
         Raises BadDataError when too many samples are bad, ConfigError when a shard can no longer be read.
         """
         sampler = StepSampler(
-            self.config.batch_size, step=step, micro_batches_per_step=micro_batches_per_step, rank=rank, world=world
+            self.config.batch_size,
+            step=step,
+            micro_batches_per_step=micro_batches_per_step,
+            rank=rank,
+            world=world,
         )
         loader = DataLoader(
             TarDataset(self.catalog, self.order, self.spec),
@@ -213,7 +244,10 @@ class Data:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        position, stride = step * micro_batches_per_step * world * self.config.batch_size, self.config.batch_size * world
+        position, stride = (
+            step * micro_batches_per_step * world * self.config.batch_size,
+            self.config.batch_size * world,
+        )
         prefetcher = Prefetcher(self.catalog, self.order, self._columns())
         try:
             prefetcher.advance(position)
@@ -231,7 +265,12 @@ class Data:
         """The columns whose tars are read."""
         spec = self.spec
         members = ["txt", *spec.images, *(member for member, _ in spec.extra)]
-        wanted = [("json", spec.info), ("npy", spec.latents), ("features.npy", spec.features), ("text.npy", spec.text)]
+        wanted = [
+            ("json", spec.info),
+            ("npy", spec.latents),
+            ("features.npy", spec.features),
+            ("text.npy", spec.text),
+        ]
         members += [member for member, layout in wanted if layout]
         found = [self.catalog.find(member) for member in members]
         return [column for column in self.catalog.columns if column in found]
@@ -250,16 +289,26 @@ def open_data(
     latent_shape: tuple[int, int, int] | None = None,
     text_length: int = 128,
 ) -> Data:
-    """Index the shards, check that every sample has what is needed, and fix the order (or its weaker form, stream.py).
+    """Index the shards, check that every sample has what is needed, and fix the order (or its weaker form,
+    stream.py).
 
-    Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False, and so are text embeddings
-    and vision features where `use_text`, `use_features` ask for them. Images are decoded when there are no latents, or
-    when `need_pixels` (for a vision encoder) and there are no stored features. `latent_shape` (C, h, w) is what
-    stored latents must have, if given; `text_length` is L of stored text. `extra` names more `.npy` members that every
-    sample must have, all of one shape (`noise.npy` of synthetic pairs); they arrive in `Records.extra`.
-    Raises ConfigError for missing or damaged shards, captions, images, or arrays of another shape.
+    Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False, and so are text
+    embeddings and vision features where `use_text`, `use_features` ask for them. Images are decoded when
+    there are no latents, or when `need_pixels` (for a vision encoder) and there are no stored features.
+    `latent_shape` (C, h, w) is what stored latents must have, if given; `text_length` is L of stored text.
+    `extra` names more `.npy` members that every sample must have, all of one shape (`noise.npy` of synthetic
+    pairs); they arrive in `Records.extra`. Raises ConfigError for missing or damaged shards, captions,
+    images, or arrays of another shape.
     """
-    wishes = Wishes(need_pixels, use_latents and config.use_latents, use_text, use_features, extra, latent_shape, text_length)
+    wishes = Wishes(
+        need_pixels,
+        use_latents and config.use_latents,
+        use_text,
+        use_features,
+        extra,
+        latent_shape,
+        text_length,
+    )
     cache = ShardCache(config.cache, config.cache_gb * 1e9)
     if config.reader == "stream":
         from nitro_e.data.stream import StreamData  # the only module that needs webdataset
@@ -286,7 +335,9 @@ class Wishes:
 def read_spec(catalog: Catalog, config: DataConfig, wishes: Wishes) -> ReadSpec:
     """Settle what is read, after checking that all samples have it. Raises ConfigError; see `open_data`."""
     if not len(catalog):
-        raise ConfigError(f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first")
+        raise ConfigError(
+            f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first"
+        )
     latents = wishes.use_latents and _all_or_none(catalog, "npy", "latents")
     text = wishes.use_text and _all_or_none(catalog, "text.npy", "text embeddings")
     features = wishes.use_features and _all_or_none(catalog, "features.npy", "vision features")
@@ -296,7 +347,9 @@ def read_spec(catalog: Catalog, config: DataConfig, wishes: Wishes) -> ReadSpec:
         _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images")
     for member in wishes.extra:
         if not _all_or_none(catalog, member, f"'{member}'"):
-            raise ConfigError(f"data.shards: no sample has '{member}': {catalog.describe(0)}; list shards that have it")
+            raise ConfigError(
+                f"data.shards: no sample has '{member}': {catalog.describe(0)}; list shards that have it"
+            )
     images = image_spec(catalog) if pixels else ()
     spec = ReadSpec(
         images=images,
@@ -307,7 +360,9 @@ def read_spec(catalog: Catalog, config: DataConfig, wishes: Wishes) -> ReadSpec:
         features=_layout(catalog, "features.npy", 2) if features else None,
         extra=tuple((member, _layout(catalog, member)) for member in wishes.extra),
         text=_text_layout(catalog, wishes.text_length) if text else None,
-        mask=_layout(catalog, "mask.npy", 1) if text and _all_or_none(catalog, "mask.npy", "text masks") else None,
+        mask=_layout(catalog, "mask.npy", 1)
+        if text and _all_or_none(catalog, "mask.npy", "text masks")
+        else None,
         text_length=wishes.text_length,
     )
     _check_captions(catalog, spec)
@@ -333,7 +388,8 @@ def _check_members(catalog: Catalog, extensions: tuple[str, ...], what: str, rem
         if last > first and not has[first:last].any():
             raise ConfigError(
                 f"data.shards: no sample of {catalog.names[shard]} has a {what}, for example"
-                f" {catalog.describe(first)}; add {remedy} with `python tools/data.py pack`, or drop the shard"
+                f" {catalog.describe(first)}; add {remedy} with `python tools/data.py pack`, or drop the"
+                " shard"
             )
     if not has.all():
         catalog.keep(has, f"no {what}")
@@ -365,7 +421,9 @@ def _layout(catalog: Catalog, member: str, dimensions: int | None = None) -> Arr
         if dimensions is not None and len(shape) != dimensions:
             raise BadSample(f"{len(shape)} dimensions, expected {dimensions}")
     except BadSample as error:
-        raise ConfigError(f"{catalog.name_of(0)}: the first {member} cannot be used: {error}; encode it again") from None
+        raise ConfigError(
+            f"{catalog.name_of(0)}: the first {member} cannot be used: {error}; encode it again"
+        ) from None
     return ArrayLayout(content[:start], shape, dtype.str, len(content))
 
 
@@ -373,7 +431,8 @@ def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> A
     layout = _layout(catalog, "npy", 3)
     if np.dtype(layout.dtype).kind != "f" or expected is not None and layout.shape != tuple(expected):
         raise ConfigError(
-            f"{catalog.name_of(0)}: latents are {np.dtype(layout.dtype)} {layout.shape}, the model needs floats of shape"
+            f"{catalog.name_of(0)}: latents are {np.dtype(layout.dtype)} {layout.shape}, the model needs"
+            " floats of shape"
             f" {tuple(expected) if expected else '(C, h, w)'}; encode for this codec and resolution,"
             " or set data.use_latents=false"
         )
@@ -395,7 +454,9 @@ def _check_captions(catalog: Catalog, spec: ReadSpec) -> None:
     if catalog.find("txt") is not None:
         return
     only_captions = replace(spec, images=(), latents=None, text=None, features=None)
-    _, failed = TarDataset(catalog, Order(catalog.sizes, seed=0, stage="check"), only_captions).load(np.array([0]))
+    _, failed = TarDataset(catalog, Order(catalog.sizes, seed=0, stage="check"), only_captions).load(
+        np.array([0])
+    )
     if 0 in failed and "no caption under" in failed[0].reason:
         raise ConfigError(f"{failed[0]}; set data.caption_key to the right one")
 

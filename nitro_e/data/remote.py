@@ -1,8 +1,9 @@
-"""Shards behind URLs (http, s3, gs, hf, ... through fsspec), kept in a local cache under the hash of the whole URL.
+"""Shards behind URLs (http, s3, gs, hf, ... through fsspec), in a cache keyed by the whole URL.
 
-A shard is downloaded once per machine, whole, into a temporary file, its length is compared with what the server
-said, and then it is renamed; processes that want the same one wait for it. The least recently used shards are
-deleted beyond the limit; a reader that has one open keeps it. Left out: ranges of a shard, `pipe:` commands.
+A shard is downloaded once per machine, whole, into a temporary file, its length is compared with what the
+server said, and then it is renamed; processes that want the same one wait for it. The least recently used
+shards are deleted beyond the limit; a reader that has one open keeps it. Left out: ranges of a shard, `pipe:`
+commands.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ class ShardCache:
     """Local copies of remote files. Can be pickled and shared by processes and runs."""
 
     def __init__(self, folder: str | Path | None = None, limit_bytes: float = 200e9, backoff: float = 1.0):
-        self.folder, self.limit, self.backoff = Path(folder or cache_folder()) / "shards", limit_bytes, backoff
+        self.folder, self.limit, self.backoff = (
+            Path(folder or cache_folder()) / "shards",
+            limit_bytes,
+            backoff,
+        )
 
     def path(self, url: str) -> Path:
         digest = hashlib.sha256(url.encode()).hexdigest()
@@ -84,10 +89,15 @@ class ShardCache:
         import fsspec
 
         http = url.startswith(("http://", "https://"))
-        system, name = fsspec.core.url_to_fs(url, **({"client_kwargs": {"timeout": _http_timeout()}} if http else {}))
+        system, name = fsspec.core.url_to_fs(
+            url, **({"client_kwargs": {"timeout": _http_timeout()}} if http else {})
+        )
         expected = system.info(name).get("size") if nbytes is None else nbytes
         self._make_room(expected or 0)
-        with system.open(name, "rb", **({"block_size": 0} if http else {})) as source, atomic_file(path) as file:
+        with (
+            system.open(name, "rb", **({"block_size": 0} if http else {})) as source,
+            atomic_file(path) as file,
+        ):
             shutil.copyfileobj(source, file, CHUNK)
             if expected is not None and file.tell() != expected:
                 raise OSError(f"{file.tell()} of {expected} bytes arrived")
@@ -139,4 +149,6 @@ def _failure(url: str, error: Exception, after: str = "") -> ConfigError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, ImportError):
         return ConfigError(f"{url}: this kind of URL needs another package: {reason}")
-    return ConfigError(f"{url}: cannot be read{after} ({type(error).__name__}: {reason}); check the address and access")
+    return ConfigError(
+        f"{url}: cannot be read{after} ({type(error).__name__}: {reason}); check the address and access"
+    )

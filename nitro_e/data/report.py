@@ -51,7 +51,10 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
     return {
         "shards": len(shards),
         "samples": samples,
-        "members": {name: {"count": members[name], "mean_bytes": round(sizes[name] / max(1, members[name]))} for name in members},
+        "members": {
+            name: {"count": members[name], "mean_bytes": round(sizes[name] / max(1, members[name]))}
+            for name in members
+        },
         "caption_words": _quantiles(words),
         "image_shorter_side": _quantiles(sides),
         "kinds": dict(kinds),
@@ -66,7 +69,10 @@ def head(shards: Sequence[str], count: int, sheet: Path | None = None) -> list[d
     found, tiles = [], []
     for path in shards:
         for key, content in _samples(path, count - len(found)):
-            line = {"sample": f"{Path(path).name}:{key}", "members": {name: len(c) for name, c in content.items()}}
+            line = {
+                "sample": f"{Path(path).name}:{key}",
+                "members": {name: len(c) for name, c in content.items()},
+            }
             line["caption"] = content["txt"].decode(errors="replace") if "txt" in content else None
             for name in content:
                 if name.endswith("npy"):
@@ -107,7 +113,9 @@ def _quantiles(values: list[int]) -> dict[str, float] | None:
     if not values:
         return None
     quantiles = np.quantile(values, [0, 0.1, 0.5, 0.9, 1]).tolist()
-    return dict(zip(("min", "10%", "median", "90%", "max"), quantiles)) | {"mean": round(float(np.mean(values)), 2)}
+    return dict(zip(("min", "10%", "median", "90%", "max"), quantiles)) | {
+        "mean": round(float(np.mean(values)), 2)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,11 @@ def plan_compute(plan: Plan) -> dict[str, float]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """The two tables, and what they say about text."""
-    lines = [f"{plan.images:,} images at {plan.resolution} px", "", f"{'storage':34}{'B/sample':>10}{'total':>12}{'at training speed':>20}"]
+    lines = [
+        f"{plan.images:,} images at {plan.resolution} px",
+        "",
+        f"{'storage':34}{'B/sample':>10}{'total':>12}{'at training speed':>20}",
+    ]
     for name, size in plan_storage(plan).items():
         rate = size * plan.samples_per_second / 1e6
         lines.append(f"  {name:32}{size:10,.0f}{_bytes(size * plan.images):>12}{rate:15,.0f} MB/s")
@@ -173,7 +185,10 @@ def plan_lines(plan: Plan) -> list[str]:
     compute, storage = plan_compute(plan), plan_storage(plan)
     saved = compute["text online, whole training"] - compute["encode text, once"]
     cost = _bytes(storage["text padded"] * plan.images), _bytes(storage["text ragged"] * plan.images)
-    lines += ["", f"storing text saves {saved:,.0f} device hours and costs {cost[0]} padded, {cost[1]} ragged"]
+    lines += [
+        "",
+        f"storing text saves {saved:,.0f} device hours and costs {cost[0]} padded, {cost[1]} ragged",
+    ]
     return lines
 
 
@@ -183,4 +198,3 @@ def _bytes(count: float) -> str:
             return f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-

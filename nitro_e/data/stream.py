@@ -1,14 +1,14 @@
-"""Samples from shards that are read one after the other, through webdataset: for more shards than one wants to scan.
+"""Samples from shards read one after the other, through webdataset: for more than one wants to scan.
 
-Every loader process of every rank runs through all shards in an order of its own, shuffles samples in a buffer, and
-starts afresh every CHUNK steps, with everything random keyed by (seed, stage, chunk, rank, worker). That gives less than
-the indexed reader, and is said at the start:
+Every loader process of every rank runs through all shards in an order of its own, shuffles samples in a
+buffer, and starts afresh every CHUNK steps, with everything random keyed by (seed, stage, chunk, rank,
+worker). That gives less than the indexed reader, and is said at the start:
     - the same batches only for the same number of processes and workers,
     - a sample may come several times, or not at all, before another one comes again,
     - resuming replays up to CHUNK steps of reading.
-What it shares: weighted mixtures are exact in every 512 samples of a worker, no sample is lost silently (a shard's
-structure is checked before its first sample is used), replacement and counting of bad samples.
-Left out: columns in separate tars, reading a shard before it is wholly here.
+What it shares: weighted mixtures are exact in every 512 samples of a worker, no sample is lost silently (a
+shard's structure is checked before its first sample is used), replacement and counting of bad samples. Left
+out: columns in separate tars, reading a shard before it is wholly here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,18 @@ BUFFER_SAMPLES, BUFFER_BYTES = 5000, 256 << 20  # of the shuffle, per loader pro
 
 
 class StreamData:
-    """The interface of reader.Data, as far as a stream can keep it; `len` is an estimate from the first shards."""
+    """The interface of reader.Data, as far as a stream can keep it; `len` is an estimate from the first
+    shards.
+    """
 
     def __init__(self, config: DataConfig, cache: ShardCache, wishes: Wishes, *, seed: int, stage: str):
         self.config, self.cache, self.seed, self.stage = config, cache, seed, stage
         self.sources = config.expand()
         for shards in self.sources:
             if any(len(columns) > 1 for columns in group_columns(shards).values()):
-                raise ConfigError("data.reader: stream cannot join columns; use indexed, or shards that hold all members")
+                raise ConfigError(
+                    "data.reader: stream cannot join columns; use indexed, or shards that hold all members"
+                )
         probe = open_catalog([shards[:1] for shards in self.sources], cache=cache)
         self.spec = read_spec(probe, config, wishes)
         if self.spec.extra:
@@ -60,11 +64,16 @@ class StreamData:
         self.latent_shape = self.spec.latents.shape if self.spec.latents else None
         self.text_format = None if self.spec.text is None else "padded" if self.spec.mask else "ragged"
         self.estimate = sum(int(size.sum()) * len(shards) for size, shards in zip(probe.sizes, self.sources))
-        nbytes = sum(int(column.rows[name]["size"].sum()) for column in probe.columns for name in column.rows.dtype.names[1:])
+        nbytes = sum(
+            int(column.rows[name]["size"].sum())
+            for column in probe.columns
+            for name in column.rows.dtype.names[1:]
+        )
         self.buffer = max(1, min(BUFFER_SAMPLES, BUFFER_BYTES * len(probe) // max(1, nbytes)))
         self.bad = BadSamples(self.estimate, config.max_bad_fraction, probe.problems)
         log.warning(
-            "data.reader=stream: batches repeat only for the same number of processes and workers, epochs are not exact,"
+            "data.reader=stream: batches repeat only for the same number of processes and workers, epochs"
+            " are not exact,"
             " and resuming reads up to %d steps again; data.reader=indexed promises more",
             CHUNK,
         )
@@ -76,7 +85,13 @@ class StreamData:
         """What the stream depends on besides processes and workers; shards count by name."""
         names = [[Path(path).name for path in shards] for shards in self.sources]
         mixture = quotas(self.config.weights).tolist() if self.config.weights else None
-        return {"reader": "stream", "shards": digest(names), "seed": self.seed, "stage": self.stage, "quotas": mixture}
+        return {
+            "reader": "stream",
+            "shards": digest(names),
+            "seed": self.seed,
+            "stage": self.stage,
+            "quotas": mixture,
+        }
 
     def keys(self, positions: range) -> list[str]:
         raise ConfigError("data.reader=stream has no positions; use data.reader=indexed to look up samples")
@@ -88,7 +103,13 @@ class StreamData:
         return {}
 
     def records(
-        self, step: int = 0, *, micro_batches_per_step: int = 1, rank: int = 0, world: int = 1, pin_memory: bool = False
+        self,
+        step: int = 0,
+        *,
+        micro_batches_per_step: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
     ) -> Iterator[Records]:
         """Endless micro-batches of one rank from optimizer step `step` on; see reader.Data.records."""
         chunk, skipped = step // CHUNK, step % CHUNK * micro_batches_per_step
@@ -109,7 +130,9 @@ class StreamData:
 
 @dataclass
 class StreamBatches(IterableDataset):
-    """Micro-batches of one rank. The loader takes them from its workers in turn, so worker w makes every W-th one."""
+    """Micro-batches of one rank. The loader takes them from its workers in turn, so worker w makes every W-th
+    one.
+    """
 
     data: StreamData
     chunk: int
@@ -121,7 +144,7 @@ class StreamBatches(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         per_chunk = CHUNK * self.micro_batches
         for chunk in count(self.chunk):
-            # The loader's turns do not begin anew with a chunk, but the lanes do: lane i makes batches i, i + W, ...
+            # The loader's turns go on over chunks, the lanes begin anew: lane i makes batches i, i + W, ...
             lane = (worker - (chunk - self.chunk) * per_chunk) % workers
             samples = self._mixed((chunk, self.rank, lane, workers))
             try:
@@ -153,8 +176,8 @@ class StreamBatches(IterableDataset):
     def _expand(self, shards: list[str], purpose: tuple) -> Iterator[dict[str, Any]]:
         """Members of all shards, over and over, each time in another order, and {} after every shard.
 
-        In place of webdataset's expander, which takes damage for the end of a shard: the structure of a whole shard is
-        checked here before its first member is passed on.
+        In place of webdataset's expander, which takes damage for the end of a shard: the structure of a whole
+        shard is checked here before its first member is passed on.
         """
         damaged: set[str] = set()
         for epoch in count():
@@ -187,7 +210,9 @@ class StreamBatches(IterableDataset):
             except BadSample as error:
                 bad.append(Problem(name, sample["__key__"], str(error)))
                 if len(bad) > ATTEMPTS:
-                    raise BadDataError(f"{ATTEMPTS} samples of one batch cannot be used, the last is {bad[-1]}") from None
+                    raise BadDataError(
+                        f"{ATTEMPTS} samples of one batch cannot be used, the last is {bad[-1]}"
+                    ) from None
         return self._collate(decoded, bad)
 
     def _collate(self, decoded: list[tuple], bad: list[Problem]) -> Records:
@@ -195,7 +220,9 @@ class StreamBatches(IterableDataset):
         pixels, latents, features = (None if x[0] is None else torch.from_numpy(np.stack(x)) for x in arrays)
         embedding = None
         if self.data.spec.mask is not None:
-            embedding = TextEmbedding(torch.from_numpy(np.stack(text)), torch.from_numpy(np.stack(mask)).bool())
+            embedding = TextEmbedding(
+                torch.from_numpy(np.stack(text)), torch.from_numpy(np.stack(mask)).bool()
+            )
         elif self.data.spec.text is not None:
             embedding = pad_rows(text, self.data.spec)
         return Records(keys, prompts, info, pixels, latents, embedding, features, bad=bad)
@@ -226,7 +253,11 @@ def decode_sample(sample: dict[str, Any], spec: ReadSpec) -> tuple:
     text = None
     if spec.text is not None:
         padded = spec.mask is not None
-        text = _array(sample, "text.npy", spec.text) if padded else ragged_rows(_member(sample, "text.npy"), spec)
+        text = (
+            _array(sample, "text.npy", spec.text)
+            if padded
+            else ragged_rows(_member(sample, "text.npy"), spec)
+        )
     return prompt, info, pixels, latents, features, text, mask
 
 

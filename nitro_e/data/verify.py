@@ -1,8 +1,8 @@
-"""Is the data what it was when it was made? Structure, content and bookkeeping of shards, without training on them.
+"""Is the data what it was when it was made? Structure, content and bookkeeping of shards.
 
 Per shard: the tar's structure, every member against the CRC in its stored index, bytes and sha256 against the
-manifest, captions, json, arrays (finite, one shape), and with `deep` every image. Over all: columns that do not
-match, shards that a manifest names and that are gone. Left out: repair; make or copy the shard again.
+manifest, captions, json, arrays (finite, one shape), and with `deep` every image. Over all: columns that do
+not match, shards that a manifest names and that are gone. Left out: repair; make or copy the shard again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Checked:
 
     samples: int = 0
     nbytes: int = 0
-    shapes: dict[str, list] = field(default_factory=dict)  # of array members: [shape, dtype, key of the first]
+    shapes: dict[str, list] = field(
+        default_factory=dict
+    )  # of array members: [shape, dtype, key of the first]
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S1"))
     problems: list[Problem] = field(default_factory=list)
 
@@ -43,7 +45,9 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
 
-def verify(shards: Sequence[str], deep: bool = False, processes: int = 1, caption_key: str = "caption") -> Report:
+def verify(
+    shards: Sequence[str], deep: bool = False, processes: int = 1, caption_key: str = "caption"
+) -> Report:
     """Check shards (paths from `expand_shards`); every fault is one Problem naming shard and key."""
     report = Report(shards=len(shards))
     manifests = read_manifests({Path(path).parent for path in shards})
@@ -87,7 +91,9 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
         actual = (("bytes", index.nbytes), ("samples", len(index.rows)), ("sha256", sha256_of(path)))
         for name, value in actual:
             if entry[name] != value:
-                checked.problems.append(problem("*", f"{name} is {value}, {entry['manifest']} says {entry[name]}"))
+                checked.problems.append(
+                    problem("*", f"{name} is {value}, {entry['manifest']} says {entry[name]}")
+                )
     _check_members(path, index, checked, deep, caption_key)
     return checked
 
@@ -97,9 +103,15 @@ def _compare(path: Path, index: ShardIndex, stored: ShardIndex) -> list[Problem]
     if index.rows.dtype.names != stored.rows.dtype.names or not np.array_equal(
         index.rows["__key__"].astype(bytes), stored.rows["__key__"].astype(bytes)
     ):
-        return [Problem(path.name, "*", "holds other keys or members than when it was indexed: it was replaced")]
+        return [
+            Problem(path.name, "*", "holds other keys or members than when it was indexed: it was replaced")
+        ]
     return [
-        Problem(path.name, index.rows["__key__"][row].decode(errors="replace"), f"{name} has changed (CRC differs)")
+        Problem(
+            path.name,
+            index.rows["__key__"][row].decode(errors="replace"),
+            f"{name} has changed (CRC differs)",
+        )
         for name in index.extensions
         for row in np.flatnonzero(index.rows[name]["crc"] != stored.rows[name]["crc"])
     ]
@@ -149,18 +161,28 @@ def _across_shards(shards: Sequence[str], found: dict[str, Checked]) -> list[Pro
     for columns in groups.values():
         first = next(iter(columns.values()))
         for name in sorted(names - set(columns)):
-            problems.append(Problem(Path(first).name, "*", f"has no '{name or 'plain'}' column, other shards do"))
+            problems.append(
+                Problem(Path(first).name, "*", f"has no '{name or 'plain'}' column, other shards do")
+            )
         base = found[first].keys
         for path in columns.values():
             for key in np.setxor1d(base, found[path].keys).tolist():
                 has, lacks = (first, path) if key in base else (path, first)
-                problems.append(Problem(Path(lacks).name, key.decode(errors="replace"), f"missing; {Path(has).name} has it"))
+                problems.append(
+                    Problem(
+                        Path(lacks).name, key.decode(errors="replace"), f"missing; {Path(has).name} has it"
+                    )
+                )
     shapes: dict[str, tuple] = {}
     for path in shards:
         for name, (shape, _) in found[path].shapes.items():
             expected, where = shapes.setdefault(name, (shape, path))
             if shape != expected:
-                problems.append(Problem(Path(path).name, "*", f"{name} is {shape}, in {Path(where).name} it is {expected}"))
+                problems.append(
+                    Problem(
+                        Path(path).name, "*", f"{name} is {shape}, in {Path(where).name} it is {expected}"
+                    )
+                )
     return problems
 
 

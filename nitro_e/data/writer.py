@@ -1,4 +1,4 @@
-"""Write webdataset tars: USTAR, mtime 0, members in a fixed order, so that the same samples give the same bytes.
+"""Write webdataset tars: USTAR, mtime 0, so that the same samples give the same bytes.
 
 A shard appears under its name only when it is complete (temporary file, fsync, rename). A sample is a dict:
     {"__key__": "sa1b_0000042", "jpg": bytes, "txt": "a dog", "json": {...}, "npy": ndarray}
@@ -66,9 +66,9 @@ def open_shard(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that adds samples to a new tar, which is published when the block ends well.
 
-    Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON. `check` is given the finished
-    temporary file; the shard is published only if it does not raise.
-    Raises ConfigError for a key that is empty, repeated, or holds a dot or a slash (a reader would split it).
+    Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON. `check` is given the
+    finished temporary file; the shard is published only if it does not raise. Raises ConfigError for a key
+    that is empty, repeated, or holds a dot or a slash (a reader would split it).
     """
     seen: set[str] = set()
 
@@ -90,7 +90,9 @@ def open_shard(
         index_path(path).unlink(missing_ok=True)  # it describes what was here before
 
 
-def write_shards(samples: Iterable[dict[str, Any]], pattern: str, samples_per_shard: int = 1000) -> list[Path]:
+def write_shards(
+    samples: Iterable[dict[str, Any]], pattern: str, samples_per_shard: int = 1000
+) -> list[Path]:
     """Write `samples` in order to `pattern % 0`, `pattern % 1`, ...; every shard but the last is full."""
     samples = iter(samples)
     paths = []
@@ -102,13 +104,17 @@ def write_shards(samples: Iterable[dict[str, Any]], pattern: str, samples_per_sh
 
 
 def index_path(shard: str | Path) -> Path:
-    """Where the index of a shard is kept: in `.index` beside it, or in the user's cache if that is read-only."""
+    """Where the index of a shard is kept: `.index` beside it, or the user's cache if that is read-only."""
     shard = Path(shard).absolute()
     beside = shard.parent / ".index"
-    writable = os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222  # root may write anywhere
+    writable = (
+        os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222
+    )  # root may write anywhere
     if beside.is_dir() or writable:
         return beside / f"{shard.name}.npy"
-    return cache_folder() / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
+    return (
+        cache_folder() / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
+    )
 
 
 def cache_folder() -> Path:
