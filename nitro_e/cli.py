@@ -20,6 +20,13 @@ def run(command: Callable[[], None]) -> int:
     except TrainingError as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 3
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # no space, no permission, ...
+        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ from nitro_e.components import (
     ComponentConfig, build_codec, build_text_encoder, build_vision_encoder, codec_shape, text_shape,
 )  # fmt: skip
 from nitro_e.config import ConfigError, dump, to_dict
-from nitro_e.data import Data, DataConfig, open_data
+from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.interfaces import LatentCodec, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
@@ -98,8 +98,11 @@ def summary(config: RunConfig) -> str:
     data = open_run_data(config)
     shape, (_, text_length) = codec_shape(config.components.codec), text_shape(config.components.text)
     grid = None if shape is None else token_grid(config, shape[1])
-    rows = describe.parts(config.model, grid, text_length)
     total = describe.total(config.model, grid, text_length)
+    table = [
+        f"{row.name:<28}{row.parameters:>14,}{row.flops / 1e9:>9.2f}{row.image_tokens:>14}{row.text_tokens:>13}"
+        for row in (*describe.parts(config.model, grid, text_length), total)
+    ]
     batch = config.data.batch_size * config.engine.accumulate * world
     optim, steps = config.stage.optim, config.engine.steps
     copies = 4 + 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)  # 2 weights, 2 moments
@@ -108,15 +111,15 @@ def summary(config: RunConfig) -> str:
     lines = [
         dump(config),
         f"{'part':<28}{'parameters':>14}{'GFLOP':>9}{'image tokens':>14}{'text tokens':>13}",
-        *(f"{row.name:<28}{row.parameters:>14,}{row.flops / 1e9:>9.2f}{row.image_tokens:>14}{row.text_tokens:>13}" for row in (*rows, total)),
+        *table,
         "",
-        f"global batch         {batch} = {config.data.batch_size} x {config.engine.accumulate} micro-batches x {world} processes",
+        f"global batch         {batch} = {config.data.batch_size} x {config.engine.accumulate} (accumulate) x {world} (processes)",
         f"steps                {steps:,}; learning rate {optim.lr:g} after {optim.warmup} steps of warm-up"
         + (f", falling over the last {optim.decay:.0%}" if optim.decay else ""),
         f"samples              {len(data):,} in the data, {batch * steps / len(data):.2f} epochs",
         f"compute              {3 * total.flops * batch * steps:.2e} FLOP for the model (forward and backward)",
         f"checkpoints          {kept} kept, about {gigabytes:.2f} GB each",
-        f"first sample         {data.keys(range(1))[0]}",
+        f"first sample         {first_sample(data)}",
         f"run directory        {config.folder}",
     ]
     return "\n".join(lines)
@@ -164,7 +167,7 @@ def build(config: RunConfig) -> Engine:
     flops = describe.total(config.model, token_grid(config, codec.stride), text.length).flops
     stage = FlowMatching(config.stage, model, data, codec, text, vision, device, flops)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
-    prompts = config.prompts or first_captions(data, 8)
+    prompts = config.prompts or tuple(first_records(data).prompts[:8])
     config.folder.mkdir(parents=True, exist_ok=True)
     data.bad.report = config.folder / f"bad_samples.rank{accelerator.process_index}.jsonl"
     if accelerator.is_main_process:
@@ -196,10 +199,20 @@ def architecture(config: ModelConfig) -> dict:
     return {key: value for key, value in to_dict(config).items() if key not in ("gate_init", "base_grid", "attention")}
 
 
-def first_captions(data: Data, count: int) -> tuple[str, ...]:
+def first_records(data: Data) -> Records:
+    """The first micro-batch of the run."""
     records = data.records()
     with contextlib.closing(records):
-        return tuple(next(records).prompts[:count])
+        return next(records)
+
+
+def first_sample(data: Data) -> str:
+    """Its key, caption and stored arrays."""
+    records = first_records(data)
+    text = None if records.text is None else records.text.tokens
+    arrays = {"pixels": records.pixels, "latents": records.latents, "text": text, "features": records.features}
+    shapes = [f"{name} {'x'.join(map(str, array.shape[1:]))}" for name, array in arrays.items() if array is not None]
+    return f"{records.keys[0]}: {', '.join(shapes)}, '{records.prompts[0]}'"
 
 
 def sample_grid_hook(config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]) -> Hook:

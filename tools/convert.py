@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig
+from nitro_e import cli
 from nitro_e.config import ConfigError, to_dict
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config, save_pretrained
@@ -40,12 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, choices=[512, 1024], help="when the file's name does not say it")
     parser.add_argument("--to-released", action="store_true", help="write the released format instead of a model folder")
     options = parser.parse_args(arguments)
-    try:
-        print(convert(options))
-    except (ConfigError, OSError) as error:  # OSError: no space, no permission
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda: print(convert(options)))
 
 
 def convert(options: argparse.Namespace) -> str:

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from nitro_e import cli
 from nitro_e.config import ConfigError, apply_override, from_dict, load
 from nitro_e.model import ModelConfig
 from nitro_e.model.describe import Count, ablations, operations, parts, total
@@ -29,15 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--grid", metavar="HxW", help="tokens; default: the training grid")
     parser.add_argument("--text-length", type=int, metavar="TOKENS", help="default 128, or the recipe's")
     options = parser.parse_args(arguments)
-    try:
-        config, grid, text_length = read(options.config, options.overrides)
-        if options.grid is not None:
-            grid = parse_grid(options.grid)
-        print("\n".join(report(config, grid, options.text_length or text_length)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda: show(options))
+
+
+def show(options: argparse.Namespace) -> None:
+    config, grid, text_length = read(options.config, options.overrides)
+    if options.grid is not None:
+        grid = parse_grid(options.grid)
+    print("\n".join(report(config, grid, options.text_length or text_length)))
 
 
 def read(name: str, overrides: Sequence[str]) -> tuple[ModelConfig, Grid, int]:
