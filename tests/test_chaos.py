@@ -83,7 +83,7 @@ def chaos(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
     for number in range(kills):
         process = start(run, dict(options))
         interrupted += kill(process, run, chance, ("in a save", "any time", "between")[number % 3])
-        assert process.exitcode == -9, "it ended before it could be killed: raise steps"
+        assert process.exitcode == -9, f"it ended before it could be killed, those before at {reached}: raise steps"
         assert_all_load(run)
         reached.append(newest_step(run))
     last = start(run, dict(options))
