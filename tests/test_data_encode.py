@@ -4,13 +4,16 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data_samples import png
+from tiny import save_autoencoder_dc, save_dinov2, save_llama
 from tqdm import tqdm
 
 from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
@@ -21,6 +24,9 @@ from nitro_e.data.decode import decode_array
 from nitro_e.data.encode import EncodeConfig, Encoders, encode, weights_digest
 from nitro_e.data.index import scan_tar
 from nitro_e.data.jobs import JobConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tools import data as tool  # noqa: E402
 
 CONFIG = EncodeConfig(resolution=16, batch_size=4, workers=0)
 
@@ -343,3 +349,44 @@ def test_damaged_input_and_equal_names(tmp_path, images):
         )
     with pytest.raises(ConfigError, match="nothing to encode"):
         Encoders()
+
+
+def test_the_real_encoders_classes_through_the_command(tmp_path, images):
+    """DC-AE, Llama and DINOv2 as tiny random instances of the library classes, loaded from folders."""
+    save_autoencoder_dc(tmp_path / "dc-ae")
+    save_llama(tmp_path / "llama")
+    save_dinov2(tmp_path / "dinov2")
+    command = ["encode", *images, "--out", str(tmp_path / "o"), "--resolution", "16", "--workers", "0"]
+    command += ["--codec", f"dc-ae-f32c32={tmp_path}/dc-ae", "--text", f"llama-3.2-1b={tmp_path}/llama"]
+    command += ["--vision", f"dinov2-b14={tmp_path}/dinov2"]
+    assert tool.main([*command, "--text-length", "8"]) == 0
+    data = open_data(
+        DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=26, workers=0),
+        need_pixels=True,
+        use_text=True,
+        use_features=True,
+        text_length=8,
+        seed=0,
+        stage="s",
+    )
+    records = next(data.records())
+    assert data.latent_shape == (8, 4, 4) and records.text.tokens.shape == (26, 8, 32)
+    assert records.features.shape[:2] == (26, 16) and not data.has_pixels
+    codec = build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(tmp_path / "dc-ae")))
+    originals = next(
+        open_data(
+            DataConfig(shards=(str(tmp_path / "images-*.tar"),), batch_size=26, resolution=16, workers=0),
+            need_pixels=True,
+            seed=0,
+            stage="s",
+        ).records()
+    )
+    expected = dict(zip(originals.prompts, codec.encode_pixels(originals.pixels.float() / 127.5 - 1)))
+    assert (
+        records.keys[0].startswith("latents-") and data.encoders()["features"]["name"]["name"] == "dinov2-b14"
+    )
+    assert len(expected) == 8  # captions repeat; compare the samples whose caption is unique
+    longest = max(expected, key=len)
+    torch.testing.assert_close(
+        records.latents[records.prompts.index(longest)].float(), expected[longest], atol=2e-3, rtol=2e-3
+    )

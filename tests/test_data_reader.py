@@ -2,7 +2,12 @@
 
 import io
 import json
+import multiprocessing
+import os
 import pickle
+import shutil
+import signal
+import tarfile
 from itertools import islice
 
 import numpy as np
@@ -12,7 +17,7 @@ import webdataset
 from data_samples import flip_byte, image_samples, latent, latent_samples, png
 from PIL import Image
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, TrainingError
 from nitro_e.data import BadDataError, DataConfig, SourceConfig, catalog, open_data, write_shard, write_shards
 from nitro_e.data.catalog import expand_braces
 from nitro_e.data.dataset import TarDataset
@@ -450,6 +455,50 @@ def test_bad_sample_limits():
         bad.add([P(i)], read=1000)
     with pytest.raises(BadDataError, match="101 bad"):
         bad.add([P(100)], read=10**6)
+
+
+def test_killed_worker_is_explained(tmp_path):
+    data = opened(make(tmp_path, latent_samples()), workers=1)
+    batches = data.records()
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(TrainingError, match=rf"pid\(?s?\)? *{worker.pid}.*lower data.workers"):
+        list(islice(batches, 100))
+
+
+def test_samples_that_miss_something_are_left_out_and_counted(tmp_path):
+    samples = image_samples(30)
+    del samples[4]["txt"], samples[4]["json"], samples[20]["png"]
+    shards = make(tmp_path, samples)
+    with pytest.raises(BadDataError, match="2 bad samples of 30 .0 read.*s020: no image"):
+        opened(shards)
+    data = opened(shards, max_bad_fraction=0.1)
+    assert {str(p).split(" (")[0] for p in data.catalog.problems} == {
+        "a-000.tar:s004: no caption",
+        "a-002.tar:s020: no image",
+    }
+    keys = [key for records in islice(data.records(), 28) for key in records.keys]
+    assert len(set(keys)) == 28 and len(data) == 28 and len(keys) == 5 * 28
+
+
+def test_duplicates_are_counted(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(40):
+            for name, content in (
+                (f"k{i}.txt", b"one"),
+                (f"k{i}.png", png(i)),
+                *([(f"k{i}.txt", b"two")] * (i == 7)),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    data = opened(str(tmp_path / "a.tar"), batch_size=40)
+    assert len(data) == 40 and len(data.bad) == 1 and ("a.tar", "k7") in data.bad.seen
+    assert set(next(data.records()).prompts) == {"one"}
+    shutil.copy(tmp_path / "a.tar", tmp_path / "b.tar")
+    with pytest.raises(BadDataError, match="2 bad samples of 8. .*duplicate member 'txt'"):
+        opened(str(tmp_path / "?.tar"))
 
 
 def test_shard_that_disappears(tmp_path):

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Sequence
@@ -31,13 +32,7 @@ IMAGES = ("png", "jpg", "jpeg", "webp")
 COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
 MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
 KEEP_MERGED = 8
-PRIORITY = (
-    "text",
-    "latents",
-    "features",
-    "images",
-    "",
-)  # where a member is taken from when columns repeat it
+PRIORITY = ("text", "features", "latents", "images", "")  # where a repeated member is taken from
 
 
 @dataclass(eq=False)
@@ -194,12 +189,12 @@ def open_catalog(
     do not match.
     """
     cache = cache or ShardCache()
-    _fetch_indices([path for paths in sources for path in paths if is_url(path)], cache, progress)
     merge = sum(map(len, sources)) >= MERGE_FROM
     merged = _merged_folder(sources, tolerate_shards, cache) if merge else None
     if merged is not None and (merged / "catalog.json").is_file():
         return _read_merged(merged, cache)
-    catalog = _build_catalog(sources, tolerate_shards, progress, cache)
+    _make_indices([path for paths in sources for path in paths], cache, progress)
+    catalog = _build_catalog(sources, tolerate_shards, cache)
     if merge:
         merged = _merged_folder(sources, tolerate_shards, cache)
         if merged is not None:
@@ -208,9 +203,7 @@ def open_catalog(
     return catalog
 
 
-def _build_catalog(
-    sources: Sequence[Sequence[str]], tolerate_shards: int, progress: bool, cache: ShardCache
-) -> Catalog:
+def _build_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache) -> Catalog:
     grouped = [group_columns(paths) for paths in sources]
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
     names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
@@ -218,11 +211,7 @@ def _build_catalog(
     shard_names, sizes, problems, damaged, digest = [], [], [], 0, hashlib.sha256()
     for groups in grouped:
         sizes.append([])
-        for shards in (
-            tqdm(groups.values(), desc="index", unit="shard")
-            if progress and len(groups) > 20
-            else groups.values()
-        ):
+        for shards in groups.values():
             try:
                 indices = {name: shard_index(shards[name], cache=cache) for name in names if name in shards}
             except DamagedTar as error:
@@ -305,20 +294,27 @@ def _read_merged(folder: Path, cache: ShardCache) -> Catalog:
     return Catalog(content["names"], sizes, columns, content["digest"], problems, cache)
 
 
-def _fetch_indices(urls: list[str], cache: ShardCache, progress: bool) -> None:
-    """Bring the indices of remote shards into the cache, many at a time."""
-    if urls:
-        with ThreadPoolExecutor(16) as pool:
-            fetched = pool.map(partial(_fetch_index, cache=cache), urls)
-            for _ in (
-                tqdm(fetched, desc="fetch indices", total=len(urls), unit="shard") if progress else fetched
-            ):
-                pass
+def _make_indices(paths: list[str], cache: ShardCache, progress: bool) -> None:
+    """Scan what has no index yet, and bring those of remote shards here, before they are read one by one.
+
+    Each process goes in an order of its own, so that the ranks of a run share the work.
+    """
+    todo = [path for path in paths if not index_path(cache.path(path) if is_url(path) else path).is_file()]
+    if not todo:
+        return
+    random.Random(os.getpid()).shuffle(todo)
+    threads = 16 if any(map(is_url, todo)) else 2  # scanning waits for the disk half of the time
+    with ThreadPoolExecutor(threads) as pool:
+        made = pool.map(partial(_make_index, cache=cache), todo)
+        for _ in (
+            tqdm(made, desc="index", total=len(todo), unit="shard") if progress and len(todo) > 20 else made
+        ):
+            pass
 
 
-def _fetch_index(url: str, cache: ShardCache) -> None:
+def _make_index(path: str, cache: ShardCache) -> None:
     try:
-        shard_index(url, cache=cache)
+        shard_index(path, cache=cache)
     except DamagedTar:
         pass  # for the loop, which may be allowed to leave it out
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, TrainingError
 from nitro_e.data.catalog import IMAGES, Catalog, Column, expand_shards, open_catalog
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
@@ -251,7 +251,7 @@ class Data:
         prefetcher = Prefetcher(self.catalog, self.order, self._columns())
         try:
             prefetcher.advance(position)
-            for records in loader:
+            for records in worker_faults_explained(loader):
                 if records.failure is not None:
                     raise ConfigError(records.failure)
                 self.bad.add(records.bad, read=len(records))
@@ -459,6 +459,19 @@ def _check_captions(catalog: Catalog, spec: ReadSpec) -> None:
     )
     if 0 in failed and "no caption under" in failed[0].reason:
         raise ConfigError(f"{failed[0]}; set data.caption_key to the right one")
+
+
+def worker_faults_explained(loader: DataLoader) -> Iterator[Records]:
+    """The loader's items; a worker process that was killed raises TrainingError with the likely reason."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"{' '.join(str(error).split())[:200]}; most likely the machine ran out of memory:"
+            " lower data.workers or data.batch_size and run the same command again"
+        ) from None
 
 
 def identity(records: Records) -> Records:

@@ -33,7 +33,15 @@ from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_
 from nitro_e.data.index import DamagedTar, Problem, map_tar, tar_members
 from nitro_e.data.jobs import digest
 from nitro_e.data.order import BLOCK, permutation, quotas
-from nitro_e.data.reader import BadSamples, DataConfig, Wishes, identity, ignore_interrupts, read_spec
+from nitro_e.data.reader import (
+    BadSamples,
+    DataConfig,
+    Wishes,
+    identity,
+    ignore_interrupts,
+    read_spec,
+    worker_faults_explained,
+)
 from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.interfaces import TextEmbedding
 
@@ -120,7 +128,7 @@ class StreamData:
             batches, batch_size=None, num_workers=self.config.workers, collate_fn=identity,
             worker_init_fn=ignore_interrupts, pin_memory=pin_memory, generator=torch.Generator(),
         )  # fmt: skip
-        for number, records in enumerate(loader):
+        for number, records in enumerate(worker_faults_explained(loader)):
             if records.failure is not None:
                 raise ConfigError(records.failure)
             self.bad.add(records.bad, read=len(records))
