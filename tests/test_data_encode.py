@@ -280,12 +280,22 @@ def test_other_encoder_resolution_or_input_is_refused(tmp_path, images):
 def test_weights_digest_sees_every_weight():
     module = torch.nn.Linear(2, 2)
 
+    class Tokenizer:
+        vocabulary = {"a": 0, "b": 1}
+
+        def get_vocab(self):
+            return self.vocabulary
+
     class Encoder:
-        def __init__(self):
-            self.model, self.length = module, 3
+        def __init__(self, length=3):
+            self.model, self.tokenizer, self.length, self.truncated = module, Tokenizer(), length, 7
 
     before = weights_digest(Encoder())
-    assert weights_digest(Encoder()) == before
+    assert weights_digest(Encoder()) == before != weights_digest(Encoder(length=4))
+    Tokenizer.vocabulary = {"a": 1, "b": 0}
+    other = weights_digest(Encoder())
+    assert other != before
+    before = other
     with torch.no_grad():
         module.bias[1] += 1e-6
     assert weights_digest(Encoder()) != before

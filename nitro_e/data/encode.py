@@ -117,17 +117,18 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
 
 
 def weights_digest(encoder: Any) -> str:
-    """Hash of an encoder's class, settings and every tensor it holds: other weights, another hash."""
+    """Hash of an encoder's class, settings, vocabulary and every tensor that it holds."""
     state = hashlib.sha256(type(encoder).__name__.encode())
     for name, value in sorted(vars(encoder).items()):
-        tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}
-        for key, tensor in tensors.items():
-            state.update(f"{name}.{key}".encode())
-            if isinstance(tensor, Tensor):
-                state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        if isinstance(value, nn.Module | Tensor):
+            tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}
+            for key, tensor in tensors.items():
+                state.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            elif isinstance(tensor, (int, float, str, bool, tuple)) and key == "" and name != "truncated":
-                state.update(repr(tensor).encode())
+        elif hasattr(value, "get_vocab"):  # a tokenizer
+            state.update(f"{name} {digest(value.get_vocab())}".encode())
+        elif isinstance(value, int | float | str | tuple) and name != "truncated":  # which counts prompts
+            state.update(f"{name} {value!r}".encode())
     return state.hexdigest()
 
 
