@@ -155,7 +155,8 @@ def test_subregion_attention_is_masked_full_attention(pattern, groups, run):
     q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, text))
     scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~same, -torch.inf)
     expected = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(layers.joint_attention(image, text, region, None), expected, rtol=1e-5, atol=1e-5)
+    attended = torch.cat(layers.joint_attention(image, text, region, None), dim=1)
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_real_text_mask_hides_padding_and_none_does_not():

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from nitro_e.model.attention import attend
+
 Grid = tuple[int, int]  # rows, columns of tokens
 
 # ------------------------------------------------------------------------------------------------ embeddings
@@ -171,38 +173,30 @@ class Region(NamedTuple):
         return self.groups * self.run
 
     def split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b (l s n) ... -> (b s) (l n) ...", s=self.groups, n=self.run)
+        """(B, N, ...) -> (B, s, N / (s n), n, ...), a view: the tokens of each group, in order."""
+        return rearrange(x.unflatten(1, (-1, self.groups, self.run)), "b l s n ... -> b s l n ...")
 
     def merge(self, x: Tensor) -> Tensor:
-        return rearrange(x, "(b s) (l n) ... -> b (l s n) ...", s=self.groups, n=self.run)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention. q, k, v: (B, N, H, K); mask: (B, N) bool over keys, True = visible."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, K)
-    visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, N)
-    if q.device.type == "cpu":
-        return _attend_by_matmul(q, k, v, visible).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
-
-
-def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """The same with two matrix products: torch's fused CPU kernel is slower on heads this narrow, most of all backward."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, N, N)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+        """Attended tokens of every group (B s, H, N, K) -> (B, N, H K)."""
+        return rearrange(x, "(b s) h (l n) k -> b (l s n) (h k)", s=self.groups, n=self.run)
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over each head's K channels."""
+    """The weight of an RMSNorm over each head's K channels; `normalise_heads` applies several at once."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
+
+def normalise_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
+    """x: (B, N, norms, H, K)."""
+    weight = torch.stack([norm.weight for norm in norms]).to(x.dtype)  # (norms, K)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight[:, None]
+
+
+def keep_heads(x: Tensor, *norms: nn.Module) -> Tensor:
+    return x
 
 
 class AttentionInput(nn.Module):
@@ -215,11 +209,13 @@ class AttentionInput(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.normalise = normalise_heads if qk_norm else keep_heads
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised and modulated tokens (B, N, D) -> three of (B, N, H, K)."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h k) -> three b n h k", three=3, h=self.heads)
-        return self.q_norm(q), self.k_norm(k), v
+        qkv = rearrange(self.qkv(x), "b n (three h k) -> b n three h k", three=3, h=self.heads)
+        q, k = self.normalise(qkv[:, :, :2], self.q_norm, self.k_norm).unbind(2)
+        return q, k, qkv[:, :, 2]
 
 
 class MLP(nn.Sequential):
@@ -268,13 +264,10 @@ class Block(nn.Module):
     def forward(self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """image (B, N, D), text (B, L, D), time: shared modulation or time embedding, mask (B, N + L) or None."""
         m_image, m_text = self.image.modulation(time), self.text.modulation(time)
-        attended = joint_attention(
+        attended_image, attended_text = joint_attention(
             self.image.before(image, m_image), self.text.before(text, m_text), self.region, mask
-        )  # (B, N + L, D)
-        tokens = image.shape[1]
-        image = self.image.after(image, attended[:, :tokens], m_image)
-        text = self.text.after(text, attended[:, tokens:], m_text)
-        return image, text
+        )
+        return self.image.after(image, attended_image, m_image), self.text.after(text, attended_text, m_text)
 
 
 class LastBlock(nn.Module):
@@ -288,15 +281,25 @@ class LastBlock(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         m_image = self.image.modulation(time)
-        attended = joint_attention(self.image.before(image, m_image), self.text(text), self.region, mask)
-        return self.image.after(image, attended[:, : image.shape[1]], m_image), text
+        attended, _ = joint_attention(self.image.before(image, m_image), self.text(text), self.region, mask)
+        return self.image.after(image, attended, m_image), text
 
 
-def joint_attention(image: tuple, text: tuple, region: Region, mask: Tensor | None) -> Tensor:
-    """(q, k, v) of both streams, each (B, N | L, H, K) -> (B, N + L, D), image first."""
-    q, k, v = (region.split(torch.cat(pair, dim=1)) for pair in zip(image, text))
-    out = attend(q, k, v, None if mask is None else region.split(mask))
-    return region.merge(out.flatten(2))
+def joint_attention(image: tuple, text: tuple, region: Region, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(q, k, v) of both streams, each (B, N | L, H, K), attend to each other -> (B, N, D), (B, L, D).
+
+    mask: (B, N + L) bool over keys, True = attended to, or None.
+    """
+    q, k, v = (_heads_first(region.split(i), region.split(t)) for i, t in zip(image, text))  # (B s, H, (N + L) / s, K)
+    out = attend(q, k, v, None if mask is None else region.split(mask).flatten(2).flatten(0, 1))
+    tokens = image[0].shape[1] // region.groups
+    return region.merge(out[:, :, :tokens]), region.merge(out[:, :, tokens:])
+
+
+def _heads_first(image: Tensor, text: Tensor) -> Tensor:
+    """Both streams of every group, heads before tokens, in one copy."""
+    joint = torch.cat([rearrange(x, "b s l n h k -> b s h l n k") for x in (image, text)], dim=3)
+    return rearrange(joint, "b s h l n k -> (b s) h (l n) k")
 
 
 # ----------------------------------------------------------------------------------------------- compression

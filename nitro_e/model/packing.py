@@ -1,0 +1,90 @@
+"""A faster model for sampling on a CPU: weights laid out for oneDNN once, bias and GELU fused into the linear layers.
+
+    packed = pack_for_cpu(model)     # a copy; the same forward, no gradients, no state dict
+    packed.compile_blocks()          # optional: norms, modulation and residuals fused too, for a minute of compiling
+
+Otherwise every linear layer lays its weights out anew at every call, and GELU is one more pass over the widest
+activations. Left out: training and saving (keep the model that was packed), other devices and float32 or float16
+(their linear layers do not gain).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from nitro_e.config import ConfigError
+from nitro_e.model.emmdit import EMMDiT
+
+def pack_for_cpu(model: EMMDiT) -> EMMDiT:
+    """An inference-only copy of a bfloat16 model on the CPU, with packed linear layers.
+
+    It gives the model's velocities up to bfloat16 rounding. Raises ConfigError when this model, processor or build of
+    torch cannot be packed. The copy has no parameters in its linear layers and cannot be saved.
+    """
+    _check(model)
+    packed = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(packed.modules()):
+        children = dict(module.named_children())
+        for (name, child), follower in itertools.zip_longest(children.items(), list(children.values())[1:]):
+            if isinstance(child, nn.Linear):
+                gelu = isinstance(module, nn.Sequential) and isinstance(follower, nn.GELU)
+                setattr(module, name, PackedLinear(child, gelu))
+                if gelu:
+                    setattr(module, str(int(name) + 1), nn.Identity())
+    return packed
+
+
+def _check(model: EMMDiT) -> None:
+    weight = model.out.weight
+    if isinstance(model.out, PackedLinear):
+        raise ConfigError("the model is already packed")
+    if weight.device.type != "cpu":
+        raise ConfigError(f"pack_for_cpu: the model is on {weight.device}; packing is for the CPU, use compile_blocks there")
+    if weight.dtype != torch.bfloat16:
+        raise ConfigError(f"pack_for_cpu: the model is {weight.dtype}; only bfloat16 gains, give model.bfloat16()")
+    missing = [name for name in ("_reorder_linear_weight", "_linear_pointwise") if not hasattr(torch.ops.mkldnn, name)]
+    if missing or not torch.backends.mkldnn.is_available():
+        raise ConfigError(f"pack_for_cpu: torch {torch.__version__} is built without oneDNN's linear layers; do not pack")
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ConfigError("pack_for_cpu: this processor has no AVX-512, which oneDNN needs for bfloat16; do not pack")
+
+
+# torch.compile cannot trace tensors in oneDNN's layout. So one operator of torch's registry stands for the layer, and
+# finds it by a number in a tensor: an input, so that blocks share a graph.
+_handles = itertools.count()
+_packed_layers: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+_library = torch.library.Library("nitro_e", "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor handle, int width) -> Tensor")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is in oneDNN's layout, optionally followed by tanh-GELU."""
+
+    def __init__(self, linear: nn.Linear, gelu: bool) -> None:
+        super().__init__()
+        self.width = linear.out_features
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias.detach()
+        self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        handle = next(_handles)
+        _packed_layers[handle] = self
+        self.register_buffer("handle", torch.tensor(handle), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.nitro_e.packed_linear(x, self.handle, self.width)
+
+
+@torch.library.impl(_library, "packed_linear", "CPU")
+def _packed_linear(x: Tensor, handle: Tensor, width: int) -> Tensor:
+    layer = _packed_layers[handle.item()]
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *layer.activation)
+
+
+@torch.library.register_fake("nitro_e::packed_linear", lib=_library)
+def _packed_linear_shape(x: Tensor, handle: Tensor, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
