@@ -7,6 +7,7 @@ source, the same one in every run, and reported with the batch.
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections import OrderedDict
@@ -107,7 +108,7 @@ class TarDataset(Dataset):
 
     def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
         self.catalog, self.order, self.spec = catalog, order, spec
-        self._files = OpenFiles(catalog.cache)
+        self._files = MappedFiles(catalog.cache)
         self._checked: np.ndarray | None = (
             None  # (N,) bool: content was compared with its CRC in this process
         )
@@ -172,7 +173,7 @@ class TarDataset(Dataset):
         for slot, (shard, (offset, size, crc)) in enumerate(
             zip(shards, column.rows[extension][ids].tolist())
         ):
-            content = os.pread(self._files[column.paths[shard]], size, offset) if offset else None
+            content = bytes(self._files[column.paths[shard]][offset : offset + size]) if offset else None
             if content is not None and (
                 len(content) != size or not checked[slot] and zlib.crc32(content) != crc
             ):
@@ -211,15 +212,17 @@ class TarDataset(Dataset):
         """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
         column, nbytes, checked = self.catalog.find(member), layout.nbytes, self._checked[ids].tolist()
         buffer = np.empty((len(ids), nbytes), np.uint8)
+        flat = memoryview(buffer).cast("B")
         for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[member][ids].tolist())):
+            content = self._files[column.paths[shard]][offset : offset + size]
             if size != nbytes:
                 failed.setdefault(slot, f"{member} of {size} bytes, expected {nbytes} for {layout.shape}")
                 buffer[slot] = 0
-                continue
-            row = buffer[slot]
-            read = os.preadv(self._files[column.paths[shard]], [row], offset)
-            if read != nbytes or not checked[slot] and zlib.crc32(row) != crc:
+            elif len(content) != size or not checked[slot] and zlib.crc32(content) != crc:
                 failed.setdefault(slot, f"{member} is not what was indexed (CRC differs)")
+                buffer[slot] = 0
+            else:
+                flat[slot * nbytes : (slot + 1) * nbytes] = content
         start = len(layout.header)
         headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
         for slot in np.flatnonzero(~headers).tolist():
@@ -273,18 +276,21 @@ def pad_rows(samples: list[np.ndarray], spec: ReadSpec) -> TextEmbedding:
     return TextEmbedding(torch.from_numpy(tokens), torch.from_numpy(mask))  # (B, L, D), (B, L)
 
 
-class OpenFiles(OrderedDict):
-    """path or URL -> file descriptor; beyond OPEN_FILES the one opened first is closed."""
+class MappedFiles(OrderedDict):
+    """path or URL -> its content, mapped into memory; beyond OPEN_FILES the one opened first is closed."""
 
     def __init__(self, cache: ShardCache):
         super().__init__()
         self.cache = cache
 
     def __reduce__(self):
-        return OpenFiles, (self.cache,)  # descriptors mean nothing in another process
+        return MappedFiles, (self.cache,)  # mappings mean nothing in another process
 
-    def __missing__(self, path: str) -> int:
+    def __missing__(self, path: str) -> memoryview:
         if len(self) >= OPEN_FILES:
-            os.close(self.popitem(last=False)[1])
-        self[path] = os.open(self.cache.fetch(path) if is_url(path) else path, os.O_RDONLY)
+            self.popitem(last=False)
+        with open(self.cache.fetch(path) if is_url(path) else path, "rb") as file:
+            empty = os.fstat(file.fileno()).st_size == 0
+            content = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self[path] = memoryview(content)
         return self[path]

@@ -469,8 +469,8 @@ def worker_faults_explained(loader: DataLoader) -> Iterator[Records]:
         if "DataLoader worker" not in str(error):
             raise
         raise TrainingError(
-            f"{' '.join(str(error).split())[:200]}; most likely the machine ran out of memory:"
-            " lower data.workers or data.batch_size and run the same command again"
+            f"{' '.join(str(error).split())[:200]}; most likely the machine ran out of memory"
+            " (lower data.workers or data.batch_size), or, after a bus error, a shard was cut while in use"
         ) from None
 
 
