@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,6 +224,29 @@ def test_second_run_only_does_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match="other input or with other options"):
         pack(other, job)
     assert pack(other, JobConfig(out=tmp_path / "out", overwrite=True))[0]["first"].startswith("other_")
+
+
+def test_overwriting_leaves_no_old_shards(tmp_path):
+    (tmp_path / "in").mkdir()
+    for layout, fewer in ((folder_names, 1), (img2dataset, 2)):
+        out = tmp_path / layout.__name__
+        units = layout(tmp_path / "in")
+        pack(units, JobConfig(out=out))
+        larger = [replace(unit, config=replace(CONFIG, samples_per_shard=99)) for unit in units[:fewer]]
+        entries = pack(larger, JobConfig(out=out, overwrite=True))
+        assert sorted(entry["shard"] for entry in entries) == sorted(path.name for path in out.glob("*.tar"))
+        assert len(entries) == fewer and len(list(out.glob(".index/*"))) == fewer
+
+
+def test_changed_captions_are_noticed(tmp_path):
+    (tmp_path / "c.csv").write_text("id,caption\na,one\n")
+    first, _ = CaptionTable.build(tmp_path / "c.csv", tmp_path, "id", "caption")
+    (tmp_path / "c.csv").write_text("\ufeffid,caption\na,two\n", encoding="utf-8")
+    second, _ = CaptionTable.build(tmp_path / "c.csv", tmp_path, "id", "caption")
+    assert (first.get("a"), second.get("a")) == ("one", "two") and first.identity != second.identity
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text("three")
+    assert CaptionTable.build(tmp_path / "d", tmp_path, "file", "caption")[0].get("a.jpg") == "three"
 
 
 def test_bad_input_is_left_out_and_reported(tmp_path):

@@ -129,7 +129,11 @@ def test_repeated_keys_are_noted(folder):
     write_shard(folder / "images-3.tar", [{"__key__": "s0_1", "png": png(), "txt": "x"}])
     write_shard(folder / "latents-3.tar", [{"__key__": "s0_1", "npy": latent(0)}])
     report = verify(expand_shards([str(folder / "*.tar")]))
-    assert report.repeated == 1 and report.problems == []
+    assert report.repeated == 1
+    assert [str(problem) for problem in report.problems] == [
+        f"{name}-3.tar:*: is in no manifest of its folder: left over, or not finished"
+        for name in ("images", "latents")
+    ]
 
 
 def test_stats_and_head(folder, tmp_path):

@@ -53,7 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
     codes: list[int | None] = []
-    return cli.run(lambda: codes.append(args.run(args))) or codes[0] or 0
+
+    def command() -> None:
+        try:
+            codes.append(args.run(args))
+        except OSError as error:  # no space left, no permission, ...
+            raise ConfigError(f"{error}; mend that and run the same command again") from None
+
+    return cli.run(command) or codes[0] or 0
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:

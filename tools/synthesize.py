@@ -316,7 +316,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="redo what was made with other settings")
     parser.add_argument("--max-bad-fraction", type=float, default=0.001)
     args = parser.parse_args(argv)
-    return cli.run(lambda: run(args))
+
+    def command() -> None:
+        try:
+            run(args)
+        except OSError as error:  # no space left, no permission, ...
+            raise ConfigError(f"{error}; mend that and run the same command again") from None
+
+    return cli.run(command)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.data.index import Problem
-from nitro_e.data.jobs import digest
+from nitro_e.data.jobs import digest, sha256_of
 
 csv.field_size_limit(1 << 24)
 
@@ -75,7 +75,7 @@ def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any
     else:
         packed = suffixes[-1:] == [".gz"]
         opener = gzip.open if packed else open
-        with opener(path, "rt", encoding="utf-8", newline="") as text:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
             yield from _read_text(text, suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1], path)
 
 
@@ -138,8 +138,12 @@ class CaptionTable:
         """Make the table from `source` unless it is there already; return it with the duplicate ids."""
         if not source.exists():
             raise ConfigError(f"captions '{source}' do not exist; check the path")
-        status = source.stat()
-        identity = digest(source.name, status.st_size, id_column, caption_column)
+        content = (
+            [(path.name, path.stat().st_size) for path in sorted(source.rglob("*.txt"))]
+            if source.is_dir()
+            else sha256_of(source)
+        )
+        identity = digest(content, id_column, caption_column)
         path = folder / f"captions-{identity[:16]}.sqlite"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)

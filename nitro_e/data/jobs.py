@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from nitro_e.config import ConfigError
 from nitro_e.data.index import Problem, ShardIndex, store_index
-from nitro_e.data.writer import atomic_file
+from nitro_e.data.writer import atomic_file, index_path
 
 ALLOWED = 10  # bad samples that never stop a job, however small it is
 
@@ -81,6 +81,11 @@ def run_job(name: str, units: Sequence[Unit], work: Work, config: JobConfig) -> 
     samples are bad than max(10, max_bad_fraction * samples).
     """
     journal = config.out / ".journal" / name
+    if config.overwrite and config.rank == 0:
+        known = {unit.name for unit in units}
+        for path in sorted(journal.glob("*.json")):
+            if path.stem not in known:  # of an earlier, longer input
+                _discard(path, config.out)
     mine = [unit for index, unit in enumerate(units) if index % config.world == config.rank]
     done = {unit.name: entry for unit in mine if (entry := _journal_entry(journal, unit, config))}
     todo = [unit for unit in mine if unit.name not in done]
@@ -217,7 +222,7 @@ def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
     entry = json.loads(path.read_text())
     if entry["fingerprint"] != unit.fingerprint():
         if config.overwrite:
-            path.unlink()
+            _discard(path, config.out)
             return None
         raise ConfigError(
             f"{config.out} holds unit '{unit.name}' made from other input or with other options;"
@@ -228,6 +233,14 @@ def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
             return None
     return entry
+
+
+def _discard(path: Path, out: Path) -> None:
+    """Delete a journal entry and the shards it speaks of, which a glob would still find."""
+    for shard in json.loads(path.read_text())["shards"]:
+        index_path(out / shard["shard"]).unlink(missing_ok=True)
+        (out / shard["shard"]).unlink(missing_ok=True)
+    path.unlink()
 
 
 def _check_bad(bad: int, samples: int, result: Result, fraction: float) -> None:

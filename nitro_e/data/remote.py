@@ -128,6 +128,11 @@ class ShardCache:
             total -= size
 
 
+def local_path(path: str | Path) -> Path:
+    """The file itself, or the local copy of a URL in the default cache."""
+    return ShardCache().fetch(str(path)) if is_url(path) else Path(path)
+
+
 def list_urls(pattern: str) -> list[str]:
     """URLs that match a glob, sorted."""
     import fsspec

@@ -20,6 +20,7 @@ from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES
 from nitro_e.data.decode import decode_array, decode_image
 from nitro_e.data.index import BLOCK, shard_index
+from nitro_e.data.remote import local_path
 
 # TFLOP per sample at 512 px, counted with torch's FlopCounterMode.
 DC_AE_ENCODE, LLAMA_TRUNK, DINOV2_FORWARD, TRAIN_STEP = 1.295, 0.251, 0.046, 0.241
@@ -98,7 +99,7 @@ def head(shards: Sequence[str], count: int, sheet: Path | None = None) -> list[d
 def _samples(path: str, count: int):
     """(key, {extension: bytes}) of the first samples of a shard."""
     index = shard_index(path)
-    with open(path, "rb") as file:
+    with open(local_path(path), "rb") as file:
         for row in index.rows[: max(0, count)]:
             content = {}
             for name in index.extensions:

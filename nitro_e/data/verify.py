@@ -20,6 +20,7 @@ from nitro_e.data.catalog import IMAGES, group_columns
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import Problem, ShardIndex, read_stored, scan_tar
 from nitro_e.data.jobs import each, read_manifests, sha256_of
+from nitro_e.data.remote import local_path
 from nitro_e.data.writer import index_path
 
 
@@ -74,7 +75,7 @@ def verify(
 
 def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: str) -> Checked:
     """Everything that one tar can tell about itself."""
-    path, checked = Path(path), Checked()
+    path, checked = local_path(path), Checked()
     problem = partial(Problem, path.name)
     try:
         index = scan_tar(path)
@@ -87,6 +88,8 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
     if stored.is_file():
         checked.problems += _compare(path, index, read_stored(path, stored))
     entry = entries.get(path.resolve())
+    if entry is None and any(other.parent == path.resolve().parent for other in entries):
+        checked.problems.append(problem("*", "is in no manifest of its folder: left over, or not finished"))
     if entry is not None:
         actual = (("bytes", index.nbytes), ("samples", len(index.rows)), ("sha256", sha256_of(path)))
         for name, value in actual:
