@@ -123,9 +123,7 @@ def open_parquet(path: Path):
 
 
 class CaptionTable:
-    """Captions by id, in an SQLite file that is made once. Can be pickled; each process opens its own
-    connection.
-    """
+    """Captions by id, in an SQLite file that is made once; each process opens its own connection."""
 
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity  # identity: hash of what the table was made from

@@ -117,11 +117,9 @@ class Catalog:
 
 
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
-    """Paths, globs, brace ranges (`a-{000000..000012}.tar`, `{a,b}.tar`), URLs and `@list.txt` -> shards, in
-    order.
+    """Paths, globs, brace ranges (`a-{000..012}.tar`, `{a,b}.tar`), URLs, `@list.txt` -> shards in order.
 
-    Raises ConfigError naming the files that are missing, and one that is listed twice. URLs are not looked up
-    here.
+    Raises ConfigError naming the files that are missing, or one that is listed twice. URLs are tried later.
     """
     patterns = [line for pattern in patterns for line in _read_list(pattern, key)]
     if not patterns:

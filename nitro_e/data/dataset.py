@@ -28,6 +28,7 @@ from nitro_e.interfaces import TextEmbedding
 
 OPEN_FILES = 256  # per process
 ATTEMPTS = 64  # replacements tried for one position
+CHANGED = "is not what was indexed (CRC differs; after making a shard anew: tools/data.py index --force)"
 
 
 class BadDataError(ConfigError):
@@ -77,9 +78,7 @@ class Records:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """What every array of one member looks like; settled by the first one, so that no batch can decide
-    otherwise.
-    """
+    """What every array of one member looks like; settled by the first one of the data set."""
 
     header: bytes
     shape: tuple[int, ...]  # latents: (C, h, w)
@@ -109,9 +108,7 @@ class TarDataset(Dataset):
     def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
         self.catalog, self.order, self.spec = catalog, order, spec
         self._files = MappedFiles(catalog.cache)
-        self._checked: np.ndarray | None = (
-            None  # (N,) bool: content was compared with its CRC in this process
-        )
+        self._checked: np.ndarray | None = None  # (N,) bool: compared with its CRC in this process
 
     def __getstate__(self):
         return {**self.__dict__, "_checked": None}
@@ -177,7 +174,7 @@ class TarDataset(Dataset):
             if content is not None and (
                 len(content) != size or not checked[slot] and zlib.crc32(content) != crc
             ):
-                failed.setdefault(slot, f"{extension} is not what was indexed (CRC differs)")
+                failed.setdefault(slot, f"{extension} {CHANGED}")
                 content = None
             contents.append(content)
         return contents
@@ -219,7 +216,7 @@ class TarDataset(Dataset):
                 failed.setdefault(slot, f"{member} of {size} bytes, expected {nbytes} for {layout.shape}")
                 buffer[slot] = 0
             elif len(content) != size or not checked[slot] and zlib.crc32(content) != crc:
-                failed.setdefault(slot, f"{member} is not what was indexed (CRC differs)")
+                failed.setdefault(slot, f"{member} {CHANGED}")
                 buffer[slot] = 0
             else:
                 flat[slot * nbytes : (slot + 1) * nbytes] = content

@@ -15,9 +15,7 @@ class BadSample(Exception):
 
 
 def decode_image(content: bytes, resolution: int) -> np.ndarray:
-    """An encoded image -> (3, R, R) uint8: upright, over white, shorter side to R (bicubic, antialiased),
-    centre crop.
-    """
+    """An encoded image -> (3, R, R) uint8: upright, over white, shorter side to R (bicubic), centre crop."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "JPEG":

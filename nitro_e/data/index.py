@@ -201,8 +201,7 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
     if len(cells) > MAX_EXTENSIONS:
         raise ConfigError(
             f"{path}: {len(cells)} different extensions ({', '.join(list(cells)[:4])}, ...): keys must not"
-            " contain"
-            " dots, because a webdataset key ends at the first one; repack with `tools/data.py pack`"
+            " contain dots, because a webdataset key ends at the first one; repack with `tools/data.py pack`"
         )
     encoded = [key.encode(errors="surrogateescape") for key in row_of]
     width = max(map(len, encoded), default=1)
@@ -278,7 +277,6 @@ def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardInd
     if actual != index.nbytes:
         raise DamagedTar(
             f"{path}: {actual} bytes, but its index was made when it had {index.nbytes}: cut short or"
-            " replaced;"
-            " if you replaced it, run `python tools/data.py index --force` on it"
+            " replaced; if you replaced it, run `python tools/data.py index --force` on it"
         )
     return index

@@ -117,10 +117,8 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
         else:
             missing += 1
     if missing:
-        print(
-            f"{name}: {len(units) - missing} of {len(units)} units are done; the rank that ends last writes"
-            " the manifest"
-        )
+        done = len(units) - missing
+        print(f"{name}: {done} of {len(units)} units are done; the rank that ends last writes the manifest")
     else:
         _write_lines(out / f"manifest-{name}.jsonl", shards)
         _write_lines(out / f"bad-{name}.jsonl", bad)

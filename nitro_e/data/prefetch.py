@@ -18,9 +18,7 @@ PIECE = 1 << 16  # positions examined at a time
 
 
 class Prefetcher:
-    """Keeps the shards of the next two windows in the cache. A failed download is left to the reader, which
-    reports it.
-    """
+    """Keeps the shards of the next two windows in the cache; what fails here is reported by the reader."""
 
     def __init__(self, catalog: Catalog, order: Order, columns: Iterable[Column]):
         self.catalog, self.order = catalog, order

@@ -146,11 +146,9 @@ class BadSamples:
         early = max(8, 10 * self.fraction * self.read) if self.read else limit
         if len(self) > min(limit, early) and problems:
             raise BadDataError(
-                f"{len(self)} bad samples of {self.total} ({self.read} read), more than"
-                " data.max_bad_fraction="
-                f"{self.fraction:g} allows; the last: {problems[-1]}; find all with `python tools/data.py"
-                " verify`,"
-                " repair the shards or raise data.max_bad_fraction"
+                f"{len(self)} bad samples of {self.total} ({self.read} read), more than data.max_bad_fraction"
+                f" {self.fraction:g} allows; the last: {problems[-1]}; find all with `python tools/data.py"
+                " verify`, repair the shards or raise data.max_bad_fraction"
             )
 
     def _tell(self, problem: Problem) -> None:
@@ -183,9 +181,7 @@ class Data:
         return len(self.catalog)
 
     def null_text(self) -> TextEmbedding | None:
-        """The null prompt's embedding, (1, L, D) and (1, L), as `encode` left it beside stored text; None
-        without.
-        """
+        """The null prompt's embedding, (1, L, D) and (1, L), if `encode` left one beside the stored text."""
         column = self.catalog.find("text.npy") if self.has_text else None
         path = Path(column.paths[0]).parent / "null-text.npz" if column else None
         if path is None or not path.is_file():
@@ -194,9 +190,7 @@ class Data:
             return TextEmbedding(torch.from_numpy(file["tokens"])[None], torch.from_numpy(file["mask"])[None])
 
     def encoders(self) -> dict[str, dict]:
-        """What made each column, from the manifests beside its first shard: {"latents": {"name": ..., ...},
-        ...}.
-        """
+        """What made each column, from the manifest beside its first shard: {"latents": {"name": ...}}."""
         made = {}
         for column in self.catalog.columns:
             if column.paths:
@@ -223,10 +217,10 @@ class Data:
         world: int = 1,
         pin_memory: bool = False,
     ) -> Iterator[Records]:
-        """Endless micro-batches of one rank from optimizer step `step` on; closing the iterator ends the
-        workers.
+        """Endless micro-batches of one rank from optimizer step `step` on.
 
-        Raises BadDataError when too many samples are bad, ConfigError when a shard can no longer be read.
+        Closing the iterator ends the workers. Raises BadDataError when too many samples are bad, ConfigError
+        when a shard can no longer be read, TrainingError when a worker was killed.
         """
         sampler = StepSampler(
             self.config.batch_size,
@@ -244,10 +238,8 @@ class Data:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        position, stride = (
-            step * micro_batches_per_step * world * self.config.batch_size,
-            self.config.batch_size * world,
-        )
+        stride = self.config.batch_size * world  # positions that all ranks use up with one micro-batch each
+        position = step * micro_batches_per_step * stride
         prefetcher = Prefetcher(self.catalog, self.order, self._columns())
         try:
             prefetcher.advance(position)
@@ -289,8 +281,7 @@ def open_data(
     latent_shape: tuple[int, int, int] | None = None,
     text_length: int = 128,
 ) -> Data:
-    """Index the shards, check that every sample has what is needed, and fix the order (or its weaker form,
-    stream.py).
+    """Index the shards, check that every sample has what is needed, and fix the order.
 
     Stored latents (`npy`) are used if the shards have them, unless `use_latents` is False, and so are text
     embeddings and vision features where `use_text`, `use_features` ask for them. Images are decoded when
@@ -388,8 +379,7 @@ def _check_members(catalog: Catalog, extensions: tuple[str, ...], what: str, rem
         if last > first and not has[first:last].any():
             raise ConfigError(
                 f"data.shards: no sample of {catalog.names[shard]} has a {what}, for example"
-                f" {catalog.describe(first)}; add {remedy} with `python tools/data.py pack`, or drop the"
-                " shard"
+                f" {catalog.describe(first)}; add {remedy} with `python tools/data.py pack`, or drop it"
             )
     if not has.all():
         catalog.keep(has, f"no {what}")
@@ -432,8 +422,7 @@ def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> A
     if np.dtype(layout.dtype).kind != "f" or expected is not None and layout.shape != tuple(expected):
         raise ConfigError(
             f"{catalog.name_of(0)}: latents are {np.dtype(layout.dtype)} {layout.shape}, the model needs"
-            " floats of shape"
-            f" {tuple(expected) if expected else '(C, h, w)'}; encode for this codec and resolution,"
+            f" floats of shape {tuple(expected) if expected else '(C, h, w)'}; encode for this codec and resolution,"
             " or set data.use_latents=false"
         )
     return layout

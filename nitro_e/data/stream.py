@@ -51,9 +51,7 @@ BUFFER_SAMPLES, BUFFER_BYTES = 5000, 256 << 20  # of the shuffle, per loader pro
 
 
 class StreamData:
-    """The interface of reader.Data, as far as a stream can keep it; `len` is an estimate from the first
-    shards.
-    """
+    """The interface of reader.Data, as far as a stream can keep it; `len` is an estimate."""
 
     def __init__(self, config: DataConfig, cache: ShardCache, wishes: Wishes, *, seed: int, stage: str):
         self.config, self.cache, self.seed, self.stage = config, cache, seed, stage
@@ -80,9 +78,8 @@ class StreamData:
         self.buffer = max(1, min(BUFFER_SAMPLES, BUFFER_BYTES * len(probe) // max(1, nbytes)))
         self.bad = BadSamples(self.estimate, config.max_bad_fraction, probe.problems)
         log.warning(
-            "data.reader=stream: batches repeat only for the same number of processes and workers, epochs"
-            " are not exact,"
-            " and resuming reads up to %d steps again; data.reader=indexed promises more",
+            "data.reader=stream: batches repeat only for the same number of processes and workers, epochs are"
+            " not exact, and resuming reads up to %d steps again; data.reader=indexed promises more",
             CHUNK,
         )
 
@@ -138,9 +135,7 @@ class StreamData:
 
 @dataclass
 class StreamBatches(IterableDataset):
-    """Micro-batches of one rank. The loader takes them from its workers in turn, so worker w makes every W-th
-    one.
-    """
+    """Micro-batches of one rank. The loader takes them from its W workers in turn: each makes every W-th."""
 
     data: StreamData
     chunk: int
