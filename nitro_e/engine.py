@@ -70,8 +70,8 @@ class EngineConfig:
     accumulate: int = 1  # micro-batches per process and step
     precision: Literal["float32", "bf16", "fp16"] = "bf16"  # of the forward pass; weights stay float32
     sharding: Literal["ddp", "fsdp"] = "ddp"
-    compile: bool = False
-    gradient_checkpointing: bool = False
+    compile: bool = False  # the blocks of the model
+    gradient_checkpointing: bool = False  # less memory for a third more arithmetic
     ema: EMAConfig | None = None
     posthoc_ema: PostHocEMAConfig | None = None  # snapshots from which tools/ema.py makes any average afterwards
     save_every: int = 1000
@@ -129,8 +129,6 @@ class Engine:
         self.nets, self.optimizers = [], []
         for phase in stage.phases:
             self.optimizers.append([accelerator.prepare_optimizer(o) for o in build_optimizers(phase.module, phase.optim)])
-            if config.compile:
-                phase.module.compile(dynamic=False)
             self.nets.append(self.parallel.wrap(phase.module))
         self.resume()
 

@@ -164,6 +164,8 @@ def build(config: RunConfig) -> Engine:
     vision = config.components.vision and build_vision_encoder(config.components.vision, device)
     model = build_model(config).to(device)
     model.gradient_checkpointing = config.engine.gradient_checkpointing
+    if config.engine.compile:
+        model.compile_blocks()
     flops = describe.total(config.model, token_grid(config, codec.stride), text.length).flops
     stage = FlowMatching(config.stage, model, data, codec, text, vision, device, flops)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)

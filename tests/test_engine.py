@@ -287,8 +287,8 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 
 
 def test_averages_and_checkpoints_are_of_the_raw_module(run):
-    """No `module.` or `_orig_mod.` in any name, compiled or not."""
-    trainer = train(run, ema=EMAConfig(beta=0.9), compile=True, steps=2)
+    """No `module.` in any name (for `_orig_mod.` of compiled models see test_failures.py)."""
+    trainer = train(run, ema=EMAConfig(beta=0.9), steps=2)
     names = set(ToyStage().model.state_dict())
     assert set(trainer.ema.ema_model.state_dict()) == names
     for which in ("model", "ema"):
