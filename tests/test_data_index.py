@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,15 +77,15 @@ def test_scan_agrees_with_tarfile(tmp_path, format):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=format) as tar:
         for i in range(6):
+            folder = tarfile.TarInfo(f"dir{i}/" + "long" * 30)  # its record must not name the next file
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
             stem = f"dir{i}/" + ("long" * 30 + "/" if i % 2 else "") + f"schlüssel{i}"
             for extension in ("jpg", "cap.txt", "JSON")[: 1 + i % 3]:
                 info = tarfile.TarInfo(f"{stem}.{extension}")
                 content = f"{stem} {extension} ".encode() * (i * 50)
                 info.size, info.mtime = len(content), 1.5 if format == tarfile.PAX_FORMAT else 1
                 tar.addfile(info, io.BytesIO(content))
-        folder = tarfile.TarInfo("folder")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
     index = scan_tar(path)
     found = {}
     for row in index.rows:
@@ -143,6 +144,49 @@ def test_every_damage_is_found(tmp_path, kind):
     damage(path, kind)
     with pytest.raises(DamagedTar, match="a.tar: damaged tar at byte"):
         scan_tar(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("link.jpg")
+        info.type, info.linkname = kind, "x.jpg"
+        tar.addfile(info)
+    with pytest.raises(DamagedTar, match="only files and folders are read, not member 'link.jpg'"):
+        scan_tar(tmp_path / "a.tar")
+
+
+def block(kind, name, content, size=None):
+    """A member by hand, its size in base 256; `size` is what the header says instead of the truth."""
+    header = bytearray(512)
+    header[: len(name)], header[148:156], header[156:157] = name, b" " * 8, kind
+    header[124:136] = b"\x80" + (len(content) if size is None else size).to_bytes(11, "big")
+    header[257:263] = b"ustar\0"
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
+def test_sizes_in_base_256_and_in_pax_records(tmp_path):
+    parts = [block(b"0", b"k.jpg", b"picture"), block(b"x", b"record", b"9 size=5\n"),
+             block(b"0", b"k.txt", b"hello", size=0), block(b"0", b"k.json", b"{}"), bytes(1024)]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    (row,) = scan_tar(tmp_path / "a.tar").rows
+    found = {name: row[name].tolist()[1:] for name in row.dtype.names[1:]}
+    assert found == {
+        "jpg": (7, zlib.crc32(b"picture")),
+        "txt": (5, zlib.crc32(b"hello")),
+        "json": (2, zlib.crc32(b"{}")),
+    }
+    parts[1] = block(b"x", b"record", b"9 size=x\n")
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    with pytest.raises(DamagedTar, match="corrupt PAX record"):
+        scan_tar(tmp_path / "a.tar")
+
+
+def test_an_index_that_cannot_be_kept_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    write_shard(tmp_path / "a.tar", samples())
+    monkeypatch.setattr("nitro_e.data.index.index_path", lambda path: Path("/proc/nowhere/a.npy"))
+    assert len(shard_index(tmp_path / "a.tar").rows) == 10 and "set NITRO_E_CACHE" in caplog.text
 
 
 def test_duplicate_members_are_reported(tmp_path):

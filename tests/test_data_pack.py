@@ -90,7 +90,7 @@ def jsonl(root):
 
 def parquet(root):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    import pyarrow.parquet  # noqa: F811
 
     for part in range(2):
         ids = range(part * 32, part * 32 + 32)

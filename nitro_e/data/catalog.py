@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -28,6 +29,7 @@ from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
 from nitro_e.data.remote import ShardCache, is_url, list_urls
 from nitro_e.data.writer import cache_folder, index_path
 
+log = logging.getLogger("nitro_e.data")
 IMAGES = ("png", "jpg", "jpeg", "webp")
 COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
 MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
@@ -195,9 +197,12 @@ def open_catalog(
     catalog = _build_catalog(sources, tolerate_shards, cache)
     if merge:
         merged = _merged_folder(sources, tolerate_shards, cache)
-        if merged is not None:
-            _write_merged(catalog, merged)
-            return _read_merged(merged, cache)
+        try:
+            if merged is not None:
+                _write_merged(catalog, merged)
+                return _read_merged(merged, cache)
+        except OSError as error:
+            log.warning("the joined index is not kept (%s); set NITRO_E_CACHE to a writable folder", error)
     return catalog
 
 

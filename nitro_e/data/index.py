@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +30,13 @@ from nitro_e.config import ConfigError
 from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.data.writer import atomic_file, index_path
 
+log = logging.getLogger("nitro_e.data")
 BLOCK = 512
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 MAX_EXTENSIONS = 32
+# Kinds of tar members. Records (GNU long names, PAX) describe the member that follows, or the whole archive.
+REGULAR, RECORDS = (b"0", b"\0", b"7"), (b"L", b"K", b"x", b"g")
+KNOWN = (*REGULAR, *RECORDS, b"5")  # 5 is a folder
 
 
 class DamagedTar(ConfigError):
@@ -77,7 +83,10 @@ def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None 
     if not force and stored.is_file():
         return read_stored(path, stored)
     index = scan_tar(path)
-    store_index(path, index)
+    try:
+        store_index(path, index)
+    except OSError as error:
+        log.warning("the index of %s is not kept (%s); set NITRO_E_CACHE to a writable folder", path, error)
     return index
 
 
@@ -126,37 +135,33 @@ def map_tar(path: Path) -> memoryview:
 def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of every regular file, after checking the structure of the whole archive."""
     headers, found = [], []
-    offset, long_name, long_size = 0, None, None
+    offset, name, size = 0, None, None  # name and size that a record gave for the member that follows it
     while True:
         if offset + BLOCK > len(data):
             raise DamagedTar(_damage(path, offset, "no end marker (cut between two members?)"))
-        header = data[offset : offset + BLOCK]
+        header, start = data[offset : offset + BLOCK], offset + BLOCK
         if header[0] == 0 and not any(header):
             break
         headers.append(offset)
-        size = _number(header[124:136])
-        if size is None:
+        kind, length = header[156:157], _number(header[124:136])
+        if length is None:
             raise DamagedTar(_damage(path, offset, "corrupt header"))
-        kind, start = header[156:157], offset + BLOCK
-        if kind in b"0\x007":  # a regular file
-            if long_size is not None:
-                size = long_size
-            found.append((long_name if long_name is not None else _name(header), start, size))
-            long_name = long_size = None
-        offset = start + -(-size // BLOCK) * BLOCK
-        if start + size > len(data):
-            # Only a good header may speak of a cut; a bad one may hold any size.
-            _check_sums(data, headers, path)
-            raise DamagedTar(_damage(path, start, f"cut inside member '{_name(header)}'"))
+        if kind not in RECORDS and size is not None:
+            length = size
+        if kind not in KNOWN or start + length > len(data):
+            _check_sums(data, headers, path)  # only a good header may speak of a kind or a cut
+            reason = "cut inside" if kind in KNOWN else "only files and folders are read, not"
+            raise DamagedTar(_damage(path, offset, f"{reason} member '{_name(header)}'"))
         if kind == b"L":
-            long_name = data[start : start + size].rstrip(b"\0").decode(errors="surrogateescape")
+            name = data[start : start + length].rstrip(b"\0").decode(errors="surrogateescape")
         elif kind == b"x":
-            records = _pax_records(data[start : start + size], path, start)
-            long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if "size" in records else long_size
-        elif kind in b"12346":
-            _check_sums(data, headers, path)
-            raise DamagedTar(_damage(path, offset, f"'{_name(header)}' is a link or device; pack real files"))
+            records = _pax_records(data[start : start + length], path, start)
+            name, size = records.get("path", name), records.get("size", size)
+        elif kind not in RECORDS:
+            if kind in REGULAR:
+                found.append((_name(header) if name is None else name, start, length))
+            name = size = None
+        offset = start + -(-length // BLOCK) * BLOCK
     _check_sums(data, headers, path)
     rest = np.frombuffer(data, np.uint8, offset=offset)
     if len(rest) < 2 * BLOCK:
@@ -239,14 +244,20 @@ def _name(header: bytes) -> str:
     return name.decode(errors="surrogateescape")
 
 
-def _pax_records(content: bytes, path: Path, offset: int) -> dict[str, str]:
+def _pax_records(content: bytes, path: Path, offset: int) -> dict[str, Any]:
+    """`path` and `size` of a PAX record, if it has them."""
     records = {}
     while content:
         length, _, _ = content.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(content):
             raise DamagedTar(_damage(path, offset, "corrupt PAX record"))
         keyword, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[keyword.decode()] = value.decode(errors="surrogateescape")
+        if keyword == b"size":
+            if not value.isdigit():
+                raise DamagedTar(_damage(path, offset, "corrupt PAX record"))
+            records["size"] = int(value)
+        elif keyword == b"path":
+            records["path"] = value.decode(errors="surrogateescape")
         content = content[int(length) :]
     return records
 

@@ -422,8 +422,8 @@ def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> A
     if np.dtype(layout.dtype).kind != "f" or expected is not None and layout.shape != tuple(expected):
         raise ConfigError(
             f"{catalog.name_of(0)}: latents are {np.dtype(layout.dtype)} {layout.shape}, the model needs"
-            f" floats of shape {tuple(expected) if expected else '(C, h, w)'}; encode for this codec and resolution,"
-            " or set data.use_latents=false"
+            f" floats of shape {tuple(expected) if expected else '(C, h, w)'}; encode for this codec and"
+            " resolution, or set data.use_latents=false"
         )
     return layout
 
