@@ -414,6 +414,35 @@ def test_every_ablation_trains_all_its_parameters(run, choices):
     assert load_pretrained(checkpoint.latest(run) / "ema").config == model.config
 
 
+# ---- a bare loop ----------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_trains_what_a_bare_loop_trains(monkeypatch, tmp_path, capsys):
+    """The two sides of tools/benchmark_engine.py, without the noise: equal weights after some steps. Then its table."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import benchmark_engine
+
+    def loss(model, batch):
+        return (model(batch.latents, torch.full((2,), 0.5), batch.text) - batch.latents).square().mean()
+
+    config = from_dict(ModelConfig, {"preset": "micro-8", "latent_channels": 4, "text_width": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark_engine, "bare_loss", loss)
+        trained = []
+        for name in ("bare loop", "engine, the same loss"):
+            torch.manual_seed(0)
+            model = EMMDiT(config)
+            assert len(benchmark_engine.VARIANTS[name](model, benchmark_engine.make_batch(config, 2), 4)) == 4
+            trained.append(model.state_dict())
+    assert all(torch.equal(trained[1][name], tensor) for name, tensor in trained[0].items())
+
+    arguments = ["--presets", "micro-8", "--batch", "1", "--windows", "1", "--rounds", "1", "--json", str(tmp_path / "f.json")]
+    assert benchmark_engine.main(arguments) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())["micro-8"]
+    assert set(figures) == set(benchmark_engine.VARIANTS) and all(v["cpu"] > 0 for v in figures.values())
+    assert "micro-8, engine, flow matching" in capsys.readouterr().out
+
+
 # ---- half precision -------------------------------------------------------------------------------------------------
 
 
