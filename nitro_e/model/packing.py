@@ -28,6 +28,7 @@ def pack_for_cpu(model: EMMDiT) -> EMMDiT:
     """
     _check(model)
     packed = copy.deepcopy(model).eval().requires_grad_(False)
+    packed.register_state_dict_pre_hook(_refuse_to_save)
     for module in list(packed.modules()):
         children = dict(module.named_children())
         for (name, child), follower in itertools.zip_longest(children.items(), list(children.values())[1:]):
@@ -37,6 +38,10 @@ def pack_for_cpu(model: EMMDiT) -> EMMDiT:
                 if gelu:
                     setattr(module, str(int(name) + 1), nn.Identity())
     return packed
+
+
+def _refuse_to_save(*_: object) -> None:
+    raise ConfigError("a packed model has no weights to read and cannot be saved; save the model that was packed")
 
 
 def _check(model: EMMDiT) -> None:
