@@ -112,6 +112,7 @@ def test_plan(capsys):
             "encode IN/*.tar --out OUT --codec dct-f8c24 --resolution 12 --workers 0",
             "not a multiple of the codec's stride 8",
         ),
+        ("encode IN/*.tar --out OUT --codec dct-f8c24 --batch-size 0", "--batch-size 0 must be at least 1"),
         ("verify IN/none.tar", "missing shards"),
         ("plan --images 0", "must be greater than 0"),
     ],

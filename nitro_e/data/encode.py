@@ -32,7 +32,7 @@ from nitro_e.data.decode import decode_array
 from nitro_e.data.index import Problem, scan_tar
 from nitro_e.data.jobs import JobConfig, Result, digest, publish_entry, run_job
 from nitro_e.data.order import Order
-from nitro_e.data.reader import identity, ignore_interrupts, image_spec
+from nitro_e.data.reader import identity, ignore_interrupts, image_spec, worker_faults_explained
 from nitro_e.data.writer import atomic_file, open_shard
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
@@ -48,6 +48,12 @@ class EncodeConfig:
     caption_key: str = "caption"
     batch_size: int = 32
     workers: int = 2  # processes that decode images
+
+    def __post_init__(self):
+        for name, least in (("resolution", 1), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {getattr(self, name)} must be at least {least}")
 
 
 @dataclass
@@ -173,7 +179,7 @@ def _work(
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),
     )
-    stream = iter(loader) if units else None
+    stream = worker_faults_explained(loader) if units else None
     for unit in units:
         yield unit, _encode_unit(unit, stream, encoders, config, out)
 

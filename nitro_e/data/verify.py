@@ -30,9 +30,7 @@ class Checked:
 
     samples: int = 0
     nbytes: int = 0
-    shapes: dict[str, list] = field(
-        default_factory=dict
-    )  # of array members: [shape, dtype, key of the first]
+    shapes: dict[str, list] = field(default_factory=dict)  # array member -> [[*shape, dtype], first key]
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S1"))
     problems: list[Problem] = field(default_factory=list)
 
