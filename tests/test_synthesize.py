@@ -205,6 +205,96 @@ def test_a_diffusers_pipeline(tmp_path, prompts, monkeypatch):
         np.testing.assert_allclose(x[:, 8, 8], color, atol=4)
 
 
+def save_stable_diffusion(folder, tokenizer_folder):
+    """A StableDiffusionPipeline of a few thousand random weights, with a tokenizer of single letters."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer_folder.mkdir()
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (tokenizer_folder / "merges.txt").write_text("#version: 0.2\n")
+    files = (str(tokenizer_folder / name) for name in ("vocab.json", "merges.txt"))
+    torch.manual_seed(0)
+    start, end = len(words) - 2, len(words) - 1
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer(*files, model_max_length=16),
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def test_a_real_diffusers_pipeline_is_continued(tmp_path, prompts):
+    save_stable_diffusion(tmp_path / "sd", tmp_path / "tokenizer")
+    command = (
+        f"diffusers:{tmp_path / 'sd'}",
+        "--prompts",
+        prompts,
+        "--limit",
+        2,
+        "--steps",
+        2,
+        "--guidance",
+        3,
+        "--resolution",
+        16,
+        "--samples-per-shard",
+        1,
+        "--batch-size",
+        1,
+        "--out",
+        tmp_path / "o",
+    )
+    run(*command)
+    before = tars(tmp_path / "o")
+    (tmp_path / "o/synth-000001.tar").unlink()
+    run(*command)  # loaded again: the same fingerprint, the same pictures
+    assert tars(tmp_path / "o") == before and len(before) == 2
+    assert before["synth-000000.tar"] != before["synth-000001.tar"]
+    data = open_data(
+        DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=2, resolution=16, workers=0),
+        need_pixels=False,
+        seed=0,
+        stage="s",
+    )
+    assert not data.has_latents and sorted(next(data.records()).prompts) == PROMPTS[:2]
+
+
 def test_denormalize_inverts_every_codec():
     codec = build_codec(ComponentConfig(name="dct-f16c64"))
     x = torch.randn(2, codec.channels, 2, 2)

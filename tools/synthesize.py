@@ -134,12 +134,10 @@ class DiffusersGenerator:
             ) from None
         self.pipeline, self.settings, self.codec = pipeline.to(device), settings, codec
         self.pipeline.set_progress_bar_config(disable=True)
-        self.identity = {
-            "pipeline": name,
-            "dtype": dtype,
-            **settings,
-            "codec": weights_digest(codec) if codec else None,
-        }
+        weights = {"pipeline": weights_digest(self.pipeline)[:16]}
+        if codec is not None:
+            weights["codec"] = weights_digest(codec)[:16]
+        self.identity = {"pipeline": Path(name).name, "weights": weights, "dtype": dtype, **settings}
 
     @torch.no_grad()
     def make(self, jobs: Sequence[Job]) -> Made:
