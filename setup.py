@@ -28,9 +28,17 @@ setup(
             "tensorboard>=2.17",
             "torchvision",
             "timm>=1.0.12",  # DINOv2, for REPA
-            "peft>=0.14",
+            "fsspec>=2024.1",  # shards behind URLs
+            "aiohttp>=3.9",  # fsspec's http
+            "pyarrow>=14",  # packing parquet
         ],
-        "eval": ["matplotlib>=3.8"],
-        "dev": ["pytest>=8.0"],
+        "eval": [  # the released weights' caption cleaner
+            "ftfy>=6.1",
+            "beautifulsoup4>=4.12",
+        ],
+        "dev": [
+            "pytest>=8.0",
+            "peft>=0.14",  # our merging of adapters is tested against its own
+        ],
     },
 )
