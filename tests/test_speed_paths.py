@@ -158,6 +158,9 @@ def test_packed_model_gives_the_same_velocity(choices):
         assert relative(packed(x, t, text), expected) < 2 * relative(model(x, t, text), expected) < 4e-2
     assert not any(isinstance(module, (nn.Linear, nn.GELU)) for module in packed.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    another = copy.deepcopy(packed)
+    del packed
+    assert relative(another(x, t, text), expected) < 4e-2
 
 
 @needs_bf16
@@ -178,7 +181,7 @@ def test_what_cannot_be_packed_is_refused():
         pack_for_cpu(packed)
     with pytest.raises(ConfigError, match="cannot be saved"):
         packed.state_dict()
-    with pytest.raises(ConfigError, match="only bfloat16 gains"):
+    with pytest.raises(ConfigError, match="only bfloat16 is packed"):
         pack_for_cpu(tiny())
     with torch.device("meta"), pytest.raises(ConfigError, match="is on meta"):
         pack_for_cpu(tiny().bfloat16())

@@ -4,8 +4,7 @@
     packed.compile_blocks()          # optional: norms, modulation and residuals fused too, for a minute of compiling
 
 Otherwise every linear layer lays its weights out anew at every call, and GELU is one more pass over the widest
-activations. Left out: training and saving (keep the model that was packed), other devices and float32 or float16
-(their linear layers do not gain).
+activations. Left out: training and saving (keep the model that was packed), other devices and dtypes.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from nitro_e.config import ConfigError
 from nitro_e.model.emmdit import EMMDiT
 
+
 def pack_for_cpu(model: EMMDiT) -> EMMDiT:
     """An inference-only copy of a bfloat16 model on the CPU, with packed linear layers.
 
@@ -30,14 +30,20 @@ def pack_for_cpu(model: EMMDiT) -> EMMDiT:
     packed = copy.deepcopy(model).eval().requires_grad_(False)
     packed.register_state_dict_pre_hook(_refuse_to_save)
     for module in list(packed.modules()):
-        children = dict(module.named_children())
-        for (name, child), follower in itertools.zip_longest(children.items(), list(children.values())[1:]):
-            if isinstance(child, nn.Linear):
-                gelu = isinstance(module, nn.Sequential) and isinstance(follower, nn.GELU)
-                setattr(module, name, PackedLinear(child, gelu))
-                if gelu:
-                    setattr(module, str(int(name) + 1), nn.Identity())
+        _pack_children(module)
     return packed
+
+
+def _pack_children(module: nn.Module) -> None:
+    """Replace linear layers, and in a Sequential the GELU after one, in place."""
+    children = list(module.named_children())
+    following = [child for _, child in children[1:]] + [None]
+    for (name, child), after in zip(children, following):
+        if isinstance(child, nn.Linear):
+            gelu = isinstance(module, nn.Sequential) and isinstance(after, nn.GELU)
+            setattr(module, name, PackedLinear(child, gelu))
+            if gelu:
+                module[int(name) + 1] = nn.Identity()
 
 
 def _refuse_to_save(*_: object) -> None:
@@ -49,14 +55,14 @@ def _check(model: EMMDiT) -> None:
     if isinstance(model.out, PackedLinear):
         raise ConfigError("the model is already packed")
     if weight.device.type != "cpu":
-        raise ConfigError(f"pack_for_cpu: the model is on {weight.device}; packing is for the CPU, use compile_blocks there")
+        raise ConfigError(f"pack_for_cpu: the model is on {weight.device}; use compile_blocks there, or move it to the CPU")
     if weight.dtype != torch.bfloat16:
-        raise ConfigError(f"pack_for_cpu: the model is {weight.dtype}; only bfloat16 gains, give model.bfloat16()")
+        raise ConfigError(f"pack_for_cpu: the model is {weight.dtype}; only bfloat16 is packed, give model.bfloat16()")
     missing = [name for name in ("_reorder_linear_weight", "_linear_pointwise") if not hasattr(torch.ops.mkldnn, name)]
     if missing or not torch.backends.mkldnn.is_available():
-        raise ConfigError(f"pack_for_cpu: torch {torch.__version__} is built without oneDNN's linear layers; do not pack")
+        raise ConfigError(f"pack_for_cpu: torch {torch.__version__} has no oneDNN linear layers; use the model as it is")
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ConfigError("pack_for_cpu: this processor has no AVX-512, which oneDNN needs for bfloat16; do not pack")
+        raise ConfigError("pack_for_cpu: this processor has no AVX-512, which oneDNN needs for bfloat16; use the model as it is")
 
 
 # torch.compile cannot trace tensors in oneDNN's layout. So one operator of torch's registry stands for the layer, and
@@ -79,6 +85,9 @@ class PackedLinear(nn.Module):
         handle = next(_handles)
         _packed_layers[handle] = self
         self.register_buffer("handle", torch.tensor(handle), persistent=False)
+
+    def __deepcopy__(self, memo: dict) -> PackedLinear:
+        return self  # it never changes
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.nitro_e.packed_linear(x, self.handle, self.width)
