@@ -61,10 +61,15 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
 
 
 def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the milestones, every `keep_every` steps."""
+    """Delete all but the newest `keep_last` checkpoints and the milestones, every `keep_every` steps.
+
+    What is to go is renamed first: a kill half-way leaves no half a checkpoint, only a `.tmp` for the next time.
+    """
     for old in complete(run)[:-keep_last]:
         if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            old.rename(old.with_suffix(".tmp"))
+    for leftover in (run / "checkpoints").glob("step-*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def complete(run: Path) -> list[Path]:

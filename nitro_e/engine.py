@@ -105,6 +105,8 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
             f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}; "
             "start them with torchrun, and use the CPU or GPUs on all of them"
         )
+    if config.precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError("engine.precision 'fp16' needs a GPU for its loss scaler; use bf16 or float32")
     return accelerator
 
 
@@ -188,8 +190,8 @@ class Engine:
                 save_every = self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
                 if self.step % save_every == 0:
                     self.save()
-        if checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
-            self.save()
+        while checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
+            self.save()  # until it is there, or has failed too often
         if self.posthoc is not None and self.posthoc.step % self.posthoc.every:
             self.posthoc.snapshot()
         stream.close()  # ends the data workers
@@ -200,7 +202,8 @@ class Engine:
         phase, net, optimizers = self.stage.phases[index], self.nets[index], self.optimizers[index]
         factor = phase.optim.factor(self.step, self.config.steps)
         set_learning_rate(optimizers, factor)
-        phase.module.train()
+        if not phase.module.training:
+            phase.module.train()
         logs: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             with self.parallel.synchronize(net, last=micro == len(batches) - 1):
@@ -214,17 +217,20 @@ class Engine:
             self.accelerator.unscale_gradients(optimizer)
         norm = _plain(torch.nn.utils.clip_grad_norm_(phase.module.parameters(), phase.optim.clip))
         # Gradients are averaged over processes, so every process sees the same norm and decides alike.
-        # Under fp16 the loss scaler skips overflowing steps itself, which is part of finding its scale.
-        finite = math.isfinite(norm)
-        if finite or self.config.precision == "fp16":
-            for optimizer in optimizers:
-                optimizer.step()
+        # Under fp16 the loss scaler skips overflowing steps itself: part of finding its scale, until that falls below 1.
+        finite, scaler = math.isfinite(norm), self.accelerator.scaler
         for optimizer in optimizers:
+            if scaler is not None:
+                scaler.step(optimizer.optimizer)
+            elif finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scaler.update()  # once for all, which accelerate's wrapper would do for each
         if finite:
             logs |= {"grad_norm": _sum_and_count(norm), "lr": _sum_and_count(torch.tensor(phase.optim.lr * factor))}
             self._window.add("" if len(self.stage.phases) == 1 else f"{phase.name}/", logs)
-        return finite or self.config.precision == "fp16"
+        return finite or (scaler is not None and scaler.get_scale() >= 1)
 
     def _random(self, phase: Phase, micro: int) -> SlotRandom:
         """The numbers of this process's slots: the global batch is ranks in order, each rank its micro-batches."""
@@ -270,6 +276,7 @@ class Engine:
             "memory_gb": _memory_gb(self.accelerator.device),
             "skipped": self.skipped,
             "failed_saves": self.failed_saves,
+            "bad_samples": self._sum(self.stage.bad_samples),
         }
         peak = peak_teraflops(self.accelerator.device)
         if peak is not None:
@@ -322,10 +329,13 @@ class Engine:
 
     def _any(self, flag: bool) -> bool:
         """Whether any process says yes; every process must call it."""
+        return self._sum(int(flag)) > 0
+
+    def _sum(self, count: int) -> int:
+        """Over all processes, each of which must call it."""
         if self.accelerator.num_processes == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(votes, "sum").item())
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum").item())
 
     # ---- weights and files
 

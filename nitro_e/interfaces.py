@@ -101,6 +101,7 @@ class Stage(Protocol):
     phases: tuple[Phase, ...]  # run in this order at every step
     batch_size: int  # samples of one micro-batch
     forward_flops: float  # of the trained model, per sample
+    bad_samples: int  # replaced so far in this process because they could not be used
     fingerprint: dict[str, Any]  # of the data order; a resume with another one is refused
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Any]:

@@ -31,6 +31,7 @@ class ToyStage:
     name = "toy"
     fingerprint = {"shards": "toy"}
     forward_flops = 1.0
+    bad_samples = 0
 
     def __init__(self, batch_size=8, optim=OptimConfig(lr=1e-2, warmup=2), poison=()):
         torch.manual_seed(0)

@@ -245,6 +245,7 @@ def test_one_image_that_does_not_decode_is_replaced_and_counted(recipe, tmp_path
     assert run_train(recipe, run) == 0
     reports = [json.loads(line) for line in (run / "bad_samples.rank0.jsonl").read_text().splitlines()]
     assert [report["key"] for report in reports] == ["0007"]
+    assert metrics.read(run)[-1]["bad_samples"] == 1
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(recipe, tmp_path, capsys):

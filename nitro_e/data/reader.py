@@ -454,11 +454,11 @@ def worker_faults_explained(loader: DataLoader) -> Iterator[Records]:
     """The loader's items; a worker process that was killed raises TrainingError with the likely reason."""
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while handing over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise TrainingError(
-            f"{' '.join(str(error).split())[:200]}; most likely the machine ran out of memory"
+            f"a DataLoader worker ended: {' '.join(str(error).split())[:200]}; most likely the machine ran out of memory"
             " (lower data.workers or data.batch_size), or, after a bus error, a shard was cut while in use"
         ) from None
 

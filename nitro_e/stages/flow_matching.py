@@ -97,6 +97,10 @@ class FlowMatching:
         module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
         self.phases = (Phase("model", module, self.loss, config.optim),)
 
+    @property
+    def bad_samples(self) -> int:
+        return len(self.data.bad)
+
     def export(self, model: EMMDiT) -> EMMDiT:
         return model
 
