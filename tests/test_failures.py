@@ -394,7 +394,7 @@ class PremadeStage(FlowMatching):
         text = TextEmbedding(tokens, torch.arange(8) < torch.tensor([8, 3] * batch_size)[:batch_size, None])
         x = torch.randn(batch_size, config.latent_channels, side, side, generator=generator)
         self.batch = Batch(x, text, ["a"] * batch_size, ["x.tar:a"] * batch_size)
-        data = SimpleNamespace(config=SimpleNamespace(batch_size=batch_size), fingerprint=dict, null_text=lambda: None)
+        data = SimpleNamespace(config=SimpleNamespace(batch_size=batch_size), fingerprint=dict, bad=(), null_text=lambda: None)
         encoder = SimpleNamespace(encode=lambda _: TextEmbedding(tokens[:1] * 0, torch.ones(1, 8, dtype=torch.bool)))
         super().__init__(FlowMatchingConfig(optim=OptimConfig(warmup=0)), model, data, None, encoder, None, torch.device("cpu"), 1.0)
 

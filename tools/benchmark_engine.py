@@ -74,7 +74,7 @@ class Premade(FlowMatching):
 
     def __init__(self, model: EMMDiT, batch: Batch) -> None:
         size, null = len(batch.latents), TextEmbedding(*(part[:1] for part in batch.text))
-        data = SimpleNamespace(config=SimpleNamespace(batch_size=size), fingerprint=dict, null_text=lambda: null)
+        data = SimpleNamespace(config=SimpleNamespace(batch_size=size), fingerprint=dict, bad=(), null_text=lambda: null)
         config = FlowMatchingConfig(optim=OPTIM)
         super().__init__(config, model, data, codec=None, text=None, vision=None, device=torch.device("cpu"), forward_flops=1.0)
         self.batch, self.clock = batch, []
