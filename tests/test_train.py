@@ -255,6 +255,17 @@ def test_a_checkpoint_of_another_architecture_is_refused(recipe, tmp_path, capsy
     assert "of another architecture" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_compiled_and_packed_sampling_draws_the_same(recipe, tmp_path):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=30", "model.gate_init=one") == 0
+    for out, options in (("plain", []), ("compiled", ["--compile"])):
+        arguments = ["--prompt", "a plain red square", "--dtype", "bfloat16", "--out", str(tmp_path / out), *options]
+        assert sample.main([str(run), *arguments]) == 0
+    ours, theirs = (np.asarray(Image.open(tmp_path / out / "grid.png")).astype(float) for out in ("plain", "compiled"))
+    assert np.abs(ours - theirs).mean() < 3
+
+
 def test_sample_refuses_what_it_cannot_draw(recipe, tmp_path, capsys):
     assert sample.main([str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
     assert run_train(recipe, tmp_path / "run", "engine.steps=1") == 0
