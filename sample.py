@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="RUN_OR_FOLDER")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="one prompt per line")
@@ -31,14 +33,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     parser.add_argument("--steps", type=int, help="default: what the weights came with, as for the next ones")
-    parser.add_argument("--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance")
+    parser.add_argument(
+        "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
+    )
     parser.add_argument("--sampler", help="euler or heun")
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="slower start, faster steps: for many pictures")
+    parser.add_argument(
+        "--compile", action="store_true", help="slower start, faster steps: for many pictures"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
     return parser.parse_args(arguments)
 
@@ -60,18 +66,32 @@ def draw(options: argparse.Namespace) -> None:
         pipeline.compile()
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
     seeds = [options.seed + index for _ in prompts for index in range(options.num_images)]
-    overrides = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")}
+    overrides = {
+        name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")
+    }
     pictures = pipeline(
-        repeated, negative_prompt=options.negative_prompt, seeds=seeds, batch_size=options.batch_size, progress=True, **overrides
+        repeated,
+        negative_prompt=options.negative_prompt,
+        seeds=seeds,
+        batch_size=options.batch_size,
+        progress=True,
+        **overrides,
     )
     options.out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(pipeline.settings(**overrides))
     for index, (picture, prompt, seed) in enumerate(zip(pictures, repeated, seeds)):
-        details = {**settings, "negative_prompt": options.negative_prompt, "seed": seed, "model": options.source}
+        details = {
+            **settings,
+            "negative_prompt": options.negative_prompt,
+            "seed": seed,
+            "model": options.source,
+        }
         path = options.out / f"{index:04d}-{slug(prompt)}-{seed}.png"
         picture.save(path, pnginfo=png_text(prompt, details))
     columns = options.num_images if options.num_images > 1 else min(8, len(pictures))
-    image_grid(pictures, columns).save(options.out / "grid.png", pnginfo=png_text("\n".join(prompts), settings))
+    image_grid(pictures, columns).save(
+        options.out / "grid.png", pnginfo=png_text("\n".join(prompts), settings)
+    )
     print(f"{len(pictures)} pictures and grid.png are in {options.out}/")
 
 

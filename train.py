@@ -16,9 +16,13 @@ from nitro_e.config import load
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="a YAML recipe, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 data.batch_size=64")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 data.batch_size=64"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, then exit")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -39,7 +43,9 @@ def train(options: argparse.Namespace) -> None:
         finished = engine.run()
     if engine.accelerator.is_main_process:
         if finished:
-            print(f"done: {engine.step} steps. Sample with: python sample.py {engine.run_folder} --prompt '...'")
+            print(
+                f"done: {engine.step} steps. Sample with: python sample.py {engine.run_folder} --prompt '...'"
+            )
         else:
             print(f"stopped at step {engine.step}, checkpoint saved. Run the same command to continue.")
 

@@ -41,7 +41,9 @@ class Scale(NamedTuple):
         return [m * 10.0**e for e in decades for m in steps if self.low <= m * 10.0**e <= self.high]
 
 
-def line_chart(title: str, series: Sequence[Series], *, smooth: bool = True, log: bool = True, x_label: str = "step") -> str:
+def line_chart(
+    title: str, series: Sequence[Series], *, smooth: bool = True, log: bool = True, x_label: str = "step"
+) -> str:
     """A figure. Thin lines are the values, thick ones their running mean (if `smooth` and there are enough of them).
 
     log: the value axis may be logarithmic, which it is over a wide positive range.
@@ -59,10 +61,14 @@ def line_chart(title: str, series: Sequence[Series], *, smooth: bool = True, log
         if mean:
             parts.append(path(mean, x, y, colour, thin=False))
     parts.append(hovers(finite, x))
-    legend = " ".join(f'<span><i style="background:{colour}"></i>{escape(s.name)}</span>' for colour, s in finite)
+    legend = " ".join(
+        f'<span><i style="background:{colour}"></i>{escape(s.name)}</span>' for colour, s in finite
+    )
     notes = [f"{broken} values not finite"] if broken else []
     notes += ["logarithmic"] if y.log else []
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
     return figure(title, svg, legend if len(series) > 1 else "", ", ".join(notes))
 
 
@@ -151,10 +157,14 @@ def grid(x: Scale, y: Scale, x_label: str) -> str:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x.ticks():
-        parts.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{bottom}" y2="{bottom + 4}" class="axis"/>')
+        parts.append(
+            f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{bottom}" y2="{bottom + 4}" class="axis"/>'
+        )
         parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}" class="axis"/>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     return "".join(parts)
 
 

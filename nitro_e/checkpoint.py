@@ -47,7 +47,9 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
         temporary.mkdir(parents=True)
         write(temporary)
         files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
-        (temporary / "meta.json").write_text(json.dumps({"step": step, **meta, "files": files}, indent=1) + "\n")
+        (temporary / "meta.json").write_text(
+            json.dumps({"step": step, **meta, "files": files}, indent=1) + "\n"
+        )
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if final.exists():  # only after a resume from an older step
@@ -74,7 +76,11 @@ def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
 
 def complete(run: Path) -> list[Path]:
     """All completely written checkpoints of a run, oldest first."""
-    folders = [path.parent for path in (run / "checkpoints").glob("step-*/meta.json") if STEP.fullmatch(path.parent.name)]
+    folders = [
+        path.parent
+        for path in (run / "checkpoints").glob("step-*/meta.json")
+        if STEP.fullmatch(path.parent.name)
+    ]
     return sorted(folders, key=step_of)
 
 
@@ -95,7 +101,9 @@ def latest_valid(run: Path) -> Path | None:
         bad = folder.with_name(f"bad-{folder.name}")
         shutil.rmtree(bad, ignore_errors=True)
         folder.rename(bad)
-        log.warning("checkpoint %s is damaged (%s): renamed to %s, trying the one before", folder, problem, bad.name)
+        log.warning(
+            "checkpoint %s is damaged (%s): renamed to %s, trying the one before", folder, problem, bad.name
+        )
     return None
 
 
@@ -123,7 +131,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def write_status(run: Path, state: str, step: int, **details: Any) -> None:
     """`STATUS.json`, replaced atomically: running, preempted, done or failed. Job scripts decide by it."""
     temporary = run / "STATUS.json.tmp"
-    temporary.write_text(json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n")
+    temporary.write_text(
+        json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n"
+    )
     temporary.rename(run / "STATUS.json")
 
 
@@ -135,7 +145,9 @@ def lock(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another job is training in {run}; wait for it, stop it, or choose another run=...") from None
+            raise ConfigError(
+                f"another job is training in {run}; wait for it, stop it, or choose another run=..."
+            ) from None
         yield
 
 

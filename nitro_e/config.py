@@ -66,7 +66,9 @@ def apply_override(data: dict, override: str) -> None:
         if not isinstance(child, dict):
             here = ".".join(parents[: depth + 1])
             if child is not None:
-                raise ConfigError(f"override '{override}': '{here}' is {child!r}, not a mapping; override '{here}' itself")
+                raise ConfigError(
+                    f"override '{override}': '{here}' is {child!r}, not a mapping; override '{here}' itself"
+                )
             child = data[parent] = {}
         data = child
     try:
@@ -90,7 +92,9 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         where = f"{path}.{key}" if path else str(key)
         if key not in fields:
             parent = f"{path}." if path else ""
-            raise ConfigError(f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields]))
+            raise ConfigError(
+                f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields])
+            )
         values[key] = _coerce(hints[key], value, where)
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
@@ -99,7 +103,9 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         return cls(**values)
     except ConfigError as error:  # raised by __post_init__, which does not know where it stands
         message = str(error)
-        raise ConfigError(f"{path}: {message}" if path and not message.startswith(path) else message) from None
+        raise ConfigError(
+            f"{path}: {message}" if path and not message.startswith(path) else message
+        ) from None
 
 
 def to_dict(config: Any) -> Any:
@@ -197,7 +203,9 @@ def _coerce_union(args: tuple, value: Any, where: str) -> Any:
             return _coerce(option, value, where)
         except ConfigError:
             continue
-    raise ConfigError(f"{where}: expected {' or '.join(_type_name(option) for option in options)}, got {value!r}")
+    raise ConfigError(
+        f"{where}: expected {' or '.join(_type_name(option) for option in options)}, got {value!r}"
+    )
 
 
 def _type_name(hint: Any) -> str:

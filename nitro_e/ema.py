@@ -41,7 +41,9 @@ class PostHocEMAConfig:
         if self.every < 1:
             raise ConfigError(f"every must be at least 1 step, got {self.every}")
         if len(set(self.sigma_rels)) < 2:
-            raise ConfigError(f"sigma_rels: synthesis needs two different profiles, got {list(self.sigma_rels)}")
+            raise ConfigError(
+                f"sigma_rels: synthesis needs two different profiles, got {list(self.sigma_rels)}"
+            )
         for sigma_rel in self.sigma_rels:
             gamma_of(sigma_rel)
 
@@ -54,19 +56,34 @@ class PostHocEMA:
     """
 
     def __init__(
-        self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), folder: Path | None = None, every: int = 1000
+        self,
+        module: nn.Module,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        folder: Path | None = None,
+        every: int = 1000,
     ) -> None:
         config = PostHocEMAConfig(sigma_rels=tuple(sigma_rels), every=every)
-        self.module, self.sigma_rels, self.folder, self.every = module, config.sigma_rels, folder, config.every
+        self.module, self.sigma_rels, self.folder, self.every = (
+            module,
+            config.sigma_rels,
+            folder,
+            config.every,
+        )
         self.step = self.failed = 0
         self.gammas = [gamma_of(sigma_rel) for sigma_rel in self.sigma_rels]
         state = _floats(module)
         for name, tensor in state.items():
             if name.startswith(("module.", "_orig_mod.")):
-                raise ValueError(f"'{name}': give the bare module, not the one wrapped by DDP or torch.compile")
+                raise ValueError(
+                    f"'{name}': give the bare module, not the one wrapped by DDP or torch.compile"
+                )
             if tensor.dtype != torch.float32:
-                raise ConfigError(f"an average needs float32 weights, '{name}' is {tensor.dtype}; use autocast instead")
-        self.averages = [{name: tensor.detach().clone() for name, tensor in state.items()} for _ in self.sigma_rels]
+                raise ConfigError(
+                    f"an average needs float32 weights, '{name}' is {tensor.dtype}; use autocast instead"
+                )
+        self.averages = [
+            {name: tensor.detach().clone() for name, tensor in state.items()} for _ in self.sigma_rels
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -97,7 +114,11 @@ class PostHocEMA:
                 _write(state, path, {"step": str(self.step), "sigma_rel": repr(sigma_rel)})
             except (OSError, SafetensorError) as error:
                 self.failed += 1
-                log.error("snapshot %s could not be written (%s); training goes on, synthesis will be coarser", path, error)
+                log.error(
+                    "snapshot %s could not be written (%s); training goes on, synthesis will be coarser",
+                    path,
+                    error,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, in full precision (with sharded weights, all processes must call)."""
@@ -108,11 +129,15 @@ class PostHocEMA:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Snapshots past its step are superseded and removed, they will be written again."""
         if tuple(state["sigma_rels"]) != self.sigma_rels:
-            raise ConfigError(f"sigma_rels was {state['sigma_rels']}, is {list(self.sigma_rels)}; it cannot change in a run")
+            raise ConfigError(
+                f"sigma_rels was {state['sigma_rels']}, is {list(self.sigma_rels)}; it cannot change in a run"
+            )
         for ours, saved in zip(self.averages, state["averages"], strict=True):
             different = sorted(ours.keys() ^ saved.keys())
             if different:
-                raise ConfigError(f"the saved post-hoc averages are of another architecture: {different[0]} differs")
+                raise ConfigError(
+                    f"the saved post-hoc averages are of another architecture: {different[0]} differs"
+                )
             for name, tensor in ours.items():
                 tensor.copy_(_shard_like(saved[name].to(tensor.device), tensor))
         self.step = state["step"]
@@ -144,7 +169,9 @@ def gamma_of(sigma_rel: float) -> float:
     """The exponent of the profile t^gamma with relative width sigma_rel: sigma_rel^2 = (g+1) / ((g+2)^2 (g+3))."""
     widest = 12**-0.5  # gamma = 0, the plain mean
     if not 0 < sigma_rel <= widest:
-        raise ConfigError(f"sigma_rel is between 0 and {widest:.3f} (the plain mean of all steps), got {sigma_rel}")
+        raise ConfigError(
+            f"sigma_rel is between 0 and {widest:.3f} (the plain mean of all steps), got {sigma_rel}"
+        )
     inverse = sigma_rel**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
     return max(float(roots.real.max()), 0.0)
@@ -156,7 +183,9 @@ def profile_product(gamma_a: np.ndarray, t_a: np.ndarray, gamma_b: np.ndarray, t
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio / np.maximum(t_a, t_b)
 
 
-def solve(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float) -> tuple[np.ndarray, float]:
+def solve(
+    steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float
+) -> tuple[np.ndarray, float]:
     """Weights of the snapshots (steps, sigma_rels) whose sum is nearest to the profile (step, sigma_rel), and its error.
 
     Least squares over profiles (Section 3.2); the weights are then scaled to sum to one, since every profile does.
@@ -184,7 +213,9 @@ def synthesize(
     step = newest if step is None else step
     used = [snapshot for snapshot in snapshots if snapshot.step <= step]
     if not used or step > newest:
-        raise ConfigError(f"step {step}: the snapshots reach from {min((s.step for s in snapshots), default=0)} to {newest}")
+        raise ConfigError(
+            f"step {step}: the snapshots reach from {min((s.step for s in snapshots), default=0)} to {newest}"
+        )
     weights, error = solve([s.step for s in used], [s.sigma_rel for s in used], step, sigma_rel)
     if error > MAX_ERROR:
         raise ConfigError(
@@ -200,7 +231,10 @@ def synthesize(
                 if tensor.is_floating_point():
                     tensor = total.get(name, 0.0) + weight * tensor.float()
                 total[name] = tensor  # integers: as they are in the newest
-    return total, f"sigma_rel {sigma_rel:g} at step {step} from {len(used)} snapshots, profile error {100 * error:.3f}%"
+    return (
+        total,
+        f"sigma_rel {sigma_rel:g} at step {step} from {len(used)} snapshots, profile error {100 * error:.3f}%",
+    )
 
 
 def _nearest(snapshots: Sequence[Snapshot], step: int) -> str:

@@ -57,7 +57,9 @@ class Hook:
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
     beta: float = 0.9999  # per step
-    warmup_power: float | None = None  # early on, beta is 1 - step^-power (0.67 forgets a random start); None: off
+    warmup_power: float | None = (
+        None  # early on, beta is 1 - step^-power (0.67 forgets a random start); None: off
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
@@ -73,7 +75,9 @@ class EngineConfig:
     compile: bool = False  # the blocks of the model
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
     ema: EMAConfig | None = None
-    posthoc_ema: PostHocEMAConfig | None = None  # snapshots from which tools/ema.py makes any average afterwards
+    posthoc_ema: PostHocEMAConfig | None = (
+        None  # snapshots from which tools/ema.py makes any average afterwards
+    )
     save_every: int = 1000
     keep_last: int = 2  # newest checkpoints
     keep_every: int = 0  # and those at multiples of this many steps; 0: none
@@ -88,7 +92,9 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_last < 2:
-            raise ConfigError(f"keep_last must be at least 2, got {self.keep_last}: the newest one may turn out damaged")
+            raise ConfigError(
+                f"keep_last must be at least 2, got {self.keep_last}: the newest one may turn out damaged"
+            )
         if self.sharding == "fsdp" and self.precision == "fp16":
             raise ConfigError("sharding 'fsdp' has no loss scaler: use precision bf16 or float32")
 
@@ -97,7 +103,9 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     """The process group and device. Refuses to run as copies of one process under a launcher."""
     precision = {"float32": "no"}.get(config.precision, config.precision)
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=int(os.environ.get("NITRO_E_TIMEOUT_MINUTES", 10))))
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(minutes=int(os.environ.get("NITRO_E_TIMEOUT_MINUTES", 10)))
+    )
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[patience])
     world = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world:
@@ -130,7 +138,9 @@ class Engine:
         self.posthoc = self._make_posthoc()
         self.nets, self.optimizers = [], []
         for phase in stage.phases:
-            self.optimizers.append([accelerator.prepare_optimizer(o) for o in build_optimizers(phase.module, phase.optim)])
+            self.optimizers.append(
+                [accelerator.prepare_optimizer(o) for o in build_optimizers(phase.module, phase.optim)]
+            )
             self.nets.append(self.parallel.wrap(phase.module))
         self.resume()
 
@@ -142,7 +152,11 @@ class Engine:
             return True
         with self._signals():
             self.metrics = Metrics(
-                self.run_folder, start_step=self.step, tracker=self.config.tracker, config=self.record, enabled=self.main
+                self.run_folder,
+                start_step=self.step,
+                tracker=self.config.tracker,
+                config=self.record,
+                enabled=self.main,
             )
             self._status("running")
             try:
@@ -162,7 +176,11 @@ class Engine:
         stream = self.stage.batches(self.step, rank, world, self.config.accumulate)
         interval = 1 if sys.stderr.isatty() else 30
         bar = tqdm(
-            total=self.config.steps, initial=self.step, desc=self.stage.name, disable=not self.main, mininterval=interval
+            total=self.config.steps,
+            initial=self.step,
+            desc=self.stage.name,
+            disable=not self.main,
+            mininterval=interval,
         )
         self._window, self._first_step = Window(self.step), self.step
         while self.step < self.config.steps and not self._must_stop():
@@ -187,7 +205,9 @@ class Engine:
                 for hook in self.hooks:
                     if hook.every and (self.step % hook.every == 0 or last):
                         self._show(hook)
-                save_every = self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
+                save_every = (
+                    self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
+                )
                 if self.step % save_every == 0:
                     self.save()
         while checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
@@ -228,7 +248,10 @@ class Engine:
         if scaler is not None:
             scaler.update()  # once for all, which accelerate's wrapper would do for each
         if finite:
-            logs |= {"grad_norm": _sum_and_count(norm), "lr": _sum_and_count(torch.tensor(phase.optim.lr * factor))}
+            logs |= {
+                "grad_norm": _sum_and_count(norm),
+                "lr": _sum_and_count(torch.tensor(phase.optim.lr * factor)),
+            }
             self._window.add("" if len(self.stage.phases) == 1 else f"{phase.name}/", logs)
         return finite or (scaler is not None and scaler.get_scale() >= 1)
 
@@ -245,7 +268,9 @@ class Engine:
             return
         unused = [name for name, p in phase.module.named_parameters() if p.requires_grad and p.grad is None]
         if unused:
-            raise TrainingError(f"{len(unused)} parameters of phase '{phase.name}' get no gradient, such as {unused[0]}")
+            raise TrainingError(
+                f"{len(unused)} parameters of phase '{phase.name}' get no gradient, such as {unused[0]}"
+            )
 
     def _count_skip(self, batches: list[Any]) -> None:
         self.skipped += 1
@@ -272,7 +297,9 @@ class Engine:
             "samples_per_second": per_second,
             "tflops": teraflops,
             "data_wait": self._window.seconds_waiting / self._window.seconds,
-            "eta_seconds": (self.config.steps - self.step) * self._window.seconds / self._window.steps(self.step),
+            "eta_seconds": (self.config.steps - self.step)
+            * self._window.seconds
+            / self._window.steps(self.step),
             "memory_gb": _memory_gb(self.accelerator.device),
             "skipped": self.skipped,
             "failed_saves": self.failed_saves,
@@ -314,7 +341,10 @@ class Engine:
             self.stop_requested = True
 
         try:
-            previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+            previous = {
+                number: signal.signal(number, request)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            }
         except ValueError:  # not in the main thread, where signals cannot be caught
             previous = {}
         try:
@@ -377,11 +407,20 @@ class Engine:
         failure = ""
         if self.main:
             try:
-                checkpoint.save(self.run_folder, self.step, lambda folder: self._write(folder, models, state), self._meta())
+                checkpoint.save(
+                    self.run_folder,
+                    self.step,
+                    lambda folder: self._write(folder, models, state),
+                    self._meta(),
+                )
                 checkpoint.prune(self.run_folder, self.config.keep_last, self.config.keep_every)
             except OSError as error:
                 failure = str(error)
-                log.error("step %d could not be saved (%s); the checkpoints before it are untouched", self.step, error)
+                log.error(
+                    "step %d could not be saved (%s); the checkpoints before it are untouched",
+                    self.step,
+                    error,
+                )
                 self.metrics.event(self.step, "warning", message=f"checkpoint could not be saved: {error}")
         if not self._any(bool(failure)):
             self.failed_saves = 0
@@ -398,7 +437,9 @@ class Engine:
         state = {
             phase.name: {
                 "module": module_state(phase.module),
-                "optimizers": [optimizer_state(phase.module, optimizer.optimizer) for optimizer in optimizers],
+                "optimizers": [
+                    optimizer_state(phase.module, optimizer.optimizer) for optimizer in optimizers
+                ],
             }
             for phase, optimizers in zip(self.stage.phases, self.optimizers)
         }
@@ -446,14 +487,20 @@ class Engine:
         now = self._identity()
         before = {key: meta.get(key) for key in now}
         if now != before:
-            changed = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key])
-            raise ConfigError(f"{folder} is of another experiment ({changed}); give this one its own run directory: run=...")
+            changed = "; ".join(
+                f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key]
+            )
+            raise ConfigError(
+                f"{folder} is of another experiment ({changed}); give this one its own run directory: run=..."
+            )
         for phase, optimizers in zip(self.stage.phases, self.optimizers):
             state = self._saved(folder, phase.name)
             check_fits(phase.module, state["module"], folder)
             load_module_state(phase.module, state["module"])
             if len(state["optimizers"]) != len(optimizers):
-                raise ConfigError(f"{folder} was trained with another kind of optimiser; set optim.kind back, or use init_from")
+                raise ConfigError(
+                    f"{folder} was trained with another kind of optimiser; set optim.kind back, or use init_from"
+                )
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 load_optimizer_state(phase.module, optimizer.optimizer, saved)
         if self.ema is not None:
@@ -468,7 +515,6 @@ class Engine:
         self.step, self.skipped = meta["step"], meta["skipped"]
         if self.main:
             print(f"resuming {self.run_folder} at step {self.step}")
-
 
     def _saved(self, folder: Path, name: str) -> dict[str, Any]:
         path = folder / "trainer" / f"{name}.pt"

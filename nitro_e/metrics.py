@@ -89,7 +89,9 @@ class Metrics:
             kind = _best_tracker()
         mode = mode or os.environ.get("WANDB_MODE", "online")
         if kind == "wandb" and mode == "online" and not has_wandb_key():
-            self._warn("wandb has no key (wandb login, or WANDB_API_KEY): offline; send it later with wandb sync")
+            self._warn(
+                "wandb has no key (wandb login, or WANDB_API_KEY): offline; send it later with wandb sync"
+            )
             mode = "offline"
         if kind == "none" or (kind == "wandb" and mode == "disabled"):
             return
@@ -105,7 +107,9 @@ class Metrics:
         if self.mirror is not None:
             self._attempt(lambda: action(self.mirror))
             if self.failures >= MAX_FAILURES:
-                self._warn(f"the tracker failed {self.failures} times and is dropped; {self._lines.path} goes on")
+                self._warn(
+                    f"the tracker failed {self.failures} times and is dropped; {self._lines.path} goes on"
+                )
                 self.mirror = None
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -129,7 +133,9 @@ class WandB:
 
         id_file = run / "wandb_id.txt"
         settings = {"silent": True, "console": "off", "init_timeout": 30}
-        if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):  # without it, no network means no end
+        if "finish_timeout" in getattr(
+            wandb.Settings, "model_fields", {}
+        ):  # without it, no network means no end
             settings["finish_timeout"] = 60
         self.wandb = wandb
         self.page = wandb.init(
@@ -176,7 +182,9 @@ class _Lines:
         self.path = path
         cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = path.open("ab", buffering=0)
-        self._pending = b"\n" if cut_short else b""  # a kill in the middle of a line: do not glue the next one to it
+        self._pending = (
+            b"\n" if cut_short else b""
+        )  # a kill in the middle of a line: do not glue the next one to it
 
     def append(self, line: str) -> None:
         failed_before = self._pending not in (b"", b"\n")
@@ -186,14 +194,18 @@ class _Lines:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             lines = self._pending.count(b"\n")
-            log.error("CANNOT WRITE %s (%s): %d lines are held in memory; free some space", self.path, error, lines)
+            log.error(
+                "CANNOT WRITE %s (%s): %d lines are held in memory; free some space", self.path, error, lines
+            )
         else:
             if failed_before:
                 log.warning("%s can be written again; no line was lost", self.path)
 
     def close(self) -> None:
         if self._pending:
-            log.error("LOST: the last %d lines of %s could not be written", self._pending.count(b"\n"), self.path)
+            log.error(
+                "LOST: the last %d lines of %s could not be written", self._pending.count(b"\n"), self.path
+            )
         self._file.close()
 
 

@@ -32,7 +32,9 @@ class OptimConfig:
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay is a share of the steps, 0 to 1, got {self.decay}")
         if self.clip <= 0:
-            raise ConfigError(f"clip must be positive, got {self.clip} (use a large value to switch clipping off)")
+            raise ConfigError(
+                f"clip must be positive, got {self.clip} (use a large value to switch clipping off)"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
         if self.kind == "muon" and not hasattr(torch.optim, "Muon"):
@@ -63,7 +65,12 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
     optimizers.append(
         torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+            parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=fused,
         )
     )
     for optimizer in optimizers:

@@ -47,8 +47,12 @@ class Sharded(Replicated):
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         if accelerator.num_processes == 1:
-            raise ConfigError("engine.sharding 'fsdp' needs several processes: torchrun --nproc_per_node N train.py ...")
-        self.mesh = torch.distributed.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+            raise ConfigError(
+                "engine.sharding 'fsdp' needs several processes: torchrun --nproc_per_node N train.py ..."
+            )
+        self.mesh = torch.distributed.device_mesh.init_device_mesh(
+            accelerator.device.type, (accelerator.num_processes,)
+        )
         self._whole: dict[int, nn.Module] = {}
 
     def keep_whole(self, model: nn.Module) -> None:
@@ -106,7 +110,8 @@ def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[st
     for name, values in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            key: scatter(value, parameter) if value.shape == parameter.shape else value for key, value in values.items()
+            key: scatter(value, parameter) if value.shape == parameter.shape else value
+            for key, value in values.items()
         }
 
 
@@ -117,4 +122,6 @@ def gather(tensor: Tensor) -> Tensor:
 def scatter(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor laid out as `like` is."""
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    )

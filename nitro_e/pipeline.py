@@ -33,12 +33,18 @@ class Use:
 class TextToImage:
     """Call it with prompts. `defaults` are the sampling settings that the weights came with."""
 
-    def __init__(self, model: EMMDiT, codec: LatentCodec, text: TextEncoder, defaults: SamplingConfig) -> None:
+    def __init__(
+        self, model: EMMDiT, codec: LatentCodec, text: TextEncoder, defaults: SamplingConfig
+    ) -> None:
         self.model, self.codec, self.text, self.defaults = model, codec, text, defaults
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **components: Any
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        **components: Any,
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
@@ -63,7 +69,12 @@ class TextToImage:
     ) -> list[Image.Image]:  # fmt: skip
         """One picture per prompt. seeds: one per prompt (default 0, 1, ...); overrides: fields of SamplingConfig."""
         pixels = self.pixels(
-            prompts, negative_prompt=negative_prompt, seeds=seeds, batch_size=batch_size, progress=progress, **overrides
+            prompts,
+            negative_prompt=negative_prompt,
+            seeds=seeds,
+            batch_size=batch_size,
+            progress=progress,
+            **overrides,
         )
         return [to_image(picture) for picture in pixels]
 
@@ -81,7 +92,9 @@ class TextToImage:
         parts = []
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, start + batch_size)
-            parts.append(self._batch(prompts[chosen], negative_prompt, seeds[chosen], settings, progress).cpu())
+            parts.append(
+                self._batch(prompts[chosen], negative_prompt, seeds[chosen], settings, progress).cpu()
+            )
         return torch.cat(parts)
 
     def settings(self, **overrides: Any) -> SamplingConfig:
@@ -90,12 +103,19 @@ class TextToImage:
         return from_dict(SamplingConfig, {**to_dict(self.defaults), **given}, "sampling")
 
     def _batch(
-        self, prompts: list[str], negative_prompt: str, seeds: list[int], settings: SamplingConfig, progress: bool
+        self,
+        prompts: list[str],
+        negative_prompt: str,
+        seeds: list[int],
+        settings: SamplingConfig,
+        progress: bool,
     ) -> Tensor:
         device = next(self.model.parameters()).device
         x = initial_noise(seeds, self.latent_shape(*settings.size)).to(device)  # (B, C, h, w)
         text = self.text.encode(prompts)
-        negative = TextEmbedding(*(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt])))
+        negative = TextEmbedding(
+            *(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt]))
+        )
         velocity = guide(self.model, text, negative, settings.guidance_scale)
         latents = SAMPLERS[settings.sampler](velocity, x, settings.times().to(device), progress)
         return self.codec.decode(latents).float().clamp(-1, 1)
@@ -107,7 +127,9 @@ class TextToImage:
         if height % unit or width % unit:
             nearest = config.nearest_grids(round(height / unit), round(width / unit))
             sizes = ", ".join(f"{rows * unit}x{columns * unit}" for rows, columns in nearest)
-            raise ConfigError(f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px")
+            raise ConfigError(
+                f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px"
+            )
         config.check_grid(height // unit, width // unit, self.text.length, pixels=unit)
         return self.codec.channels, height // stride, width // stride
 

@@ -171,9 +171,16 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 def header(record: Record) -> str:
     state = record.state()
     colour = {"done": "good", "running": "good", "failed": "bad"}.get(state, "fair")
-    reason = f"<p class='missing'>{escape(str(record.status['reason']))}</p>" if record.status.get("reason") else ""
+    reason = (
+        f"<p class='missing'>{escape(str(record.status['reason']))}</p>"
+        if record.status.get("reason")
+        else ""
+    )
     tiles = [
-        ("steps", f"{record.last_step:,}" + (f" of {record.steps:,}" if isinstance(record.steps, int) else "")),
+        (
+            "steps",
+            f"{record.last_step:,}" + (f" of {record.steps:,}" if isinstance(record.steps, int) else ""),
+        ),
         ("wall-clock", duration(record.seconds())),
         ("final loss", _shown(record.final("loss"))),
         ("samples/s", _shown(statistics.median(record.values("samples_per_second") or [float("nan")]))),
@@ -182,7 +189,9 @@ def header(record: Record) -> str:
         ("failed saves", _counter(record, "failed_saves")),
         ("attempts", str(len(record.attempts()) or "–")),
     ]
-    boxes = "".join(f"<div class='tile'><b>{escape(value)}</b><span>{name}</span></div>" for name, value in tiles)
+    boxes = "".join(
+        f"<div class='tile'><b>{escape(value)}</b><span>{name}</span></div>" for name, value in tiles
+    )
     return (
         f"<header><h1>{escape(record.name)} <em class='{colour}'>{escape(state)}</em></h1>"
         f"<p>{escape(record.stage)} · {escape(str(record.folder))} · report of {_time(None)}</p>{reason}"
@@ -205,7 +214,11 @@ def curves(records: Sequence[Record]) -> str:
         log = "loss" in name or name == "grad_norm"
         charts.append(line_chart(title_of(group, names), series, smooth=name not in NOT_NOISY, log=log))
     note = "<p class='note'>Thin: every report. Thick: running mean. Hover for values.</p>"
-    return f"{note}<div class='charts'>{''.join(charts)}</div>" if charts else _missing("No metrics were recorded.")
+    return (
+        f"{note}<div class='charts'>{''.join(charts)}</div>"
+        if charts
+        else _missing("No metrics were recorded.")
+    )
 
 
 def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -253,7 +266,9 @@ def samples(record: Record) -> str:
     for name, files in pictures.items():
         shown = spread(files, MAX_GRIDS)
         if len(shown) < len(files):
-            parts.append(f"<p class='note'>{len(shown)} of {len(files)} '{escape(name)}' grids; all are in samples/.</p>")
+            parts.append(
+                f"<p class='note'>{len(shown)} of {len(files)} '{escape(name)}' grids; all are in samples/.</p>"
+            )
         parts += [picture(path, f"{name}, step {step:,}") for step, path in shown]
     prompts = (record.config or {}).get("prompts") or []
     if prompts:
@@ -289,11 +304,17 @@ def history(record: Record) -> str:
             [str(lines[0].get("attempt", "–")), _time(lines[0]["time"]), steps, took, str(found.get("processes", "–")),
              str(found.get("device", "–")), str(found.get("git") or "–")]
         )  # fmt: skip
-    parts = [table(["attempt", "started", "steps", "took", "processes", "device", "commit"], rows)] if rows else []
+    parts = (
+        [table(["attempt", "started", "steps", "took", "processes", "device", "commit"], rows)]
+        if rows
+        else []
+    )
     events = [line for line in record.lines if line.get("event") not in (None, "start")]
     if len(events) > MAX_WARNINGS:
         parts.append(f"<p class='note'>The last {MAX_WARNINGS} of {len(events)} events.</p>")
-    items = "".join(f"<li>step {line['step']:,}: {escape(_event(line))}</li>" for line in events[-MAX_WARNINGS:])
+    items = "".join(
+        f"<li>step {line['step']:,}: {escape(_event(line))}</li>" for line in events[-MAX_WARNINGS:]
+    )
     parts.append(f"<ul>{items}</ul>" if items else "<p class='note'>No warnings.</p>")
     return "".join(parts)
 
@@ -304,9 +325,17 @@ def environment(record: Record) -> str:
         return _missing("Not recorded.")
     newest = dict(starts[-1])
     packages = newest.pop("packages", None) or {}
-    newest["packages"] = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
-    note = "<p class='note'>Of the newest attempt; they differ.</p>" if any(s != starts[-1] for s in starts) else ""
-    return note + table([], [[name, str(value if value is not None else "unknown")] for name, value in newest.items()])
+    newest["packages"] = ", ".join(
+        f"{name} {version or 'not installed'}" for name, version in packages.items()
+    )
+    note = (
+        "<p class='note'>Of the newest attempt; they differ.</p>"
+        if any(s != starts[-1] for s in starts)
+        else ""
+    )
+    return note + table(
+        [], [[name, str(value if value is not None else "unknown")] for name, value in newest.items()]
+    )
 
 
 def config(record: Record) -> str:
@@ -329,7 +358,9 @@ def results(records: Sequence[Record]) -> str:
 
 def differences(records: Sequence[Record]) -> str:
     flat = [flatten(record.config or {}) for record in records]
-    keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in ("name", "run")]
+    keys = [
+        key for key in dict.fromkeys(key for values in flat for key in values) if key not in ("name", "run")
+    ]
     rows = [
         [key, *(json.dumps(values[key]) if key in values else "–" for values in flat)]
         for key in keys
@@ -367,7 +398,9 @@ def section(title: str, body: str) -> str:
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    top = "<thead><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead>" if head else ""
+    top = (
+        "<thead><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead>" if head else ""
+    )
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table>{top}<tbody>{body}</tbody></table></div>"
 
@@ -395,7 +428,13 @@ def duration(seconds: float) -> str:
     days, hours = divmod(hours, 24)
     if days:
         return f"{days} d {hours} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {seconds:02d} s"
+        if minutes
+        else f"{seconds} s"
+    )
 
 
 def _labels(records: Sequence[Record]) -> list[str]:
@@ -438,7 +477,9 @@ def _missing(message: str) -> str:
 
 def _time(seconds: float | None) -> str:
     zone = datetime.timezone.utc
-    moment = datetime.datetime.now(zone) if seconds is None else datetime.datetime.fromtimestamp(seconds, zone)
+    moment = (
+        datetime.datetime.now(zone) if seconds is None else datetime.datetime.fromtimestamp(seconds, zone)
+    )
     return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 

@@ -11,7 +11,12 @@ import torch
 
 from nitro_e import checkpoint
 from nitro_e.components import (
-    ComponentConfig, build_codec, build_text_encoder, build_vision_encoder, codec_shape, text_shape,
+    ComponentConfig,
+    build_codec,
+    build_text_encoder,
+    build_vision_encoder,
+    codec_shape,
+    text_shape,
 )  # fmt: skip
 from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
@@ -39,7 +44,9 @@ class RunConfig:
     name: str
     run: str | None = None  # run directory; None: runs/NAME
     seed: int = 0
-    init_from: str | None = None  # weights to start from: a run, checkpoint or model folder, with @model or @ema
+    init_from: str | None = (
+        None  # weights to start from: a run, checkpoint or model folder, with @model or @ema
+    )
     model: ModelConfig
     stage: FlowMatchingConfig
     data: DataConfig
@@ -57,7 +64,9 @@ class RunConfig:
                    "REPA needs a vision encoder; set components.vision or stage.repa: null")
             )  # fmt: skip
         if repa is not None and not (1 <= repa.tap <= self.model.depth and self.model.on_full_grid(repa.tap)):
-            raise ConfigError(f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; {self._taps()}")
+            raise ConfigError(
+                f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; {self._taps()}"
+            )
         if self.sampling.resolution != self.data.resolution:
             raise ConfigError(
                 f"sampling.resolution {self.sampling.resolution} differs from data.resolution {self.data.resolution}; "
@@ -67,11 +76,16 @@ class RunConfig:
 
     def _check_shapes(self) -> None:
         """What can be known of the components before they are loaded."""
-        shape, (text_width, text_length) = codec_shape(self.components.codec), text_shape(self.components.text)
+        shape, (text_width, text_length) = (
+            codec_shape(self.components.codec),
+            text_shape(self.components.text),
+        )
         if shape is not None:
             self._check_codec(*shape, text_length)
         if text_width not in (None, self.model.text_width):
-            raise ConfigError(f"model.text_width is {self.model.text_width}, but '{self.components.text.name}' gives {text_width}")
+            raise ConfigError(
+                f"model.text_width is {self.model.text_width}, but '{self.components.text.name}' gives {text_width}"
+            )
 
     def _check_codec(self, channels: int, stride: int, text_length: int) -> None:
         if channels != self.model.latent_channels:
@@ -80,7 +94,9 @@ class RunConfig:
             )
         side, rest = divmod(self.data.resolution, stride)
         if rest:
-            raise ConfigError(f"data.resolution {self.data.resolution} is not a multiple of the codec's stride {stride}")
+            raise ConfigError(
+                f"data.resolution {self.data.resolution} is not a multiple of the codec's stride {stride}"
+            )
         self.model.check_grid(*self.model.latent_grid(side, side), text_length)
 
     def _taps(self) -> str:
@@ -105,7 +121,9 @@ def summary(config: RunConfig) -> str:
     ]
     batch = config.data.batch_size * config.engine.accumulate * world
     optim, steps = config.stage.optim, config.engine.steps
-    copies = 4 + 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)  # 2 weights, 2 moments
+    copies = (
+        4 + 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)
+    )  # 2 weights, 2 moments
     kept = config.engine.keep_last + (steps // config.engine.keep_every if config.engine.keep_every else 0)
     gigabytes = 4e-9 * total.parameters * copies
     lines = [
@@ -125,7 +143,9 @@ def summary(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def open_run_data(config: RunConfig, latent_shape: tuple[int, int, int] | None = None, text_length: int = 128) -> Data:
+def open_run_data(
+    config: RunConfig, latent_shape: tuple[int, int, int] | None = None, text_length: int = 128
+) -> Data:
     """The data as this run reads it; stored columns must come from the components it names."""
     vision = config.components.vision is not None
     data = open_data(
@@ -136,7 +156,9 @@ def open_run_data(config: RunConfig, latent_shape: tuple[int, int, int] | None =
         component = {"latents": "codec", "text": "text", "features": "vision"}.get(column)
         ours = component and getattr(config.components, component)
         if ours is not None and made.get("name") not in (None, ours.name):
-            raise ConfigError(f"components.{component} is '{ours.name}', but the stored {column} were made with '{made['name']}'")
+            raise ConfigError(
+                f"components.{component} is '{ours.name}', but the stored {column} were made with '{made['name']}'"
+            )
     if data.text_format == "ragged" and config.model.text_mask == "none":
         raise ConfigError(
             "model.text_mask is 'none', which attends to padded positions, but the stored text has none (ragged); "
@@ -157,7 +179,9 @@ def build(config: RunConfig) -> Engine:
     codec = build_codec(config.components.codec, device)
     text = build_text_encoder(config.components.text, device)
     if text.width != config.model.text_width:
-        raise ConfigError(f"model.text_width is {config.model.text_width}, but the text encoder gives {text.width}")
+        raise ConfigError(
+            f"model.text_width is {config.model.text_width}, but the text encoder gives {text.width}"
+        )
     config._check_codec(codec.channels, codec.stride, text.length)
     side = config.data.resolution // codec.stride
     data = open_run_data(config, (codec.channels, side, side), text.length)
@@ -189,7 +213,9 @@ def build_model(config: RunConfig) -> EMMDiT:
     source = load_pretrained(checkpoint.model_folder(config.init_from)).float()
     theirs, ours = architecture(source.config), architecture(config.model)
     if theirs != ours:
-        different = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
+        different = ", ".join(
+            f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]
+        )
         raise ConfigError(f"init_from '{config.init_from}' is another architecture: {different}")
     model = EMMDiT(config.model)
     model.load_state_dict(source.state_dict())
@@ -198,7 +224,11 @@ def build_model(config: RunConfig) -> EMMDiT:
 
 def architecture(config: ModelConfig) -> dict:
     """The fields that decide what the weights are; initial values do not, and a continuation may change grid and ASA."""
-    return {key: value for key, value in to_dict(config).items() if key not in ("gate_init", "base_grid", "attention")}
+    return {
+        key: value
+        for key, value in to_dict(config).items()
+        if key not in ("gate_init", "base_grid", "attention")
+    }
 
 
 def first_records(data: Data) -> Records:
@@ -212,12 +242,21 @@ def first_sample(data: Data) -> str:
     """Its key, caption and stored arrays."""
     records = first_records(data)
     text = None if records.text is None else records.text.tokens
-    arrays = {"pixels": records.pixels, "latents": records.latents, "text": text, "features": records.features}
-    shapes = [f"{name} {'x'.join(map(str, array.shape[1:]))}" for name, array in arrays.items() if array is not None]
+    arrays = {
+        "pixels": records.pixels,
+        "latents": records.latents,
+        "text": text,
+        "features": records.features,
+    }
+    shapes = [
+        f"{name} {'x'.join(map(str, array.shape[1:]))}" for name, array in arrays.items() if array is not None
+    ]
     return f"{records.keys[0]}: {', '.join(shapes)}, '{records.prompts[0]}'"
 
 
-def sample_grid_hook(config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]) -> Hook:
+def sample_grid_hook(
+    config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]
+) -> Hook:
     """Fixed prompts and seeds, so that grids of different steps show the same pictures getting better."""
 
     def run(model: torch.nn.Module) -> dict:

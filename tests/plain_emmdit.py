@@ -59,7 +59,9 @@ class PlainEMMDiT:
     def path(self, x, name):
         """Two 1x1 convolutions."""
         x = F.conv2d(x, self.state[f"{name}.1.weight"], self.state[f"{name}.1.bias"])
-        return F.conv2d(F.gelu(x, approximate="tanh"), self.state[f"{name}.3.weight"], self.state[f"{name}.3.bias"])
+        return F.conv2d(
+            F.gelu(x, approximate="tanh"), self.state[f"{name}.3.weight"], self.state[f"{name}.3.bias"]
+        )
 
     def compress(self, image, grid):
         image = rearrange(image, "b (h w) d -> b d h w", h=grid[0])
@@ -108,7 +110,9 @@ class PlainEMMDiT:
         return (bias + shared * (1 + scale)).chunk(6, dim=1)
 
     def norm1(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps=1e-5)
+        return F.layer_norm(
+            x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps=1e-5
+        )
 
     def feed_forward(self, x, name, shift, scale, gate):
         hidden = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -123,11 +127,18 @@ class PlainEMMDiT:
         ):
             q, k, v = (
                 rearrange(
-                    self.linear(x, f"{name}.{part}"), "b (l s n) (h k) -> (b s) h (l n) k", s=ratio, n=run, h=self.heads
+                    self.linear(x, f"{name}.{part}"),
+                    "b (l s n) (h k) -> (b s) h (l n) k",
+                    s=ratio,
+                    n=run,
+                    h=self.heads,
                 )
                 for part in names
             )
-            q, k = (F.rms_norm(x, x.shape[-1:], self.state[f"{name}.{n}.weight"], eps=1e-6) for x, n in zip((q, k), norms))
+            q, k = (
+                F.rms_norm(x, x.shape[-1:], self.state[f"{name}.{n}.weight"], eps=1e-6)
+                for x, n in zip((q, k), norms)
+            )
             streams[names] = q, k, v
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(*streams.values()))
         out = F.scaled_dot_product_attention(q, k, v)

@@ -17,7 +17,9 @@ from nitro_e.model import EMMDiT, ModelConfig, emmdit, layers
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
 from nitro_e.sampling import SamplingConfig, euler, guide
 
-MICRO = dict(latent_channels=3, text_width=5, width=16, heads=2, groups=[1, 1, 1], base_grid=8, position_table=16)
+MICRO = dict(
+    latent_channels=3, text_width=5, width=16, heads=2, groups=[1, 1, 1], base_grid=8, position_table=16
+)
 CYCLE = ["full", "4x1", "2x2"]
 
 COMPRESSION = [([], False), *itertools.product([[2], [4], [2, 4]], [True, False])]
@@ -101,7 +103,10 @@ def test_builds_trains_saves_loads_and_samples(choices, tmp_path):
 def test_the_product_is_of_all_choices():
     """A new field of ModelConfig must be varied above or be named here."""
     varied = {key for choices in PRODUCT + ALONE for key in choices}
-    assert {field.name for field in dataclasses.fields(ModelConfig)} - varied == {"latent_channels", "text_width"}
+    assert {field.name for field in dataclasses.fields(ModelConfig)} - varied == {
+        "latent_channels",
+        "text_width",
+    }
 
 
 # ---- what is off has no parameters, and no branch
@@ -113,11 +118,19 @@ def keys(**choices) -> set[str]:
 
 def test_what_is_off_has_no_parameters():
     everything = keys()
-    assert not any("press" in key or "reconstruct" in key for key in keys(compression=[], position_reinforcement=False))
-    assert not any("_norm" in key for key in keys(qk_norm=False)) and any("q_norm" in key for key in everything)
+    assert not any(
+        "press" in key or "reconstruct" in key for key in keys(compression=[], position_reinforcement=False)
+    )
+    assert not any("_norm" in key for key in keys(qk_norm=False)) and any(
+        "q_norm" in key for key in everything
+    )
     assert not any("shared" in key for key in keys(modulation="full"))
-    assert everything - keys(modulation="single") == {key for key in everything if key.endswith("modulation.scale")}
-    assert keys(position_reinforcement=False) == everything == keys(text_mask="real") == keys(attention=["full"])
+    assert everything - keys(modulation="single") == {
+        key for key in everything if key.endswith("modulation.scale")
+    }
+    assert (
+        keys(position_reinforcement=False) == everything == keys(text_mask="real") == keys(attention=["full"])
+    )
 
 
 def test_flags_are_not_branched_on_in_forward():
@@ -136,7 +149,9 @@ def test_flags_are_not_branched_on_in_forward():
                 functions += 1
                 for branch in ast.walk(node):
                     if isinstance(branch, (ast.If, ast.IfExp)):
-                        names = {part.attr for part in ast.walk(branch.test) if isinstance(part, ast.Attribute)}
+                        names = {
+                            part.attr for part in ast.walk(branch.test) if isinstance(part, ast.Attribute)
+                        }
                         assert not names & fields, f"{node.name} branches on {names & fields}"
     assert functions > 15
 
@@ -177,7 +192,9 @@ def test_position_reinforcement_is_the_second_addition_of_the_table():
     arguments = inputs(on.config)
     with torch.no_grad():
         assert (on(*arguments) - off(*arguments)).abs().max() > 1e-3
-        off.reconstruct.register_forward_hook(lambda _, given, out: out + on.position.table[4:12, 4:12].reshape(64, -1))
+        off.reconstruct.register_forward_hook(
+            lambda _, given, out: out + on.position.table[4:12, 4:12].reshape(64, -1)
+        )
         torch.testing.assert_close(off(*arguments), on(*arguments), rtol=1e-5, atol=1e-6)
 
 
@@ -191,7 +208,11 @@ def test_gate_init(modulation):
         m = model.blocks[0].image.modulation(time)
         gates[kind] = torch.cat([m.gate_attention, m.gate_mlp]).detach().flatten()
     assert not gates["zero"].any()
-    assert abs(gates["one"].mean() - 1) < 0.1 and abs(gates["random"].mean()) < 0.1 and gates["random"].std() > 1e-3
+    assert (
+        abs(gates["one"].mean() - 1) < 0.1
+        and abs(gates["random"].mean()) < 0.1
+        and gates["random"].std() > 1e-3
+    )
 
 
 def test_zero_gates_make_every_block_the_identity():
@@ -200,7 +221,9 @@ def test_zero_gates_make_every_block_the_identity():
     assert all(torch.equal(tap, taps[0]) for tap in taps)
 
 
-@pytest.mark.parametrize("choices", [dict(modulation="affine"), dict(modulation="single"), dict(modulation="full")], ids=name)
+@pytest.mark.parametrize(
+    "choices", [dict(modulation="affine"), dict(modulation="single"), dict(modulation="full")], ids=name
+)
 def test_parameter_counts(choices):
     """Closed forms, biases included."""
     d, hidden, k, c, text = 16, 48, 8, 3, 5
@@ -211,14 +234,25 @@ def test_parameter_counts(choices):
     attention_input = 2 * d + 3 * d * d + 3 * d + 2 * k
     stream = per_stream + attention_input + d * d + d + 2 * d * hidden + hidden + d
     ends = (c * d + d) + (text * d + d) + (256 * d + d + d * d + d) + (d * c + c)
-    paths = sum((d * r * r) * d + d + d * d + d + (d // r**2) * d + d + d * d + d for r in (2, 4)) + 3 * d * d + d + d * d + d
-    assert sum(p.numel() for p in model.parameters()) == ends + shared + paths + 2 * 2 * stream + stream + attention_input
+    paths = (
+        sum((d * r * r) * d + d + d * d + d + (d // r**2) * d + d + d * d + d for r in (2, 4))
+        + 3 * d * d
+        + d
+        + d * d
+        + d
+    )
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == ends + shared + paths + 2 * 2 * stream + stream + attention_input
+    )
 
 
 def test_config_survives_its_own_dump():
     for choices in PRODUCT + ALONE:
         config = (
-            build(**choices).config if choices in ALONE else from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices})
+            build(**choices).config
+            if choices in ALONE
+            else from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices})
         )
         assert from_dict(ModelConfig, to_dict(config)) == config
 
@@ -264,13 +298,20 @@ def test_forward_is_one_graph():
     model = perturb(build())
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs(model.config)), model(*inputs(model.config)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(*inputs(model.config)), model(*inputs(model.config)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "choices",
-    [{}, dict(compression=[], position_reinforcement=False, modulation="full", qk_norm=False, text_mask="real")],
+    [
+        {},
+        dict(
+            compression=[], position_reinforcement=False, modulation="full", qk_norm=False, text_mask="real"
+        ),
+    ],
     ids=name,
 )
 def test_forward_and_backward_are_one_graph(choices):

@@ -83,7 +83,9 @@ def chaos(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
     for number in range(kills):
         process = start(run, dict(options))
         interrupted += kill(process, run, chance, ("in a save", "any time", "between")[number % 3])
-        assert process.exitcode == -9, f"it ended before it could be killed, those before at {reached}: raise steps"
+        assert process.exitcode == -9, (
+            f"it ended before it could be killed, those before at {reached}: raise steps"
+        )
         assert_all_load(run)
         reached.append(newest_step(run))
     last = start(run, dict(options))
@@ -94,7 +96,9 @@ def chaos(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
     rows = {"clean": metrics.read(clean), "killed": metrics.read(run)}
     curves = {name: {row["step"]: (row["loss"], row["grad_norm"]) for row in of} for name, of in rows.items()}
     assert [row["step"] for row in rows["killed"]] == list(range(1, steps + 1))
-    difference = max(abs(a - b) for step, ours in curves["killed"].items() for a, b in zip(ours, curves["clean"][step]))
+    difference = max(
+        abs(a - b) for step, ours in curves["killed"].items() for a, b in zip(ours, curves["clean"][step])
+    )
     print(
         f"\n{kills} kills, {interrupted} of them in a save, checkpoints found at steps {reached} of {steps}, "
         f"{time.time() - began:.1f} s, largest difference of losses and gradient norms {difference}", file=sys.stderr,
@@ -102,7 +106,10 @@ def chaos(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
     assert curves["killed"] == curves["clean"] and difference == 0.0
     assert interrupted >= kills // 10 and reached == sorted(reached) and reached[-1] > 0
     for which in ("model", "ema"):
-        ours, theirs = (torch.load(checkpoint.latest(r) / "trainer" / f"{which}.pt", weights_only=True) for r in (run, clean))
+        ours, theirs = (
+            torch.load(checkpoint.latest(r) / "trainer" / f"{which}.pt", weights_only=True)
+            for r in (run, clean)
+        )
         assert all(torch.equal(ours["module"][name], tensor) for name, tensor in theirs["module"].items())
     assert_all_load(run)
 
@@ -111,7 +118,9 @@ def chaos(tmp_path: Path, kills: int, steps: int, seed: int) -> None:
 def _imports(monkeypatch):
     """The fork server starts as a bare Python."""
     root = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")])
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

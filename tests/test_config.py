@@ -51,7 +51,9 @@ class Tree:
 
 
 def test_round_trip_through_yaml():
-    tree = from_dict(Tree, {"name": "a", "optim": {"lr": "1e-4"}, "fruit": {"kind": "pear"}, "sizes": [1, 2], "part": "x"})
+    tree = from_dict(
+        Tree, {"name": "a", "optim": {"lr": "1e-4"}, "fruit": {"kind": "pear"}, "sizes": [1, 2], "part": "x"}
+    )
     assert tree.optim.lr == 1e-4 and tree.fruit == Pear() and tree.part == Part(name="x")
     import yaml
 
@@ -125,7 +127,11 @@ def test_every_field_of_every_config_is_read_somewhere():
             continue
         seen.add(cls)
         for name, hint in typing.get_type_hints(cls).items():
-            if typing.get_origin(hint) is ClassVar or name == "kind" or name not in {f.name for f in dataclasses.fields(cls)}:
+            if (
+                typing.get_origin(hint) is ClassVar
+                or name == "kind"
+                or name not in {f.name for f in dataclasses.fields(cls)}
+            ):
                 continue
             assert re.search(rf"\.{name}\b", source), f"{cls.__name__}.{name} is never read"
             pending += [arg for arg in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(arg)]

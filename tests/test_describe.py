@@ -29,7 +29,9 @@ def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tup
     with torch.device("meta"):
         model = EMMDiT(config)
         x = torch.empty(1, config.latent_channels, *(side * config.patch_size for side in grid))
-        text = TextEmbedding(torch.empty(1, text_length, config.text_width), torch.ones(1, text_length, dtype=torch.bool))
+        text = TextEmbedding(
+            torch.empty(1, text_length, config.text_width), torch.ones(1, text_length, dtype=torch.bool)
+        )
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(x, torch.empty(1), text)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
@@ -59,7 +61,9 @@ def test_counts_are_those_of_the_forward_pass(config, grid, text_length):
     edges = {"blocks before": range(first), "blocks inside": range(first, first + inside),
              "blocks after": range(first + inside, first + inside + last)}  # fmt: skip
     for name, indices in edges.items():
-        assert sum(flops[f"EMMDiT.blocks.{index}"] for index in indices) == (parts[name].flops if name in parts else 0)
+        assert sum(flops[f"EMMDiT.blocks.{index}"] for index in indices) == (
+            parts[name].flops if name in parts else 0
+        )
     for name, module in {
         "compression": "compress",
         "reconstruction": "reconstruct",
@@ -79,7 +83,10 @@ def test_published_size_cost_and_reduction():
 def test_affine_modulation_saves_a_projection_per_block():
     """47 modulated streams (24 image, 23 text): 6 D^2 + 6 D each, against 12 D each and one shared 6 D^2 + 6 D."""
     d = 768
-    affine, full = describe.total(ModelConfig()).parameters, describe.total(ModelConfig(modulation="full")).parameters
+    affine, full = (
+        describe.total(ModelConfig()).parameters,
+        describe.total(ModelConfig(modulation="full")).parameters,
+    )
     assert full - affine == 47 * (6 * d * d + 6 * d - 12 * d) - (6 * d * d + 6 * d)
 
 

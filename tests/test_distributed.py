@@ -16,7 +16,11 @@ SCRIPT = Path(__file__).parent / "toy_run.py"
 
 
 def launch(run: Path, processes: int, **options) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NITRO_E_TIMEOUT_MINUTES": "1"}
     command = [sys.executable, *torchrun, str(SCRIPT), str(run), json.dumps(options)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -21,7 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools import ema as tool  # noqa: E402
 
 MICRO = ModelConfig(
-    latent_channels=2, text_width=4, width=16, heads=1, groups=(1, 1, 1), base_grid=4, compression=(2,), attention=("full",)
+    latent_channels=2,
+    text_width=4,
+    width=16,
+    heads=1,
+    groups=(1, 1, 1),
+    base_grid=4,
+    compression=(2,),
+    attention=("full",),
 )
 
 
@@ -80,14 +87,18 @@ def test_mean_relative_age():
         clock.weight.data.fill_(step - 0.5)  # the middle of the time the weights stand for
         tracker.update(step)
     ages = [1 - average["weight"].item() / 3000 for average in tracker.averages]
-    assert ages[0] == pytest.approx(0.0527, abs=1e-4) and ages[1] == pytest.approx(1 / (gamma_of(0.1) + 2), rel=1e-3)
+    assert ages[0] == pytest.approx(0.0527, abs=1e-4) and ages[1] == pytest.approx(
+        1 / (gamma_of(0.1) + 2), rel=1e-3
+    )
 
 
 def test_averages_follow_the_closed_form():
     walk = Walk()
     tracker = track(PostHocEMA(walk, (0.05, 0.10)), walk, 1, 1500)
     for sigma_rel, average in zip((0.05, 0.10), tracker.averages):
-        torch.testing.assert_close(average["weight"].double(), direct(walk, sigma_rel, 1500), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            average["weight"].double(), direct(walk, sigma_rel, 1500), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_step_left_out_counts_for_the_next():
@@ -99,7 +110,9 @@ def test_a_step_left_out_counts_for_the_next():
         complete.update(step)
         if step not in (7, 100, 101, 250):
             skipping.update(step)
-    torch.testing.assert_close(skipping.averages[0]["weight"], complete.averages[0]["weight"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        skipping.averages[0]["weight"], complete.averages[0]["weight"], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_products_of_profiles_against_numeric_integration():
@@ -108,7 +121,12 @@ def test_products_of_profiles_against_numeric_integration():
     def profile(gamma, end):
         return np.where(t < end, (gamma + 1) * (t / end) ** gamma / end, 0)
 
-    for a, b in [((3.0, 4.0), (7.0, 9.0)), ((7.0, 4.0), (3.0, 9.0)), ((17.0, 10.0), (17.0, 10.0)), ((0.0, 2.0), (5.0, 2.0))]:
+    for a, b in [
+        ((3.0, 4.0), (7.0, 9.0)),
+        ((7.0, 4.0), (3.0, 9.0)),
+        ((17.0, 10.0), (17.0, 10.0)),
+        ((0.0, 2.0), (5.0, 2.0)),
+    ]:
         numeric = (profile(*a) * profile(*b)).sum() * (t[1] - t[0])
         assert profile_product(*map(np.float64, (*a, *b))) == pytest.approx(numeric, rel=1e-4)
 
@@ -163,7 +181,14 @@ def test_a_resumed_tracker_is_exact(tmp_path):
     track(first, walk, 171, 260)  # killed here; the checkpoint is that of step 170
     resumed = PostHocEMA(walk, folder=tmp_path / "b", every=50)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [s.step for s in list_snapshots(tmp_path / "b")] == [50, 50, 100, 100, 150, 150]  # the rest is superseded
+    assert [s.step for s in list_snapshots(tmp_path / "b")] == [
+        50,
+        50,
+        100,
+        100,
+        150,
+        150,
+    ]  # the rest is superseded
     track(resumed, walk, 171, 300)
     for ours, theirs in zip(resumed.averages, whole.averages):
         assert torch.equal(ours["weight"], theirs["weight"])
@@ -241,7 +266,9 @@ def test_the_tool_writes_a_model_folder(tmp_path, capsys):
     loaded = EMMDiT.from_pretrained(tmp_path / "out")
     for name, tensor in tracker.averages[1].items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=2e-3, atol=1e-4)
-    assert (tmp_path / "out" / "config.json").read_bytes() == (checkpoint / "model" / "config.json").read_bytes()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        checkpoint / "model" / "config.json"
+    ).read_bytes()
     assert tool.main(command) == 2 and "exists" in capsys.readouterr().err
     assert tool.main(["list", str(tmp_path)]) == 2 and "no snapshots" in capsys.readouterr().err
 
@@ -252,7 +279,14 @@ def test_the_errors_in_the_documentation():
     assert [row[0] for row in rows] == ["10", "25", "50", "100"]
     for count, *printed in rows:
         steps = np.repeat(np.arange(1, int(count) + 1), 2)
-        errors = {s: solve(steps, [0.05, 0.10] * int(count), int(count), s)[1] for s in np.arange(3, 21) / 100}
-        expected = [errors[0.08], max(errors[s] for s in errors if 0.05 <= s <= 0.15), errors[0.03], errors[0.20]]
+        errors = {
+            s: solve(steps, [0.05, 0.10] * int(count), int(count), s)[1] for s in np.arange(3, 21) / 100
+        }
+        expected = [
+            errors[0.08],
+            max(errors[s] for s in errors if 0.05 <= s <= 0.15),
+            errors[0.03],
+            errors[0.20],
+        ]
         for value, error in zip(printed, expected):
             assert float(value) == pytest.approx(100 * error, abs=0.6 * 10 ** -len(value.partition(".")[2]))

@@ -15,7 +15,14 @@ from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.optim import OptimConfig, build_optimizers
 
 MICRO = ModelConfig(
-    latent_channels=2, text_width=4, width=16, heads=1, groups=(1, 1, 1), base_grid=4, compression=(2,), attention=("full",)
+    latent_channels=2,
+    text_width=4,
+    width=16,
+    heads=1,
+    groups=(1, 1, 1),
+    base_grid=4,
+    compression=(2,),
+    attention=("full",),
 )
 
 
@@ -43,7 +50,9 @@ class ToyStage:
         while True:
             for micro in range(accumulate):
                 first = ((step * world + rank) * accumulate + micro) * self.batch_size
-                x = torch.stack([torch.sin(torch.arange(4.0) * (first + i + 1)) for i in range(self.batch_size)])
+                x = torch.stack(
+                    [torch.sin(torch.arange(4.0) * (first + i + 1)) for i in range(self.batch_size)]
+                )
                 yield ToyBatch(x * float("nan") if step in self.poison else x, [f"key-{step}"])
             step += 1
 
@@ -58,9 +67,18 @@ class ToyStage:
 
 
 def train(run, stage=None, stop=None, **options) -> Engine:
-    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "tracker": "none", **options}
+    options = {
+        "steps": 12,
+        "save_every": 4,
+        "log_every": 1,
+        "precision": "float32",
+        "tracker": "none",
+        **options,
+    }
     config = EngineConfig(**options)
-    trainer = Engine(config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={})
+    trainer = Engine(
+        config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={}
+    )
     if stop is not None:  # as if SIGTERM came during step `stop`
         original, trainer.update = trainer.update, None
 
@@ -222,7 +240,9 @@ def test_a_kill_between_publishing_and_pruning_only_leaves_one_more(run, monkeyp
 
 def test_milestones_stay(run):
     train(run, steps=24, keep_every=8)
-    assert [path.name for path in checkpoint.complete(run)] == [f"step-00000{step:02d}" for step in (8, 16, 20, 24)]
+    assert [path.name for path in checkpoint.complete(run)] == [
+        f"step-00000{step:02d}" for step in (8, 16, 20, 24)
+    ]
 
 
 def test_two_jobs_cannot_train_in_one_run_directory(run):
@@ -298,7 +318,8 @@ def test_averages_and_checkpoints_are_of_the_raw_module(run):
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"), [(0, 0.1), (9, 1.0), (50, 1.0), (79, 1.0), (80, 1.0), (90, 0.5), (99, 0.05), (100, 0.0)]
+    ("step", "expected"),
+    [(0, 0.1), (9, 1.0), (50, 1.0), (79, 1.0), (80, 1.0), (90, 0.5), (99, 0.05), (100, 0.0)],
 )
 def test_learning_rate_is_a_function_of_the_step(step, expected):
     assert OptimConfig(warmup=10, decay=0.2).factor(step, 100) == pytest.approx(expected)

@@ -77,7 +77,10 @@ def two_processes(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     for name, options in json.loads((folder / "cases.json").read_text()).items():
         run, seen = folder / name, []
-        with watched_batches(seen), failing_save(step=2) if name == "full-disk" and rank == 0 else contextlib.nullcontext():
+        with (
+            watched_batches(seen),
+            failing_save(step=2) if name == "full-disk" and rank == 0 else contextlib.nullcontext(),
+        ):
             code = run_train(folder / "recipe.yaml", run, *options)
         if code:
             raise SystemExit(f"{name} ended with {code}")
@@ -129,10 +132,15 @@ def runs(tmp_path_factory) -> Path:
     assert run_train(recipe, folder / "one", "data.batch_size=8") == 0
     assert run_train(recipe, folder / "one-accumulate", "data.batch_size=4", "engine.accumulate=2") == 0
     assert run_train(recipe, folder / "grown", "data.batch_size=8", "engine.steps=3") == 0
-    assert run_train(recipe, folder / "flipped", "data.batch_size=8", "engine.steps=1", damaged) == 0  # indexes the shard
+    assert (
+        run_train(recipe, folder / "flipped", "data.batch_size=8", "engine.steps=1", damaged) == 0
+    )  # indexes the shard
     for key in ("0003", "0010"):
         flip_byte(folder / "other-000000.tar", key, "png")
-    cases = {name: [o.replace("[SHARDS]", f"[{folder}/other-*.tar]") for o in options] for name, options in LAYOUTS.items()}
+    cases = {
+        name: [o.replace("[SHARDS]", f"[{folder}/other-*.tar]") for o in options]
+        for name, options in LAYOUTS.items()
+    }
     (folder / "cases.json").write_text(json.dumps(cases))
     done = torchrun(Path(__file__), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -152,7 +160,9 @@ def torchrun(*command, start=subprocess.run, **options):
     return start([*launcher, *map(str, command)], env=environment, **pipes, **limit, **options)
 
 
-@pytest.mark.parametrize("name", ["one-accumulate", "two", "two-accumulate", "grown", "shrunk", "sharded", "full-disk"])
+@pytest.mark.parametrize(
+    "name", ["one-accumulate", "two", "two-accumulate", "grown", "shrunk", "sharded", "full-disk"]
+)
 def test_every_layout_gives_the_losses_of_one_process(runs, name):
     """accumulate {1, 2} x processes {1, 2}, changed in the middle of a run, sharded, and with a disk that was full once."""
     ours, theirs = losses(runs / name), losses(runs / "one")
@@ -165,17 +175,30 @@ def test_a_full_disk_on_one_process_is_a_failed_save_on_both(runs):
     rows = metrics.read(runs / "full-disk")
     assert [row["failed_saves"] for row in rows] == [0, 0, 1, 0, 0, 0]  # tried again at half the interval
     assert not list((runs / "full-disk" / "checkpoints").glob("*.tmp"))
-    assert [len(json.loads((runs / "full-disk" / f"rank{rank}.json").read_text())) for rank in (0, 1)] == [6, 6]
+    assert [len(json.loads((runs / "full-disk" / f"rank{rank}.json").read_text())) for rank in (0, 1)] == [
+        6,
+        6,
+    ]
 
 
 def test_flipped_bits_are_replaced_and_counted_with_the_batch_size_kept(runs):
     """Two pictures of 24 are damaged after the index was made; every process still gets 4 samples at every step."""
     seen = [json.loads((runs / "flipped" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert [[size for size, _ in batches] for batches in seen] == [[4] * 5] * 2  # step 1 was before the damage
+    assert [[size for size, _ in batches] for batches in seen] == [
+        [4] * 5
+    ] * 2  # step 1 was before the damage
     keys = {key.split(":")[1] for batches in seen for _, names in batches for key in names}
     assert len(keys) > 15 and not keys & {"0003", "0010"}
-    lines = [json.loads(line) for path in (runs / "flipped").glob("bad_samples.rank*.jsonl") for line in path.open()]
-    assert lines and {line["key"] for line in lines} <= {"0003", "0010"} and all("CRC" in line["reason"] for line in lines)
+    lines = [
+        json.loads(line)
+        for path in (runs / "flipped").glob("bad_samples.rank*.jsonl")
+        for line in path.open()
+    ]
+    assert (
+        lines
+        and {line["key"] for line in lines} <= {"0003", "0010"}
+        and all("CRC" in line["reason"] for line in lines)
+    )
 
 
 @pytest.mark.parametrize("name", ["one", "two", "sharded"])
@@ -195,7 +218,9 @@ def names_in(folder: Path) -> dict[str, list[str]]:
         with safe_open(folder / which / "model.safetensors", "pt") as file:
             found[which] = sorted(file.keys())
     for which in ("model", "ema"):
-        found[f"trainer {which}"] = sorted(torch.load(folder / "trainer" / f"{which}.pt", weights_only=True)["module"])
+        found[f"trainer {which}"] = sorted(
+            torch.load(folder / "trainer" / f"{which}.pt", weights_only=True)["module"]
+        )
     (moments,) = torch.load(folder / "trainer" / "model.pt", weights_only=True)["optimizers"]
     return found | {"moments": sorted(moments)}
 
@@ -211,7 +236,9 @@ def test_a_compiled_checkpoint_continues_uncompiled(runs, tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     recipe, run = runs / "recipe.yaml", tmp_path / "run"
-    assert run_train(recipe, run, "data.batch_size=8", "engine.steps=3", "engine.compile=true") == 0 and compiled
+    assert (
+        run_train(recipe, run, "data.batch_size=8", "engine.steps=3", "engine.compile=true") == 0 and compiled
+    )
     assert names_in(checkpoint.latest(run)) == names_in(checkpoint.latest(runs / "one"))
     assert run_train(recipe, run, "data.batch_size=8") == 0
     for step, loss in losses(run).items():
@@ -228,7 +255,9 @@ def test_sigterm_to_the_launcher_stops_both_at_one_step(tmp_path):
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)  # torchrun's own code is 1 here, so job scripts read STATUS.json
+    output, errors = process.communicate(
+        timeout=60
+    )  # torchrun's own code is 1 here, so job scripts read STATUS.json
     ends = {line.split("step ")[1] for line in output.splitlines() if line.startswith("rank")}
     status = json.loads((run / "STATUS.json").read_text())
     assert len(ends) == 1 and status["state"] == "preempted", errors[-2000:]
@@ -394,16 +423,31 @@ class PremadeStage(FlowMatching):
         text = TextEmbedding(tokens, torch.arange(8) < torch.tensor([8, 3] * batch_size)[:batch_size, None])
         x = torch.randn(batch_size, config.latent_channels, side, side, generator=generator)
         self.batch = Batch(x, text, ["a"] * batch_size, ["x.tar:a"] * batch_size)
-        data = SimpleNamespace(config=SimpleNamespace(batch_size=batch_size), fingerprint=dict, bad=(), null_text=lambda: None)
-        encoder = SimpleNamespace(encode=lambda _: TextEmbedding(tokens[:1] * 0, torch.ones(1, 8, dtype=torch.bool)))
-        super().__init__(FlowMatchingConfig(optim=OptimConfig(warmup=0)), model, data, None, encoder, None, torch.device("cpu"), 1.0)
+        data = SimpleNamespace(
+            config=SimpleNamespace(batch_size=batch_size), fingerprint=dict, bad=(), null_text=lambda: None
+        )
+        encoder = SimpleNamespace(
+            encode=lambda _: TextEmbedding(tokens[:1] * 0, torch.ones(1, 8, dtype=torch.bool))
+        )
+        super().__init__(
+            FlowMatchingConfig(optim=OptimConfig(warmup=0)),
+            model,
+            data,
+            None,
+            encoder,
+            None,
+            torch.device("cpu"),
+            1.0,
+        )
 
     def batches(self, step, rank, world, accumulate):
         while True:
             yield self.batch
 
 
-@pytest.mark.parametrize("choices", CHOICES, ids=lambda choices: "-".join(f"{k}={v}" for k, v in choices.items()) or "default")
+@pytest.mark.parametrize(
+    "choices", CHOICES, ids=lambda choices: "-".join(f"{k}={v}" for k, v in choices.items()) or "default"
+)
 def test_every_ablation_trains_all_its_parameters(run, choices):
     torch.manual_seed(0)
     model = EMMDiT(from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices}))
@@ -436,7 +480,18 @@ def test_the_engine_trains_what_a_bare_loop_trains(monkeypatch, tmp_path, capsys
             trained.append(model.state_dict())
     assert all(torch.equal(trained[1][name], tensor) for name, tensor in trained[0].items())
 
-    arguments = ["--presets", "micro-8", "--batch", "1", "--windows", "1", "--rounds", "1", "--json", str(tmp_path / "f.json")]
+    arguments = [
+        "--presets",
+        "micro-8",
+        "--batch",
+        "1",
+        "--windows",
+        "1",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "f.json"),
+    ]
     assert benchmark_engine.main(arguments) == 0
     figures = json.loads((tmp_path / "f.json").read_text())["micro-8"]
     assert set(figures) == set(benchmark_engine.VARIANTS) and all(v["cpu"] > 0 for v in figures.values())
@@ -509,7 +564,9 @@ def test_fp16_resumes_with_its_scale(fp16, run, tmp_path):
     fp16(ToyStage(), clean, steps=16, **options)
     fp16(ToyStage(), run, steps=8, **options)
     assert fp16(ToyStage(), run, steps=16, **options).step == 16
-    ours, theirs = ([(row["step"], row.get("loss")) for row in metrics.read(folder)] for folder in (run, clean))
+    ours, theirs = (
+        [(row["step"], row.get("loss")) for row in metrics.read(folder)] for folder in (run, clean)
+    )
     assert ours == theirs and len(ours) == 16
     assert theirs[0][1] is None and None not in dict(theirs[8:]).values()  # the search was before the resume
 
@@ -520,13 +577,17 @@ def test_fp16_with_two_optimisers_scales_both_alike(fp16, tmp_path):
     moments = []
     for scale in (1.0, 2.0**8):
         torch.manual_seed(0)
-        stage = PremadeStage(EMMDiT(from_dict(ModelConfig, {**MICRO, "attention": CYCLE, "gate_init": "one"})))
+        stage = PremadeStage(
+            EMMDiT(from_dict(ModelConfig, {**MICRO, "attention": CYCLE, "gate_init": "one"}))
+        )
         stage.phases[0].optim.__dict__["kind"] = "muon"
         folder = tmp_path / f"scale-{scale:g}"
         folder.mkdir()
         trainer = fp16(stage, folder, scale=scale, steps=1)
         (adamw,) = [o.optimizer for o in trainer.optimizers[0] if isinstance(o.optimizer, torch.optim.AdamW)]
-        moments.append([adamw.state[p]["exp_avg"].norm().item() for group in adamw.param_groups for p in group["params"]])
+        moments.append(
+            [adamw.state[p]["exp_avg"].norm().item() for group in adamw.param_groups for p in group["params"]]
+        )
     assert max(moments[0]) > 0 and moments[1] == pytest.approx(moments[0], rel=0.05, abs=1e-6)
 
 

@@ -27,11 +27,14 @@ def fits(config: ModelConfig, height: int, width: int) -> bool:
     """Slow: ask every block."""
     groups = [group for group, count in enumerate(config.groups) for _ in range(count)]
     return all(height % r == 0 == width % r for r in config.compression) and all(
-        config.image_tokens(height, width)[group] % region.multiple == 0 for region, group in zip(config.regions, groups)
+        config.image_tokens(height, width)[group] % region.multiple == 0
+        for region, group in zip(config.regions, groups)
     )
 
 
-@pytest.mark.parametrize("height, width", [(256, 256), (2048, 2048), (256, 2048), (1024, 640), (896, 1152), (512, 768)])
+@pytest.mark.parametrize(
+    "height, width", [(256, 256), (2048, 2048), (256, 2048), (1024, 640), (896, 1152), (512, 768)]
+)
 def test_full_attention_takes_any_multiple_of_128_pixels(height, width):
     """The 1024 px preset on 256 to 2048 px; batches of one."""
     model = build(preset="nitro-e-1024", **SMALL)
@@ -77,7 +80,9 @@ def test_the_reference_model_runs_on_other_grids(released_state):
         model.load_state_dict(released.from_released(released_state, config))
         for grid in ((8, 16), (24, 12)) if attention == ("full",) else ((16, 16),):
             with torch.no_grad():
-                velocity = model(torch.randn(1, 8, *grid), torch.tensor([1.0]), as_text(torch.randn(1, 16, 24)))
+                velocity = model(
+                    torch.randn(1, 8, *grid), torch.tensor([1.0]), as_text(torch.randn(1, 16, 24))
+                )
             assert velocity.shape[2:] == grid and velocity.isfinite().all()
 
 
@@ -105,7 +110,9 @@ def test_check_grid_agrees_with_asking_every_block(choices):
 def test_nearest_grids_are_the_nearest(choices, height, width):
     config = from_dict(ModelConfig, {**SMALL, "position_table": 40, **choices})
     sides = range(1, config.position_table + 1)
-    distances = sorted(abs(h - height) + abs(w - width) for h, w in itertools.product(sides, sides) if fits(config, h, w))
+    distances = sorted(
+        abs(h - height) + abs(w - width) for h, w in itertools.product(sides, sides) if fits(config, h, w)
+    )
     nearest = config.nearest_grids(height, width)
     assert [abs(h - height) + abs(w - width) for h, w in nearest] == distances[:3]
     assert all(fits(config, *grid) for grid in nearest)
@@ -144,7 +151,9 @@ def test_taps_are_checked():
 @pytest.fixture
 def pipeline() -> TextToImage:
     model = build(latent_channels=24, text_width=128, base_grid=8, attention=["full", "4x1", "2x2"])
-    return TextToImage(model, DCTCodec(8, 16, 4), HashText(), SamplingConfig(resolution=64, steps=1, guidance_scale=0))
+    return TextToImage(
+        model, DCTCodec(8, 16, 4), HashText(), SamplingConfig(resolution=64, steps=1, guidance_scale=0)
+    )
 
 
 def test_pictures_have_the_size_asked_for(pipeline):
@@ -155,10 +164,14 @@ def test_pictures_have_the_size_asked_for(pipeline):
 
 
 def test_wrong_sizes_name_the_nearest_in_pixels(pipeline):
-    with pytest.raises(ConfigError, match="100x64 px: both sides must be multiples of 8; the nearest that work: 64x64, 128x64"):
+    with pytest.raises(
+        ConfigError,
+        match="100x64 px: both sides must be multiples of 8; the nearest that work: 64x64, 128x64",
+    ):
         pipeline(["a"], height=100)
     with pytest.raises(
-        ConfigError, match="72x64 px: 9x8 tokens are not .* ratio 2; the nearest that work: 64x64 px, 128x64 px"
+        ConfigError,
+        match="72x64 px: 9x8 tokens are not .* ratio 2; the nearest that work: 64x64 px, 128x64 px",
     ):
         pipeline(["a"], height=72)
     with pytest.raises(ConfigError, match="height must be positive, got 0"):

@@ -64,7 +64,14 @@ def fake(monkeypatch):
 
 
 def make(run, tracker="none", start_step=0, **options) -> Metrics:
-    return Metrics(run, start_step=start_step, tracker=tracker, config={"name": "toy", "a": {"b": [1]}}, enabled=True, **options)
+    return Metrics(
+        run,
+        start_step=start_step,
+        tracker=tracker,
+        config={"name": "toy", "a": {"b": [1]}},
+        enabled=True,
+        **options,
+    )
 
 
 def train(run, tracker="none", start=0, stop=6) -> Metrics:
@@ -77,7 +84,10 @@ def train(run, tracker="none", start=0, stop=6) -> Metrics:
 
 
 def rows(run, *without) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in ("time", *without)} for row in metrics.read(run)]
+    return [
+        {key: value for key, value in row.items() if key not in ("time", *without)}
+        for row in metrics.read(run)
+    ]
 
 
 def test_lines_and_environment_of_a_run(tmp_path):
@@ -108,14 +118,18 @@ def test_superseded_lines_and_a_truncated_last_line(tmp_path):
     ]  # fmt: skip
     assert [row["event"] for row in metrics.read_events(tmp_path)] == ["start", "start"]
     lines = path.read_text().splitlines()
-    assert len(lines) == 7 + 5 and sum(line.startswith('{"attempt"') for line in lines) == 12  # appended, never rewritten
+    assert (
+        len(lines) == 7 + 5 and sum(line.startswith('{"attempt"') for line in lines) == 12
+    )  # appended, never rewritten
 
 
 @pytest.mark.parametrize("tracker", ["auto", "none", "wandb", "wandb:offline", "tensorboard"])
 def test_the_record_is_the_same_whatever_the_tracker(tmp_path, fake, tracker):
     fake()
     train(tmp_path, tracker)
-    assert rows(tmp_path) == [{"attempt": 1, "step": step, "loss": 1 / step, "lr": 0.1} for step in range(1, 7)]
+    assert rows(tmp_path) == [
+        {"attempt": 1, "step": step, "loss": 1 / step, "lr": 0.1} for step in range(1, 7)
+    ]
 
 
 def test_auto_prefers_wandb_with_a_key_then_tensorboard(tmp_path, fake, monkeypatch):

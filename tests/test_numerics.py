@@ -20,7 +20,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def sampled(reference, model, guidance_scale: float) -> torch.Tensor:
-    velocity = guide(model, as_text(reference["in.text"]), as_text(reference["in.negative_text"]), guidance_scale)
+    velocity = guide(
+        model, as_text(reference["in.text"]), as_text(reference["in.negative_text"]), guidance_scale
+    )
     return euler(velocity, reference["in.latents"], SamplingConfig(steps=4).times())
 
 
@@ -64,7 +66,9 @@ def test_ends_of_time_and_large_inputs_are_finite(reference, reference_model, dt
     """Also with inputs a thousand times too large; gradients too."""
     model = reference_model.to(dtype)
     for scale in (0.0, 1.0, 1000.0):
-        velocity = model(reference["in.latents"] * scale, torch.full((2,), t), as_text(reference["in.text"] * scale))
+        velocity = model(
+            reference["in.latents"] * scale, torch.full((2,), t), as_text(reference["in.text"] * scale)
+        )
         assert velocity.isfinite().all() and velocity.abs().max() < 10
     velocity.float().square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -76,7 +80,9 @@ def test_time_is_continuous_near_its_ends(reference, reference_model):
     with torch.no_grad():
         near, far = (model.time(torch.tensor([t, t + 1e-3])).float() for t in (0.5, 0.999))
         assert not torch.equal(near[0], near[1]) and not torch.equal(far[0], far[1])
-        outputs = [model(reference["in.latents"], torch.full((2,), t), text) for t in (0.0, 1e-6, 1.0 - 1e-6, 1.0)]
+        outputs = [
+            model(reference["in.latents"], torch.full((2,), t), text) for t in (0.0, 1e-6, 1.0 - 1e-6, 1.0)
+        ]
     assert relative(outputs[0], outputs[1]) < 1e-2 and relative(outputs[2], outputs[3]) < 1e-2
 
 
@@ -85,9 +91,13 @@ def test_a_fully_padded_prompt_is_finite(reference):
     from nitro_e.interfaces import TextEmbedding
     from nitro_e.model import EMMDiT, ModelConfig
 
-    model = EMMDiT(ModelConfig(latent_channels=2, text_width=8, width=16, heads=2, groups=(1, 1, 1), text_mask="real"))
+    model = EMMDiT(
+        ModelConfig(latent_channels=2, text_width=8, width=16, heads=2, groups=(1, 1, 1), text_mask="real")
+    )
     torch.nn.init.normal_(model.out.weight)
     text = TextEmbedding(torch.randn(1, 16, 8), torch.zeros(1, 16, dtype=torch.bool))
     velocity = model(torch.randn(1, 2, 16, 16), torch.ones(1), text)
     velocity.sum().backward()
-    assert velocity.isfinite().all() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert velocity.isfinite().all() and all(
+        parameter.grad.isfinite().all() for parameter in model.parameters()
+    )

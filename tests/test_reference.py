@@ -16,7 +16,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def test_velocity_and_parameter_count(reference, reference_model):
     with torch.no_grad():
-        velocity = reference_model(reference["in.latents"], reference["in.timesteps"] / 1000, as_text(reference["in.text"]))
+        velocity = reference_model(
+            reference["in.latents"], reference["in.timesteps"] / 1000, as_text(reference["in.text"])
+        )
     assert (velocity - reference["out.velocity"]).abs().max() < 1e-5
     projector = sum(tensor.numel() for name, tensor in reference.items() if name.startswith("w.projectors"))
     assert sum(parameter.numel() for parameter in reference_model.parameters()) + projector == 573_248
@@ -31,7 +33,9 @@ def test_output_does_not_depend_on_train_or_eval_mode(reference, reference_model
 def test_loss_and_gradients(reference, reference_model):
     """MSE + 0.5 * REPA after the first group; every recorded gradient, and the norm over all of them."""
     projector = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 24))
-    projector.load_state_dict({k[len("w.projectors.0.") :]: v for k, v in reference.items() if k.startswith("w.projectors.0")})
+    projector.load_state_dict(
+        {k[len("w.projectors.0.") :]: v for k, v in reference.items() if k.startswith("w.projectors.0")}
+    )
     velocity, (tokens,) = reference_model.forward_intermediates(
         reference["in.latents"], reference["in.timesteps"] / 1000, as_text(reference["in.text"]), taps=[4]
     )

@@ -59,7 +59,9 @@ def test_names_and_shapes_of_the_released_models(resolution):
     with torch.device("meta"):
         model = EMMDiT(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 302_449_952
-    assert {str(parameter.dtype) for parameter in model.parameters()} == {dtype for _, dtype in manifest.values()}
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {
+        dtype for _, dtype in manifest.values()
+    }
     state = {name: torch.empty(shape, device="meta") for name, (shape, _) in manifest.items()}
     assert released.infer_config(state, config.base_grid, config.attention) == config
 
@@ -83,7 +85,10 @@ def test_position_table_is_that_of_diffusers(base_grid, grid):
 @pytest.mark.parametrize("width", [48, 96, 768])
 def test_mlp_width_survives_its_ratio(width):
     for hidden in range(1, 4 * width, 7):
-        assert ModelConfig(width=width, heads=1, mlp_ratio=hidden / width, attention=("full",)).mlp_hidden == hidden
+        assert (
+            ModelConfig(width=width, heads=1, mlp_ratio=hidden / width, attention=("full",)).mlp_hidden
+            == hidden
+        )
 
 
 # ---- round trips
@@ -117,7 +122,9 @@ def test_loaded_file_gives_the_reference_velocity(reference, released_file):
     model = EMMDiT.from_pretrained(released_file)
     assert not model.training
     with torch.no_grad():
-        velocity = model(reference["in.latents"], reference["in.timesteps"] / 1000, as_text(reference["in.text"]))
+        velocity = model(
+            reference["in.latents"], reference["in.timesteps"] / 1000, as_text(reference["in.text"])
+        )
     assert (velocity - reference["out.velocity"]).abs().max() < 1e-5
 
 
@@ -131,7 +138,13 @@ def test_loaded_file_gives_the_reference_velocity(reference, released_file):
     ],
 )
 def test_folder_says_how_to_sample(tmp_path, convert, name, resolution, expected):
-    preset = {"preset": f"nitro-e-{expected[0]}", "width": 16, "heads": 2, "groups": [1, 1, 1], "position_table": 32}
+    preset = {
+        "preset": f"nitro-e-{expected[0]}",
+        "width": 16,
+        "heads": 2,
+        "groups": [1, 1, 1],
+        "position_table": 32,
+    }
     save_file(released.to_released(EMMDiT(from_dict(ModelConfig, preset))), tmp_path / name)
     options = ["--resolution", str(resolution)] if resolution else []
     assert convert([str(tmp_path / name), str(tmp_path / "ours"), *options]) == 0
@@ -181,13 +194,22 @@ def test_hub_files_folders_and_adapters(hub, released_file, tmp_path, convert):
     assert_equal_states(from_hub.state_dict(), merged)
     save_pretrained(base, folder)
     assert_equal_states(EMMDiT.from_pretrained("me/mine").state_dict(), base.state_dict())
-    arguments = ["amd/Nitro-E", str(tmp_path / "out"), "--file", "Nitro-E-512px.safetensors", "--lora", "ckpt_grpo_512px"]
+    arguments = [
+        "amd/Nitro-E",
+        str(tmp_path / "out"),
+        "--file",
+        "Nitro-E-512px.safetensors",
+        "--lora",
+        "ckpt_grpo_512px",
+    ]
     assert convert(arguments) == 0
     assert_equal_states(EMMDiT.from_pretrained(tmp_path / "out").state_dict(), merged)
 
 
 def test_hub_errors_are_one_line(hub):
-    with pytest.raises(ConfigError, match="hub gives no 'x.safetensors' of that repository: 404 x.safetensors$"):
+    with pytest.raises(
+        ConfigError, match="hub gives no 'x.safetensors' of that repository: 404 x.safetensors$"
+    ):
         EMMDiT.from_pretrained("amd/Nitro-E", file="x.safetensors")
     with pytest.raises(ConfigError, match="'a/b/c' is neither a folder or file here nor a hub id"):
         EMMDiT.from_pretrained("a/b/c")
@@ -209,7 +231,10 @@ def test_lora_reference(reference, released_file):
 
 def test_lora_merges_into_our_folder_as_into_the_file(released_file, tmp_path):
     save_pretrained(EMMDiT.from_pretrained(released_file), tmp_path / "ours")
-    ours, theirs = (EMMDiT.from_pretrained(source, lora=LORA).state_dict() for source in (tmp_path / "ours", released_file))
+    ours, theirs = (
+        EMMDiT.from_pretrained(source, lora=LORA).state_dict()
+        for source in (tmp_path / "ours", released_file)
+    )
     assert_equal_states(ours, theirs)
 
 
@@ -279,7 +304,9 @@ def edited_lora(folder: Path, change=None, **config) -> Path:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     if change is not None:
-        save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+        save_file(
+            change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors"
+        )
     return folder
 
 
@@ -310,7 +337,9 @@ FIRST = "base_model.model.block_groups.0.0.attn.to_q"
         ("holds no lora_A / lora_B tensors", {}, lambda s: {}),
     ],
 )  # fmt: skip
-def test_adapters_that_cannot_be_merged_exactly_are_refused(released_state, tmp_path, message, config, change):
+def test_adapters_that_cannot_be_merged_exactly_are_refused(
+    released_state, tmp_path, message, config, change
+):
     with pytest.raises(ConfigError, match=message) as error:
         released.merge_lora(released_state, edited_lora(tmp_path / "lora", change, **config))
     assert "\n" not in str(error.value)
@@ -319,7 +348,9 @@ def test_adapters_that_cannot_be_merged_exactly_are_refused(released_state, tmp_
 def test_alpha_that_two_patterns_disagree_on_is_refused(released_state, tmp_path):
     """PEFT takes the first match but saves the keys sorted: the order is lost."""
     with pytest.raises(ConfigError, match="alpha_pattern gives 'block_groups.0.0.attn.to_q' both 3 and 5"):
-        released.merge_lora(released_state, edited_lora(tmp_path / "lora", alpha_pattern={"to_q": 3, "attn.to_q": 5}))
+        released.merge_lora(
+            released_state, edited_lora(tmp_path / "lora", alpha_pattern={"to_q": 3, "attn.to_q": 5})
+        )
 
 
 def test_adapter_folders_that_are_none(released_state, tmp_path):
@@ -344,12 +375,21 @@ def test_adapter_folders_that_are_none(released_state, tmp_path):
             "2-dimensional tensor 'context_embedder.weight'",
             lambda s: {n: t for n, t in s.items() if n != "context_embedder.weight"},
         ),
-        ("4-dimensional tensor 'pos_embed.proj.weight'", lambda s: {**s, "pos_embed.proj.weight": torch.zeros(32, 8)}),
+        (
+            "4-dimensional tensor 'pos_embed.proj.weight'",
+            lambda s: {**s, "pos_embed.proj.weight": torch.zeros(32, 8)},
+        ),
         ("missing, such as tokencompressor", lambda s: {n: t for n, t in s.items() if "body2x" not in n}),
-        ("not the table of base_grid 16", lambda s: {**s, "pos_embed.pos_embed": s["pos_embed.pos_embed"] + 1e-3}),
+        (
+            "not the table of base_grid 16",
+            lambda s: {**s, "pos_embed.pos_embed": s["pos_embed.pos_embed"] + 1e-3},
+        ),
         ("torch.int64; weights must be", lambda s: {**s, "proj_out.bias": torch.zeros(8, dtype=torch.long)}),
         ("not in the released format", lambda s: {"a": torch.zeros(1)}),
-        ("no tensors under 'block_groups.'", lambda s: {n: t for n, t in s.items() if not n.startswith("block_groups")}),
+        (
+            "no tensors under 'block_groups.'",
+            lambda s: {n: t for n, t in s.items() if not n.startswith("block_groups")},
+        ),
     ],
 )
 def test_files_of_another_format_are_refused(released_state, tmp_path, message, change):
@@ -416,7 +456,9 @@ def test_folders_that_are_no_model_folders(released_file, tmp_path):
     with pytest.raises(ConfigError, match="resolution and config are for files in the released format"):
         EMMDiT.from_pretrained(tmp_path / "ours", resolution=512)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "width": 64}}))
+    (tmp_path / "ours" / "config.json").write_text(
+        json.dumps({**config, "model": {**config["model"], "width": 64}})
+    )
     with pytest.raises(ConfigError, match=r"of another architecture: \d+ misshapen, such as .* instead of "):
         EMMDiT.from_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "format": 9}))
@@ -425,5 +467,7 @@ def test_folders_that_are_no_model_folders(released_file, tmp_path):
 
 
 def test_parameter_count_of_the_tiny_reference(released_state):
-    count = sum(math.prod(tensor.shape) for name, tensor in released_state.items() if name != "pos_embed.pos_embed")
+    count = sum(
+        math.prod(tensor.shape) for name, tensor in released_state.items() if name != "pos_embed.pos_embed"
+    )
     assert count == 573_248

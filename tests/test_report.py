@@ -23,7 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools import report as tool  # noqa: E402
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-LOGGED = ("loss", "velocity_loss", "repa_loss", "lr", "grad_norm", "samples_per_second", "data_wait", "critic/loss", "reward")
+LOGGED = (
+    "loss",
+    "velocity_loss",
+    "repa_loss",
+    "lr",
+    "grad_norm",
+    "samples_per_second",
+    "data_wait",
+    "critic/loss",
+    "reward",
+)
 
 
 class Page(HTMLParser):
@@ -59,10 +69,14 @@ class Page(HTMLParser):
 
     def pictures(self) -> list[Image.Image]:
         sources = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
-        return [Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in sources]
+        return [
+            Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in sources
+        ]
 
 
-def make_run(folder: Path, *, steps: int = 300, grids: int = 3, lr: float = 1e-3, name: str | None = None) -> Path:
+def make_run(
+    folder: Path, *, steps: int = 300, grids: int = 3, lr: float = 1e-3, name: str | None = None
+) -> Path:
     folder.mkdir(parents=True)
     writer = Metrics(folder, start_step=0, config={}, enabled=True, tracker="none")
     for step in range(1, steps + 1):
@@ -114,7 +128,9 @@ def test_every_metric_is_drawn(tmp_path):
     text = write_report(folder).read_text()
     for chart in Page(text).charts():
         figure = text[text.index(f'aria-label="{chart}"') :].partition("</svg>")[0]
-        assert figure.count("<polyline") == {"Loss by timestep": 8, "Learning rate": 1}.get(chart.partition(",")[0], 2), chart
+        assert figure.count("<polyline") == {"Loss by timestep": 8, "Learning rate": 1}.get(
+            chart.partition(",")[0], 2
+        ), chart
 
 
 @pytest.mark.parametrize("absent", ["config.yaml", "metrics.jsonl", "STATUS.json", "samples"])
@@ -123,7 +139,11 @@ def test_missing_pieces_are_said(tmp_path, absent):
     path = folder / absent
     path.rename(tmp_path / "away")
     page = Page(write_report(folder).read_text())
-    said = {"config.yaml": "config.yaml is missing", "metrics.jsonl": "No metrics were recorded", "samples": "No sample grids"}
+    said = {
+        "config.yaml": "config.yaml is missing",
+        "metrics.jsonl": "No metrics were recorded",
+        "samples": "No sample grids",
+    }
     assert said.get(absent, "done") in page.text["p"] + page.text["h1"]
     assert bool(page.charts()) == (absent != "metrics.jsonl")
 
@@ -164,26 +184,43 @@ def test_many_and_large_grids_are_thinned_and_compressed(tmp_path):
 
 
 def test_wall_clock_counts_every_attempt_and_no_pause(tmp_path):
-    lines = [(1, 100, 0, "start"), (1, 160, 5, None), (1, 170, 6, None), (2, 5000, 5, "start"), (2, 5030, 10, None)]
+    lines = [
+        (1, 100, 0, "start"),
+        (1, 160, 5, None),
+        (1, 170, 6, None),
+        (2, 5000, 5, "start"),
+        (2, 5030, 10, None),
+    ]
     text = "".join(
-        json.dumps({"attempt": a, "time": t, "step": s, **({"event": e} if e else {"loss": 1.0})}) + "\n" for a, t, s, e in lines
+        json.dumps({"attempt": a, "time": t, "step": s, **({"event": e} if e else {"loss": 1.0})}) + "\n"
+        for a, t, s, e in lines
     )
     (tmp_path / "metrics.jsonl").write_text(text)
     record = read_record(tmp_path)
     assert record.seconds() == 70 + 30 and [row["step"] for row in record.rows] == [5, 10]
-    assert record.state() == "not finished" and duration(100) == "1 min 40 s" and duration(93_784) == "1 d 2 h"
+    assert (
+        record.state() == "not finished" and duration(100) == "1 min 40 s" and duration(93_784) == "1 d 2 h"
+    )
 
 
 def test_comparison_of_runs(tmp_path, capsys):
     runs = [make_run(tmp_path / "a", lr=1e-3), make_run(tmp_path / "b", lr=2e-3, grids=0)]
     out = tmp_path / "both.html"
     assert tool.main([*map(str, runs), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.split() == [str(runs[0] / "report.html"), str(runs[1] / "report.html"), str(out)]
+    assert capsys.readouterr().out.split() == [
+        str(runs[0] / "report.html"),
+        str(runs[1] / "report.html"),
+        str(out),
+    ]
     text = out.read_text()
     assert_self_contained(text)
     page = Page(text)
     loss = text[text.index('aria-label="Loss"') :].partition("</svg>")[0]
-    assert loss.count("<polyline") == 4 and "loss_t" not in page.charts() and len(page.charts()) == len(LOGGED) + 4
+    assert (
+        loss.count("<polyline") == 4
+        and "loss_t" not in page.charts()
+        and len(page.charts()) == len(LOGGED) + 4
+    )
     assert "stage.optim.lr" in page.text["td"] and "engine.steps" not in page.text["td"]
     assert "b: no sample grids" in page.text["p"] and len(page.pictures()) == 1
 
@@ -196,10 +233,17 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 def test_points_lie_where_the_scale_says():
     text = line_chart("t", [Series("a", [(0, 0.0), (50, 5.0), (100, 10.0)])])
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'<polyline points="([^"]+)"', text)[1].split()]
+    points = [
+        tuple(map(float, pair.split(",")))
+        for pair in re.search(r'<polyline points="([^"]+)"', text)[1].split()
+    ]
     (x0, y0), (x1, y1), (x2, y2) = points
     assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
-    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1) and y1 == pytest.approx((y0 + y2) / 2, abs=0.1) and y0 > y2
+    assert (
+        x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+        and y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+        and y0 > y2
+    )
 
 
 def test_log_scale_and_ticks():
@@ -210,7 +254,9 @@ def test_log_scale_and_ticks():
     assert nice_ticks(-3, 7) == pytest.approx([-2, 0, 2, 4, 6])
 
 
-@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [float("nan")], [], [-5.0] * 50, [1e-30, 1e30], [float("inf"), 2.0]])
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.0, 0.0], [float("nan")], [], [-5.0] * 50, [1e-30, 1e30], [float("inf"), 2.0]]
+)
 def test_charts_of_odd_values(values):
     Page(line_chart("odd <values>", [Series("a & b", list(enumerate(values)))]))
 

@@ -32,7 +32,9 @@ def test_order_of_convergence(name, order):
     errors = []
     for steps in (20, 40):
         times = torch.linspace(1, 0.2, steps + 1, dtype=torch.float64)
-        exact = torch.exp(torch.sin(torch.tensor(0.6).double()) / 3 - torch.sin(torch.tensor(3.0).double()) / 3)
+        exact = torch.exp(
+            torch.sin(torch.tensor(0.6).double()) / 3 - torch.sin(torch.tensor(3.0).double()) / 3
+        )
         errors.append((SAMPLERS[name](velocity, start, times) - exact).abs().item())
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 

@@ -30,13 +30,23 @@ def submit(tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE}.items():
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
-    torchrun = bin_folder / "python"  # torch.distributed.run --help takes seconds; anything else is the real Python
+    torchrun = (
+        bin_folder / "python"
+    )  # torch.distributed.run --help takes seconds; anything else is the real Python
     torchrun.write_text(
         f'#!/bin/bash\nif [[ $* == *--help* ]]; then echo "$TORCHRUN_HELP"; else exec {sys.executable} "$@"; fi\n'
     )
     torchrun.chmod(0o755)
 
-    def run(state=None, *, before=None, code=0, job="RUNNING", restarts="0", options="--signals-to-handle --shutdown-timeout"):
+    def run(
+        state=None,
+        *,
+        before=None,
+        code=0,
+        job="RUNNING",
+        restarts="0",
+        options="--signals-to-handle --shutdown-timeout",
+    ):
         if before is not None:
             (tmp_path / "run").mkdir(exist_ok=True)
             (tmp_path / "run" / "STATUS.json").write_text(before + "\n")
@@ -46,7 +56,14 @@ def submit(tmp_path):
             "NEW_STATUS": new, "SRUN_CODE": str(code), "JOB_STATE": job, "TORCHRUN_HELP": options, "SLURM_JOB_ID": "4321",
             "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": restarts,
         }  # fmt: skip
-        command = ["bash", str(ROOT / "tools" / "slurm.sh"), "my config.yaml", "run", "engine.steps=9", "data.shards=[a b.tar]"]
+        command = [
+            "bash",
+            str(ROOT / "tools" / "slurm.sh"),
+            "my config.yaml",
+            "run",
+            "engine.steps=9",
+            "data.shards=[a b.tar]",
+        ]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return result, (tmp_path / "requeued.txt").exists()
 
@@ -60,7 +77,13 @@ def test_the_script_is_valid():
 def test_what_is_launched(submit, tmp_path):
     submit("done")
     arguments = (tmp_path / "srun.txt").read_text().splitlines()
-    assert arguments[-5:] == ["train.py", "my config.yaml", "run=run", "engine.steps=9", "data.shards=[a b.tar]"]
+    assert arguments[-5:] == [
+        "train.py",
+        "my config.yaml",
+        "run=run",
+        "engine.steps=9",
+        "data.shards=[a b.tar]",
+    ]
     options = dict(zip(arguments, arguments[1:]))
     assert options["--nnodes"] == "2" and options["--nproc-per-node"] == "4"
     assert options["--rdzv-endpoint"] == "node7:24321" and options["--max-restarts"] == "0"
@@ -78,7 +101,14 @@ def test_an_older_torchrun_is_launched_without_the_options_it_lacks(submit, tmp_
     ("state", "code", "job", "restarts", "expected_code", "requeued"),
     [
         ("done", 0, "RUNNING", "0", 0, False),
-        ("preempted", 1, "RUNNING", "50", 0, True),  # torchrun returns 1 although its workers saved and returned 0
+        (
+            "preempted",
+            1,
+            "RUNNING",
+            "50",
+            0,
+            True,
+        ),  # torchrun returns 1 although its workers saved and returned 0
         ("preempted", 0, "COMPLETING", "0", 0, False),  # scancel
         ("failed", 3, "RUNNING", "0", 3, False),
         ("running", 137, "RUNNING", "3", 0, True),  # killed without notice
@@ -86,7 +116,9 @@ def test_an_older_torchrun_is_launched_without_the_options_it_lacks(submit, tmp_
     ],
 )
 def test_the_status_decides(submit, state, code, job, restarts, expected_code, requeued):
-    result, was_requeued = submit(state, before='{"state": "preempted"}', code=code, job=job, restarts=restarts)
+    result, was_requeued = submit(
+        state, before='{"state": "preempted"}', code=code, job=job, restarts=restarts
+    )
     assert (result.returncode, was_requeued) == (expected_code, requeued), result.stderr
     assert f"run: {state} at step 70" in result.stdout
 
@@ -99,5 +131,7 @@ def test_training_that_does_not_start_is_not_requeued(submit, before):
 
 
 def test_arguments_are_asked_for():
-    result = subprocess.run(["bash", str(ROOT / "tools" / "slurm.sh"), "config.yaml"], capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", str(ROOT / "tools" / "slurm.sh"), "config.yaml"], capture_output=True, text=True
+    )
     assert result.returncode != 0 and "usage: sbatch" in result.stderr

@@ -29,7 +29,9 @@ def tiny(**choices) -> EMMDiT:
     return model
 
 
-def inputs(batch: int = 2, grid: tuple[int, int] = (16, 16)) -> tuple[torch.Tensor, torch.Tensor, TextEmbedding]:
+def inputs(
+    batch: int = 2, grid: tuple[int, int] = (16, 16)
+) -> tuple[torch.Tensor, torch.Tensor, TextEmbedding]:
     torch.manual_seed(1)
     return torch.randn(batch, 3, *grid), torch.rand(batch), as_text(torch.randn(batch, 16, 24))
 
@@ -90,11 +92,18 @@ def test_attention_in_chunks(monkeypatch, chunk, keep, masked):
     """Values and gradients are those of scaled_dot_product_attention, however the scores are cut."""
     batch, heads, tokens = 2, 3, 21
     row = tokens**2 * 8  # bytes of float64 scores
-    budget = {"everything": 1 << 20, "one row and more": 2 * row, "part of a row": row // 4, "a single query": 1}[chunk]
+    budget = {
+        "everything": 1 << 20,
+        "one row and more": 2 * row,
+        "part of a row": row // 4,
+        "a single query": 1,
+    }[chunk]
     monkeypatch.setattr(attention, "CHUNK_BYTES", budget)
     monkeypatch.setattr(attention, "KEEP_BYTES", 1 << 20 if keep else 0)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(batch, heads, tokens, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(batch, heads, tokens, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     visible = torch.rand(batch, tokens) > 0.4 if masked else None
     visible_keys = None if visible is None else visible[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys)
@@ -143,7 +152,12 @@ needs_bf16 = pytest.mark.skipif(
 @needs_bf16
 @pytest.mark.parametrize(
     "choices",
-    [{}, dict(compression=(), position_reinforcement=False, modulation="full", text_mask="real", qk_norm=False)],
+    [
+        {},
+        dict(
+            compression=(), position_reinforcement=False, modulation="full", text_mask="real", qk_norm=False
+        ),
+    ],
     ids=["released", "ablated"],
 )
 @torch.no_grad()
@@ -211,7 +225,9 @@ def test_compiled_blocks_are_whole_graphs_and_keep_their_names(monkeypatch):
     assert len(graphs) == 3  # three blocks on the full grid share one; the one inside; the last
     compiled.sum().backward()
     torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        [parameter.grad for parameter in model.parameters()], gradients, rtol=1e-4, atol=1e-4
+    )
     assert list(model.state_dict()) == names
 
 

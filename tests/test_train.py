@@ -115,8 +115,17 @@ def test_sigkill_and_the_same_command_again(recipe, tmp_path):
 
 def test_sigterm_saves_and_ends_well(recipe, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), str(recipe), f"run={run}", "engine.steps=100000", "engine.save_every=100000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        str(recipe),
+        f"run={run}",
+        "engine.steps=100000",
+        "engine.save_every=100000",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
@@ -193,7 +202,9 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
 
 
 def break_captions(folder: Path) -> None:
-    write_shard(folder / "toy-000000.tar", ({k: v for k, v in item.items() if k != "txt"} for item in samples()))
+    write_shard(
+        folder / "toy-000000.tar", ({k: v for k, v in item.items() if k != "txt"} for item in samples())
+    )
 
 
 def break_images(folder: Path) -> None:
@@ -213,7 +224,10 @@ BAD = {
     "no captions": (break_captions, "caption"),
     "images that do not decode": (break_images, "image does not decode"),
     "truncated tar": (truncate, "toy-000000.tar"),
-    "tokens and pattern": (["components.text={name: hash, length: 18}"], "nearest text length that works: 16 or 20"),
+    "tokens and pattern": (
+        ["components.text={name: hash, length: 18}"],
+        "nearest text length that works: 16 or 20",
+    ),
     "grid and compression": (["data.resolution=48", "sampling.resolution=48"], "compression ratio 4"),
     "channels": (["model.latent_channels=32"], "model.latent_channels is 32, but 'dct-f8c24' has 24"),
     "text width": (["model.text_width=64"], "model.text_width is 64, but 'hash' gives 128"),
@@ -260,9 +274,19 @@ def test_compiled_and_packed_sampling_draws_the_same(recipe, tmp_path):
     run = tmp_path / "run"
     assert run_train(recipe, run, "engine.steps=30", "model.gate_init=one") == 0
     for out, options in (("plain", []), ("compiled", ["--compile"])):
-        arguments = ["--prompt", "a plain red square", "--dtype", "bfloat16", "--out", str(tmp_path / out), *options]
+        arguments = [
+            "--prompt",
+            "a plain red square",
+            "--dtype",
+            "bfloat16",
+            "--out",
+            str(tmp_path / out),
+            *options,
+        ]
         assert sample.main([str(run), *arguments]) == 0
-    ours, theirs = (np.asarray(Image.open(tmp_path / out / "grid.png")).astype(float) for out in ("plain", "compiled"))
+    ours, theirs = (
+        np.asarray(Image.open(tmp_path / out / "grid.png")).astype(float) for out in ("plain", "compiled")
+    )
     assert np.abs(ours - theirs).mean() < 3
 
 
@@ -283,4 +307,9 @@ def test_sample_refuses_what_it_cannot_draw(recipe, tmp_path, capsys):
 def test_dry_run_tells_what_would_be_trained(recipe, tmp_path, capsys):
     assert train.main([str(recipe), f"run={tmp_path}/run", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "blocks inside" in out and "global batch         4" in out and "toy-000000.tar:" in out and not (tmp_path / "run").exists()
+    assert (
+        "blocks inside" in out
+        and "global batch         4" in out
+        and "toy-000000.tar:" in out
+        and not (tmp_path / "run").exists()
+    )

@@ -1,6 +1,6 @@
 """Train the toy stage of `test_engine.py` in this process (or in each process of torchrun).
 
-    python toy_run.py RUN '{"steps": 12, "fault": "nan", "pause": 0.01}'
+python toy_run.py RUN '{"steps": 12, "fault": "nan", "pause": 0.01}'
 """
 
 import json
@@ -45,7 +45,14 @@ def main(run: Path, options: dict) -> None:
     faults = {key: options.pop(key) for key in ("fault", "pause") if key in options}
     batch_size = options.pop("batch_size", 8)
     torch.set_num_threads(1)
-    options = {"steps": 12, "save_every": 4, "log_every": 1, "precision": "float32", "tracker": "none", **options}
+    options = {
+        "steps": 12,
+        "save_every": 4,
+        "log_every": 1,
+        "precision": "float32",
+        "tracker": "none",
+        **options,
+    }
     config = EngineConfig(**options, ema=EMAConfig(beta=0.9))
     accelerator = make_accelerator(config)
     if RANK == 0:

@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("model", "data", "engine"))
     part = parser.parse_args(arguments[:1]).part
     return importlib.import_module(f"benchmark_{part}").main(arguments[1:])

@@ -57,7 +57,12 @@ def bare_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def bare_loop(model: EMMDiT, batch: Batch, steps: int) -> Clock:
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay, fused=True
+        model.parameters(),
+        lr=OPTIM.lr,
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+        weight_decay=OPTIM.weight_decay,
+        fused=True,
     )
     clock: Clock = []
     for _ in range(steps):
@@ -74,9 +79,20 @@ class Premade(FlowMatching):
 
     def __init__(self, model: EMMDiT, batch: Batch) -> None:
         size, null = len(batch.latents), TextEmbedding(*(part[:1] for part in batch.text))
-        data = SimpleNamespace(config=SimpleNamespace(batch_size=size), fingerprint=dict, bad=(), null_text=lambda: null)
+        data = SimpleNamespace(
+            config=SimpleNamespace(batch_size=size), fingerprint=dict, bad=(), null_text=lambda: null
+        )
         config = FlowMatchingConfig(optim=OPTIM)
-        super().__init__(config, model, data, codec=None, text=None, vision=None, device=torch.device("cpu"), forward_flops=1.0)
+        super().__init__(
+            config,
+            model,
+            data,
+            codec=None,
+            text=None,
+            vision=None,
+            device=torch.device("cpu"),
+            forward_flops=1.0,
+        )
         self.batch, self.clock = batch, []
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
@@ -95,7 +111,12 @@ class PremadeBare(Premade):
 def engine_loop(model: EMMDiT, batch: Batch, steps: int, stage_class: type[Premade]) -> Clock:
     never = 10**9
     config = EngineConfig(
-        steps=steps, precision="float32", log_every=LOG_EVERY, save_every=never, sample_every=0, tracker="none"
+        steps=steps,
+        precision="float32",
+        log_every=LOG_EVERY,
+        save_every=never,
+        sample_every=0,
+        tracker="none",
     )
     stage = stage_class(model, batch)
     with tempfile.TemporaryDirectory(prefix="benchmark-engine-") as folder:
@@ -133,12 +154,16 @@ def report(found: dict[str, dict[str, dict[str, float]]]) -> str:
         for name, times in variants.items():
             wall, cpu = times["wall"] / bare["wall"], times["cpu"] / bare["cpu"]
             verdict = "" if times is bare else f"  target {TARGET:.2f} {'met' if cpu <= TARGET else 'MISSED'}"
-            lines.append(f"{preset + ', ' + name:32} {times['wall']:12.2f} {wall:7.3f} {times['cpu']:12.2f} {cpu:7.3f}{verdict}")
+            lines.append(
+                f"{preset + ', ' + name:32} {times['wall']:12.2f} {wall:7.3f} {times['cpu']:12.2f} {cpu:7.3f}{verdict}"
+            )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", default=["micro-8", "tiny-8"], help="of ModelConfig")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--windows", type=int, default=2, help=f"of {LOG_EVERY} steps, per variant and round")
@@ -149,7 +174,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def command() -> None:
         torch.set_num_threads(options.threads)
-        found = {preset: measure(preset, options.batch, options.windows, options.rounds) for preset in options.presets}
+        found = {
+            preset: measure(preset, options.batch, options.windows, options.rounds)
+            for preset in options.presets
+        }
         print(report(found))
         if options.json is not None:
             options.json.write_text(json.dumps(found, indent=1) + "\n")

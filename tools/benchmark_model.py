@@ -33,8 +33,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from plain_emmdit import PlainEMMDiT  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PEAK = {"B200": 2250, "H200": 989, "H100": 989, "MI300X": 1307, "A100": 312, "L40S": 362, "4090": 165}  # bf16, dense
-MATMUL = {"cpu": (1664, 768, 2304), "cuda": (8192, 8192, 8192)}  # the product whose rate counts as what is possible
+PEAK = {
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "MI300X": 1307,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+}  # bf16, dense
+MATMUL = {
+    "cpu": (1664, 768, 2304),
+    "cuda": (8192, 8192, 8192),
+}  # the product whose rate counts as what is possible
 
 Call = Callable[[], Tensor]
 
@@ -93,7 +104,10 @@ class Bench:
     def plain(self) -> Variant:
         """The tests' implementation on the released names; ConfigError where it does not have the config's choices."""
         released.check_representable(self.config)
-        state = {name: tensor.detach().requires_grad_() for name, tensor in released.to_released(self.model).items()}
+        state = {
+            name: tensor.detach().requires_grad_()
+            for name, tensor in released.to_released(self.model).items()
+        }
         cycle = [tuple(region) for region in self.config.regions[: len(self.config.attention)]]
         model = PlainEMMDiT(state, self.config.heads, self.config.groups, cycle)
         return Variant(lambda x, t, text: model(x, t, text.tokens), list(state.values()))
@@ -127,7 +141,9 @@ class Bench:
         first = tqdm(calls.items(), desc=f"{task}, batch {batch}, first calls", leave=False)
         outputs = {name: call().float().clone() for name, call in first}
         product = _matmul(self.dtype, self.device)
-        best = _interleave({"matmul": product, **calls}, self.device, seconds, rounds, f"{task}, batch {batch}")
+        best = _interleave(
+            {"matmul": product, **calls}, self.device, seconds, rounds, f"{task}, batch {batch}"
+        )
         m, k, n = MATMUL[self.device]
         rate = 2 * m * k * n / best["matmul"] / 1e9
         rows = []
@@ -137,7 +153,9 @@ class Bench:
             difference = ((outputs[name] - outputs["ours"]).norm() / outputs["ours"].norm()).item()
             peak = _peak(self.device, self.dtype)
             mfu = None if peak is None else gflops / peak / 1e3
-            rows.append(Row(task, batch, name, best[name] * 1e3, gflops, gflops / rate, mfu, plain, difference))
+            rows.append(
+                Row(task, batch, name, best[name] * 1e3, gflops, gflops / rate, mfu, plain, difference)
+            )
         return rows, rate
 
 
@@ -176,7 +194,9 @@ def _matmul(dtype: torch.dtype, device: str) -> Call:
     return lambda: a @ b
 
 
-def _interleave(calls: dict[str, Call], device: str, seconds: float, rounds: int, name: str) -> dict[str, float]:
+def _interleave(
+    calls: dict[str, Call], device: str, seconds: float, rounds: int, name: str
+) -> dict[str, float]:
     """Best seconds of one call of each; in every round each is called for about `seconds`."""
     best = {name: _timed(call, 1, device) for name, call in calls.items()}
     for _ in tqdm(range(rounds), desc=name, leave=False):
@@ -217,7 +237,9 @@ def table(rows: list[Row]) -> str:
         "GFLOP/s": lambda row: f"{row.gflop_per_s:,.0f}",
         "of matmul": lambda row: f"{row.share_of_matmul:.1%}",
         "MFU": lambda row: "" if row.mfu is None else f"{row.mfu:.1%}",
-        "times plain": lambda row: "" if row.times_as_fast_as_plain is None else f"{row.times_as_fast_as_plain:.2f}",
+        "times plain": lambda row: (
+            "" if row.times_as_fast_as_plain is None else f"{row.times_as_fast_as_plain:.2f}"
+        ),
         "difference": lambda row: f"{row.difference:.0e}",
     }
     cells = {name: [str(value(row)) for row in rows] for name, value in columns.items()}
@@ -238,14 +260,23 @@ def measure(options: argparse.Namespace) -> dict:
         torch.set_num_threads(options.threads)
     config = from_dict(ModelConfig, {"preset": options.preset})
     bench = Bench(config, DTYPES[options.dtype], device, options.text_length)
-    found = {"machine": machine(device), "preset": options.preset, "dtype": options.dtype, "rows": [], "matmul": []}
+    found = {
+        "machine": machine(device),
+        "preset": options.preset,
+        "dtype": options.dtype,
+        "rows": [],
+        "matmul": [],
+    }
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
     print(f"{options.preset} in {options.dtype}: {bench.flops / 1e9:.2f} GFLOP per latent")
     for train in (False, True) if options.train else (False,):
         variants = bench.variants(options.compile, train)
         for batch in options.batch or ([1, 8] if device == "cpu" else [1, 8, 32, 256]):
             rows, rate = bench.measure(variants, batch, train, options.seconds, options.rounds)
-            print(f"\nmatrix product {'x'.join(map(str, MATMUL[device]))}: {rate:,.0f} GFLOP/s\n{table(rows)}", flush=True)
+            print(
+                f"\nmatrix product {'x'.join(map(str, MATMUL[device]))}: {rate:,.0f} GFLOP/s\n{table(rows)}",
+                flush=True,
+            )
             found["rows"] += [dataclasses.asdict(row) for row in rows]
             found["matmul"].append(rate)
     return found
@@ -255,12 +286,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark.py model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", default="nitro-e-512", help=f"{', '.join(ModelConfig.PRESETS)} (default: %(default)s)")
+    parser.add_argument(
+        "--preset", default="nitro-e-512", help=f"{', '.join(ModelConfig.PRESETS)} (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8 on a CPU, 1 8 32 256 on a GPU")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--text-length", type=int, default=128)
     parser.add_argument("--train", action="store_true", help="the training step too")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too; on a CPU minutes of compiling")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too; on a CPU minutes of compiling"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each variant in each round")

@@ -22,9 +22,9 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nitro_e import cli
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig
-from nitro_e import cli
 from nitro_e.config import ConfigError, to_dict
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config, save_pretrained
@@ -33,13 +33,23 @@ from nitro_e.sampling import SamplingConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or a new .safetensors file with --to-released")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="a new folder, or a new .safetensors file with --to-released"
+    )
     parser.add_argument("--file", help="name of the weights in a hub repository or folder")
-    parser.add_argument("--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the hub repository")
-    parser.add_argument("--resolution", type=int, choices=[512, 1024], help="when the file's name does not say it")
-    parser.add_argument("--to-released", action="store_true", help="write the released format instead of a model folder")
+    parser.add_argument(
+        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the hub repository"
+    )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="when the file's name does not say it"
+    )
+    parser.add_argument(
+        "--to-released", action="store_true", help="write the released format instead of a model folder"
+    )
     options = parser.parse_args(arguments)
     return cli.run(lambda: print(convert(options)))
 
@@ -52,20 +62,27 @@ def convert(options: argparse.Namespace) -> str:
     if options.to_released and out.suffix != ".safetensors":
         raise ConfigError(f"OUT '{out}': --to-released writes a file; its name must end in .safetensors")
     if not options.to_released and out.suffix == ".safetensors":
-        raise ConfigError(f"OUT '{out}': a model folder is written; for a released-format file add --to-released")
+        raise ConfigError(
+            f"OUT '{out}': a model folder is written; for a released-format file add --to-released"
+        )
     path = find(options.source, options.file)
     lora = None if options.lora is None else locate_lora(options.lora, options.source)
     model = load_pretrained(path, lora=lora, resolution=options.resolution)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to_released:
         write_file(model, out)
-        lines = [f"{out}: the released format; its reader must be told: attention {', '.join(model.config.attention)}"]
+        lines = [
+            f"{out}: the released format; its reader must be told: attention {', '.join(model.config.attention)}"
+        ]
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
         write_folder(model, out, use)
         lines = [f'{out}: model folder; try it: python sample.py {out} --prompt "..."']
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    lines.append(f"{parameters:,} parameters in {next(model.parameters()).dtype}" + (f", {lora} merged" if lora else ""))
+    lines.append(
+        f"{parameters:,} parameters in {next(model.parameters()).dtype}"
+        + (f", {lora} merged" if lora else "")
+    )
     return "\n".join([*lines, *left_out(path)])
 
 
@@ -110,7 +127,11 @@ def left_out(path: Path) -> list[str]:
         return []
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(released.PROJECTOR)]
-    return [f"left out: {len(names)} tensors of the REPA projector ({names[0]}, ...); it serves training only"] if names else []
+    return (
+        [f"left out: {len(names)} tensors of the REPA projector ({names[0]}, ...); it serves training only"]
+        if names
+        else []
+    )
 
 
 if __name__ == "__main__":

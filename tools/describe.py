@@ -24,7 +24,9 @@ from nitro_e.model.layers import Grid
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--grid", metavar="HxW", help="tokens; default: the training grid")
@@ -53,7 +55,11 @@ def read(name: str, overrides: Sequence[str]) -> tuple[ModelConfig, Grid, int]:
 
     recipe = load(RunConfig, name, overrides)
     shape = codec_shape(recipe.components.codec)
-    side = recipe.model.base_grid * recipe.model.patch_size if shape is None else recipe.data.resolution // shape[1]
+    side = (
+        recipe.model.base_grid * recipe.model.patch_size
+        if shape is None
+        else recipe.data.resolution // shape[1]
+    )
     return recipe.model, recipe.model.latent_grid(side, side), text_shape(recipe.components.text)[1]
 
 
@@ -72,7 +78,9 @@ def report(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
         f"{whole.parameters:,} parameters, {gflop(whole.flops)} GFLOP for {grid[0]}x{grid[1]} image and {text_length} text tokens."
     ]
     if config.compression:
-        lines.append(f"Image tokens in the compressed blocks: {inside} instead of {full}, {1 - inside / full:.2%} fewer.")
+        lines.append(
+            f"Image tokens in the compressed blocks: {inside} instead of {full}, {1 - inside / full:.2%} fewer."
+        )
     everywhere = dataclasses.replace(config, attention=("full",))
     now, otherwise = (attention(choice, grid, text_length) for choice in (config, everywhere))
     if now != otherwise:
@@ -95,7 +103,13 @@ def report(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
     lines += ["", *table(header, rows)]
     header = ["operation", "parameters", "share", "GFLOP", "share"]
     rows = [
-        [c.name, f"{c.parameters:,}", share(c.parameters, whole.parameters), gflop(c.flops), share(c.flops, whole.flops)]
+        [
+            c.name,
+            f"{c.parameters:,}",
+            share(c.parameters, whole.parameters),
+            gflop(c.flops),
+            share(c.flops, whole.flops),
+        ]
         for c in operations(config, grid, text_length)
     ]
     return [*lines, "", *table(header, rows), "", *ablation_table(config, grid, text_length)]
@@ -137,7 +151,11 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]) + " |"
+        return (
+            "| "
+            + " | ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))])
+            + " |"
+        )
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     return [line(header), rule, *map(line, rows)]

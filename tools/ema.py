@@ -22,14 +22,20 @@ from nitro_e.model.pretrained import load_state, read_config, save_pretrained
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the snapshots of a run")
     listing.add_argument("run", metavar="RUN", type=Path)
     synthesis = commands.add_parser("synthesize", help="write a model folder")
     synthesis.add_argument("run", metavar="RUN", type=Path)
-    synthesis.add_argument("--sigma-rel", type=float, required=True, help="length of the average, for example 0.08")
-    synthesis.add_argument("--step", type=int, help="the average as of this step; the newest snapshot if not given")
+    synthesis.add_argument(
+        "--sigma-rel", type=float, required=True, help="length of the average, for example 0.08"
+    )
+    synthesis.add_argument(
+        "--step", type=int, help="the average as of this step; the newest snapshot if not given"
+    )
     synthesis.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     options = parser.parse_args(arguments)
     return cli.run(lambda: show(options.run) if options.command == "list" else synthesize(options))
@@ -38,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 def snapshots_of(run: Path) -> list[ema.Snapshot]:
     snapshots = ema.list_snapshots(run / ema.FOLDER)
     if not snapshots:
-        raise ConfigError(f"{run} has no snapshots in {ema.FOLDER}/; they are written while training, when asked for")
+        raise ConfigError(
+            f"{run} has no snapshots in {ema.FOLDER}/; they are written while training, when asked for"
+        )
     return snapshots
 
 
@@ -66,7 +74,7 @@ def synthesize(options: argparse.Namespace) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     save_pretrained(model, temporary, config["use"])
     temporary.rename(out)
-    print(f"{out}: {report}. Try it: python sample.py {out} --prompt \"...\"")
+    print(f'{out}: {report}. Try it: python sample.py {out} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -17,9 +17,13 @@ from nitro_e.report import write_comparison, write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="of several runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.html"), help="of several runs (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
 
     def command() -> None:

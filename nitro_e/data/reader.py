@@ -454,7 +454,11 @@ def worker_faults_explained(loader: DataLoader) -> Iterator[Records]:
     """The loader's items; a worker process that was killed raises TrainingError with the likely reason."""
     try:
         yield from loader
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while handing over a batch
+    except (
+        RuntimeError,
+        ConnectionError,
+        EOFError,
+    ) as error:  # the latter two: it died while handing over a batch
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise TrainingError(

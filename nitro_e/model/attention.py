@@ -24,7 +24,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all."""
     if q.device.type == "cpu":
         return attend_in_chunks(q, k, v, visible, torch.is_grad_enabled())[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if visible is None else visible[:, None, None])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if visible is None else visible[:, None, None]
+    )
 
 
 @torch.library.custom_op("nitro_e::attend_in_chunks", mutates_args=())
@@ -120,8 +122,13 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(q, k, v, visible, output[1])
 
 
-attend_in_chunks.register_fake(lambda q, k, v, visible, training: (q.new_empty(q.shape), _empty_weights(q, training)))
-_backward.register_fake(lambda gradient, q, k, v, visible, kept: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+attend_in_chunks.register_fake(
+    lambda q, k, v, visible, training: (q.new_empty(q.shape), _empty_weights(q, training))
+)
+_backward.register_fake(
+    lambda gradient, q, k, v, visible, kept: tuple(x.new_empty(x.shape) for x in (q, k, v))
+)
 attend_in_chunks.register_autograd(
-    lambda ctx, gradient, _: (*_backward(gradient, *ctx.saved_tensors), None, None), setup_context=_setup_context
+    lambda ctx, gradient, _: (*_backward(gradient, *ctx.saved_tensors), None, None),
+    setup_context=_setup_context,
 )

@@ -61,7 +61,9 @@ def parts(config: ModelConfig, grid: Grid | None = None, text_length: int = 128)
     }
     items = list(_items(config, (height, width), text_length))
     return [
-        dataclasses.replace(_sum(part, [item for item in items if item.part == part]), image_tokens=image, text_tokens=text)
+        dataclasses.replace(
+            _sum(part, [item for item in items if item.part == part]), image_tokens=image, text_tokens=text
+        )
         for part, (image, text) in tokens.items()
         if any(item.part == part for item in items)
     ]
@@ -118,7 +120,9 @@ def _items(config: ModelConfig, grid: Grid, text_length: int) -> Iterator[_Item]
     for name, module in model.named_modules():
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if parameters:
-            rows = _rows(config, name.split("."), tokens[0], [tokens[group] for group in group_of_block], text_length)
+            rows = _rows(
+                config, name.split("."), tokens[0], [tokens[group] for group in group_of_block], text_length
+            )
             flops = 2 * rows * module.weight.numel() if isinstance(module, nn.Linear) else 0
             yield _Item(_part(name, group_of_block), _operation(name), parameters, flops)
     for index, (group, region) in enumerate(zip(group_of_block, config.regions)):

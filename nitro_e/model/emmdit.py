@@ -58,26 +58,42 @@ class ModelConfig:
     position_table: int = 96  # tokens per side of the largest grid
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "text_width", "patch_size", "width", "heads", "base_grid", "position_table"):
+        for name in (
+            "latent_channels",
+            "text_width",
+            "patch_size",
+            "width",
+            "heads",
+            "base_grid",
+            "position_table",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
-            raise ConfigError(f"width {self.width} is not a multiple of 4, which the 2-D position table needs")
+            raise ConfigError(
+                f"width {self.width} is not a multiple of 4, which the 2-D position table needs"
+            )
         if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden < 1:
             raise ConfigError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         if min(self.groups) < 0 or self.groups[2] < 1:
-            raise ConfigError(f"groups {list(self.groups)}: counts must not be negative, and the last at least 1")
+            raise ConfigError(
+                f"groups {list(self.groups)}: counts must not be negative, and the last at least 1"
+            )
         for ratio in self.compression:
             if ratio < 2:
                 raise ConfigError(f"compression {list(self.compression)}: a ratio must be 2 or more")
             if self.width % ratio**2:
-                raise ConfigError(f"compression ratio {ratio} needs a width that is a multiple of {ratio**2}, not {self.width}")
+                raise ConfigError(
+                    f"compression ratio {ratio} needs a width that is a multiple of {ratio**2}, not {self.width}"
+                )
         if len(set(self.compression)) != len(self.compression):
             raise ConfigError(f"compression {list(self.compression)}: the ratios must differ")
         if self.position_reinforcement and not self.compression:
-            raise ConfigError("position_reinforcement needs compression: there is no reconstruction to reinforce")
+            raise ConfigError(
+                "position_reinforcement needs compression: there is no reconstruction to reinforce"
+            )
         if not self.attention:
             raise ConfigError("attention must name at least one pattern, for example [full]")
         for name in self.attention:
@@ -125,7 +141,9 @@ class ModelConfig:
         """Whether the image tokens after the first `tap` blocks are the full grid."""
         return not self.compression or tap <= self.groups[0] or tap > self.groups[0] + self.groups[1]
 
-    def check_grid(self, height: int, width: int, text_length: int | None = None, pixels: int | None = None) -> None:
+    def check_grid(
+        self, height: int, width: int, text_length: int | None = None, pixels: int | None = None
+    ) -> None:
         """Refuse a token grid (rows, columns) or text length that the architecture does not divide.
 
         pixels: per token side, when the message should speak of pixels.
@@ -133,7 +151,9 @@ class ModelConfig:
         problem = self._grid_problem(height, width)
         if problem is not None:
             sizes = [_size(*grid, pixels) for grid in self.nearest_grids(height, width)]
-            nearest = f"the nearest that work: {', '.join(sizes)}" if sizes else "no grid works with this config"
+            nearest = (
+                f"the nearest that work: {', '.join(sizes)}" if sizes else "no grid works with this config"
+            )
             raise ConfigError(f"{_size(height, width, pixels)}: {problem}; {nearest}")
         if text_length is not None:
             self._check_text_length(text_length)
@@ -141,7 +161,10 @@ class ModelConfig:
     def nearest_grids(self, height: int, width: int, count: int = 3) -> list[Grid]:
         """The token grids that work and are nearest in rows plus columns."""
         sides = range(step := math.lcm(*self.compression), self.position_table + 1, step)
-        grids = sorted(itertools.product(sides, sides), key=lambda grid: (abs(grid[0] - height) + abs(grid[1] - width), grid))
+        grids = sorted(
+            itertools.product(sides, sides),
+            key=lambda grid: (abs(grid[0] - height) + abs(grid[1] - width), grid),
+        )
         return list(itertools.islice((grid for grid in grids if self._grid_problem(*grid) is None), count))
 
     def _grid_problem(self, height: int, width: int) -> str | None:
@@ -153,7 +176,9 @@ class ModelConfig:
         for ratio in self.compression:
             if height % ratio or width % ratio:
                 return f"{height}x{width} tokens are not a multiple of compression ratio {ratio}"
-        for group, (tokens, multiple) in enumerate(zip(self.image_tokens(height, width), self.multiples), start=1):
+        for group, (tokens, multiple) in enumerate(
+            zip(self.image_tokens(height, width), self.multiples), start=1
+        ):
             if tokens % multiple:
                 return f"attention {list(self.attention)} needs multiples of {multiple} tokens, but group {group} has {tokens}"
         return None
@@ -161,7 +186,9 @@ class ModelConfig:
     def _check_text_length(self, length: int) -> None:
         multiple = math.lcm(*self.multiples)
         if length < 1 or length % multiple:
-            lengths = [n for n in (length // multiple * multiple, -(-length // multiple) * multiple) if n > 0] or [multiple]
+            lengths = [
+                n for n in (length // multiple * multiple, -(-length // multiple) * multiple) if n > 0
+            ] or [multiple]
             raise ConfigError(
                 f"attention {list(self.attention)} needs multiples of {multiple} tokens, but the text has {length}; "
                 f"the nearest text length that works: {' or '.join(map(str, lengths))}"
@@ -201,7 +228,9 @@ class EMMDiT(nn.Module):
 
         last = c.depth - 1
         self.blocks = nn.ModuleList(
-            (layers.LastBlock if index == last else layers.Block)(width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region)
+            (layers.LastBlock if index == last else layers.Block)(
+                width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region
+            )
             for index, region in enumerate(c.regions)
         )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -225,7 +254,9 @@ class EMMDiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.out.weight)  # the first prediction is zero
         for module in self.modules():
-            if isinstance(module, (layers.AffineModulation, layers.SingleModulation)):  # N(0, 1 / D), as released
+            if isinstance(
+                module, (layers.AffineModulation, layers.SingleModulation)
+            ):  # N(0, 1 / D), as released
                 for table in module.parameters():
                     nn.init.normal_(table, std=self.config.width**-0.5)
         if self.config.gate_init != "random":
@@ -273,13 +304,21 @@ class EMMDiT(nn.Module):
         image = self.compress(image, grid)
         image, words = self.run_blocks(range(first, first + inside), image, words, time, text.mask, tapped)
         image = self.reinforce(self.reconstruct(image, saved, grid), grid)
-        image, _ = self.run_blocks(range(first + inside, len(self.blocks)), image, words, time, text.mask, tapped)
+        image, _ = self.run_blocks(
+            range(first + inside, len(self.blocks)), image, words, time, text.mask, tapped
+        )
 
         velocity = self.unpatchify(self.out(self.norm_out(image)), grid)
         return velocity, [tapped[tap] for tap in taps]
 
     def run_blocks(
-        self, indices: range, image: Tensor, words: Tensor, time: Tensor, mask: Tensor, tapped: dict[int, Tensor | None]
+        self,
+        indices: range,
+        image: Tensor,
+        words: Tensor,
+        time: Tensor,
+        mask: Tensor,
+        tapped: dict[int, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         visible = self.key_mask(image, mask)  # (B, N + L) or None
         for index in indices:
@@ -309,7 +348,9 @@ class EMMDiT(nn.Module):
         Whole graphs or an error; names in the state dict stay as they are. options: of torch.compile, such as
         `mode="reduce-overhead"` for sampling on CUDA. The rest of the model (1 % of the arithmetic) stays as it is.
         """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # of one Block.forward
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, 64
+        )  # of one Block.forward
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, **options)
 

@@ -24,7 +24,9 @@ Grid = tuple[int, int]  # rows, columns of tokens
 def timestep_sinusoids(t: Tensor, width: int = 256) -> Tensor:
     """(B,) in 0..1 -> (B, width): cosines then sines of 1000 t at geometric frequencies 1 .. 1/10000, float32."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    frequencies = torch.exp(
+        -math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device)
+    )
     angles = 1000.0 * t.float()[:, None] * frequencies  # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -255,13 +257,17 @@ class TextContext(AttentionInput):
 class Block(nn.Module):
     """Joint image-text attention within the groups of a region, then an MLP per stream; residuals are gated."""
 
-    def __init__(self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region
+    ) -> None:
         super().__init__()
         self.region = region
         self.image = Stream(width, heads, hidden, modulation, qk_norm)
         self.text = Stream(width, heads, hidden, modulation, qk_norm)
 
-    def forward(self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """image (B, N, D), text (B, L, D), time: shared modulation or time embedding, mask (B, N + L) or None."""
         m_image, m_text = self.image.modulation(time), self.text.modulation(time)
         attended_image, attended_text = joint_attention(
@@ -273,13 +279,17 @@ class Block(nn.Module):
 class LastBlock(nn.Module):
     """A block whose text is read but not updated: nothing would read the update."""
 
-    def __init__(self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region
+    ) -> None:
         super().__init__()
         self.region = region
         self.image = Stream(width, heads, hidden, modulation, qk_norm)
         self.text = TextContext(width, heads, qk_norm)
 
-    def forward(self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         m_image = self.image.modulation(time)
         attended, _ = joint_attention(self.image.before(image, m_image), self.text(text), self.region, mask)
         return self.image.after(image, attended, m_image), text
@@ -290,7 +300,9 @@ def joint_attention(image: tuple, text: tuple, region: Region, mask: Tensor | No
 
     mask: (B, N + L) bool over keys, True = attended to, or None.
     """
-    q, k, v = (_heads_first(region.split(i), region.split(t)) for i, t in zip(image, text))  # (B s, H, (N + L) / s, K)
+    q, k, v = (
+        _heads_first(region.split(i), region.split(t)) for i, t in zip(image, text)
+    )  # (B s, H, (N + L) / s, K)
     out = attend(q, k, v, None if mask is None else region.split(mask).flatten(2).flatten(0, 1))
     tokens = image[0].shape[1] // region.groups
     return region.merge(out[:, :, :tokens]), region.merge(out[:, :, tokens:])
@@ -309,7 +321,9 @@ class PathDown(nn.Sequential):
     """One compression path: fold r x r tokens into channels, then two 1x1 maps."""
 
     def __init__(self, width: int, ratio: int) -> None:
-        super().__init__(nn.Linear(width * ratio**2, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        super().__init__(
+            nn.Linear(width * ratio**2, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
         self.ratio = ratio
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -322,7 +336,9 @@ class PathUp(nn.Sequential):
     """One reconstruction path: unfold channels into r x r tokens, then two 1x1 maps."""
 
     def __init__(self, width: int, ratio: int) -> None:
-        super().__init__(nn.Linear(width // ratio**2, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        super().__init__(
+            nn.Linear(width // ratio**2, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
         self.ratio = ratio
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:

@@ -47,7 +47,9 @@ def _pack_children(module: nn.Module) -> None:
 
 
 def _refuse_to_save(*_: object) -> None:
-    raise ConfigError("a packed model has no weights to read and cannot be saved; save the model that was packed")
+    raise ConfigError(
+        "a packed model has no weights to read and cannot be saved; save the model that was packed"
+    )
 
 
 def _check(model: EMMDiT) -> None:
@@ -55,14 +57,26 @@ def _check(model: EMMDiT) -> None:
     if isinstance(model.out, PackedLinear):
         raise ConfigError("the model is already packed")
     if weight.device.type != "cpu":
-        raise ConfigError(f"pack_for_cpu: the model is on {weight.device}; use compile_blocks there, or move it to the CPU")
+        raise ConfigError(
+            f"pack_for_cpu: the model is on {weight.device}; use compile_blocks there, or move it to the CPU"
+        )
     if weight.dtype != torch.bfloat16:
-        raise ConfigError(f"pack_for_cpu: the model is {weight.dtype}; only bfloat16 is packed, give model.bfloat16()")
-    missing = [name for name in ("_reorder_linear_weight", "_linear_pointwise") if not hasattr(torch.ops.mkldnn, name)]
+        raise ConfigError(
+            f"pack_for_cpu: the model is {weight.dtype}; only bfloat16 is packed, give model.bfloat16()"
+        )
+    missing = [
+        name
+        for name in ("_reorder_linear_weight", "_linear_pointwise")
+        if not hasattr(torch.ops.mkldnn, name)
+    ]
     if missing or not torch.backends.mkldnn.is_available():
-        raise ConfigError(f"pack_for_cpu: torch {torch.__version__} has no oneDNN linear layers; use the model as it is")
+        raise ConfigError(
+            f"pack_for_cpu: torch {torch.__version__} has no oneDNN linear layers; use the model as it is"
+        )
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ConfigError("pack_for_cpu: this processor has no AVX-512, which oneDNN needs for bfloat16; use the model as it is")
+        raise ConfigError(
+            "pack_for_cpu: this processor has no AVX-512, which oneDNN needs for bfloat16; use the model as it is"
+        )
 
 
 # torch.compile cannot trace tensors in oneDNN's layout. So one operator of torch's registry stands for the layer, and

@@ -48,12 +48,16 @@ def load_pretrained(
     path = locate(source, file)
     if path.is_dir():
         if resolution is not None or config is not None:
-            raise ConfigError(f"{path} has a config.json; resolution and config are for files in the released format")
+            raise ConfigError(
+                f"{path} has a config.json; resolution and config are for files in the released format"
+            )
         model = _build(read_config(path)["model"], read_safetensors(path / "model.safetensors"), path)
     else:
         state = read_safetensors(path)
         if not released.is_released(state):
-            raise ConfigError(f"{path} is not in the released format; our own models are folders with a config.json")
+            raise ConfigError(
+                f"{path} is not in the released format; our own models are folders with a config.json"
+            )
         if config is None:
             config = released.infer_config(state, *_released_choices(path.name, resolution))
         model = _build(config, released.from_released(state, config), path)
@@ -67,7 +71,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The parsed `config.json` of a model folder: {"model": ModelConfig, "use": dict}."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder} is not a model folder: it has no config.json; of a checkpoint, give model/ or ema/")
+        raise ConfigError(
+            f"{folder} is not a model folder: it has no config.json; of a checkpoint, give model/ or ema/"
+        )
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -85,10 +91,14 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a readable safetensors file ({error}); it may be truncated, copy it again") from None
+        raise ConfigError(
+            f"{path} is not a readable safetensors file ({error}); it may be truncated, copy it again"
+        ) from None
     for name, tensor in state.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ConfigError(f"{path}: tensor '{name}' is {tensor.dtype}; weights must be float32, bfloat16 or float16")
+            raise ConfigError(
+                f"{path}: tensor '{name}' is {tensor.dtype}; weights must be float32, bfloat16 or float16"
+            )
     return state
 
 
@@ -101,7 +111,9 @@ def _build(config: ModelConfig, state: dict[str, torch.Tensor], source: Path) ->
     return model.eval()
 
 
-def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any, assign: bool = False) -> None:
+def load_state(
+    module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any, assign: bool = False
+) -> None:
     """`load_state_dict`, strict, after `check_fits`."""
     check_fits(module, state, source)
     module.load_state_dict(state, assign=assign)
@@ -160,7 +172,9 @@ def _download(repository: str, name: str) -> Path:
         return Path(hf_hub_download(repository, name))
     except Exception as error:  # the hub raises many kinds: no network, no such repository, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"'{repository}' is not here, and the hub gives no '{name}' of that repository: {reason}") from None
+        raise ConfigError(
+            f"'{repository}' is not here, and the hub gives no '{name}' of that repository: {reason}"
+        ) from None
 
 
 def _released_choices(name: str, resolution: int | None) -> tuple[int, tuple[str, ...]]:
@@ -169,6 +183,8 @@ def _released_choices(name: str, resolution: int | None) -> tuple[int, tuple[str
         resolution = next((size for size in (512, 1024) if f"{size}px" in name), None)
     presets = {512: "nitro-e-512", 1024: "nitro-e-1024"}
     if resolution not in presets:
-        raise ConfigError(f"{name}: give resolution=512 or 1024; the released weights do not show it (got {resolution})")
+        raise ConfigError(
+            f"{name}: give resolution=512 or 1024; the released weights do not show it (got {resolution})"
+        )
     config = from_dict(ModelConfig, {"preset": presets[resolution]})
     return config.base_grid, config.attention

@@ -28,7 +28,9 @@ POSITION_TABLE = "pos_embed.pos_embed"
 PROJECTOR = "projectors."
 
 # What every released model has, and weights do not show.
-RELEASED_CHOICES = dict(compression=(2, 4), position_reinforcement=True, modulation="affine", qk_norm=True, text_mask="none")
+RELEASED_CHOICES = dict(
+    compression=(2, 4), position_reinforcement=True, modulation="affine", qk_norm=True, text_mask="none"
+)
 RELEASED_CYCLES = (("full", "4x1", "4x4"), ("full",))  # 512 px and 1024 px
 
 
@@ -41,7 +43,9 @@ def check_representable(config: ModelConfig) -> None:
             )
     if config.attention not in RELEASED_CYCLES:
         known = " or ".join(str(_plain(cycle)) for cycle in RELEASED_CYCLES)
-        raise ConfigError(f"the released format has attention {known} only; this model has {_plain(config.attention)}")
+        raise ConfigError(
+            f"the released format has attention {known} only; this model has {_plain(config.attention)}"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -79,7 +83,9 @@ def released_names(config: ModelConfig) -> dict[str, list[str]]:
 
 
 # Released names of one stream's parts within a block.
-IMAGE = dict(suffix="", norm="norm1", qkv=("to_q", "to_k", "to_v"), q="norm_q", k="norm_k", out="to_out.0", mlp="ff")
+IMAGE = dict(
+    suffix="", norm="norm1", qkv=("to_q", "to_k", "to_v"), q="norm_q", k="norm_k", out="to_out.0", mlp="ff"
+)
 TEXT = dict(
     suffix="_c", norm="norm1_context", qkv=("add_q_proj", "add_k_proj", "add_v_proj"), q="norm_added_q",
     k="norm_added_k", out="to_add_out", mlp="ff_context",
@@ -153,7 +159,8 @@ def from_released(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     _check_position_table(state[POSITION_TABLE], config)
     shapes = _shapes(config)
     return {
-        name: torch.cat([state[part] for part in parts]).reshape(shapes[name]) for name, parts in released_names(config).items()
+        name: torch.cat([state[part] for part in parts]).reshape(shapes[name])
+        for name, parts in released_names(config).items()
     }
 
 
@@ -191,10 +198,14 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def _check_position_table(table: Tensor, config: ModelConfig) -> None:
-    ours = sincos_table(config.position_table, config.width, config.base_grid, config.interpolation).to(table.dtype)
+    ours = sincos_table(config.position_table, config.width, config.base_grid, config.interpolation).to(
+        table.dtype
+    )
     tolerance = max(1e-5, torch.finfo(table.dtype).eps)
     if not torch.allclose(table.reshape(ours.shape).float(), ours.float(), rtol=0, atol=tolerance):
-        raise ConfigError(f"{POSITION_TABLE} is not the table of base_grid {config.base_grid}; give the right resolution")
+        raise ConfigError(
+            f"{POSITION_TABLE} is not the table of base_grid {config.base_grid}; give the right resolution"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA
@@ -223,13 +234,19 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor
         name = f"{module}.weight"
         if name not in state:
             raise ConfigError(f"{folder}: adapter target '{module}' is not in the released model")
-        weight, a, b = state[name], a.double().flatten(1), b.double().flatten(1)  # of a convolution: flat kernels
+        weight, a, b = (
+            state[name],
+            a.double().flatten(1),
+            b.double().flatten(1),
+        )  # of a convolution: flat kernels
         rank, ranks = len(a), _matched(config.get("rank_pattern"), module, config["r"])
         if rank not in ranks:
             raise ConfigError(f"{folder}: '{module}' has rank {rank}, adapter_config.json says {ranks[0]}")
         alpha, *others = _matched(config.get("alpha_pattern"), module, config["lora_alpha"])
         if others:
-            raise ConfigError(f"{folder}: alpha_pattern gives '{module}' both {alpha} and {others[0]}; no telling which it had")
+            raise ConfigError(
+                f"{folder}: alpha_pattern gives '{module}' both {alpha} and {others[0]}; no telling which it had"
+            )
         if b.shape != (len(weight), rank) or a.shape[1] != weight[0].numel():
             raise ConfigError(
                 f"{folder}: '{module}' has LoRA factors {list(b.shape)} x {list(a.shape)} for a weight {list(weight.shape)}"
@@ -251,7 +268,9 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: peft_type is {kind!r}; only LORA can be merged")
     for key, value in config.items():
         if value and key not in HARMLESS:
-            raise ConfigError(f"{folder}: {key} = {value!r} cannot be merged exactly into the released weights")
+            raise ConfigError(
+                f"{folder}: {key} = {value!r} cannot be merged exactly into the released weights"
+            )
     for key, exact in {"bias": ("none", None), "init_lora_weights": PLAIN_STARTS}.items():
         if config.get(key) not in exact:
             raise ConfigError(
@@ -259,7 +278,9 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
             )
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise ConfigError(f"{folder}: {key} = {config.get(key)!r} in adapter_config.json is not a positive number")
+            raise ConfigError(
+                f"{folder}: {key} = {config.get(key)!r} in adapter_config.json is not a positive number"
+            )
     return config
 
 
@@ -268,7 +289,9 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
     try:
         adapter = load_file(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; save the adapter with PEFT's save_pretrained (safetensors)") from None
+        raise ConfigError(
+            f"{path} does not exist; save the adapter with PEFT's save_pretrained (safetensors)"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
     if not adapter:

@@ -31,7 +31,9 @@ class RepaConfig:
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
-            raise ConfigError(f"weight must be positive, got {self.weight}; to switch REPA off, set stage.repa: null")
+            raise ConfigError(
+                f"weight must be positive, got {self.weight}; to switch REPA off, set stage.repa: null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,9 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
 def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
     """(sum, count) of per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
     index = (t * bins).long().clamp(max=bins - 1)
-    pairs = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1)  # (B, 2)
+    pairs = torch.stack(
+        [values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1
+    )  # (B, 2)
     sums = pairs.new_zeros(bins, 2).index_add_(0, index, pairs)
     return {f"loss_t{number}": sums[number] for number in range(bins)}
 
@@ -93,7 +97,11 @@ class FlowMatching:
         self.forward_flops = forward_flops
         self.fingerprint = data.fingerprint()
         stored_null = data.null_text()
-        self.null_text = text.encode([""]) if stored_null is None else TextEmbedding(*(part.to(device) for part in stored_null))
+        self.null_text = (
+            text.encode([""])
+            if stored_null is None
+            else TextEmbedding(*(part.to(device) for part in stored_null))
+        )
         module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
         self.phases = (Phase("model", module, self.loss, config.optim),)
 
@@ -126,8 +134,17 @@ class FlowMatching:
         if self.config.repa is not None:
             grid = self.model.config.latent_grid(*latents.shape[-2:])
             stored = record.features
-            features = self.vision.features(pixels, grid) if stored is None else self.to_device(stored)  # (B, N, F)
-        return Batch(latents=latents, text=text, prompts=record.prompts, keys=record.keys, features=features, info=record.info)
+            features = (
+                self.vision.features(pixels, grid) if stored is None else self.to_device(stored)
+            )  # (B, N, F)
+        return Batch(
+            latents=latents,
+            text=text,
+            prompts=record.prompts,
+            keys=record.keys,
+            features=features,
+            info=record.info,
+        )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Stored half precision is widened: all arithmetic around the model is float32."""
@@ -139,7 +156,9 @@ class FlowMatching:
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = self.drop_captions(batch.text, rng.uniform() < self.config.caption_dropout)
         velocity, projected = net(flow.interpolate(batch.latents, noise, t), t, text)
-        squared = (velocity.float() - flow.velocity_target(batch.latents, noise)).square().flatten(1).mean(dim=1)  # (B,)
+        squared = (
+            (velocity.float() - flow.velocity_target(batch.latents, noise)).square().flatten(1).mean(dim=1)
+        )  # (B,)
         logs = by_time(squared, t)
         if self.config.repa is None:
             return squared.mean(), logs
