@@ -65,7 +65,7 @@ def draw(options: argparse.Namespace) -> None:
     if options.compile:
         pipeline.compile()
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
-    seeds = [options.seed + index for _ in prompts for index in range(options.num_images)]
+    seeds = list(range(options.seed, options.seed + len(repeated)))
     overrides = {
         name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")
     }

@@ -47,7 +47,7 @@ TITLES = {  # in the order of the page; names not here follow under their own na
     "memory_gb": "Peak memory, GB",
 }
 EXPECTED = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait")
-COUNTERS = ("skipped", "failed_saves", "bad", "eta_seconds")  # told in the header or of no use afterwards
+COUNTERS = ("skipped", "failed_saves", "bad_samples", "eta_seconds")  # told in the header or of no use afterwards
 NOT_NOISY = ("lr", "memory_gb")
 NOT_METRICS = ("attempt", "time", "step")
 
@@ -187,6 +187,7 @@ def header(record: Record) -> str:
         ("waiting for data", _percent(record.final("data_wait"))),
         ("skipped steps", _counter(record, "skipped")),
         ("failed saves", _counter(record, "failed_saves")),
+        ("bad samples", _counter(record, "bad_samples")),
         ("attempts", str(len(record.attempts()) or "–")),
     ]
     boxes = "".join(
