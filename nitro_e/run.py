@@ -154,10 +154,10 @@ def open_run_data(
     )  # fmt: skip
     for column, made in data.encoders().items():
         component = {"latents": "codec", "text": "text", "features": "vision"}.get(column)
-        ours = component and getattr(config.components, component)
-        if ours is not None and made.get("name") not in (None, ours.name):
+        ours, theirs = component and getattr(config.components, component), made["name"]
+        if ours is not None and theirs is not None and theirs["name"] != ours.name:
             raise ConfigError(
-                f"components.{component} is '{ours.name}', but the stored {column} were made with '{made['name']}'"
+                f"components.{component} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
             )
     if data.text_format == "ragged" and config.model.text_mask == "none":
         raise ConfigError(

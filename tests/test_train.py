@@ -190,6 +190,30 @@ def test_stored_latents_are_trained_on_without_images(recipe, tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
 
 
+def test_pack_encode_verify_train(recipe, tmp_path, capsys):
+    """The tools' own output, end to end; columns made by another encoder are refused."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import data as tool
+
+    columns = str(tmp_path / "columns")
+    shards = str(tmp_path / "toy-*.tar")
+    assert tool.main(["pack", "webdataset", shards, "--out", columns, "--name", "toy"]) == 0
+    images = f"{columns}/images-*.tar"
+    encode = ["encode", images, "--out", columns, "--codec", "dct-f8c24", "--text", "hash", "--resolution", "64"]
+    assert tool.main(encode) == 0
+    assert tool.main(["verify", f"{columns}/*.tar", "--deep"]) == 0
+    stored = f"data.shards=[{columns}/latents-*.tar, {columns}/text-*.tar]"
+    assert run_train(recipe, tmp_path / "stored", stored) == 0
+    assert run_train(recipe, tmp_path / "online", f"data.shards=[{images}]") == 0
+    for a, b in zip(metrics.read(tmp_path / "stored"), metrics.read(tmp_path / "online"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+    manifest = tmp_path / "columns" / "manifest-latents.jsonl"
+    manifest.write_text(manifest.read_text().replace("dct-f8c24", "dct-of-old"))
+    capsys.readouterr()
+    assert run_train(recipe, tmp_path / "other", stored) == 2
+    assert "'dct-f8c24', but the stored latents were made with 'dct-of-old'" in capsys.readouterr().err
+
+
 def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_train(recipe, first) == 0
