@@ -41,6 +41,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
+    parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
+    parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument(
         "--compile", action="store_true", help="slower start, faster steps: for many pictures"
@@ -61,7 +63,8 @@ def draw(options: argparse.Namespace) -> None:
     from nitro_e.pipeline import TextToImage, image_grid
 
     device = options.device or default_device(torch)
-    pipeline = TextToImage.from_pretrained(options.source, device, getattr(torch, options.dtype))
+    dtype, components = getattr(torch, options.dtype), {"codec_path": options.codec, "text_path": options.text}
+    pipeline = TextToImage.from_pretrained(options.source, device, dtype, **components)
     if options.compile:
         pipeline.compile()
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]

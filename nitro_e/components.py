@@ -152,5 +152,5 @@ def _load(kind: str, config: ComponentConfig, repository: str, loader: Callable[
         raise ConfigError(
             f"components.{kind}: cannot load '{config.name}' from {where} '{source}' ({reason}); download it "
             f"with `hf download {repository} --local-dir FOLDER` (`hf auth login` first if it is gated) "
-            f"and give components.{kind}.path=FOLDER"
+            f"and give the folder: components.{kind}.path=FOLDER in training, --{kind} FOLDER to sample.py"
         ) from error

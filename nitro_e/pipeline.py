@@ -44,16 +44,20 @@ class TextToImage:
         source: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        **components: Any,
+        codec_path: str | None = None,
+        text_path: str | None = None,
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
-        components: `codec=` or `text=` replace what the weights were trained with (name, or mapping with a path).
+        codec_path, text_path: local folders or hub ids of the codec and the text encoder, instead of those that the
+        weights were trained with.
         """
         folder = model_folder(source)
-        use = from_dict(Use, {**read_config(folder)["use"], **components}, "use")
+        use = from_dict(Use, read_config(folder)["use"], "use")
+        codec = dataclasses.replace(use.codec, path=codec_path or use.codec.path)
+        text = dataclasses.replace(use.text, path=text_path or use.text.path)
         model = load_pretrained(folder).to(device, dtype)
-        return cls(model, build_codec(use.codec, device), build_text_encoder(use.text, device), use.sampling)
+        return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
 
     def compile(self) -> None:
         """Faster steps after a slower start, for many pictures: torch.compile, and packed weights where a CPU gains by them."""

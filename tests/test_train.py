@@ -170,6 +170,10 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
     exported = EMMDiT.from_pretrained(checkpoint.model_folder(run))
     assert not any("projector" in name for name in exported.state_dict())
     assert len(TextToImage.from_pretrained(run)(["a red circle"])) == 1
+    (tmp_path / "llama").rename(tmp_path / "moved")
+    arguments = [str(run), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
+    assert sample.main(arguments) == 2
+    assert sample.main([*arguments, "--text", str(tmp_path / "moved")]) == 0
 
 
 def test_stored_latents_are_trained_on_without_images(recipe, tmp_path):
