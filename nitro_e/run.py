@@ -44,9 +44,7 @@ class RunConfig:
     name: str
     run: str | None = None  # run directory; None: runs/NAME
     seed: int = 0
-    init_from: str | None = (
-        None  # weights to start from: a run, checkpoint or model folder, with @model or @ema
-    )
+    init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
     model: ModelConfig
     stage: FlowMatchingConfig
     data: DataConfig
@@ -76,10 +74,8 @@ class RunConfig:
 
     def _check_shapes(self) -> None:
         """What can be known of the components before they are loaded."""
-        shape, (text_width, text_length) = (
-            codec_shape(self.components.codec),
-            text_shape(self.components.text),
-        )
+        shape = codec_shape(self.components.codec)
+        text_width, text_length = text_shape(self.components.text)
         if shape is not None:
             self._check_codec(*shape, text_length)
         if text_width not in (None, self.model.text_width):
@@ -196,17 +192,21 @@ def build(config: RunConfig) -> Engine:
     prompts = config.prompts or tuple(first_records(data).prompts[:8])
     config.folder.mkdir(parents=True, exist_ok=True)
     data.bad.report = config.folder / f"bad_samples.rank{accelerator.process_index}.jsonl"
-    if accelerator.is_main_process:
-        (config.folder / "config.yaml").write_text(dump(config))
-    return Engine(
+    engine = Engine(
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),
         hooks=(sample_grid_hook(config, codec, text, prompts),),
     )  # fmt: skip
+    if accelerator.is_main_process:  # only now: the engine refuses the run directory of another experiment
+        (config.folder / "config.yaml").write_text(dump(config))
+    return engine
 
 
 def build_model(config: RunConfig) -> EMMDiT:
-    """Fresh weights from the seed, or those of `init_from`, whose architecture must be the same."""
-    if config.init_from is None:
+    """Fresh weights from the seed, or those of `init_from`, whose architecture must be the same.
+
+    A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
+    """
+    if config.init_from is None or checkpoint.latest(config.folder) is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, "initial weights") % 2**32)
             return EMMDiT(config.model)

@@ -225,6 +225,9 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
     ours = EMMDiT.from_pretrained(checkpoint.model_folder(f"{second}@model")).state_dict()
     theirs = EMMDiT.from_pretrained(checkpoint.model_folder(f"{first}@ema")).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    first.rename(tmp_path / "gone")  # a resume does not look for it
+    assert run_train(recipe, second, f"init_from={first}@ema", "engine.steps=2") == 0
+    (tmp_path / "gone").rename(first)
     assert run_train(recipe, tmp_path / "third", f"init_from={first}", "model.heads=4") == 2
     assert "another architecture: heads 2 there, 4 here" in capsys.readouterr().err
 
@@ -293,8 +296,10 @@ def test_one_image_that_does_not_decode_is_replaced_and_counted(recipe, tmp_path
 def test_a_checkpoint_of_another_architecture_is_refused(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_train(recipe, run) == 0
+    before = (run / "config.yaml").read_text()
     assert run_train(recipe, run, "model.groups=[1, 3, 1]", "engine.steps=9") == 2
     assert "of another architecture" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
 
 
 @pytest.mark.slow
