@@ -1,6 +1,11 @@
 """Shared fixtures. Nothing in the tests reaches the network or the machine's wandb login."""
 
+import os
 from pathlib import Path
+
+# The tests are small: more threads only wait for each other. Other processes inherit it, so that losses can be compared
+# bit for bit (another number of threads adds in another order).
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from nitro_e.model import EMMDiT, released
 
 DATA = Path(__file__).parent / "data"
 
-torch.set_num_threads(1)  # the tests are small; more threads only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
