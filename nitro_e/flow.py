@@ -31,16 +31,6 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
     return noise - data
 
 
-def to_data(x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The data estimate that a velocity implies: x_t - t * velocity."""
-    return x - expand(t, x) * velocity
-
-
-def to_noise(x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The noise estimate that a velocity implies: x_t + (1 - t) * velocity."""
-    return x + (1 - expand(t, x)) * velocity
-
-
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move time towards noise for larger grids: s t / (1 + (s - 1) t) (arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
