@@ -31,6 +31,16 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
     return noise - data
 
 
+def to_data(x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+    """The data that a velocity at (x, t) points to: x - t v, exact at t = 1. x, velocity: (B, ...); t: (B,)."""
+    return x - expand(t, x) * velocity
+
+
+def to_noise(x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+    """The noise that a velocity at (x, t) comes from: x + (1 - t) v. x, velocity: (B, ...); t: (B,)."""
+    return x + (1 - expand(t, x)) * velocity
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move time towards noise for larger grids: s t / (1 + (s - 1) t) (arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)

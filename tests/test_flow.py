@@ -50,3 +50,18 @@ def test_training_times_have_the_stated_distribution():
     assert quantized.min() >= 1 and quantized.max() <= 1000
     below = (training_times(TimestepConfig(), normal) < 0.25).double().mean().item()
     assert abs(below - 0.5 * (1 + math.erf(math.log(1 / 3) / math.sqrt(2)))) < 4e-3
+
+
+def test_velocity_data_and_noise_give_each_other():
+    """U1 of the distillation plan: the round trip at every time, t = 1 (pure noise) and t = 0 included."""
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64, generator=generator)
+    t = torch.tensor([0.0, 0.01, 0.3, 0.75, 0.999, 1.0], dtype=torch.float64)
+    x, velocity = flow.interpolate(data, noise, t), flow.velocity_target(data, noise)
+    torch.testing.assert_close(flow.to_data(x, t, velocity), data, rtol=0, atol=1e-12)
+    torch.testing.assert_close(flow.to_noise(x, t, velocity), noise, rtol=0, atol=1e-12)
+    # Any velocity, not only a true one: the two ends lie on a straight line through x, velocity apart.
+    velocity = torch.randn(6, 3, 4, 4, dtype=torch.float64, generator=generator)
+    start, end = flow.to_data(x, t, velocity), flow.to_noise(x, t, velocity)
+    torch.testing.assert_close(flow.interpolate(start, end, t), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(end - start, velocity, rtol=0, atol=1e-12)
