@@ -31,7 +31,10 @@ ALLOWED = {
     "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness"},
     "engine": {"config", "interfaces", "checkpoint", "model.pretrained", "metrics", "report"}
     | {"optim", "randomness", "parallel", "ema"},
-    "shapes": {"config", "interfaces"},
+    "geneval": {"config", "interfaces"},
+    "shapes": {"config", "interfaces", "geneval"},
+    "prompts": {"config", "geneval", "shapes"},
+    "rewards": {"config", "interfaces", "geneval", "shapes"},
     "run": None,  # everything
     "__init__": None,
 }

@@ -18,12 +18,20 @@ from PIL import Image, ImageDraw
 
 from nitro_e.codec import DCT_SIZES, DCTCodec
 from nitro_e.config import ConfigError
+from nitro_e.geneval.rules import Detection, graded, is_correct, is_strict, relations
 from nitro_e.shapes import judge as judge_module
 from nitro_e.shapes import scenes
 from nitro_e.shapes.judge import ShapesReward, find_objects, judge
 from nitro_e.shapes.render import render, signed_distance
-from nitro_e.shapes.rules import Detection, graded, is_correct, is_strict, relations
-from nitro_e.shapes.scenes import Object, Request, Scene, Thing, caption, metadata, scene
+from nitro_e.shapes.scenes import (
+    Object,
+    Request,
+    Scene,
+    Thing,
+    caption,
+    metadata,
+    scene,
+)
 
 
 def pixels_of(drawn: list[Scene], resolution: int = 64) -> torch.Tensor:

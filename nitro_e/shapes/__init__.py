@@ -2,6 +2,5 @@
 
 scenes   what is asked for (GenEval's six tasks), captions, metadata, layouts, the train / held-out split
 render   scenes to pixels
-rules    GenEval's rules over detected objects
-judge    pixels to detected objects to verdicts; the reward
+judge    pixels to detected objects to verdicts by GenEval's rules (nitro_e.geneval); the reward
 """

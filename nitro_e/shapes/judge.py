@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.geneval.rules import Detection, graded, is_correct, is_strict
 from nitro_e.shapes.render import signed_distance
-from nitro_e.shapes.rules import Detection, graded, is_correct, is_strict
 from nitro_e.shapes.scenes import COLORS, MAX_ANGLE, PALETTE, SHAPES
 
 FOREGROUND = 0.5  # the darkest channel of foreground is below this (0..1)
@@ -48,6 +48,7 @@ class ShapesReward:
     """The judge as a reward. `score`: "mixed" is the mean of strict and partial."""
 
     name = "shapes"
+    needs_info = True  # scores only prompts with GenEval metadata
 
     def __init__(self, score: str = "mixed"):
         if score not in SCORES:

@@ -1,0 +1,95 @@
+"""Names of rewards -> what computes them, imported when they are used.
+
+A recipe names a built-in reward, or one of yours as "module:name", which must carry the decorator `reward`: so
+a recipe can call nothing else. A function is the reward itself, its keyword-only arguments are options of the
+recipe; a class is built with them and its objects are the reward. docs/rewards.md has a complete example.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from nitro_e.config import ConfigError, did_you_mean
+
+BUILT_IN = {
+    "shapes": "nitro_e.shapes.judge:ShapesReward",
+}
+RESERVED = (
+    "path",
+    "revision",
+    "dtype",
+    "device",
+)  # keys of RewardConfig; given to the classes that take them
+
+
+def reward(target: Any = None, *, needs_info: bool = False) -> Any:
+    """Decorator: recipes may name this function or class as "module:name".
+
+    With `needs_info` it is only asked about prompts that have GenEval metadata, `info["include"]`.
+    """
+
+    def mark(target: Any) -> Any:
+        target.is_reward, target.needs_info = True, needs_info
+        return target
+
+    return mark if target is None else mark(target)
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function or class behind a name; ConfigError if there is none."""
+    if ":" not in name and name not in BUILT_IN:
+        raise ConfigError(
+            f"name: unknown reward '{name}'" + did_you_mean(name, list(BUILT_IN)) + "; yours: 'module:name'"
+        )
+    module, _, attribute = BUILT_IN.get(name, name).partition(":")
+    try:
+        target = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise ConfigError(
+            f"name: reward '{name}': cannot import '{module}' ({error}); put {module}.py beside train.py, "
+            "or install it"
+        ) from error
+    if target is None:
+        raise ConfigError(f"name: reward '{name}': module '{module}' has no '{attribute}'")
+    if name not in BUILT_IN and not getattr(target, "is_reward", False):
+        raise ConfigError(
+            f"name: '{name}' is not marked as a reward; write @reward (nitro_e.rewards) above it"
+        )
+    return target
+
+
+def check_options(name: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """ConfigError for options the reward does not have, or lacks; `given`: reserved ones that are set."""
+    known = _keywords(find(name))
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{key}: reward '{name}' has no {key}; leave it out")
+    for key in options:
+        if key in RESERVED or key not in known:
+            allowed = [other for other in known if other not in RESERVED]
+            raise ConfigError(
+                f"options.{key}: reward '{name}' has no such option" + did_you_mean(key, allowed)
+            )
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in RESERVED and key not in options:
+            raise ConfigError(f"options.{key}: reward '{name}' needs it")
+
+
+def build(name: str, options: Mapping[str, Any], reserved: Mapping[str, Any]) -> Callable[..., Any]:
+    """The reward, ready to call: a class gets the reserved arguments it takes, a function only its options."""
+    target = find(name)
+    if not inspect.isclass(target):
+        return partial(target, **options)
+    known = _keywords(target)
+    return target(**options, **{key: value for key, value in reserved.items() if key in known})
+
+
+def _keywords(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(target).parameters
+    if inspect.isclass(target):
+        return dict(parameters)
+    return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}

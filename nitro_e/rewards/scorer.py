@@ -1,0 +1,282 @@
+"""Several rewards at once: configs -> Scorer; a scorer gives a matrix of scores and says which of them count.
+
+Pictures are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when it is
+first used (or by `load`), gets pictures in batches of its own size, without gradients, autocast and TF32, on its
+own device, and can be moved to the CPU between uses.
+
+Failures: an exception or a timeout is retried, then the rows concerned are not valid; so are NaN scores. They
+are counted and never replaced by a number. After `max_failures` failed batches of a reward in a row the run stops.
+
+A reward of weight 0 is watched: scored and logged, never trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError, TrainingError
+from nitro_e.rewards import registry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One reward. A bare string in YAML is its name."""
+
+    SHORTHAND: ClassVar[str] = "name"
+
+    name: str  # a built-in one, or "module:name"
+    label: str | None = None  # in logs; None = the name. Two of the same name need one
+    weight: float = 1.0  # of its advantages; 0 = watched: scored and logged, never trained on
+    transform: Literal["none", "rank"] = "none"  # rank: share of its group that a picture beats (`win_rates`)
+    path: str | None = None  # hub id or local folder of the weights; None = the default hub id
+    revision: str | None = None  # of the hub repository
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None  # None = where training runs
+    offload: bool = False  # keep the weights on the CPU between uses
+    batch_size: int = 16  # pictures at a time
+    timeout: float | None = None  # seconds per batch
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of this reward
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"weight must be a number, got {self.weight}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError(f"timeout must be positive, got {self.timeout}")
+        given = {"path": self.path, "revision": self.revision}
+        given |= {"dtype": self.dtype if self.dtype != "float32" else None}
+        registry.check_options(self.name, self.options, {k: v for k, v in given.items() if v is not None})
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+    @property
+    def watched(self) -> bool:
+        return self.weight == 0
+
+
+class Scores(NamedTuple):
+    values: Tensor  # (B, R) float32; NaN where not valid
+    valid: Tensor  # (B, R) bool
+
+
+@dataclass
+class Tally:
+    """What happened to the rows of one reward so far."""
+
+    scored: int = 0
+    unscored: int = 0  # failed, or NaN
+    skipped: int = 0  # prompts without the metadata that the reward needs
+    failures: int = 0  # exceptions and timeouts, retries included
+    seconds: float = 0.0
+
+
+def build_rewards(
+    configs: Sequence[RewardConfig],
+    device: torch.device | str = "cpu",
+    retries: int = 2,
+    max_failures: int = 10,
+) -> Scorer:
+    """A scorer with a column per config, in their order; nothing is loaded yet."""
+    titles = [config.title for config in configs]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ConfigError(f"rewards: two are called '{title}'; give one of them another label")
+    return Scorer(
+        [_Slot(config, torch.device(config.device or device), retries, max_failures) for config in configs]
+    )
+
+
+class Scorer:
+    """`scorer(pixels, prompts, info)` -> Scores, a column per reward; not for several threads."""
+
+    def __init__(self, slots: Sequence[_Slot]) -> None:
+        self._slots = tuple(slots)
+        self.configs = tuple(slot.config for slot in slots)
+        self.names = tuple(slot.config.title for slot in slots)
+        self.weights = torch.tensor([slot.config.weight for slot in slots])  # (R,); 0 = watched
+
+    @property
+    def tally(self) -> dict[str, Tally]:
+        return {slot.config.title: slot.tally for slot in self._slots}
+
+    def load(self) -> None:
+        """Load every reward now, so that what is missing shows before training starts."""
+        for slot in self._slots:
+            slot.load()
+
+    def check(self, info: Sequence[dict]) -> None:
+        """ConfigError if some reward can score none of these prompts."""
+        for slot in self._slots:
+            if slot.needs_info and not any("include" in record for record in info):
+                raise ConfigError(
+                    f"rewards: '{slot.config.title}' needs GenEval metadata, which no prompt has; give a .jsonl "
+                    "file with it, or a source that makes it"
+                )
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Scores:
+        """pixels (B, 3, H, W) in -1..1; results are on the device of the pixels. TrainingError: see above."""
+        if not len(pixels) == len(prompts) == len(info):
+            raise ValueError(f"{len(pixels)} pictures, {len(prompts)} prompts and {len(info)} info records")
+        pixels = quantize(pixels)
+        with _exact(pixels.device):
+            columns = [slot.score(pixels, prompts, info) for slot in self._slots]
+        values = torch.stack(columns, dim=1) if columns else pixels.new_zeros(len(pixels), 0)  # (B, R)
+        return Scores(values, values.isfinite())
+
+    def transform(self, scores: Scores, groups: Tensor) -> Scores:
+        """Scores after each reward's transform; groups (B,) are ints, equal for pictures of the same prompt."""
+        columns = [
+            win_rates(values, valid, groups) if config.transform == "rank" else values
+            for config, values, valid in zip(self.configs, scores.values.unbind(1), scores.valid.unbind(1))
+        ]
+        return Scores(torch.stack(columns, dim=1) if columns else scores.values, scores.valid)
+
+
+def quantize(pixels: Tensor) -> Tensor:
+    """float32 pixels in -1..1 on the grid of 8-bit pictures: what a saved PNG holds."""
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255 * 2 - 1
+
+
+def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+    """(B,) share of the other valid pictures of its group that each one beats, ties counting half.
+
+    Group-relative like Pref-GRPO (arXiv:2508.20751), with a pointwise reward: the scale of the scores is gone.
+    Alone in a group: one half. Not valid: NaN."""
+    rivals = (groups[:, None] == groups[None, :]) & valid[:, None] & valid[None, :]  # (B, B)
+    rivals.fill_diagonal_(False)
+    wins = (values[:, None] > values[None, :]).float() + 0.5 * (values[:, None] == values[None, :]).float()
+    number = rivals.sum(1)
+    rates = torch.where(number > 0, (wins * rivals).sum(1) / number.clamp(min=1), 0.5)
+    return rates.masked_fill(~valid, math.nan)
+
+
+class _Slot:
+    """One reward: its config, the loaded thing, and what became of its rows."""
+
+    def __init__(self, config: RewardConfig, device: torch.device, retries: int, max_failures: int) -> None:
+        self.config = config
+        self.device = device
+        self.retries = retries
+        self.max_failures = max_failures
+        self.tally = Tally()
+        self.needs_info = getattr(registry.find(config.name), "needs_info", False)
+        self.failed_batches = 0  # in a row
+        self.reward: Callable[..., Tensor] | None = None
+        self.worker: threading.Thread | None = None  # of a call that ran out of time
+
+    def load(self) -> None:
+        if self.reward is None:
+            config = self.config
+            reserved = {"path": config.path, "revision": config.revision, "device": self.device}
+            reserved["dtype"] = getattr(torch, config.dtype)
+            self.reward = registry.build(config.name, config.options, reserved)
+            self._move("cpu" if config.offload else self.device)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        """(B,) float32 on the device of the pixels, NaN where there is no score."""
+        self.load()
+        start = time.perf_counter()
+        values = torch.full((len(pixels),), math.nan)  # (B,)
+        rows = [i for i, record in enumerate(info) if "include" in record or not self.needs_info]
+        if self.config.offload and rows:
+            self._move(self.device)
+        for first in range(0, len(rows), self.config.batch_size):
+            batch = rows[first : first + self.config.batch_size]
+            values[batch] = self._score_batch(
+                pixels[batch].to(self.device), [prompts[i] for i in batch], [info[i] for i in batch]
+            )
+        if self.config.offload and rows:
+            self._move("cpu")
+        scored = int(values.isfinite().sum())
+        self.tally.scored += scored
+        self.tally.unscored += len(rows) - scored
+        self.tally.skipped += len(pixels) - len(rows)
+        self.tally.seconds += time.perf_counter() - start
+        return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
+
+    def _score_batch(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Tensor:
+        for attempt in range(1 + self.retries):
+            try:
+                values = self._call(pixels, prompts, info)
+            except ConfigError:  # no retry will help
+                raise
+            except Exception as error:  # whatever a reward raises
+                self.tally.failures += 1
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                logger.warning(
+                    "reward '%s' failed, attempt %d of %d (%s)",
+                    *(self.config.title, attempt + 1, 1 + self.retries, reason),
+                )
+                continue
+            if not isinstance(values, Tensor) or values.shape != (len(pixels),):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ConfigError(
+                    f"reward '{self.config.title}' returned {got} for {len(pixels)} pictures; it must return a "
+                    f"tensor of shape ({len(pixels)},)"
+                )
+            self.failed_batches = 0
+            return values.float().cpu()
+        self.failed_batches += 1
+        if self.failed_batches >= self.max_failures:
+            raise TrainingError(
+                f"reward '{self.config.title}' failed on {self.failed_batches} batches in a row, the last time "
+                f"with {reason}; mend it, then run the same command again"
+            )
+        return torch.full((len(pixels),), math.nan)
+
+    def _call(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Any:
+        if self.config.timeout is None:
+            return self.reward(pixels, prompts, info)
+        if self.worker is not None and self.worker.is_alive():
+            raise TimeoutError("an earlier call has not returned yet")
+        result: dict[str, Any] = {}
+
+        def work() -> None:
+            try:
+                with torch.no_grad():  # holds per thread
+                    result["values"] = self.reward(pixels, prompts, info)
+            except Exception as error:
+                result["error"] = error
+
+        self.worker = threading.Thread(target=work, daemon=True)
+        self.worker.start()
+        self.worker.join(self.config.timeout)
+        if self.worker.is_alive():
+            raise TimeoutError(f"no answer within {self.config.timeout} s")
+        if "error" in result:
+            raise result["error"]
+        return result["values"]
+
+    def _move(self, device: torch.device | str) -> None:
+        if isinstance(self.reward, torch.nn.Module):
+            self.reward.to(device)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Float32 means float32: no autocast, no TF32. The detector finds next to nothing in reduced precision."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
