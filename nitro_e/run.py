@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +23,7 @@ from nitro_e.components import (
 from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
-from nitro_e.interfaces import LatentCodec, TextEncoder
+from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained
 from nitro_e.pipeline import TextToImage, Use, image_grid
@@ -39,6 +41,11 @@ class ComponentsConfig:
     vision: ComponentConfig | None = None  # for REPA
 
 
+StageConfig = (
+    FlowMatchingConfig  # a union of config classes, told apart by `kind`; KINDS has an entry for each
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     name: str
@@ -46,31 +53,35 @@ class RunConfig:
     seed: int = 0
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
     model: ModelConfig
-    stage: FlowMatchingConfig
-    data: DataConfig
+    stage: StageConfig
+    data: DataConfig | None = None  # only for stages that read pictures
     components: ComponentsConfig
     engine: EngineConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: tuple[str, ...] = ()  # of the sample grids; empty: the first captions of the data
 
     def __post_init__(self) -> None:
-        repa = self.stage.repa
-        if (repa is None) != (self.components.vision is None):
-            raise ConfigError(
-                "components.vision and stage.repa belong together: "
-                + ("nothing reads the vision encoder; set components.vision: null" if repa is None else
-                   "REPA needs a vision encoder; set components.vision or stage.repa: null")
-            )  # fmt: skip
-        if repa is not None and not (1 <= repa.tap <= self.model.depth and self.model.on_full_grid(repa.tap)):
-            raise ConfigError(
-                f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; {self._taps()}"
-            )
-        if self.sampling.resolution != self.data.resolution:
+        kind = self.stage_kind
+        if kind.reads_data and self.data is None:
+            raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads pictures")
+        if not kind.reads_data and self.data is not None:
+            raise ConfigError(f"data: stage.kind '{self.stage.kind}' reads no pictures; leave data out")
+        if self.data is not None and self.sampling.resolution != self.data.resolution:
             raise ConfigError(
                 f"sampling.resolution {self.sampling.resolution} differs from data.resolution {self.data.resolution}; "
                 "set both to the pixels the model is trained at"
             )
+        kind.check(self)
         self._check_shapes()
+
+    @property
+    def stage_kind(self) -> StageKind:
+        return KINDS[self.stage.kind]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels per side that the model is trained at."""
+        return self.sampling.resolution
 
     def _check_shapes(self) -> None:
         """What can be known of the components before they are loaded."""
@@ -88,26 +99,44 @@ class RunConfig:
             raise ConfigError(
                 f"model.latent_channels is {self.model.latent_channels}, but '{self.components.codec.name}' has {channels}"
             )
-        side, rest = divmod(self.data.resolution, stride)
+        side, rest = divmod(self.resolution, stride)
         if rest:
             raise ConfigError(
-                f"data.resolution {self.data.resolution} is not a multiple of the codec's stride {stride}"
+                f"sampling.resolution {self.resolution} is not a multiple of the codec's stride {stride}"
             )
         self.model.check_grid(*self.model.latent_grid(side, side), text_length)
-
-    def _taps(self) -> str:
-        first, inside, last = self.model.groups
-        return f"choose 1 to {first} or {first + inside + 1} to {self.model.depth}"
 
     @property
     def folder(self) -> Path:
         return Path(self.run or f"runs/{self.name}")
 
 
+class Parts(NamedTuple):
+    """What every stage is made of."""
+
+    device: torch.device
+    rank: int
+    autocast: Callable[[], contextlib.AbstractContextManager]  # of the engine's precision
+    codec: LatentCodec
+    text: TextEncoder
+    model: EMMDiT  # on the device
+    flops: float  # of one forward pass of one sample
+
+
+class StageKind(NamedTuple):
+    """What differs between the stages when a run is put together."""
+
+    reads_data: bool
+    check: Callable[[RunConfig], None]  # rules across the whole configuration
+    build: Callable[
+        [RunConfig, Parts], tuple[Stage, Sequence[str]]
+    ]  # and prompts to show if the run names none
+    facts: Callable[[RunConfig, int, float], list[str]]  # of (processes, FLOPs) for the summary
+
+
 def summary(config: RunConfig) -> str:
     """The resolved config and what follows from it, without loading weights of components."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    data = open_run_data(config)
     shape, (_, text_length) = codec_shape(config.components.codec), text_shape(config.components.text)
     grid = None if shape is None else token_grid(config, shape[1])
     total = describe.total(config.model, grid, text_length)
@@ -115,7 +144,6 @@ def summary(config: RunConfig) -> str:
         f"{row.name:<28}{row.parameters:>14,}{row.flops / 1e9:>9.2f}{row.image_tokens:>14}{row.text_tokens:>13}"
         for row in (*describe.parts(config.model, grid, text_length), total)
     ]
-    batch = config.data.batch_size * config.engine.accumulate * world
     optim, steps = config.stage.optim, config.engine.steps
     copies = (
         4 + 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)
@@ -127,13 +155,10 @@ def summary(config: RunConfig) -> str:
         f"{'part':<28}{'parameters':>14}{'GFLOP':>9}{'image tokens':>14}{'text tokens':>13}",
         *table,
         "",
-        f"global batch         {batch} = {config.data.batch_size} x {config.engine.accumulate} (accumulate) x {world} (processes)",
         f"steps                {steps:,}; learning rate {optim.lr:g} after {optim.warmup} steps of warm-up"
         + (f", falling over the last {optim.decay:.0%}" if optim.decay else ""),
-        f"samples              {len(data):,} in the data, {batch * steps / len(data):.2f} epochs",
-        f"compute              {3 * total.flops * batch * steps:.2e} FLOP for the model (forward and backward)",
+        *config.stage_kind.facts(config, world, total.flops),
         f"checkpoints          {kept} kept, about {gigabytes:.2f} GB each",
-        f"first sample         {first_sample(data)}",
         f"run directory        {config.folder}",
     ]
     return "\n".join(lines)
@@ -164,12 +189,12 @@ def open_run_data(
 
 
 def token_grid(config: RunConfig, stride: int) -> tuple[int, int]:
-    side = config.data.resolution // stride
+    side = config.resolution // stride
     return config.model.latent_grid(side, side)
 
 
 def build(config: RunConfig) -> Engine:
-    """Load the components, open the data, and put the stage on an engine, resumed if the run directory has a checkpoint."""
+    """Load the components and put the stage on an engine, resumed if the run directory has a checkpoint."""
     accelerator = make_accelerator(config.engine)
     device = accelerator.device
     codec = build_codec(config.components.codec, device)
@@ -179,22 +204,18 @@ def build(config: RunConfig) -> Engine:
             f"model.text_width is {config.model.text_width}, but the text encoder gives {text.width}"
         )
     config._check_codec(codec.channels, codec.stride, text.length)
-    side = config.data.resolution // codec.stride
-    data = open_run_data(config, (codec.channels, side, side), text.length)
-    vision = config.components.vision and build_vision_encoder(config.components.vision, device)
     model = build_model(config).to(device)
     model.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:
         model.compile_blocks()
     flops = describe.total(config.model, token_grid(config, codec.stride), text.length).flops
-    stage = FlowMatching(config.stage, model, data, codec, text, vision, device, flops)
+    parts = Parts(device, accelerator.process_index, accelerator.autocast, codec, text, model, flops)
+    stage, prompts = config.stage_kind.build(config, parts)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
-    prompts = config.prompts or tuple(first_records(data).prompts[:8])
     config.folder.mkdir(parents=True, exist_ok=True)
-    data.bad.report = config.folder / f"bad_samples.rank{accelerator.process_index}.jsonl"
     engine = Engine(
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),
-        hooks=(sample_grid_hook(config, codec, text, prompts),),
+        hooks=(sample_grid_hook(config, codec, text, config.prompts or tuple(prompts)),),
     )  # fmt: skip
     if accelerator.is_main_process:  # only now: the engine refuses the run directory of another experiment
         (config.folder / "config.yaml").write_text(dump(config))
@@ -266,3 +287,50 @@ def sample_grid_hook(
         return {"samples": image_grid(pictures, columns=min(8, len(pictures)))}
 
     return Hook(config.engine.sample_every, run)
+
+
+# ---- stages 1 and 2: flow matching
+
+
+def check_flow_matching(config: RunConfig) -> None:
+    repa, model = config.stage.repa, config.model
+    if (repa is None) != (config.components.vision is None):
+        raise ConfigError(
+            "components.vision and stage.repa belong together: "
+            + ("nothing reads the vision encoder; set components.vision: null" if repa is None else
+               "REPA needs a vision encoder; set components.vision or stage.repa: null")
+        )  # fmt: skip
+    if repa is not None and not (1 <= repa.tap <= model.depth and model.on_full_grid(repa.tap)):
+        first, inside, _ = model.groups
+        raise ConfigError(
+            f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; "
+            f"choose 1 to {first} or {first + inside + 1} to {model.depth}"
+        )
+
+
+def build_flow_matching(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
+    side = config.resolution // parts.codec.stride
+    data = open_run_data(config, (parts.codec.channels, side, side), parts.text.length)
+    data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
+    vision = config.components.vision and build_vision_encoder(config.components.vision, parts.device)
+    stage = FlowMatching(
+        config.stage, parts.model, data, parts.codec, parts.text, vision, parts.device, parts.flops
+    )
+    return stage, config.prompts or first_records(data).prompts[:8]
+
+
+def flow_matching_facts(config: RunConfig, world: int, flops: float) -> list[str]:
+    data = open_run_data(config)
+    batch = config.data.batch_size * config.engine.accumulate * world
+    samples = batch * config.engine.steps
+    return [
+        f"global batch         {batch} = {config.data.batch_size} x {config.engine.accumulate} (accumulate) x {world} (processes)",
+        f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
+        f"compute              {3 * flops * samples:.2e} FLOP for the model (forward and backward)",
+        f"first sample         {first_sample(data)}",
+    ]
+
+
+KINDS = {
+    "flow_matching": StageKind(True, check_flow_matching, build_flow_matching, flow_matching_facts),
+}

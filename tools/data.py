@@ -285,6 +285,8 @@ def run_which(args: argparse.Namespace) -> None:
     from nitro_e.run import RunConfig
 
     run = config.load(RunConfig, args.config, args.overrides)
+    if run.data is None:
+        raise ConfigError(f"{args.config}: stage.kind '{run.stage.kind}' reads no data")
     data = open_data(run.data, need_pixels=run.components.vision is not None, seed=run.seed, stage=run.name)
     batch = run.data.batch_size * run.engine.accumulate * args.world
     for key in data.keys(range(args.step * batch, (args.step + 1) * batch)):

@@ -56,9 +56,7 @@ def read(name: str, overrides: Sequence[str]) -> tuple[ModelConfig, Grid, int]:
     recipe = load(RunConfig, name, overrides)
     shape = codec_shape(recipe.components.codec)
     side = (
-        recipe.model.base_grid * recipe.model.patch_size
-        if shape is None
-        else recipe.data.resolution // shape[1]
+        recipe.model.base_grid * recipe.model.patch_size if shape is None else recipe.resolution // shape[1]
     )
     return recipe.model, recipe.model.latent_grid(side, side), text_shape(recipe.components.text)[1]
 
