@@ -36,7 +36,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
     )
-    parser.add_argument("--sampler", help="euler or heun")
+    parser.add_argument("--sampler", help="euler, heun or renoise")
+    parser.add_argument(
+        "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
+    )
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -63,7 +66,10 @@ def draw(options: argparse.Namespace) -> None:
     from nitro_e.pipeline import TextToImage, image_grid
 
     device = options.device or default_device(torch)
-    dtype, components = getattr(torch, options.dtype), {"codec_path": options.codec, "text_path": options.text}
+    dtype, components = (
+        getattr(torch, options.dtype),
+        {"codec_path": options.codec, "text_path": options.text},
+    )
     pipeline = TextToImage.from_pretrained(options.source, device, dtype, **components)
     if options.compile:
         pipeline.compile()
@@ -72,6 +78,7 @@ def draw(options: argparse.Namespace) -> None:
     overrides = {
         name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")
     }
+    overrides["force"] = options.force or None
     pictures = pipeline(
         repeated,
         negative_prompt=options.negative_prompt,

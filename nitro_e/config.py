@@ -130,7 +130,13 @@ def _expand_preset(cls: type, data: dict, path: str) -> dict:
     name = data.pop("preset")
     if name not in presets:
         raise ConfigError(f"{path}.preset: unknown preset '{name}'" + did_you_mean(str(name), list(presets)))
-    return {**presets[name], **data}
+    return _merge(presets[name], data)
+
+
+def _merge(base: Mapping, data: Mapping) -> dict:
+    """`data` over `base`; mappings inside both are merged in the same way."""
+    both = {key for key in data if isinstance(data[key], Mapping) and isinstance(base.get(key), Mapping)}
+    return {**base, **data, **{key: _merge(base[key], data[key]) for key in both}}
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

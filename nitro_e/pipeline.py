@@ -18,7 +18,7 @@ from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.model import EMMDiT
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
-from nitro_e.sampling import SAMPLERS, SamplingConfig, guide, initial_noise
+from nitro_e.sampling import SamplingConfig, initial_noise, sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,14 @@ class TextToImage:
     def settings(self, **overrides: Any) -> SamplingConfig:
         """The defaults with some fields replaced; unknown or wrong ones raise ConfigError."""
         given = {name: value for name, value in overrides.items() if value is not None}
-        return from_dict(SamplingConfig, {**to_dict(self.defaults), **given}, "sampling")
+        settings = from_dict(SamplingConfig, {**to_dict(self.defaults), **given}, "sampling")
+        trained = self.defaults.sampler
+        if self.defaults.sigmas and settings.sampler != trained and not settings.force:
+            raise ConfigError(
+                f"these weights were distilled for sampler '{trained}', not '{settings.sampler}'; leave it out, "
+                "or insist with --force (force: true)"
+            )
+        return settings
 
     def _batch(
         self,
@@ -120,8 +127,7 @@ class TextToImage:
         negative = TextEmbedding(
             *(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt]))
         )
-        velocity = guide(self.model, text, negative, settings.guidance_scale)
-        latents = SAMPLERS[settings.sampler](velocity, x, settings.times().to(device), progress)
+        latents = sample(self.model, text, negative, settings, x, seeds, progress)
         return self.codec.decode(latents).float().clamp(-1, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -1,5 +1,7 @@
 """Samplers: functions of a velocity field, a start and a falling time grid. Guidance is a wrapper around the model.
 
+`sample` puts them together: settings, embedded prompts and noise to latents.
+
 A velocity field here is `velocity(x, t) -> Tensor` with x (B, C, h, w) and t (B,); `guide` makes one of a Denoiser.
 States are float32 whatever the model computes in.
 """
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nitro_e import flow
 from nitro_e.config import ConfigError
 from nitro_e.flow import TimeGrid, time_grid
 from nitro_e.interfaces import Denoiser, TextEmbedding
+from nitro_e.randomness import seed_of
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,9 +34,15 @@ class SamplingConfig:
     width: int | None = None
     steps: int = 20
     guidance_scale: float = 4.5  # 0 or 1: no guidance
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["euler", "heun", "renoise"] = "euler"  # renoise: for weights distilled for it
     grid: TimeGrid = "released"
     shift: float = 1.0  # > 1 spends more steps at high noise
+    sigmas: tuple[
+        tuple[float, ...], ...
+    ] = ()  # of distilled weights, in place of grid and shift: the falling
+    # times of every step count they were trained for, used as they are; the 0 at the end is implied
+    time_scale: float = 1.0  # the model is told time_scale * t
+    force: bool = False  # sample distilled weights in step counts they were not trained for
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -40,8 +50,19 @@ class SamplingConfig:
         for name in ("resolution", "height", "width"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.shift <= 0:
-            raise ConfigError(f"shift must be positive, got {self.shift}")
+        for name in ("shift", "time_scale"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for times in self.sigmas:
+            check_sigmas(times)
+        counts = [len(times) for times in self.sigmas]
+        if len(set(counts)) != len(counts):
+            raise ConfigError(f"sigmas: two lists have the same number of steps ({counts})")
+        if self.sigmas and self.steps not in counts and not self.force:
+            raise ConfigError(
+                f"these weights were distilled for {' or '.join(map(str, sorted(counts)))} steps, not {self.steps}; "
+                "choose one of those, or insist with --force (force: true)"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,7 +70,39 @@ class SamplingConfig:
         return self.height or self.resolution, self.width or self.resolution
 
     def times(self) -> Tensor:
-        return time_grid(self.steps, self.grid, self.shift)
+        """The (steps + 1,) falling times, the last one 0."""
+        for times in self.sigmas:
+            if len(times) == self.steps:
+                return torch.tensor([*times, 0.0])
+        return time_grid(self.steps, "linear" if self.sigmas else self.grid, self.shift)
+
+
+def check_sigmas(times: Sequence[float]) -> None:
+    """Refuse times that are not falling within (0, 1]."""
+    if not times or not 1 >= times[0] or not times[-1] > 0 or any(a <= b for a, b in zip(times, times[1:])):
+        raise ConfigError(f"sigmas must be falling times between 1 and 0 (without the 0), got {list(times)}")
+
+
+def sample(
+    model: Denoiser, text: TextEmbedding, negative: TextEmbedding, settings: SamplingConfig, noise: Tensor,
+    seeds: Sequence[int], progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Latents (B, C, h, w) from noise of the same shape, on the noise's device.
+
+    text, negative: embeddings of B prompts each. seeds: one per picture, for samplers that draw more noise.
+    """
+    velocity = guide(scale_time(model, settings.time_scale), text, negative, settings.guidance_scale)
+    times = settings.times().to(noise.device)
+    if settings.sampler == "renoise":
+        return renoise(velocity, noise, times, fresh_noise(seeds, noise), progress)
+    return SAMPLERS[settings.sampler](velocity, noise, times, progress)
+
+
+def scale_time(model: Denoiser, scale: float) -> Denoiser:
+    """A model that is told `scale * t`; NitroFusion's timestep shift (arXiv 2412.02030) with scale < 1."""
+    if scale == 1:
+        return model
+    return lambda x, t, text: model(x, scale * t, text)
 
 
 def guide(model: Denoiser, text: TextEmbedding, negative: TextEmbedding, guidance_scale: float) -> Velocity:
@@ -86,7 +139,21 @@ def heun(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun}
+def renoise(
+    velocity: Velocity, x: Tensor, times: Tensor, fresh: Callable[[int], Tensor], progress: bool = False
+) -> Tensor:
+    """Predict the data, noise it anew for the next time, and so on (multistep consistency sampling, arXiv 2303.01469,
+    algorithm 1). fresh(step) -> noise like x.
+    """
+    for step, (t, t_next) in enumerate(_steps(times, progress)):
+        t = t.expand(len(x))
+        x = flow.to_data(x, t, velocity(x, t))
+        if t_next > 0:
+            x = flow.interpolate(x, fresh(step), t_next.expand(len(x)))
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
 
 
 def _steps(times: Tensor, progress: bool) -> tqdm:
@@ -96,3 +163,12 @@ def _steps(times: Tensor, progress: bool) -> tqdm:
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """(len(seeds), *shape) standard normal, on the CPU: each image depends on its own seed, not on its batch."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def fresh_noise(seeds: Sequence[int], like: Tensor) -> Callable[[int], Tensor]:
+    """Noise of later steps, which also depends on each image's own seed only."""
+
+    def fresh(step: int) -> Tensor:
+        return initial_noise([seed_of(seed, "renoise", step) for seed in seeds], like.shape[1:]).to(like)
+
+    return fresh

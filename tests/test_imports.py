@@ -25,7 +25,7 @@ ALLOWED = {
     "vision": {"config", "interfaces"},
     "components": {"config", "interfaces", "codec", "text", "vision"},
     "data": {"config", "interfaces", "components", "randomness"},
-    "sampling": {"config", "interfaces", "flow"},
+    "sampling": {"config", "interfaces", "flow", "randomness"},
     "checkpoint": {"config", "model"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness"},

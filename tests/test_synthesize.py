@@ -133,9 +133,7 @@ def test_prompts_of_a_table_keep_their_columns(tmp_path):
 
 
 def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
-    generator = tool.OwnGenerator(
-        TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1), "", False, False
-    )
+    generator = tool.OwnGenerator(TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1))
     make = generator.make
 
     def broken(jobs):
@@ -207,7 +205,12 @@ def test_a_diffusers_pipeline(tmp_path, prompts, monkeypatch):
 
 def save_stable_diffusion(folder, tokenizer_folder):
     """A StableDiffusionPipeline of a few thousand random weights, with a tokenizer of single letters."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = [chr(code) for code in range(33, 127)]

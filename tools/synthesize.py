@@ -8,12 +8,16 @@
 Members of a sample in `synth-*.tar`:
     npy         (C, h, w) float16 final latent, raw like all latents in shards
     noise.npy   (C, h, w) float16 noise it was drawn from (ours only); exactly what the sampler started with
+    trajectory.npy   with --trajectory T1,T2,... (ours only): (len, C, h, w) float16 states at these times, scaled
+                like the noise; each must be on the sampler's grid (--grid linear --steps 20 has .75, .5 and .25)
     txt, json   the prompt; its seed, the settings, and what the prompts file says about it
     text.npy, mask.npy   with --text-embeddings (ours only)
     jpg         with --images, and always for diffusers pipelines; their latents are those of --codec
 The seed of picture k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
-The same command continues; OUT/preview.png shows the first pictures. Left out: scoring and filtering by
-reward.
+The same command continues; OUT/preview.png shows the first pictures. A picture whose latent is not finite, or
+outside --max-abs or --std (of the scaled latent; 12 and .6,1.6 suit DC-AE) is left out and counted. For
+distillation give --grid linear: the released grid spends its last step on almost nothing. Left out: scoring and
+filtering by reward.
 """
 
 from __future__ import annotations
@@ -46,7 +50,14 @@ from nitro_e.data.writer import write_shard
 from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.pipeline import TextToImage, image_grid, to_image
 from nitro_e.randomness import seed_of
-from nitro_e.sampling import SAMPLERS, SamplingConfig, guide, initial_noise
+from nitro_e.sampling import (
+    SAMPLERS,
+    SamplingConfig,
+    guide,
+    initial_noise,
+    sample,
+    scale_time,
+)
 
 
 @dataclass
@@ -67,37 +78,43 @@ class Made:
     noise: Tensor | None = None  # (B, C, h, w)
     text: TextEmbedding | None = None
     images: list[Image.Image] | None = None
+    trajectory: Tensor | None = None  # (B, T, C, h, w)
 
 
 class Generator(Protocol):
     """What makes pictures."""
 
     identity: dict  # plain data: all that the result depends on besides prompt and seed
+    codec: LatentCodec | None  # of the latents
 
     def make(self, jobs: Sequence[Job]) -> Made: ...
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What else a picture of ours is stored with."""
+
+    text_embeddings: bool = False
+    images: bool = False
+    trajectory: tuple[float, ...] = ()  # times
 
 
 class OwnGenerator:
     """Any checkpoint of this project."""
 
     def __init__(
-        self, pipeline: TextToImage, settings: SamplingConfig, negative: str, text: bool, images: bool
-    ):
-        self.pipeline, self.settings, self.negative, self.text, self.images = (
-            pipeline,
-            settings,
-            negative,
-            text,
-            images,
-        )
+        self, pipeline: TextToImage, settings: SamplingConfig, negative: str = "", extras: Extras = Extras()
+    ) -> None:
+        self.pipeline, self.settings, self.negative, self.extras = pipeline, settings, negative, extras
+        self.codec = pipeline.codec
+        self.stops = trajectory_stops(settings, extras.trajectory)
         parts = {"model": pipeline, "text": pipeline.text, "codec": pipeline.codec}
         weights = {name: weights_digest(part)[:16] for name, part in parts.items()}
         self.identity = {
             "weights": weights,
             **asdict(settings),
             "negative_prompt": negative,
-            "text_embeddings": text,
-            "images": images,
+            **asdict(extras),
         }
 
     @torch.no_grad()
@@ -105,15 +122,45 @@ class OwnGenerator:
         pipeline, settings = self.pipeline, self.settings
         device = next(pipeline.model.parameters()).device
         shape = pipeline.latent_shape(*settings.size)
-        noise = initial_noise([job.seed for job in jobs], shape).half()  # what is stored is what is used
+        seeds = [job.seed for job in jobs]
+        noise = initial_noise(seeds, shape).half()  # what is stored is what is used
         text = pipeline.text.encode([job.prompt for job in jobs])
         negative = TextEmbedding(
             *(x.expand(len(jobs), *x.shape[1:]) for x in pipeline.text.encode([self.negative]))
         )
-        velocity = guide(pipeline.model, text, negative, settings.guidance_scale)
-        latents = SAMPLERS[settings.sampler](velocity, noise.float().to(device), settings.times().to(device))
-        images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.images else None
-        return Made(denormalize(pipeline.codec, latents).cpu(), noise, text if self.text else None, images)
+        start, trajectory = noise.float().to(device), None
+        if self.stops:
+            latents, trajectory = self.follow(start, text, negative)
+        else:
+            latents = sample(pipeline.model, text, negative, settings, start, seeds)
+        images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.extras.images else None
+        text = text if self.extras.text_embeddings else None
+        return Made(denormalize(pipeline.codec, latents).cpu(), noise, text, images, trajectory)
+
+    def follow(self, x: Tensor, text: TextEmbedding, negative: TextEmbedding) -> tuple[Tensor, Tensor]:
+        """The sampler's end and its states at the stops: the same steps, taken in pieces."""
+        settings = self.settings
+        model = scale_time(self.pipeline.model, settings.time_scale)
+        velocity = guide(model, text, negative, settings.guidance_scale)
+        times, states = settings.times().to(x.device), []
+        for first, last in zip((0, *self.stops), (*self.stops, len(times) - 1)):
+            x = SAMPLERS[settings.sampler](velocity, x, times[first : last + 1])
+            states.append(x)
+        return x, torch.stack(states[:-1], dim=1).half().cpu()
+
+
+def trajectory_stops(settings: SamplingConfig, wanted: Sequence[float]) -> tuple[int, ...]:
+    """The places of these times on the sampler's grid."""
+    times = settings.times().tolist()
+    if wanted and settings.sampler not in SAMPLERS:
+        raise ConfigError(f"--trajectory is for {', '.join(SAMPLERS)}, not '{settings.sampler}'")
+    missing = [time for time in wanted if min(abs(time - t) for t in times[1:-1] or [9]) > 1e-6]
+    if missing:
+        raise ConfigError(
+            f"--trajectory {missing[0]:g} is no time of the sampler ({', '.join(f'{t:.4g}' for t in times)}); "
+            "choose other times, --steps or --grid"
+        )
+    return tuple(sorted(min(range(len(times)), key=lambda i: abs(times[i] - time)) for time in wanted))
 
 
 class DiffusersGenerator:
@@ -151,6 +198,23 @@ class DiffusersGenerator:
         return Made(self.codec.encode_pixels(pixels.float() / 127.5 - 1).float().cpu(), images=images)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of a scaled latent that is kept; None: not asked."""
+
+    max_abs: float | None = None
+    std: tuple[float, float] | None = None  # least, largest
+
+    def problem(self, latent: Tensor) -> str | None:
+        """Why a latent (C, h, w) is left out."""
+        largest, std = latent.abs().max().item(), latent.std().item()
+        if self.max_abs is not None and largest > self.max_abs:
+            return f"largest value {largest:.3g}, above --max-abs {self.max_abs:g}"
+        if self.std is not None and not self.std[0] <= std <= self.std[1]:
+            return f"standard deviation {std:.3g}, outside --std {self.std[0]:g},{self.std[1]:g}"
+        return None
+
+
 def denormalize(codec: LatentCodec, latents: Tensor) -> Tensor:
     """Latents -> raw latents: the inverse of `normalize`, which is affine in every cell."""
     offset = codec.normalize(torch.zeros_like(latents))
@@ -180,29 +244,36 @@ def synthesize(
     samples_per_shard: int,
     batch_size: int,
     keep_images: bool,
+    limits: Limits = Limits(),
 ) -> list[dict]:
     """Make every picture, in shards; see jobs.run_job."""
     if samples_per_shard < 1 or batch_size < 1:
         raise ConfigError("--samples-per-shard and --batch-size must be at least 1")
+    identity = {**generator.identity, **asdict(limits)}
     units = [
         SynthUnit(
             f"{start // samples_per_shard:06d}",
             start,
             list(jobs[start : start + samples_per_shard]),
-            generator.identity,
+            identity,
         )
         for start in range(0, len(jobs), samples_per_shard)
     ]
     work = partial(
-        make_shard, generator=generator, out=job.out, batch_size=batch_size, keep_images=keep_images
+        make_shard,
+        generator=generator,
+        out=job.out,
+        batch_size=batch_size,
+        keep_images=keep_images,
+        limits=limits,
     )
     return run_job("synth", units, each(work), job)
 
 
 def make_shard(
-    unit: SynthUnit, generator: Generator, out: Path, batch_size: int, keep_images: bool
+    unit: SynthUnit, generator: Generator, out: Path, batch_size: int, keep_images: bool, limits: Limits
 ) -> Result:
-    result, path, keys = Result(), out / f"synth-{unit.name}.tar", []
+    result, path, keys, stats = Result(), out / f"synth-{unit.name}.tar", [], []
 
     def samples() -> Iterator[dict[str, Any]]:
         for start in range(0, len(unit.jobs), batch_size):
@@ -212,17 +283,40 @@ def make_shard(
                 image_grid(made.images[:16], 4).save(out / "preview.png")
             for slot, job in enumerate(jobs):
                 key = f"synth_{unit.first + start + slot:09d}"
-                latent = made.latents[slot] if made.latents is not None else None
-                if latent is not None and not bool((latent.abs() < LARGEST).all()):
-                    result.bad.append(Problem(path.name, key, f"latent is not finite or beyond {LARGEST:g}"))
+                problem = latent_problem(made, slot, generator, limits)
+                if problem is not None:
+                    result.bad.append(Problem(path.name, key, problem))
                     continue
                 keys.append(key)
+                if made.latents is not None:
+                    latent = made.latents[slot].float()
+                    stats.append((latent.mean().item(), latent.std().item(), latent.abs().max().item()))
                 yield {"__key__": key, **_members(made, slot, job, generator.identity, keep_images)}
 
     out.mkdir(parents=True, exist_ok=True)
     result.samples = write_shard(path, samples(), partial(_check, keys))
-    result.shards.append(publish_entry(path, scan_tar(path), generator=generator.identity))
+    entry = publish_entry(path, scan_tar(path), generator=generator.identity)
+    if stats:  # of the raw latents
+        mean, std, largest = np.array(stats).T
+        entry["latents"] = {
+            "mean": float(mean.mean()),
+            "std": float(std.mean()),
+            "max_abs": float(largest.max()),
+        }
+    result.shards.append(entry)
     return result
+
+
+def latent_problem(made: Made, slot: int, generator: Generator, limits: Limits) -> str | None:
+    """Why a picture cannot be stored, or None."""
+    if made.latents is None:
+        return None
+    latent = made.latents[slot]
+    if not bool((latent.abs() < LARGEST).all()):
+        return f"latent is not finite or beyond {LARGEST:g}"
+    if limits == Limits():
+        return None
+    return limits.problem(generator.codec.normalize(latent[None].float())[0].cpu())
 
 
 def _members(made: Made, slot: int, job: Job, identity: dict, keep_images: bool) -> dict[str, Any]:
@@ -231,6 +325,8 @@ def _members(made: Made, slot: int, job: Job, identity: dict, keep_images: bool)
         members["npy"] = made.latents[slot].half().numpy()
     if made.noise is not None:
         members["noise.npy"] = made.noise[slot].numpy()
+    if made.trajectory is not None:
+        members["trajectory.npy"] = made.trajectory[slot].numpy()
     if made.text is not None:
         members["text.npy"] = made.text.tokens[slot].half().cpu().numpy()
         members["mask.npy"] = made.text.mask[slot].to(torch.uint8).cpu().numpy()
@@ -295,7 +391,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--negative-prompt", default="", help="ours only")
     parser.add_argument("--steps", type=int, help="default: what the weights came with")
     parser.add_argument("--guidance", type=float, help="default: what the weights came with")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="ours only")
+    parser.add_argument("--sampler", choices=(*SAMPLERS, "renoise"), help="ours only")
+    parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")
     parser.add_argument(
         "--codec", help="diffusers only: name or name=folder; stores the latents of the pictures"
@@ -304,6 +401,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
     )
+    parser.add_argument(
+        "--trajectory", type=numbers, default=(), help="store the states at these times (ours only)"
+    )
+    parser.add_argument("--max-abs", type=float, help="leave out latents with larger values")
+    parser.add_argument("--std", type=numbers, metavar="LEAST,MOST", help="leave out latents outside")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -329,10 +431,21 @@ def run(args: argparse.Namespace) -> None:
                     max_bad_fraction=args.max_bad_fraction)  # fmt: skip
     if args.per_prompt < 1:
         raise ConfigError(f"--per-prompt {args.per_prompt} must be at least 1")
+    if args.std is not None and (len(args.std) != 2 or args.std[0] >= args.std[1]):
+        raise ConfigError(f"--std {args.std}: expected two numbers, for example .6,1.6")
     jobs = read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit)
     generator = build_generator(args)
     keep_images = args.images or isinstance(generator, DiffusersGenerator)
-    synthesize(generator, jobs, job, args.samples_per_shard, args.batch_size, keep_images)
+    limits = Limits(args.max_abs, args.std)
+    if limits != Limits() and generator.codec is None:
+        raise ConfigError(
+            "--max-abs and --std look at latents, which diffusers pipelines give with --codec only"
+        )
+    synthesize(generator, jobs, job, args.samples_per_shard, args.batch_size, keep_images, limits)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def build_generator(args: argparse.Namespace) -> Generator:
@@ -340,9 +453,9 @@ def build_generator(args: argparse.Namespace) -> Generator:
         f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     )
     if args.source.startswith("diffusers:"):
-        if args.text_embeddings or args.sampler or args.negative_prompt:
+        if args.text_embeddings or args.sampler or args.negative_prompt or args.grid or args.trajectory:
             raise ConfigError(
-                "--text-embeddings, --sampler and --negative-prompt are for our own models only"
+                "--text-embeddings, --sampler, --grid, --trajectory and --negative-prompt are for our own models only"
             )
         settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance,
                     "height": args.resolution, "width": args.resolution}  # fmt: skip
@@ -354,9 +467,11 @@ def build_generator(args: argparse.Namespace) -> Generator:
         raise ConfigError("--codec is for diffusers pipelines; our checkpoints know theirs")
     pipeline = TextToImage.from_pretrained(args.source, device, getattr(torch, args.dtype))
     settings = pipeline.settings(
-        steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution
-    )
-    return OwnGenerator(pipeline, settings, args.negative_prompt, args.text_embeddings, args.images)
+        steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution,
+        grid=args.grid,
+    )  # fmt: skip
+    extras = Extras(args.text_embeddings, args.images, args.trajectory)
+    return OwnGenerator(pipeline, settings, args.negative_prompt, extras)
 
 
 if __name__ == "__main__":
