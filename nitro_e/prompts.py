@@ -1,6 +1,8 @@
 """Prompts to draw, for post-training and for evaluation: a name or a file -> a list of `Prompt`.
 
     shapes-train, shapes-heldout   the offline domain (nitro_e.shapes), tasks in equal parts
+    geneval-train                  GenEval's templates, none of its test prompts (nitro_e.geneval.prompts)
+    geneval                        its 553 test prompts
     FILE.txt                       a prompt per line; empty lines are skipped
     FILE.jsonl                     a record per line with "prompt"; the whole record becomes `info`
 
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.geneval import prompts as geneval
 from nitro_e.shapes import scenes
 
 
@@ -31,12 +34,13 @@ class PromptsConfig:
     SHORTHAND: ClassVar[str] = "source"
 
     source: str  # a name of GENERATORS, or a path to a .txt or .jsonl file
-    num: int | None = (
-        None  # prompts to generate; the first ones of a file. None = 600 of a generator, all of a file
-    )
-    seed: int = 0  # of a generator
+    num: int | None = None  # to make (None = as in GENERATORS); of `geneval` and of files the first ones
+    seed: int = 0  # of the prompts that are made
+    objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"
 
     def __post_init__(self) -> None:
+        if self.objects != "all" and self.source != "geneval-train":
+            raise ConfigError(f"objects: '{self.source}' has no such option; leave it out")
         if self.num is not None and self.num < 1:
             raise ConfigError(f"num must be at least 1, got {self.num}")
         if self.source not in GENERATORS and Path(self.source).suffix not in (".txt", ".jsonl"):
@@ -49,19 +53,24 @@ class PromptsConfig:
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
     """All prompts of a source, in its order; a function of the config alone. ConfigError for a bad file."""
     if config.source in GENERATORS:
-        records = GENERATORS[config.source](config.num or 600, config.seed)
+        generate, num = GENERATORS[config.source]
+        records = generate(config, config.num or num)
     else:
         records = _read(Path(config.source).expanduser())[: config.num]
     return [Prompt(record["prompt"], record if len(record) > 1 else {}) for record in records]
 
 
-def _shapes_train(num: int, seed: int) -> list[dict]:
-    return [scenes.metadata(scenes.scene(seed, "train", index).request) for index in range(num)]
+def _shapes_train(config: PromptsConfig, num: int) -> list[dict]:
+    return [scenes.metadata(scenes.scene(config.seed, "train", index).request) for index in range(num)]
 
 
-GENERATORS: dict[str, Callable[[int, int], list[dict]]] = {
-    "shapes-train": _shapes_train,
-    "shapes-heldout": scenes.heldout_prompts,
+GENERATORS: dict[
+    str, tuple[Callable[[PromptsConfig, int], list[dict]], int]
+] = {  # name -> records, default num
+    "shapes-train": (_shapes_train, 6000),
+    "shapes-heldout": (lambda config, num: scenes.heldout_prompts(num, config.seed), 600),
+    "geneval-train": (lambda config, num: geneval.train_prompts(num, config.seed, config.objects), 50_000),
+    "geneval": (lambda config, num: geneval.test_prompts()[:num], 553),
 }
 
 

@@ -1,4 +1,6 @@
-"""GenEval (Ghosh et al. 2023, arXiv:2310.11513): its rules over detected objects.
+"""GenEval (Ghosh et al. 2023, arXiv:2310.11513): prompts, rules, and the models that look at the pictures.
 
-rules    detections to verdicts, pure Python
+requests   what a prompt asks for, its wording and its metadata
+prompts    the 553 test prompts; training prompts that ask for none of the same pictures
+rules      detections to verdicts, pure Python
 """

@@ -1,10 +1,11 @@
-"""GenEval's rules (Ghosh et al. 2023, arXiv:2310.11513) over detected objects, and two scores built on them.
+"""GenEval's rules (Ghosh et al. 2023, arXiv:2310.11513) over detected objects, and scores built on them.
 
     is_correct   the benchmark's verdict: what is asked for is there; other objects are allowed
     is_strict    the same, and nothing else is there
-    graded       how much of it is there, 0..1; exactly 1 if and only if strict
+    fraction     how much of it is there, 0..1; exactly 1 if and only if correct
+    graded       the same, less for other objects; exactly 1 if and only if strict
 
-Pure Python, no pictures; the caller detects objects and applies its own confidence threshold.
+Pure Python, no pictures. The caller detects objects, and drops uncertain ones: `confident` is the benchmark's way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+MIN_SCORE, MIN_SCORE_COUNTING, MAX_OBJECTS = 0.3, 0.9, 16  # of the benchmark's detector, per class
 POSITION_MARGIN = 0.1  # of the summed sizes: how far centers may overlap before a relation starts to count
 
 
@@ -23,6 +25,25 @@ class Detection(NamedTuple):
     color: str | None
     box: tuple[float, float, float, float]  # left, top, right, bottom; y grows downwards
     score: float = 1.0
+
+
+def confident(found: Sequence[Detection], metadata: dict) -> list[Detection]:
+    """What the benchmark looks at: the best 16 of each class above .3, or .9 where the number is asked for."""
+    least = MIN_SCORE_COUNTING if metadata["tag"] == "counting" else MIN_SCORE
+    kept: list[Detection] = []
+    for thing in sorted(found, key=lambda thing: -thing.score):
+        if thing.score > least and _count(kept, thing.name) < MAX_OBJECTS:
+            kept.append(thing)
+    return kept
+
+
+def task_scores(tags: Sequence[str], correct: Sequence[float]) -> dict[str, float]:
+    """Mean verdict of each task, and "overall", the mean of the tasks whatever their numbers of pictures."""
+    scores = {}
+    for tag in dict.fromkeys(tags):
+        verdicts = [float(value) for value, other in zip(correct, tags, strict=True) if other == tag]
+        scores[tag] = sum(verdicts) / len(verdicts)
+    return scores | {"overall": sum(scores.values()) / len(scores)}
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
@@ -58,26 +79,40 @@ def is_strict(found: Sequence[Detection], metadata: dict) -> bool:
     return len(found) == asked and is_correct(found, metadata)
 
 
-def graded(found: Sequence[Detection], metadata: dict) -> float:
-    """Mean over the parts of a request, divided by 1 + the number of objects it does not ask for.
+def fraction(found: Sequence[Detection], metadata: dict) -> float:
+    """Mean over the parts of a request; what else is in the picture does not matter.
 
     The parts: of every class the share that is there (a surplus counts like a lack where the number is asked
     for), the share with the right color, and whether the relation holds; an absent object earns nothing for
     its color or its place."""
-    exact = {wanted["class"] for wanted in metadata.get("exclude", ())}
-    parts, groups, extra = [], [], len(found)
+    exact = _exact(metadata)
+    parts, groups = [], []
     for wanted in metadata["include"]:
         group, number = _best(found, wanted), _count(found, wanted["class"])
         complete = len(group) == wanted["count"]
         missing = abs(number - wanted["count"]) if wanted["class"] in exact else wanted["count"] - len(group)
         parts.append(max(0.0, 1 - missing / wanted["count"]))
-        extra -= number if wanted["class"] in exact else len(group)
         if "color" in wanted:
             parts.append(sum(thing.color == wanted["color"] for thing in group) / wanted["count"])
         if "position" in wanted:
             parts.append(float(complete and _is_placed(group, groups, wanted["position"])))
         groups.append(group if complete else None)
-    return sum(parts) / len(parts) / (1 + extra)
+    return sum(parts) / len(parts)
+
+
+def graded(found: Sequence[Detection], metadata: dict) -> float:
+    """`fraction`, divided by 1 + the number of objects that the request does not ask for."""
+    exact = _exact(metadata)
+    asked = sum(
+        _count(found, wanted["class"]) if wanted["class"] in exact else len(_best(found, wanted))
+        for wanted in metadata["include"]
+    )
+    return fraction(found, metadata) / (1 + len(found) - asked)
+
+
+def _exact(metadata: dict) -> set[str]:
+    """The classes whose number is asked for."""
+    return {wanted["class"] for wanted in metadata.get("exclude", ())}
 
 
 def _best(found: Sequence[Detection], wanted: dict) -> list[Detection]:

@@ -21,8 +21,16 @@ from typing import NamedTuple
 import numpy as np
 
 from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.geneval import requests as geneval
+from nitro_e.geneval.requests import (
+    NUMBERS,
+    OPPOSITE,
+    RELATIONS,
+    TASKS,
+    Request,
+    plural,
+)
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "heldout")
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PALETTE = {  # RGB in 0..1; every color has a channel below .3 and every background stays above .5
@@ -36,9 +44,6 @@ PALETTE = {  # RGB in 0..1; every color has a channel below .3 and every backgro
     "black": (0.05, 0.06, 0.08),
 }
 COLORS = tuple(PALETTE)
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 UNSEEN_COLORED = frozenset({
     ("red", "star"), ("orange", "cross"), ("yellow", "triangle"), ("green", "square"),
@@ -59,19 +64,11 @@ MAX_ANGLE = 0.12  # radians
 
 
 class Thing(NamedTuple):
-    """`count` objects of one shape; color None = any."""
+    """GenEval's `Thing` of this domain: `count` objects of one shape; color None = any."""
 
     shape: str
     color: str | None = None
     count: int = 1
-
-
-class Request(NamedTuple):
-    """What a caption asks for: one thing, or two joined by the relation ("and" if there is none)."""
-
-    tag: str
-    things: tuple[Thing, ...]
-    relation: str | None = None
 
 
 class Object(NamedTuple):
@@ -89,13 +86,9 @@ class Scene(NamedTuple):
     texture: int  # seed of what carries no meaning: background and shades
 
 
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
-
-
 WORDS = tuple(
     sorted(
-        {"a", "an", "photo", "of", "and", *SHAPES, *map(_plural, SHAPES), *COLORS, *NUMBERS.values()}
+        {"a", "an", "photo", "of", "and", *SHAPES, *map(plural, SHAPES), *COLORS, *NUMBERS.values()}
         | {word for relation in RELATIONS for word in relation.split()}
     )
 )  # every word a caption can contain
@@ -110,9 +103,9 @@ def scene(seed: int, split: str, index: int) -> Scene:
     tag = TASKS[index % len(TASKS)]
     seen = split == "train" or tag == "single_object" or index // len(TASKS) % 2 == 0
     colored = split == "train" and rng.random() < 0.5
-    request = _draw_request(rng, tag, colored)
+    request = draw_request(rng, tag, colored)
     while is_seen(request) != seen:
-        request = _draw_request(rng, tag, colored)
+        request = draw_request(rng, tag, colored)
     return Scene(request, draw_objects(rng, request), int(rng.integers(2**63)))
 
 
@@ -122,8 +115,8 @@ def heldout_prompts(num: int, seed: int = 0) -> list[dict]:
     return [metadata(scene(seed, "heldout", index).request) for index in range(num)]
 
 
-def _draw_request(rng: np.random.Generator, tag: str, colored: bool) -> Request:
-    """Any request of a task, seen or not, uniformly; `colored` is whether relations name colors."""
+def draw_request(rng: np.random.Generator, tag: str, colored: bool) -> Request:
+    """Any request of a task, seen or not, each combination as likely; `colored` is whether relations name colors."""
     first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
     color, other = (COLORS[i] for i in rng.permutation(len(COLORS))[:2])
     if tag == "single_object":
@@ -156,27 +149,12 @@ def is_seen(request: Request) -> bool:
     return stated not in UNSEEN_RELATIONS and mirrored not in UNSEEN_RELATIONS
 
 
-def caption(request: Request) -> str:
-    """As GenEval words it: "a photo of an orange star left of a circle"."""
-    phrases = []
-    for shape, color, count in request.things:
-        noun = shape if color is None else f"{color} {shape}"
-        article = "an" if noun[0] in "aeiou" else "a"
-        phrases.append(f"{article} {noun}" if count == 1 else f"{NUMBERS[count]} {_plural(noun)}")
-    return "a photo of " + f" {request.relation or 'and'} ".join(phrases)
+caption = geneval.caption
 
 
 def metadata(request: Request) -> dict:
-    """GenEval's record of a request (for a relation its object comes first, as there), plus `seen`."""
-    include = []
-    for shape, color, count in request.things[:: -1 if request.relation else 1]:
-        include.append({"class": shape, "count": count} | ({"color": color} if color else {}))
-    if request.relation:
-        include[1]["position"] = [request.relation, 0]
-    record = {"tag": request.tag, "include": include}
-    if request.tag == "counting":
-        record["exclude"] = [{"class": thing.shape, "count": thing.count + 1} for thing in request.things]
-    return record | {"prompt": caption(request), "seen": is_seen(request)}
+    """GenEval's record of a request, plus `seen`."""
+    return geneval.metadata(request) | {"seen": is_seen(request)}
 
 
 def draw_objects(rng: np.random.Generator, request: Request) -> tuple[Object, ...]:
