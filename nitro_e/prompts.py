@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple
 
 from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.geneval import prompts as geneval
+from nitro_e.geneval.prompts import Objects
 from nitro_e.shapes import scenes
 
 
