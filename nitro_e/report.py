@@ -513,6 +513,10 @@ small, .note { color: #5b6675; font-weight: 400; font-size: 13px; } .note { marg
 .grid { stroke: #e9ecf0; } .axis { stroke: #b9c1cb; } .hover { fill: transparent; } .hover:hover { fill: rgba(27, 36, 48, 0.07); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: #3b4653; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px; vertical-align: 3px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, max-content)); gap: 14px; }
+.card { max-width: 300px; border-top: 4px solid; padding-top: 6px; } .card div { display: flex; gap: 6px; }
+.card img { width: 132px; image-rendering: pixelated; } .card.right { border-color: #1f9d55; } .card.wrong { border-color: #d64545; }
+.card figcaption { font-weight: 500; font-size: 13px; margin-top: 4px; } .card em { font-style: normal; padding: 1px 5px; border-radius: 4px; }
 img { max-width: 100%; height: auto; display: block; border-radius: 6px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; }
 th { text-align: left; color: #5b6675; font-weight: 600; } th, td { padding: 5px 18px 5px 0; vertical-align: top; }

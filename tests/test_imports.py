@@ -23,18 +23,20 @@ ALLOWED = {
     "codec": {"config", "interfaces"},
     "text": {"config", "interfaces"},
     "vision": {"config", "interfaces"},
-    "components": {"config", "interfaces", "codec", "text", "vision"},
+    "components": {"config", "interfaces", "codec", "text", "vision", "shapes.pretrained"},
     "data": {"config", "interfaces", "components", "randomness"},
     "sampling": {"config", "interfaces", "flow", "randomness"},
-    "checkpoint": {"config", "model"},
+    "checkpoint": {"config", "model", "shapes.pretrained"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness"},
     "engine": {"config", "interfaces", "checkpoint", "model.pretrained", "metrics", "report"}
     | {"optim", "randomness", "parallel", "ema"},
     "geneval": {"config", "interfaces"},
-    "shapes": {"config", "interfaces", "geneval"},
+    "shapes": {"config", "interfaces", "geneval", "codec", "text", "vision"},
     "prompts": {"config", "geneval", "shapes"},
     "rewards": {"config", "interfaces", "geneval", "shapes"},
+    "evaluation": {"config", "checkpoint", "environment", "geneval", "model", "pipeline", "prompts", "randomness"}
+    | {"report", "rewards", "sampling", "shapes"},
     "run": None,  # everything
     "__init__": None,
 }
@@ -44,9 +46,9 @@ OWNERS = {
     "accelerate": {"engine", "parallel"},
     "ema_pytorch": {"engine"},
     "wandb": {"metrics"},
-    "diffusers": {"codec", "text"},  # text: the released caption cleaner
-    "transformers": {"text"},
-    "timm": {"vision"},
+    "diffusers": {"codec", "text", "shapes"},  # text: the released caption cleaner; shapes: trains tiny instances
+    "transformers": {"text", "shapes"},
+    "timm": {"vision", "shapes"},
     "webdataset": {"data"},
     "huggingface_hub": {"model"},
 }

@@ -1,0 +1,292 @@
+"""A benchmark over checkpoints and sampling settings: the same prompts and noise for all of them, one table.
+
+OUT/results.json    scores with intervals, settings, hashes
+OUT/report.html     the same with pictures
+OUT/NAME-HASH/      the pictures of one checkpoint and setting (evaluation.pictures)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nitro_e import report as html
+from nitro_e.checkpoint import model_folder
+from nitro_e.config import ConfigError, to_dict
+from nitro_e.environment import environment
+from nitro_e.evaluation import page, results, statistics
+from nitro_e.evaluation.benchmarks import Benchmark
+from nitro_e.evaluation.pictures import Judged, collect, short_hash, weights_hash
+from nitro_e.evaluation.results import Score, plain
+from nitro_e.model.packing import pack_for_cpu
+from nitro_e.pipeline import TextToImage
+from nitro_e.prompts import Prompt, load_prompts
+from nitro_e.rewards import Scorer, build_rewards
+from nitro_e.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What stays the same over checkpoints and settings."""
+
+    seed: int = 0  # of prompts and noise
+    batch_size: int = 64
+    precision: str = "bf16"  # of the model's arithmetic: bf16 or float32
+    device: str = "cpu"
+    codec_path: str | None = None
+    text_path: str | None = None
+    rejudge: bool = False
+
+
+@dataclass
+class Result:
+    """One checkpoint at one setting."""
+
+    checkpoint: dict[str, Any]
+    sampling: SamplingConfig
+    folder: Path
+    rows: list[Judged]
+    scores: dict[str, Score]
+
+    @property
+    def name(self) -> str:
+        return f"{self.checkpoint['source']}, {setting_name(self.sampling)}"
+
+    @property
+    def pictures_per_second(self) -> float:
+        return len(self.rows) / max(sum(row.seconds for row in self.rows), 1e-9)
+
+
+@dataclass
+class Comparison:
+    """Two checkpoints at one setting, by title of the score."""
+
+    ours: Result
+    theirs: Result
+    differences: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Evaluation:
+    benchmark: Benchmark
+    prompts: list[Prompt]
+    options: Options
+    results: list[Result]
+    comparisons: list[Comparison]
+
+    @property
+    def best(self) -> Result:
+        """By the first score."""
+        return max(self.results, key=lambda result: next(iter(result.scores.values())).overall.value)
+
+
+def evaluate(
+    benchmark: Benchmark, sources: Sequence[str], grid: dict[str, Sequence[Any]], options: Options, out: Path
+) -> Evaluation:
+    """Draw, judge and score checkpoints at every combination of `grid`, fields of SamplingConfig -> values.
+
+    sources: one checkpoint, or two that are compared in pairs. Writes the files named above.
+    """
+    benchmark = dataclasses.replace(
+        benchmark, prompts=dataclasses.replace(benchmark.prompts, seed=options.seed)
+    )
+    prompts = load_prompts(benchmark.prompts)
+    scorer = build_rewards(benchmark.rewards, options.device)
+    scorer.check([prompt.info for prompt in prompts])
+    scorer.load()
+    found = [
+        list(_evaluate_one(benchmark, prompts, scorer, source, grid, options, out)) for source in sources
+    ]
+    comparisons = []
+    for ours, theirs in zip(*found) if len(found) > 1 else ():
+        differences = {
+            title: results.compare(prompts, ours.rows, theirs.rows, title) for title in scorer.names
+        }
+        comparisons.append(Comparison(ours, theirs, differences))
+    evaluation = Evaluation(benchmark, prompts, options, list(itertools.chain(*found)), comparisons)
+    write(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
+    write(out / "report.html", report(evaluation))
+    return evaluation
+
+
+def _evaluate_one(
+    benchmark: Benchmark, prompts: list[Prompt], scorer: Scorer, source: str, grid: dict[str, Sequence[Any]],
+    options: Options, out: Path,
+) -> Iterable[Result]:  # fmt: skip
+    pipeline = TextToImage.from_pretrained(
+        source, options.device, codec_path=options.codec_path, text_path=options.text_path
+    )
+    checkpoint = identity(source, pipeline)
+    autocast = lower_precision(pipeline, options.precision)
+    for values in itertools.product(*grid.values()):
+        sampling = pipeline.settings(**dict(zip(grid, values)))
+        settings = {
+            "weights": checkpoint["weights"], "sampling": to_dict(sampling), "precision": options.precision,
+            "seed": options.seed,
+        }  # fmt: skip
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name} {setting_name(sampling)}").strip("-")
+        folder = out / f"{name}-{short_hash(settings)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(
+            json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
+        )
+        rows = collect(
+            pipeline, sampling, benchmark, prompts, scorer, folder, seed=options.seed, batch_size=options.batch_size,
+            autocast=autocast, rejudge=options.rejudge, title=setting_name(sampling),
+        )  # fmt: skip
+        scores = {title: results.summarize(prompts, rows, title) for title in scorer.names}
+        yield Result(checkpoint, sampling, folder, rows, scores)
+
+
+def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
+    """Which weights these are."""
+    folder = model_folder(source)
+    meta = folder.parent / "meta.json"
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {
+        "source": str(source),
+        "folder": str(folder),
+        "sha256": digest.hexdigest(),
+        "weights": weights_hash(pipeline.model, pipeline.codec, pipeline.text),  # codec and text encoder too
+        "step": json.loads(meta.read_text()).get("step") if meta.is_file() else None,
+        "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
+    }
+
+
+def lower_precision(pipeline: TextToImage, precision: str) -> bool:
+    """Make the pipeline quick; whether its calls need autocast. Weights are packed where the processor gains by it."""
+    if precision == "float32":
+        return False
+    if next(pipeline.model.parameters()).device.type != "cpu":
+        return True
+    try:
+        pipeline.model = pack_for_cpu(copy.deepcopy(pipeline.model).to(torch.bfloat16))
+    except ConfigError:  # this processor cannot
+        return True
+    return False
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def setting_name(sampling: SamplingConfig) -> str:
+    """What a table calls it."""
+    parts = [f"guidance {sampling.guidance_scale:g}", f"{sampling.steps} steps"]
+    parts += [] if sampling.sampler == "euler" else [sampling.sampler]
+    return ", ".join(parts)
+
+
+# ---- telling
+
+
+def tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """Title, head, rows and a note of every table: one per task for a single setting, else one row per setting."""
+    found = evaluation.results
+    if len(found) == 1:
+        parts = [(found[0].name, *results.task_table(found[0].scores), results.note(found[0].scores))]
+    else:
+        settings = results.setting_table([(result.name, result.scores) for result in found])
+        parts = [(f"{len(found)} settings", *settings, results.note(found[0].scores))]
+    for comparison in evaluation.comparisons:
+        title = f"{comparison.ours.name} minus {comparison.theirs.checkpoint['source']}, the same prompts and noise"
+        parts.append((title, *results.difference_table(comparison.differences), ""))
+    return parts
+
+
+def tell(evaluation: Evaluation) -> str:
+    """The tables, for a terminal."""
+    parts = []
+    for title, head, rows, note in tables(evaluation):
+        parts += [title, results.as_text(head, rows), *([note] if note else []), ""]
+    speeds = sorted(result.pictures_per_second for result in evaluation.results)
+    return "\n".join(parts) + f"{facts(evaluation)}; drawn at {speeds[0]:.3g} to {speeds[-1]:.3g} pictures/s"
+
+
+def facts(evaluation: Evaluation) -> str:
+    benchmark, options = evaluation.benchmark, evaluation.options
+    return (
+        f"{benchmark.name}: {len(evaluation.prompts)} prompts, {benchmark.per_prompt} pictures of each, "
+        f"seed {options.seed}, {options.precision}"
+    )
+
+
+def record(evaluation: Evaluation) -> dict[str, Any]:
+    """results.json"""
+    benchmark = evaluation.benchmark
+    return {
+        "benchmark": to_dict(dataclasses.replace(benchmark, see=None)),
+        "options": dataclasses.asdict(evaluation.options),
+        "prompts": len(evaluation.prompts),
+        "intervals": (statistics.__doc__ or "").strip(),
+        "environment": environment(),
+        "results": [
+            {
+                "checkpoint": result.checkpoint,
+                "sampling": to_dict(result.sampling),
+                "pictures": len(result.rows),
+                "pictures_per_second": round(result.pictures_per_second, 3),
+                "folder": result.folder.name,
+                "scores": {title: plain(score) for title, score in result.scores.items()},
+            }
+            for result in evaluation.results
+        ],
+        "differences": [
+            {
+                "ours": comparison.ours.folder.name,
+                "theirs": comparison.theirs.folder.name,
+                "scores": plain(comparison.differences),
+            }
+            for comparison in evaluation.comparisons
+        ],
+    }
+
+
+def report(evaluation: Evaluation) -> str:
+    """report.html"""
+    best = evaluation.best
+    title, score = next(iter(best.scores.items()))
+    tiles = {"pictures": len(best.rows)}
+    for name, each in best.scores.items():
+        tiles[f"{name}, mean of {len(each.tasks)} tasks"] = results.shown(each.overall)
+    if score.seen is not None:
+        tiles[f"{title}, seen combinations"] = results.shown(score.seen)
+        tiles[f"{title}, unseen combinations"] = results.shown(score.unseen)
+        tiles["unseen / seen"] = results.shown(score.unseen_to_seen)
+    parts = [page.heading(f"{evaluation.benchmark.name}: {best.name}", facts(evaluation), tiles)]
+    for heading, head, rows, note in tables(evaluation):
+        parts.append(html.section(heading, html.table(head, rows) + f"<p class='note'>{escape(note)}</p>"))
+    if len(evaluation.results) > 1:
+        body = (
+            html.table(*results.task_table(best.scores))
+            + f"<p class='note'>{escape(results.note(best.scores))}</p>"
+        )
+        parts.append(html.section(f"The best one: {best.name}", body))
+    for each in evaluation.comparisons[:1]:
+        folders = (each.ours.folder, each.theirs.folder)
+        parts.append(page.changes(evaluation.prompts, each.ours.rows, each.theirs.rows, folders, title))
+    parts.append(page.gallery(evaluation.prompts, best.rows, best.folder, title))
+    return html.page(f"{evaluation.benchmark.name}: {best.name}", "".join(parts))
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

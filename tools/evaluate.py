@@ -1,0 +1,73 @@
+"""Score a model on a benchmark: pictures of its prompts, judged, with confidence intervals.
+
+    python tools/evaluate.py shapes runs/mine                          600 held-out prompts of the offline domain
+    python tools/evaluate.py shapes runs/mine --guidance 1 2 3 --steps 4 20      a row per combination
+    python tools/evaluate.py shapes runs/mine --against runs/other     paired: the same prompts and noise
+
+Prints a table and writes OUT/results.json and OUT/report.html, with pictures and what the judge saw. Pictures and
+verdicts are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nitro_e import cli
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return cli.run(lambda: command(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benchmark", help="shapes")
+    parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
+    parser.add_argument("--against", metavar="CHECKPOINT", help="another one to compare with, pair by pair")
+    parser.add_argument("--num", type=int, help="prompts (default: the benchmark's)")
+    parser.add_argument("--per-prompt", type=int, metavar="N", help="pictures of each (default: likewise)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
+    parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
+    parser.add_argument("--sampler", nargs="+", help="euler, heun")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="of the model")
+    parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
+    parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
+    parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
+    parser.add_argument("--rejudge", action="store_true", help="judge again what was judged before")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: outputs/evaluate/BENCHMARK-CHECKPOINT"
+    )
+    return parser.parse_args(arguments)
+
+
+def command(options: argparse.Namespace) -> None:
+    from nitro_e.evaluation.benchmarks import benchmark
+    from nitro_e.evaluation.evaluate import Options, default_device, evaluate, tell
+
+    chosen = benchmark(options.benchmark, options.num, options.per_prompt)
+    grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
+    sources = [options.checkpoint] + ([options.against] if options.against else [])
+    name = f"{options.benchmark}-{Path(options.checkpoint).name}"
+    out = options.out or Path("outputs/evaluate") / name
+    evaluation = evaluate(
+        chosen, sources, {key: values for key, values in grid.items() if values},
+        Options(
+            seed=options.seed, batch_size=options.batch_size, precision=options.precision,
+            device=options.device or default_device(), codec_path=options.codec, text_path=options.text,
+            rejudge=options.rejudge,
+        ),
+        out,
+    )  # fmt: skip
+    print(tell(evaluation))
+    print(f"pictures with what the judge saw: {out / 'report.html'}; numbers: {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
