@@ -136,12 +136,12 @@ class Engine:
         self.ema = self._make_ema()
         self._place()
         self.posthoc = self._make_posthoc()
-        self.nets, self.optimizers = [], []
+        self.optimizers = []
         for phase in stage.phases:
             self.optimizers.append(
                 [accelerator.prepare_optimizer(o) for o in build_optimizers(phase.module, phase.optim)]
             )
-            self.nets.append(self.parallel.wrap(phase.module))
+            phase.net = self.parallel.wrap(phase.module)
         self.resume()
 
     # ---- the loop
@@ -219,7 +219,8 @@ class Engine:
 
     def update(self, index: int, batches: list[Any]) -> bool:
         """One optimiser step of one phase over the micro-batches of this process; False if it had to be skipped."""
-        phase, net, optimizers = self.stage.phases[index], self.nets[index], self.optimizers[index]
+        phase, optimizers = self.stage.phases[index], self.optimizers[index]
+        net = phase.net
         factor = phase.optim.factor(self.step, self.config.steps)
         set_learning_rate(optimizers, factor)
         if not phase.module.training:
@@ -247,6 +248,8 @@ class Engine:
             optimizer.zero_grad(set_to_none=True)
         if scaler is not None:
             scaler.update()  # once for all, which accelerate's wrapper would do for each
+        if finite and phase.after_step is not None:
+            phase.after_step([optimizer.optimizer for optimizer in optimizers])
         if finite:
             logs |= {
                 "grad_norm": _sum_and_count(norm),

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from nitro_e.optim import OptimConfig
     from nitro_e.randomness import SlotRandom
 
@@ -84,13 +86,18 @@ class Phase:
 
     `loss(net, batch, rng)` returns the scalar to minimise and what to log: scalars, or (2,) sums with their counts,
     of which the mean over processes and steps is reported. `net` is the engine's view (DDP,
-    compiled, autocast) of `module`; whatever else the loss calls is bare and frozen.
+    compiled, autocast) of `module`; whatever else the loss calls is bare and frozen, or the `net` of another phase of
+    the stage, for phases that share a forward pass.
     """
 
     name: str
     module: nn.Module
     loss: LossFn
     optim: OptimConfig
+    after_step: Callable[[list[Optimizer]], None] | None = (
+        None  # with the phase's optimisers, once they have stepped
+    )
+    net: nn.Module | None = None  # set by the engine
 
 
 class Stage(Protocol):
