@@ -7,6 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["nitro_e", "nitro_e.*"]),
+    package_data={"nitro_e.shapes.pretrained": ["*/*.json", "*/*.safetensors"]},  # the offline domain's weights
     install_requires=[  # enough to sample
         "torch>=2.6",
         "einops>=0.8",

@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.shapes.pretrained import PRETRAINED
 
 log = logging.getLogger(__name__)
 
 STEP = re.compile(r"step-(\d+)")
+SHIPPED = {"shapes": PRETRAINED / "model"}
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -152,11 +154,13 @@ def lock(run: Path) -> Iterator[None]:
 
 
 def model_folder(source: str | Path) -> Path:
-    """The model folder meant by `RUN`, `RUN/checkpoints/step-N` or a model folder itself.
+    """The model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or `shapes`, which the package ships.
 
     `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
     """
     name, _, which = str(source).partition("@")
+    if str(source) in SHIPPED and not Path(source).exists():
+        return SHIPPED[str(source)]
     if which not in ("", "model", "ema"):
         raise ConfigError(f"'{source}': '@{which}' is unknown" + did_you_mean(which, ["model", "ema"]))
     path = Path(name)

@@ -1,7 +1,8 @@
 """The frozen encoders by name: config -> codec, text encoder, vision encoder.
 
 Libraries (diffusers, transformers, timm) are imported only when a component that needs them is built.
-Real components take a hub id or a local folder in `path`; `dct-*` and `hash` need neither files nor network.
+`shapes-*` are the small ones of the offline domain, which the package ships; they and the real ones take a hub id
+or a local folder in `path`. `dct-*` and `hash` need neither files nor network.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
 from nitro_e import codec, text, vision
 from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
+from nitro_e.shapes.pretrained import PRETRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class ComponentConfig:
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
-    length: int | None = None  # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (hash)
+    length: int | None = None  # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
     if config.name in codec.DCT_SIZES:
         stride, luma, chroma = codec.DCT_SIZES[config.name]
         return luma + 2 * chroma, stride
-    return (32, 32) if config.path is None else None
+    return WEIGHTS[config.name].shape if config.path is None else None
 
 
 def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
@@ -68,19 +70,35 @@ def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
     if config.name == "hash":
         encoder = _hash(config, "cpu")
         return encoder.width, encoder.length
-    return (2048 if config.path is None else None), config.length or text.LLAMA_LENGTH
+    width, length = WEIGHTS[config.name].shape
+    return (width if config.path is None else None), config.length or length
 
 
 def vision_width(config: ComponentConfig) -> int | None:
     """Feature width without loading anything; None when only the files in `path` can tell."""
     _builder("vision", config, VISION_ENCODERS)
-    return 768 if config.path is None else None
+    return WEIGHTS[config.name].shape[0] if config.path is None else None
+
+
+class Weights(NamedTuple):
+    """Where a component's weights are if the config names no path, and what is known of them unread."""
+
+    source: str  # hub id or folder
+    shape: tuple[int, ...]  # codec: channels, stride; text: width, length; vision: width
+
+
+WEIGHTS = {
+    "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, (32, 32)),
+    "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, (2048, text.LLAMA_LENGTH)),
+    "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, (768,)),
+    "shapes-dc-ae": Weights(str(PRETRAINED / "codec"), (8, 8)),
+    "shapes-llama": Weights(str(PRETRAINED / "text"), (128, 16)),
+    "shapes-vit": Weights(str(PRETRAINED / "vision"), (128,)),
+}
 
 
 def _dc_ae(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
-    return codec.AutoencoderDCCodec(
-        _load("codec", config, codec.DC_AE_REPOSITORY, codec.load_autoencoder_dc), device
-    )
+    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc), device)
 
 
 def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
@@ -90,8 +108,8 @@ def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
 def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     if config.clean_caption:
         text.check_caption_cleaner()
-    model, tokenizer = _load("text", config, text.LLAMA_REPOSITORY, text.load_llama)
-    length = config.length or text.LLAMA_LENGTH
+    model, tokenizer = _load("text", config, text.load_llama)
+    _, length = text_shape(config)
     return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
 
 
@@ -100,14 +118,18 @@ def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
 
 
 def _dinov2(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
-    return vision.DINOv2(_load("vision", config, vision.DINOV2_REPOSITORY, vision.load_dinov2), device)
+    return vision.DINOv2(_load("vision", config, vision.load_dinov2), device)
 
 
 Builder = Callable[[ComponentConfig, "torch.device | str"], Any]
-CODECS: dict[str, Builder] = {"dc-ae-f32c32": _dc_ae, "dct-f8c24": _dct, "dct-f16c64": _dct}
-TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "hash": _hash}
-VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2}
-BUILT_IN = ("hash", *codec.DCT_SIZES)
+CODECS: dict[str, Builder] = {
+    "dc-ae-f32c32": _dc_ae,
+    "shapes-dc-ae": _dc_ae,
+    "dct-f8c24": _dct,
+    "dct-f16c64": _dct,
+}
+TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
+VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2, "shapes-vit": _dinov2}
 
 
 def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -> Builder:
@@ -116,7 +138,7 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
         raise ConfigError(
             f"components.{kind}.name: unknown '{config.name}'" + did_you_mean(config.name, list(table))
         )
-    options = {"name"} if config.name in BUILT_IN else {"name", "path", "revision", "dtype"}
+    options = {"name", "path", "revision", "dtype"} if config.name in WEIGHTS else {"name"}
     options |= {"length"} if kind == "text" else set()
     options |= {"clean_caption"} if config.name == "llama-3.2-1b" else set()
     for field in fields(config):
@@ -127,8 +149,9 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     return table[config.name]
 
 
-def _load(kind: str, config: ComponentConfig, repository: str, loader: Callable[..., Any]) -> Any:
+def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any:
     """Call the loader on the folder or the hub id; what goes wrong there becomes one line with the remedy."""
+    repository = WEIGHTS[config.name].source
     source = config.path or repository
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -25,21 +25,24 @@ class DINOv2:
     def __init__(self, vit: Any, device: torch.device | str = "cpu") -> None:
         self.vit = vit.eval().requires_grad_(False).to(device)
         self.width: int = vit.num_features
-        self.patch: tuple[int, int] = tuple(vit.patch_embed.patch_size)
-        self.mean = torch.tensor(IMAGENET_MEAN, device=device).reshape(1, 3, 1, 1)
-        self.std = torch.tensor(IMAGENET_STD, device=device).reshape(1, 3, 1, 1)
+        self.device = torch.device(device)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """pixels (B, 3, H, W) in -1..1, resized to fit the grid (h, w) -> (B, h*w, width), row by row."""
-        size = (grid[0] * self.patch[0], grid[1] * self.patch[1])
-        images = (pixels.to(self.mean) + 1) / 2
-        images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        images = (images - self.mean) / self.std
-        tokens = self.vit.forward_features(
-            images.to(next(self.vit.parameters()).dtype)
-        )  # (B, prefix + h*w, D)
-        return tokens[:, self.vit.num_prefix_tokens :].float()
+        return patch_tokens(self.vit, pixels.to(self.device), grid).float()
+
+
+def patch_tokens(vit: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The same with a gradient, in the dtype of the transformer: (B, h*w, D)."""
+    size = tuple(cells * side for cells, side in zip(grid, vit.patch_embed.patch_size))
+    images = (pixels.float() + 1) / 2
+    images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    mean, std = (images.new_tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    tokens = vit.forward_features(
+        ((images - mean) / std).to(next(vit.parameters()).dtype)
+    )  # (B, prefix + h*w, D)
+    return tokens[:, vit.num_prefix_tokens :]
 
 
 def load_dinov2(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:

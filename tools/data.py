@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nitro_e import cli, config
 from nitro_e.components import (
-    BUILT_IN,
+    WEIGHTS,
     ComponentConfig,
     build_codec,
     build_text_encoder,
@@ -169,7 +169,7 @@ def run_encode(args: argparse.Namespace) -> None:
         if value := getattr(args, kind):
             name, _, path = value.partition("=")
             length = args.text_length if kind == "text" else None
-            dtype = "float32" if name in BUILT_IN else args.dtype
+            dtype = "float32" if name not in WEIGHTS else args.dtype
             component = ComponentConfig(name=name, path=path or None, dtype=dtype, length=length)
             built[kind] = builder(component, device)
             names[{"codec": "latents", "vision": "features"}.get(kind, kind)] = config.to_dict(component)
