@@ -48,10 +48,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Hook:
-    """Pictures made every so many steps on the main process, of the published model (the average if there is one)."""
+    """Pictures or numbers, by name, of the published model (the average if there is one), on the main process."""
 
-    every: int
-    run: Callable[[nn.Module], dict[str, Image.Image]]
+    every: int  # steps, and after the last one; 0: never
+    run: Callable[[nn.Module], dict[str, Image.Image | float]]
+    first: bool = False  # also before the first step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,11 @@ class Engine:
             disable=not self.main,
             mininterval=interval,
         )
-        self._window, self._first_step = Window(self.step), self.step
+        self._first_step = self.step
+        for hook in self.hooks:
+            if hook.every and hook.first and self.step == 0:
+                self._show(hook)
+        self._window = Window(self.step)
         while self.step < self.config.steps and not self._must_stop():
             with self._window.waiting():
                 batches = list(islice(stream, self.config.accumulate))
@@ -318,8 +323,11 @@ class Engine:
     def _show(self, hook: Hook) -> None:
         model = self.published_model()
         if self.main:
-            for name, image in hook.run(model).items():
-                self.metrics.write_image(self.step, name, image)
+            made = hook.run(model)
+            self.metrics.write(self.step, {k: v for k, v in made.items() if not isinstance(v, Image.Image)})
+            for name, image in made.items():
+                if isinstance(image, Image.Image):
+                    self.metrics.write_image(self.step, name, image)
 
     def _status(self, state: str, **details: Any) -> None:
         if self.main:

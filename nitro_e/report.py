@@ -34,6 +34,7 @@ MAX_WARNINGS = 50
 EMBED_AS_IS = 300_000  # bytes of a PNG; larger ones are embedded as JPEG
 
 TITLES = {  # in the order of the page; names not here follow under their own name
+    "eval": "Score",
     "loss": "Loss",
     "velocity_loss": "Velocity loss",
     "repa_loss": "REPA loss",
@@ -47,7 +48,12 @@ TITLES = {  # in the order of the page; names not here follow under their own na
     "memory_gb": "Peak memory, GB",
 }
 EXPECTED = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait")
-COUNTERS = ("skipped", "failed_saves", "bad_samples", "eta_seconds")  # told in the header or of no use afterwards
+COUNTERS = (
+    "skipped",
+    "failed_saves",
+    "bad_samples",
+    "eta_seconds",
+)  # told in the header or of no use afterwards
 NOT_NOISY = ("lr", "memory_gb")
 NOT_METRICS = ("attempt", "time", "step")
 
@@ -105,6 +111,11 @@ class Record:
         """The mean over the last twentieth of the reports."""
         values = self.values(name)
         return statistics.fmean(values[-max(len(values) // 20, 1) :]) if values else None
+
+    def scores(self) -> dict[str, float]:
+        """The last `eval/NAME` of every score."""
+        names = dict.fromkeys(name for row in self.rows for name in row if re.fullmatch(r"eval/[^/]+", name))
+        return {name.removeprefix("eval/"): values[-1] for name in names if (values := self.values(name))}
 
     def pictures(self) -> dict[str, list[tuple[int, Path]]]:
         """Name -> (step, file) by step."""
@@ -183,6 +194,7 @@ def header(record: Record) -> str:
         ),
         ("wall-clock", duration(record.seconds())),
         ("final loss", _shown(record.final("loss"))),
+        *((f"score: {name}", _shown(value)) for name, value in record.scores().items()),
         ("samples/s", _shown(statistics.median(record.values("samples_per_second") or [float("nan")]))),
         ("waiting for data", _percent(record.final("data_wait"))),
         ("skipped steps", _counter(record, "skipped")),
@@ -206,13 +218,16 @@ def curves(records: Sequence[Record]) -> str:
     labels = _labels(records)
     for group, names in metric_groups(records).items():
         series = [
-            Series(label if len(names) == 1 else name if len(records) == 1 else f"{label} {name}", points)
+            Series(
+                label if len(names) == 1 else line_name(name) if len(records) == 1 else f"{label} {name}",
+                points,
+            )
             for record, label in zip(records, labels)
             for name in names
             if (points := [(row["step"], row[name]) for row in record.rows if _is_number(row.get(name))])
         ]
         name = group.rpartition("/")[2]
-        log = "loss" in name or name == "grad_norm"
+        log = not group.startswith("eval/") and ("loss" in name or name == "grad_norm")
         charts.append(line_chart(title_of(group, names), series, smooth=name not in NOT_NOISY, log=log))
     note = "<p class='note'>Thin: every report. Thick: running mean. Hover for values.</p>"
     return (
@@ -230,8 +245,8 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
             for name, value in row.items():
                 if name in (*NOT_METRICS, *COUNTERS) or not _is_number(value):
                     continue
-                binned = re.fullmatch(r"(.*loss_t)\d+", name)
-                group = binned[1] if binned and len(records) == 1 else name
+                part = re.fullmatch(r"(.*loss_t)\d+|(eval/[^/]+)/.+", name)
+                group = (part[1] or part[2]) if part and len(records) == 1 else name
                 names = groups.setdefault(group, [])
                 if name not in names:
                     names.append(name)
@@ -239,7 +254,7 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
 
     def order(group: str) -> tuple:
         phase, _, name = group.rpartition("/")
-        base = re.sub(r"(loss_t)\d+$", r"\1", name)
+        base = "eval" if phase == "eval" else re.sub(r"(loss_t)\d+$", r"\1", name)
         return (known.index(base) if base in known else len(known), phase, name)
 
     return {group: sorted(groups[group]) for group in sorted(groups, key=order)}
@@ -247,10 +262,19 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
 
 def title_of(group: str, names: list[str]) -> str:
     phase, _, name = group.rpartition("/")
+    if phase == "eval":
+        return f"{TITLES['eval']}: {name}" + (", by task" if len(names) > 1 else "")
     title = TITLES.get(name) or name.replace("_", " ")
     if name == "loss_t":
         title += f", t in {len(names)} bins (t0: least noise)"
     return f"{phase}: {title}" if phase else title
+
+
+def line_name(name: str) -> str:
+    """In the legend of a chart of one run: of a score `eval/NAME` the overall line, of its parts `eval/NAME/PART` the part."""
+    if not name.startswith("eval/"):
+        return name
+    return name.split("/", 2)[2] if name.count("/") > 1 else "overall"
 
 
 def not_recorded(record: Record) -> str:
@@ -352,9 +376,12 @@ def results(records: Sequence[Record]) -> str:
         speed = record.values("samples_per_second")
         rows.append(
             [label, record.state(), f"{record.last_step:,}", _shown(record.final("loss")),
+             ", ".join(f"{name} {number(value)}" for name, value in record.scores().items()) or "–",
              _shown(statistics.median(speed)) if speed else "–", duration(record.seconds()), _counter(record, "skipped")]
         )  # fmt: skip
-    return table(["run", "status", "steps", "final loss", "samples/s", "wall-clock", "skipped"], rows)
+    return table(
+        ["run", "status", "steps", "final loss", "scores", "samples/s", "wall-clock", "skipped"], rows
+    )
 
 
 def differences(records: Sequence[Record]) -> str:

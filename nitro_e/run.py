@@ -23,6 +23,7 @@ from nitro_e.components import (
 from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
+from nitro_e.evaluation.training import EvaluationConfig, Evaluator
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained
@@ -59,6 +60,7 @@ class RunConfig:
     engine: EngineConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: tuple[str, ...] = ()  # of the sample grids; empty: the first captions of the data
+    evaluation: EvaluationConfig | None = None  # scores during training
 
     def __post_init__(self) -> None:
         kind = self.stage_kind
@@ -212,10 +214,16 @@ def build(config: RunConfig) -> Engine:
     parts = Parts(device, accelerator.process_index, accelerator.autocast, codec, text, model, flops)
     stage, prompts = config.stage_kind.build(config, parts)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
+    hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
+    if config.evaluation is not None:
+        evaluator = Evaluator(config.evaluation, config.sampling, codec, text, device, accelerator.autocast)
+        if accelerator.is_main_process:
+            evaluator.scorer.load()  # what is missing shows before training
+        hooks.append(Hook(config.evaluation.every, evaluator, first=True))
     config.folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),
-        hooks=(sample_grid_hook(config, codec, text, config.prompts or tuple(prompts)),),
+        hooks=tuple(hooks),
     )  # fmt: skip
     if accelerator.is_main_process:  # only now: the engine refuses the run directory of another experiment
         (config.folder / "config.yaml").write_text(dump(config))

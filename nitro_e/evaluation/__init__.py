@@ -3,7 +3,8 @@
 statistics  scores of tasks, means, ratios and paired differences with 95 % intervals
 benchmarks  prompts and judge by name
 pictures    the pictures of one setting, kept on disk picture by picture with what the judge said
-results     scores of settings, results.json, the table
-page        report.html: scores, and the pictures with what the judge saw
-hook        the same during training
+results     scores per task and overall, paired differences, tables
+evaluate    checkpoints and settings -> results.json and report.html
+page        the pictures of report.html with what the judge saw
+training    scores during training
 """

@@ -7,6 +7,7 @@ OUT/NAME-HASH/      the pictures of one checkpoint and setting (evaluation.pictu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,13 @@ from nitro_e.config import ConfigError, to_dict
 from nitro_e.environment import environment
 from nitro_e.evaluation import page, results, statistics
 from nitro_e.evaluation.benchmarks import Benchmark
-from nitro_e.evaluation.pictures import Judged, collect, short_hash, weights_hash
+from nitro_e.evaluation.pictures import (
+    Autocast,
+    Judged,
+    collect,
+    short_hash,
+    weights_hash,
+)
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.pipeline import TextToImage
@@ -168,17 +176,16 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-def lower_precision(pipeline: TextToImage, precision: str) -> bool:
-    """Make the pipeline quick; whether its calls need autocast. Weights are packed where the processor gains by it."""
+def lower_precision(pipeline: TextToImage, precision: str) -> Autocast:
+    """Make the pipeline quick, and what its calls must run under. On a CPU weights are packed, if it can."""
+    device = next(pipeline.model.parameters()).device.type
     if precision == "float32":
-        return False
-    if next(pipeline.model.parameters()).device.type != "cpu":
-        return True
-    try:
-        pipeline.model = pack_for_cpu(copy.deepcopy(pipeline.model).to(torch.bfloat16))
-    except ConfigError:  # this processor cannot
-        return True
-    return False
+        return contextlib.nullcontext
+    if device == "cpu":
+        with contextlib.suppress(ConfigError):  # this processor cannot
+            pipeline.model = pack_for_cpu(copy.deepcopy(pipeline.model).to(torch.bfloat16))
+            return contextlib.nullcontext
+    return partial(torch.autocast, device, torch.bfloat16)
 
 
 def default_device() -> str:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ from nitro_e.prompts import Prompt
 from nitro_e.randomness import seed_of
 from nitro_e.rewards import Scorer
 from nitro_e.sampling import SamplingConfig
+
+Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class Judged(NamedTuple):
@@ -61,7 +63,8 @@ def noise_seeds(seed: int, places: Sequence[tuple[int, int]]) -> list[int]:
 
 def collect(
     pipeline: TextToImage, sampling: SamplingConfig, benchmark: Benchmark, prompts: Sequence[Prompt], scorer: Scorer,
-    folder: Path, *, seed: int, batch_size: int, autocast: bool = False, rejudge: bool = False, title: str = "",
+    folder: Path, *, seed: int, batch_size: int,
+    autocast: Autocast = contextlib.nullcontext, rejudge: bool = False, title: str = "",
 ) -> list[Judged]:  # fmt: skip
     """All pictures of a benchmark in order, drawing and judging what `folder` does not hold yet."""
     if batch_size < 1:
@@ -91,7 +94,7 @@ def _is_of(row: Judged, place: tuple[int, int], prompts: Sequence[Prompt]) -> bo
 
 def _draw(
     pipeline: TextToImage, sampling: SamplingConfig, places: Sequence[tuple[int, int]], prompts: Sequence[Prompt],
-    folder: Path, seed: int, batch_size: int, autocast: bool,
+    folder: Path, seed: int, batch_size: int, autocast: Autocast,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """(B, 3, H, W) in -1..1 as the PNG files hold them, and the seconds that drawing one took."""
     paths = [folder / file_name(*place, prompt.text) for place, prompt in zip(places, prompts)]
@@ -114,12 +117,10 @@ def _draw(
 
 def draw(
     pipeline: TextToImage, sampling: SamplingConfig, prompts: Sequence[str], seeds: Sequence[int], batch_size: int,
-    autocast: bool,
+    autocast: Autocast,
 ) -> Tensor:  # fmt: skip
-    """(B, 3, H, W) in -1..1 on the CPU; autocast: the arithmetic of the model in bfloat16."""
-    device = next(pipeline.model.parameters()).device
-    context = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    with context:
+    """(B, 3, H, W) in -1..1 on the CPU; autocast: makes the context that the model computes in."""
+    with autocast():
         return pipeline.pixels(prompts, seeds=seeds, batch_size=batch_size, **to_dict(sampling))
 
 

@@ -1,0 +1,91 @@
+"""Scores during training: the run's `evaluation` section. They are logged as `eval/...` and drawn in the report.
+
+    eval/NAME        mean over the tasks of the prompts (plain mean where prompts have no tasks)
+    eval/NAME/TASK   of each task, if there are several
+    eval/NAME/unseen over prompts of unseen combinations only, where prompts say so; likewise seen
+
+Prompts and noise are the same every time, so that scores of different steps differ by the weights only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from nitro_e.config import ConfigError
+from nitro_e.evaluation.pictures import Autocast, Judged, draw, noise_seeds
+from nitro_e.evaluation.results import summarize
+from nitro_e.interfaces import LatentCodec, TextEncoder
+from nitro_e.pipeline import TextToImage
+from nitro_e.prompts import PromptsConfig, load_prompts
+from nitro_e.rewards import RewardConfig, build_rewards
+from nitro_e.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is scored while training, and how often: before the first step, every so many, and after the last."""
+
+    prompts: PromptsConfig
+    rewards: tuple[RewardConfig, ...]  # weights do not matter here
+    every: int = 500  # steps
+    seed: int = 0  # of the noise
+    batch_size: int = 64
+    sampling: SamplingConfig | None = None  # None: that of the run
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.rewards:
+            raise ConfigError("rewards is empty; name one, or leave evaluation out")
+        build_rewards(self.rewards)  # their names and titles; loads nothing
+
+
+class Evaluator:
+    """Call it with a model: name -> value. Only the main process does."""
+
+    def __init__(
+        self, config: EvaluationConfig, sampling: SamplingConfig, codec: LatentCodec, text: TextEncoder,
+        device: torch.device, autocast: Autocast,
+    ) -> None:  # fmt: skip
+        self.config, self.codec, self.text, self.autocast = config, codec, text, autocast
+        self.sampling = config.sampling or sampling
+        self.prompts = load_prompts(config.prompts)
+        self.scorer = build_rewards(config.rewards, device)
+        self.scorer.check([prompt.info for prompt in self.prompts])
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        training = model.training
+        pipeline = TextToImage(model.eval(), self.codec, self.text, self.sampling)
+        rows: list[Judged] = []
+        with tqdm(total=len(self.prompts), desc="evaluation", unit="img", leave=False) as bar:
+            for start in range(0, len(self.prompts), self.config.batch_size):
+                rows += self._batch(pipeline, start)
+                bar.update(len(rows) - start)
+        model.train(training)
+        logs: dict[str, float] = {}
+        for title in self.scorer.names:
+            score = summarize(self.prompts, rows, title)
+            values = {"": score.overall}
+            values |= {f"/{task}": value for task, value in score.tasks.items() if len(score.tasks) > 1}
+            values |= {} if score.seen is None else {"/seen": score.seen, "/unseen": score.unseen}
+            logs |= {f"eval/{title}{name}": estimate.value for name, estimate in values.items()}
+            if score.unscored:
+                logs[f"eval/{title}/unscored"] = float(score.unscored)
+        return {name: value for name, value in logs.items() if not math.isnan(value)}
+
+    def _batch(self, pipeline: TextToImage, start: int) -> list[Judged]:
+        batch = self.prompts[start : start + self.config.batch_size]
+        places = [(start + i, 0) for i in range(len(batch))]
+        texts, seeds = [prompt.text for prompt in batch], noise_seeds(self.config.seed, places)
+        pixels = draw(pipeline, self.sampling, texts, seeds, len(batch), self.autocast)
+        values = self.scorer(pixels, texts, [prompt.info for prompt in batch]).values.tolist()
+        return [
+            Judged(*place, text, dict(zip(self.scorer.names, row)), "", 0.0)
+            for place, text, row in zip(places, texts, values)
+        ]
