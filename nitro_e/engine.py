@@ -132,6 +132,7 @@ class Engine:
         self.main = accelerator.is_main_process
         self.step = self.skipped = self.skipped_in_row = self.failed_saves = 0
         self.stop_requested = False
+        self.period = getattr(stage, "period", 1)
         set_seed(seed)  # for anything that draws from global state, dropout for one
         self.parallel = SHARDING[config.sharding](accelerator)
         self.ema = self._make_ema()
@@ -188,7 +189,7 @@ class Engine:
             if hook.every and hook.first and self.step == 0:
                 self._show(hook)
         self._window = Window(self.step)
-        while self.step < self.config.steps and not self._must_stop():
+        while self.step < self.config.steps and (self.step % self.period or not self._must_stop()):
             with self._window.waiting():
                 batches = list(islice(stream, self.config.accumulate))
             done = [self.update(index, batches) for index in range(len(self.stage.phases))]
@@ -213,7 +214,7 @@ class Engine:
                 save_every = (
                     self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
                 )
-                if self.step % save_every == 0:
+                if self.step % save_every == 0 and self.step % self.period == 0:
                     self.save()
         while checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
             self.save()  # until it is there, or has failed too often
@@ -468,12 +469,19 @@ class Engine:
 
     def _models(self) -> dict[str, nn.Module]:
         """What is published, by folder name."""
-        models = {"model": self.stage.model} | ({} if self.ema is None else {"ema": self.ema.ema_model})
-        return {name: self.stage.export(self.parallel.whole(model)) for name, model in models.items()}
+        return {
+            name: self.stage.export(self.parallel.whole(model)) for name, model in self._trained().items()
+        }
+
+    def _trained(self) -> dict[str, nn.Module]:
+        return {"model": self.stage.model} | ({} if self.ema is None else {"ema": self.ema.ema_model})
 
     def _write(self, folder: Path, models: dict[str, nn.Module], state: dict[str, Any]) -> None:
+        extras = getattr(self.stage, "write_extras", None)
         for name, model in models.items():
             save_pretrained(model, folder / name, self.use)
+            if extras is not None:
+                extras(self._trained()[name], folder / name)
         (folder / "trainer").mkdir()
         for name, values in state.items():
             torch.save(values, folder / "trainer" / f"{name}.pt")

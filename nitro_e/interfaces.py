@@ -101,7 +101,11 @@ class Phase:
 
 
 class Stage(Protocol):
-    """A stream of batches and an ordered tuple of phases: all that differs between the stages of training."""
+    """A stream of batches and an ordered tuple of phases: all that differs between the stages of training.
+
+    Two members are optional: `period: int`, steps that belong together (a run stops and saves only between them), and
+    `write_extras(model, folder)`, which writes more files beside the published weights of `model`.
+    """
 
     name: str
     model: nn.Module  # averaged by the EMA, shown by hooks
