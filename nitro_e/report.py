@@ -34,7 +34,6 @@ MAX_WARNINGS = 50
 EMBED_AS_IS = 300_000  # bytes of a PNG; larger ones are embedded as JPEG
 
 TITLES = {  # in the order of the page; names not here follow under their own name
-    "eval": "Score",
     "loss": "Loss",
     "velocity_loss": "Velocity loss",
     "repa_loss": "REPA loss",
@@ -245,25 +244,37 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
             for name, value in row.items():
                 if name in (*NOT_METRICS, *COUNTERS) or not _is_number(value):
                     continue
-                part = re.fullmatch(r"(.*loss_t)\d+|(eval/[^/]+)/.+", name)
-                group = (part[1] or part[2]) if part and len(records) == 1 else name
+                part = re.fullmatch(
+                    r"(.*loss_t)\d+|(eval/[^/]+/)(?:un)?seen|(eval/[^/]+)/(?!unscored).+", name
+                )
+                group = next(filter(None, part.groups())) if part and len(records) == 1 else name
                 names = groups.setdefault(group, [])
                 if name not in names:
                     names.append(name)
     known = list(TITLES)
 
     def order(group: str) -> tuple:
+        if group.startswith(
+            "eval/"
+        ):  # scores first, as they were logged; their parts, where they are alone, last
+            return (len(known) + 1 if group.count("/") > 1 and not group.endswith("/") else -1, "", "")
         phase, _, name = group.rpartition("/")
-        base = "eval" if phase == "eval" else re.sub(r"(loss_t)\d+$", r"\1", name)
+        base = re.sub(r"(loss_t)\d+$", r"\1", name)
         return (known.index(base) if base in known else len(known), phase, name)
 
-    return {group: sorted(groups[group]) for group in sorted(groups, key=order)}
+    return {
+        group: groups[group] if group.startswith("eval/") else sorted(groups[group])
+        for group in sorted(groups, key=order)
+    }
 
 
 def title_of(group: str, names: list[str]) -> str:
     phase, _, name = group.rpartition("/")
-    if phase == "eval":
-        return f"{TITLES['eval']}: {name}" + (", by task" if len(names) > 1 else "")
+    if group.startswith("eval/"):
+        parts = (
+            ", seen and unseen combinations" if group.endswith("/") else ", by task" if len(names) > 1 else ""
+        )
+        return "Score: " + group.removeprefix("eval/").strip("/").replace("/", ", ") + parts
     title = TITLES.get(name) or name.replace("_", " ")
     if name == "loss_t":
         title += f", t in {len(names)} bins (t0: least noise)"
