@@ -33,7 +33,7 @@ def gallery(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, tit
     parts = []
     for task, found in tasks.items():
         right = sum(row.scores[title] == 1 for row in found)
-        shown = _failures_and_successes(found, title)
+        shown = failures_and_successes(found, title)
         note = f"{right} of {len(found)} right" + (
             f"; {len(shown)} of them here, failures first; all are in {escape(folder.name)}/"
             if len(shown) < len(found)
@@ -47,7 +47,7 @@ def gallery(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, tit
     return "".join(parts)
 
 
-def _failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
+def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
     """PER_TASK pictures, by rising score; at least a quarter of them successes if there are that many."""
     ordered = sorted(rows, key=lambda row: -1.0 if math.isnan(row.scores[title]) else row.scores[title])
     failures = [row for row in ordered if row.scores[title] != 1]

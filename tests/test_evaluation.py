@@ -1,0 +1,440 @@
+"""Scores, intervals, pictures kept and reused, pages, the command, and scores during training."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_report import Page, assert_self_contained
+
+from nitro_e import metrics
+from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.data import write_shard
+from nitro_e.evaluation import page, results, statistics
+from nitro_e.evaluation.benchmarks import benchmark, describe
+from nitro_e.evaluation.pictures import (
+    Judged,
+    collect,
+    noise_seeds,
+    read_rows,
+    weights_hash,
+)
+from nitro_e.evaluation.training import EvaluationConfig
+from nitro_e.geneval.rules import Detection
+from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.model.pretrained import save_pretrained
+from nitro_e.pipeline import TextToImage
+from nitro_e.prompts import Prompt, load_prompts
+from nitro_e.report import write_report
+from nitro_e.rewards import RewardConfig, build_rewards, reward
+from nitro_e.sampling import SamplingConfig
+from nitro_e.shapes.render import render
+from nitro_e.shapes.scenes import TASKS, scene
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from tools import evaluate as tool  # noqa: E402
+
+MODEL = {"preset": "micro-8", "latent_channels": 24, "text_width": 128, "gate_init": "one"}
+SAMPLING = SamplingConfig(resolution=64, steps=2, guidance_scale=2.0, grid="linear")
+USE = {"codec": {"name": "dct-f8c24"}, "text": {"name": "hash"}, "sampling": to_dict(SAMPLING)}
+
+
+# --- statistics
+
+
+@pytest.mark.parametrize(
+    "right, num, low, high",  # Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_one_task_has_wilsons_interval(right, num, low, high):
+    found = statistics.score([[1.0] * right + [0.0] * (num - right)])
+    assert found.value == pytest.approx(right / num) and found.num == num
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def covered(draw, make, truth: float, repeats: int = 600) -> float:
+    found = [make(draw()) for _ in range(repeats)]
+    return np.mean([e.low <= truth <= e.high for e in found])
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(0.95, 0.9, 0.5, 0.3, 0.1, 0.1), (0.99, 0.99, 0.95, 0.95, 0.9, 0.9), (0.02,) * 6, (1, 1, 1, 0.98, 0.95, 0.9)],
+)  # fmt: skip
+def test_intervals_of_the_mean_of_tasks_cover_the_truth(shares):
+    """95 % of the time; 600 draws have a standard error of 0.9 %."""
+    rng = np.random.default_rng(0)
+    draw = lambda: [(rng.random(100) < share).astype(float) for share in shares]  # noqa: E731
+    assert 0.92 <= covered(draw, statistics.score, np.mean(shares)) <= 0.985
+
+
+def test_interval_of_several_pictures_per_prompt_knows_that_they_are_alike():
+    """Prompts differ in difficulty: 4 pictures of each say less than 4 times as many prompts."""
+    rng = np.random.default_rng(1)
+
+    def draw():
+        hard = rng.beta(0.5, 0.5, (60, 1))  # mean 0.5
+        return (rng.random((60, 4)) < hard).astype(float)
+
+    assert 0.92 <= covered(lambda: [draw().mean(axis=1)], statistics.score, 0.5) <= 0.975
+    assert covered(lambda: [draw().ravel()], statistics.score, 0.5) < 0.85  # what ignoring it would give
+
+
+def test_scores_outside_0_to_1_have_the_normal_interval():
+    values = np.random.default_rng(2).normal(20, 3, 50)
+    found = statistics.score([values])
+    half = 1.96 * values.std(ddof=1) / 50**0.5
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-5)
+    assert math.isinf(statistics.score([[20.0]]).high)  # one value says nothing of the spread
+
+
+def test_ratio_covers_the_truth_and_has_no_upper_limit_where_the_denominator_may_be_0():
+    rng = np.random.default_rng(3)
+
+    def draw():
+        return [(rng.random((5, 50)) < share).astype(float) for share in (0.4, 0.6)]
+
+    make = lambda parts: statistics.ratio(*map(statistics.score, parts))  # noqa: E731
+    assert 0.925 <= covered(draw, make, 0.4 / 0.6) <= 0.975
+    none, some = statistics.score([[0.0] * 20]), statistics.score([[1.0, 0.0] * 10])
+    assert math.isinf(statistics.ratio(some, none).high) and math.isnan(statistics.ratio(some, none).value)
+    assert statistics.ratio(none, some).value == statistics.ratio(none, some).low == 0
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.1, 0.05), (0.2, 0.3, 0.2), (0.9, 0.03, 0.0)])
+def test_paired_difference_covers_the_truth_and_gains_by_pairing(shares):
+    """shares: both right, only ours, only theirs."""
+    rng = np.random.default_rng(4)
+    both, ours, theirs = shares
+
+    def draw():
+        kind = rng.random((6, 100))
+        a = kind < both + ours
+        return a.astype(float), (
+            (kind < both) | ((kind >= both + ours) & (kind < both + ours + theirs))
+        ).astype(float)
+
+    assert 0.93 <= covered(draw, lambda pair: statistics.difference(*pair), ours - theirs) <= 0.985
+    a, b = draw()
+    paired = statistics.difference(a, b)
+    alone = [statistics.score(each) for each in (a, b)]
+    unpaired = sum((each.high - each.low) ** 2 for each in alone) ** 0.5
+    assert paired.value == pytest.approx(alone[0].value - alone[1].value)
+    assert paired.high - paired.low < (1.1 if both < 0.3 else 0.8) * unpaired  # both = 0.2: independent
+
+
+def test_unknown_scores_are_left_out():
+    found = statistics.score([[1.0, math.nan, 0.0], [1.0, 1.0]])
+    assert found.value == pytest.approx(0.75) and found.num == 4
+    assert math.isnan(statistics.score([[math.nan], [1.0]]).value)
+    assert statistics.difference([[1.0, math.nan, 0.0]], [[0.0, 1.0, 0.0]])[::3] == (0.5, 2)
+    with pytest.raises(ConfigError, match="same tasks and prompts"):
+        statistics.difference([[1.0]], [[1.0, 0.0]])
+
+
+# --- pictures and scores
+
+
+class Painter:
+    """A pipeline whose pictures are the true scenes, rolled by `shift` prompts; counts what it draws."""
+
+    def __init__(self, shift: int = 0, num: int = 120, stop_after: int | None = None) -> None:
+        images = [render(scene(0, "heldout", (index + shift) % num), 64) for index in range(num)]
+        self.pixels_of = dict(zip(noise_seeds(0, [(i, 0) for i in range(num)]), images))
+        self.drawn, self.stop_after = Counter(), stop_after
+
+    def pixels(self, prompts, *, seeds, batch_size, **_):
+        if self.stop_after is not None and len(self.drawn) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.drawn.update(seeds)
+        images = np.stack([self.pixels_of[seed] for seed in seeds])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def run(pipeline, folder, *, num=120, batch_size=32, **options) -> tuple[list[Prompt], list[Judged]]:
+    chosen = benchmark("shapes", num)
+    prompts = load_prompts(chosen.prompts)
+    scorer = build_rewards(chosen.rewards)
+    rows = collect(
+        pipeline, SAMPLING, chosen, prompts, scorer, folder, seed=0, batch_size=batch_size, **options
+    )
+    return prompts, rows
+
+
+def test_true_pictures_score_1_and_shuffled_ones_next_to_nothing(tmp_path):
+    prompts, true = run(Painter(), tmp_path / "true")
+    for title in ("strict", "GenEval"):
+        score = results.summarize(prompts, true, title)
+        assert score.overall.value == 1 and set(score.tasks) == set(TASKS) and score.overall.num == 120
+        assert score.seen.value == score.unseen.value == 1 and score.unseen_to_seen.value == 1
+        assert score.seen.num == score.unseen.num == 50 and set(score.unseen_tasks) == set(TASKS[1:])
+    prompts, rows = run(Painter(shift=1), tmp_path / "shuffled")
+    score = results.summarize(prompts, rows, "strict")
+    assert score.overall.value < 0.1 and score.overall.high < 0.2
+    assert [row.saw for row in rows] == [row.saw for row in true[1:] + true[:1]]
+
+
+def test_overall_is_the_mean_of_the_tasks_not_of_the_prompts():
+    prompts = [Prompt("a", {"tag": "x"})] * 3 + [Prompt("b", {"tag": "y"})]
+    rows = [Judged(i, 0, p.text, {"s": float(p.text == "b")}, "", 0.1) for i, p in enumerate(prompts)]
+    score = results.summarize(prompts, rows, "s")
+    assert score.overall.value == 0.5 and score.seen is None and score.tasks["y"].value == 1
+
+
+def test_an_interrupted_evaluation_goes_on_and_draws_nothing_twice(tmp_path):
+    whole = run(Painter(), tmp_path / "whole")[1]
+    painter = Painter(stop_after=64)
+    with pytest.raises(KeyboardInterrupt):
+        run(painter, tmp_path / "cut")
+    record = next((tmp_path / "cut").glob("scores-*.jsonl"))
+    record.write_bytes(record.read_bytes()[:-20])  # killed while writing a line
+    assert len(read_rows(record)) == 63
+    painter.stop_after = None
+    again = run(painter, tmp_path / "cut", batch_size=7)[1]
+    assert [row[:5] for row in again] == [row[:5] for row in whole]
+    assert len(painter.drawn) == 120 and set(painter.drawn.values()) == {1}
+    assert len(read_rows(record)) == 120
+    run(painter, tmp_path / "cut", num=24)
+    record.write_text("")
+    run(painter, tmp_path / "cut", num=120, rejudge=True)
+    assert painter.drawn.total() == 120 and len(read_rows(record)) == 120
+
+
+def test_other_words_at_the_same_place_are_drawn_anew(tmp_path):
+    chosen, painter = benchmark("shapes", 4), Painter()
+    prompts, scorer = load_prompts(chosen.prompts), build_rewards(chosen.rewards)
+    options = {"seed": 0, "batch_size": 4}
+    collect(painter, SAMPLING, chosen, prompts, scorer, tmp_path, **options)
+    prompts[2] = Prompt("a photo of a blue cross", prompts[2].info)
+    rows = collect(painter, SAMPLING, chosen, prompts, scorer, tmp_path, **options)
+    assert painter.drawn.total() == 5 and rows[2].prompt == prompts[2].text
+    assert len(list(tmp_path.glob("*.png"))) == 5
+
+
+@reward
+def undecided(pixels, prompts, info):
+    """Cannot tell for pictures of two objects."""
+    return torch.tensor([math.nan if record["tag"] == "two_object" else 1.0 for record in info])
+
+
+def test_pictures_without_a_score_are_counted_and_asked_about_again(tmp_path):
+    chosen, painter = benchmark("shapes", 12), Painter()
+    scorer = build_rewards([RewardConfig(name=f"{__name__}:undecided", label="s")])
+    prompts = load_prompts(chosen.prompts)
+    for _ in range(2):
+        rows = collect(painter, SAMPLING, chosen, prompts, scorer, tmp_path, seed=0, batch_size=12)
+    score = results.summarize(prompts, rows, "s")
+    assert score.unscored == 2 and math.isnan(score.overall.value) and score.tasks["colors"].value == 1
+    assert painter.drawn.total() == 12 and scorer.tally["s"].unscored == 4
+    assert "2 pictures could not be scored" in results.note({"s": score})
+
+
+def tiny_model(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = EMMDiT(from_dict(ModelConfig, MODEL))
+    torch.nn.init.normal_(model.out.weight, std=0.1)  # it starts at zero
+    save_pretrained(model, folder, USE)
+    return folder
+
+
+def test_pictures_do_not_depend_on_the_batch_or_on_how_many_there_are(tmp_path):
+    pipeline = TextToImage.from_pretrained(tiny_model(tmp_path / "model"))
+    _, rows = run(pipeline, tmp_path / "a", num=6, batch_size=6)
+    run(pipeline, tmp_path / "b", num=12, batch_size=5)
+    for row in rows:
+        ours, theirs = (np.asarray(Image.open(tmp_path / name / row.file)).astype(int) for name in "ab")
+        assert np.abs(ours - theirs).max() <= 1 and ours.std() > 5
+    assert len({(tmp_path / "a" / row.file).read_bytes() for row in rows}) == 6
+
+
+def test_weights_hash_sees_every_part(tmp_path):
+    pipeline = TextToImage.from_pretrained(tiny_model(tmp_path / "model"))
+    parts = (pipeline.model, pipeline.codec, pipeline.text)
+    before = weights_hash(*parts)
+    assert before == weights_hash(*parts)
+    with torch.no_grad():
+        pipeline.codec.decoder[0, 0] += 1
+        changed = weights_hash(*parts)
+        pipeline.codec.decoder[0, 0] -= 1
+        pipeline.model.out.bias[0] += 1
+    assert len({before, changed, weights_hash(*parts)}) == 3
+
+
+# --- the page
+
+
+def test_failures_come_first_and_some_successes_stay():
+    rows = [Judged(i, 0, "p", {"s": float(i % 3 != 0)}, "", 0.1) for i in range(300)]
+    shown = page.failures_and_successes(rows, "s")
+    assert len(shown) == page.PER_TASK and [row.scores["s"] for row in shown] == [0.0] * 36 + [1.0] * 12
+    few = page.failures_and_successes(rows[:10], "s")
+    assert len(few) == 10 and [row.scores["s"] for row in few] == [0.0] * 4 + [1.0] * 6
+    good = [row._replace(scores={"s": 1.0}) for row in rows]
+    assert len(page.failures_and_successes(good, "s")) == page.PER_TASK
+
+
+def test_what_the_judge_saw_in_words():
+    box = (0.0, 0.0, 1.0, 1.0)
+    assert describe([Detection("circle", "red", box), Detection(None, "blue", box)]) == "red circle, blue ?"
+    assert describe([]) == "nothing"
+
+
+# --- the command
+
+
+def test_settings_and_two_checkpoints_in_one_command(tmp_path, capsys):
+    ours, theirs = tiny_model(tmp_path / "ours"), tiny_model(tmp_path / "theirs", seed=1)
+    out = tmp_path / "out"
+    command = [
+        "shapes",
+        str(ours),
+        "--against",
+        str(theirs),
+        "--num",
+        "12",
+        "--steps",
+        "1",
+        "2",
+        "--out",
+        str(out),
+    ]
+    assert tool.main([*command, "--guidance", "1", "--precision", "float32"]) == 0
+    told = capsys.readouterr().out
+    assert "4 settings" in told and told.count("minus") == 2 and "unseen / seen" in told
+    record = json.loads((out / "results.json").read_text())
+    assert [entry["sampling"]["steps"] for entry in record["results"]] == [1, 2, 1, 2]
+    hashes = [entry["checkpoint"]["sha256"] for entry in record["results"]]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+    for entry in record["results"]:
+        rows = read_rows(next((out / entry["folder"]).glob("scores-*.jsonl")))
+        assert len(rows) == entry["pictures"] == 12
+        strict = entry["scores"]["strict"]
+        assert strict["overall"]["value"] == pytest.approx(
+            np.mean([row.scores["strict"] for row in rows.values()])
+        )
+        assert set(strict["tasks"]) == set(TASKS)
+    assert [d["scores"]["strict"]["overall"]["num"] for d in record["differences"]] == [12, 12]
+    text = (out / "report.html").read_text()
+    assert_self_contained(text)
+    assert {image.size for image in Page(text).pictures()} == {(64, 64)}
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert len(stamps) == 48 and tool.main([*command, "--guidance", "1", "--precision", "float32"]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    tiny_model(ours, seed=5)  # other weights under the same name
+    assert tool.main([*command, "--guidance", "1", "--precision", "float32"]) == 0
+    assert len(list(out.rglob("*.png"))) == 72
+
+
+def test_low_precision_draws_the_same_pictures_nearly(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    pictures = []
+    for precision in ("float32", "bf16"):
+        out = tmp_path / precision
+        assert (
+            tool.main(["shapes", str(model), "--num", "6", "--precision", precision, "--out", str(out)]) == 0
+        )
+        pictures.append([np.asarray(Image.open(path)).astype(float) for path in sorted(out.rglob("*.png"))])
+    difference = np.abs(np.subtract(*pictures)).mean()
+    assert 0 < difference < 5  # of 255
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["shape", "MODEL"], "did you mean 'shapes'"),
+        (["shapes", "nowhere"], "'nowhere' does not exist"),
+        (["shapes", "MODEL", "--num", "0"], "num must be at least 1"),
+        (["shapes", "MODEL", "--per-prompt", "0"], "--per-prompt must be at least 1"),
+        (["shapes", "MODEL", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["shapes", "MODEL", "--steps", "0"], "steps must be at least 1"),
+        (["shapes", "MODEL", "--sampler", "eular"], "sampler: 'eular' is not one of"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
+    model = tiny_model(tmp_path / "model")
+    arguments = [str(model) if word == "MODEL" else word for word in arguments]
+    assert tool.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+# --- during training
+
+RECIPE = """
+name: toy
+model: {preset: micro-8, latent_channels: 24, text_width: 128, gate_init: one}
+stage: {kind: flow_matching, optim: {lr: 2e-3, warmup: 2}}
+data: {shards: [SHARDS], batch_size: 4, resolution: 64, workers: 0}
+components: {codec: dct-f8c24, text: hash}
+engine: {steps: 5, save_every: 3, sample_every: 0, log_every: 1, precision: float32, tracker: none, ema: {beta: 0.5}}
+sampling: {resolution: 64, steps: 2, guidance_scale: 2.0, grid: linear}
+evaluation:
+  prompts: {source: shapes-heldout, num: 12}
+  rewards: [{name: shapes, label: partial, options: {score: partial}}, {name: shapes, options: {score: strict}}]
+  every: 2
+  batch_size: 5
+"""
+
+
+def test_scores_during_training_are_those_of_the_command(tmp_path):
+    """At the start, every so many steps and at the end; of the average; the same prompts and noise as the command's."""
+    samples = [{"__key__": f"{i:04d}", "png": png(i), "txt": "a photo of a square"} for i in range(8)]
+    write_shard(tmp_path / "toy-000000.tar", iter(samples))
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE.replace("SHARDS", f"{tmp_path}/toy-*.tar"))
+    assert train.main([str(recipe), f"run={folder}"]) == 0
+    rows = {row["step"]: row for row in metrics.read(folder) if "eval/partial" in row}
+    assert list(rows) == [0, 2, 4, 5] and all("eval/shapes/color_attr" in row for row in rows.values())
+
+    pipeline = TextToImage.from_pretrained(f"{folder}@ema")
+    chosen = benchmark("shapes", 12)
+    prompts = load_prompts(chosen.prompts)
+    scorer = build_rewards([RewardConfig(name="shapes", label="partial", options={"score": "partial"})])
+    judged = collect(
+        pipeline, pipeline.defaults, chosen, prompts, scorer, tmp_path / "p", seed=0, batch_size=12
+    )
+    score = results.summarize(prompts, judged, "partial")
+    assert rows[5]["eval/partial"] == pytest.approx(score.overall.value, abs=0.02)
+    assert rows[5]["eval/partial/unseen"] == pytest.approx(score.unseen.value, abs=0.04)
+
+    charts = Page(write_report(folder).read_text()).charts()
+    assert charts[:3] == [
+        "Score: partial, by task",
+        "Score: partial, seen and unseen combinations",
+        "Score: shapes, by task",
+    ]
+    assert "Loss" in charts
+
+
+def png(index: int) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(render(scene(0, "train", index), 64)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"every": 0}, "every must be at least 1"),
+        ({"rewards": []}, "rewards is empty"),
+        ({"rewards": ["shapes", "shapes"]}, "two are called 'shapes'"),
+        ({"rewards": [{"name": "shapes", "options": {"scor": "strict"}}]}, "did you mean 'score'"),
+        ({"prompts": "shapes-holdout"}, "did you mean 'shapes-heldout'"),
+    ],
+)
+def test_wrong_evaluation_sections(change, message):
+    section = {"prompts": "shapes-heldout", "rewards": ["shapes"], **change}
+    with pytest.raises(ConfigError, match=message):
+        from_dict(EvaluationConfig, section, "evaluation")
