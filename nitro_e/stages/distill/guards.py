@@ -1,0 +1,93 @@
+"""What is watched about a student while it learns, and when training stops by itself."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError, TrainingError
+from nitro_e.stages.distill.inputs import DistillBatch, Draft
+from nitro_e.stages.distill.objective import masked_mean
+
+log = logging.getLogger(__name__)
+NAMES = ("gap", "std_ratio", "mean_drift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Limits that may be passed for `patience` steps in a row."""
+
+    gap: float = 4.0  # between the logits of real and fake, on held-out prompts
+    std_ratio: float = 0.05  # |std of the student's data / std of the teacher's - 1|
+    mean_drift: float = 0.05  # |mean of the student's data - mean of the teacher's|
+    start: int = 3000  # steps before which nothing counts
+    patience: int = 200
+    action: Literal["stop", "warn"] = "stop"
+
+    def __post_init__(self) -> None:
+        if min(self.gap, self.std_ratio, self.mean_drift) <= 0 or self.patience < 1:
+            raise ConfigError(f"limits and patience must be positive, got {self}")
+
+
+def describe_draft(draft: Draft, batch: DistillBatch, sigmas: Tensor) -> dict[str, Tensor]:
+    """Ratio of standard deviations and difference of means, student to teacher, per sigma: (sum, count) each."""
+    ours, theirs = draft.data.detach().flatten(1), batch.latents.flatten(1)
+    ratio, drift = ours.std(dim=1) / theirs.std(dim=1).clamp(min=1e-6), ours.mean(dim=1) - theirs.mean(dim=1)
+    logs = {"std_ratio": ratio.mean(), "mean_drift": drift.mean()}
+    for number, sigma in enumerate(sigmas.tolist()):
+        at = (draft.t - sigma).abs() < 1e-6
+        logs |= {
+            f"std_ratio_s{number}": masked_mean(ratio, at),
+            f"mean_drift_s{number}": masked_mean(drift, at),
+        }
+    return logs
+
+
+@torch.no_grad()
+def watch(config: GuardConfig, alarms: Tensor, draft: Draft, batch: DistillBatch) -> None:
+    """Count in `alarms` (3,), a buffer of the student, for how many steps in a row a limit was passed; act if too long."""
+    if batch.step < config.start:
+        return
+    ours, theirs = draft.data.detach(), batch.latents
+    gap = torch.zeros(2) if batch.heldout_gap is None else batch.heldout_gap
+    sums = torch.stack([
+        *gap.to(ours.device).double(), ours.double().mean(), ours.double().square().mean(),
+        theirs.double().mean(), theirs.double().square().mean(), torch.ones((), device=ours.device).double(),
+    ])  # fmt: skip
+    gap, count, *moments, processes = sum_over_processes(sums)
+    mean, square, mean_there, square_there = (moment / processes for moment in moments)
+    ratio = ((square - mean**2) / (square_there - mean_there**2)).sqrt()
+    values = torch.stack(
+        [gap / count, (ratio - 1).abs(), (mean - mean_there).abs()]
+    )  # gap: NaN without held-out ones
+    limits = values.new_tensor([config.gap, config.std_ratio, config.mean_drift])
+    longer = torch.where(values > limits, alarms + 1, torch.zeros_like(alarms))
+    alarms.copy_(torch.where(values.isnan(), alarms, longer))
+    if batch.step % 50 == 49:  # looking makes a GPU wait
+        act(config, alarms, values, batch.step)
+
+
+def act(config: GuardConfig, alarms: Tensor, values: Tensor, step: int) -> None:
+    for name, count, value in zip(NAMES, alarms.tolist(), values.tolist()):
+        if count < config.patience:
+            continue
+        message = (
+            f"{name} has been above {getattr(config, name):g} for {count} steps, it is {value:.3g} at step {step}: the "
+            "student leaves the teacher's distribution; take an earlier checkpoint, lower stage.optim.lr, or raise "
+            f"stage.guards.{name}"
+        )
+        if config.action == "stop":
+            raise TrainingError(message)
+        log.warning(message)
+        alarms[NAMES.index(name)] = 0
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+    return tensor

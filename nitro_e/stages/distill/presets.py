@@ -1,0 +1,81 @@
+"""The known methods as values of DistillConfig; docs/distill.md shows them side by side. Other keys override them."""
+
+from __future__ import annotations
+
+SLOW = {"betas": (0.0, 0.99), "eps": 1e-8, "weight_decay": 0.0, "warmup": 500, "clip": 1.0}
+
+PRESETS: dict[str, dict] = {
+    # Nitro-E's four steps: LADD (arXiv 2403.12015) on pairs and rollouts.
+    "ladd4": {
+        "inputs": {
+            "sigmas": (1.0, 0.75, 0.5, 0.25),
+            "odds": ((0, (0, 0, 0.5, 0.5)), (500, (0.1, 0.3, 0.3, 0.3)), (1500, (0.4, 0.2, 0.2, 0.2))),
+            "noise": "pair",
+            "rollout": {"share": 0.5, "start": 1000, "end": 3000},
+        },
+        "sampler": "euler",
+        "diffusion": {
+            "kind": "smooth_l1",
+            "weight": 1.0,
+            "decay": {"start": 5000, "end": 20000, "floor": 0.1},
+        },
+        "adversarial": {"loss": "hinge", "weight": "auto"},
+    },
+    # Nitro-1: one step from the noise of the pair; t = 1 is pure noise, so zero terminal SNR is exact.
+    "nitro1": {
+        "inputs": {"sigmas": (1.0,), "noise": "pair"},
+        "sampler": "euler",
+        "diffusion": {"kind": "smooth_l1", "weight": 1.0},
+        "adversarial": {
+            "loss": "non_saturating",
+            "weight": 1.0,
+            "heads": {"condition": "none"},
+            "judge": {"times": {"kind": "uniform"}, "least": 0.0, "most": 0.8},
+            "misaligned": {"share": 0.5, "start": 0},
+            "optim": {"lr": 1e-6, **SLOW, "warmup": 0},
+        },
+        "optim": {"lr": 1e-6, **SLOW},
+    },
+    # NitroFusion (arXiv 2412.02030): a changing pool of 480 heads; one to four steps from the same weights.
+    "nitrofusion": {
+        "inputs": {"sigmas": (1.0,), "noise": "pair"},
+        "sampler": "renoise",
+        "time_scale": 0.5,
+        "sample_steps": (1, 2, 3, 4),
+        "diffusion": {"kind": "smooth_l1", "weight": 0.1},
+        "adversarial": {
+            "loss": "hinge",
+            "weight": 1.0,
+            "pool": {"levels": (0.09, 0.41, 0.62, 0.80), "copies": 15, "use": 4, "refresh": 0.01},
+            "misaligned": None,
+            "null_text": 0.5,
+        },
+    },
+    # The adversarial half of SANA-Sprint (arXiv 2503.09641); its consistency half is a later objective, the teacher's
+    # guided velocity stands in.
+    "sana_adv": {
+        "inputs": {
+            "sigmas": (1.0,),
+            "anywhere": {"share": 0.5, "times": {"kind": "logit_normal", "mean": 0.89, "std": 1.6}},
+            "noise": "fresh",
+        },
+        "sampler": "renoise",
+        "sample_steps": (1, 2, 4),
+        "diffusion": {"target": "teacher", "kind": "mse", "space": "velocity"},
+        "adversarial": {
+            "loss": "hinge",
+            "weight": 0.5,
+            "judge": {"times": {"kind": "logit_normal", "mean": 0.093, "std": 1.0}},
+            "misaligned": {"share": 0.5, "start": 0},
+            "optim": {"lr": 2e-6, **SLOW, "warmup": 0},
+        },
+        "optim": {"lr": 2e-6, **SLOW},
+    },
+    # InstaFlow's first round (arXiv 2309.06380): straighter paths, any number of steps; a start for the others.
+    "reflow": {
+        "inputs": {"anywhere": {"share": 1.0, "times": {"kind": "uniform"}}, "noise": "pair"},
+        "sampler": "euler",
+        "reflow": {"weight": 1.0},
+        "guards": None,
+    },
+}

@@ -1,0 +1,139 @@
+"""Objectives that regress the student's data to a known answer: the diffusion loss, and reflow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nitro_e import flow
+from nitro_e.config import ConfigError
+from nitro_e.flow import expand
+from nitro_e.interfaces import Phase, TextEmbedding
+from nitro_e.randomness import SlotRandom
+from nitro_e.sampling import guide
+from nitro_e.stages.distill.inputs import DistillBatch, Draft
+from nitro_e.stages.distill.objective import Shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecayConfig:
+    """A cosine from 1 to `floor` between two steps."""
+
+    start: int = 5000
+    end: int = 20000
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end or not 0 <= self.floor <= 1:
+            raise ConfigError(f"start must be before end and floor between 0 and 1, got {self}")
+
+    def factor(self, step: int) -> float:
+        share = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """target `pair`: the teacher's picture; `teacher`: where its guided velocity points from the student's input.
+
+    Either way the target carries the teacher's guidance. Plain data without it do not teach a student to do without.
+    """
+
+    target: Literal["pair", "teacher"] = "pair"
+    guidance_scale: float = 4.5  # of target `teacher`
+    space: Literal["data", "velocity"] = "data"  # velocity: errors divided by t
+    kind: Literal["smooth_l1", "mse"] = "smooth_l1"
+    beta: float = 1.0  # of smooth_l1
+    weight: float = 1.0
+    decay: DecayConfig | None = None
+    on_rollout: bool = True
+    largest_time: float = (
+        1.0  # inputs above are left out; with fresh noise 0.5: beyond, the target is but a mean
+    )
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or self.beta <= 0:
+            raise ConfigError(
+                "weight and beta must be positive; to switch the objective off: diffusion: null"
+            )
+        if not 0 < self.largest_time <= 1:
+            raise ConfigError(f"largest_time must be above 0 and at most 1, got {self.largest_time}")
+
+
+class Diffusion:
+    """Distance of the student's data to the target."""
+
+    name = "diffusion"
+    phases: tuple[Phase, ...] = ()
+    balanced = direct = False
+
+    def __init__(self, config: DiffusionConfig, shared: Shared) -> None:
+        self.config, self.shared = config, shared
+
+    def weight(self, step: int) -> float:
+        return self.config.weight * (self.config.decay.factor(step) if self.config.decay else 1.0)
+
+    def loss(self, draft: Draft, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        residual = draft.data - self.target(draft, batch)
+        if config.space == "velocity":
+            residual = residual / expand(draft.t, residual)
+        if config.kind == "mse":
+            values = residual.square()
+        else:
+            values = F.smooth_l1_loss(
+                residual, torch.zeros_like(residual), beta=config.beta, reduction="none"
+            )
+        wanted = (
+            draft.t <= config.largest_time
+            if draft.on_path or config.on_rollout
+            else torch.zeros_like(draft.t)
+        )
+        return values.flatten(1).mean(dim=1) * wanted, {}
+
+    def target(self, draft: Draft, batch: DistillBatch) -> Tensor:
+        """(B, C, h, w) data."""
+        if self.config.target == "pair":
+            return batch.latents
+        null = TextEmbedding(*(part.expand(len(draft.t), *part.shape[1:]) for part in self.shared.null_text))
+        with torch.no_grad():
+            null = TextEmbedding(null.tokens.to(batch.text.tokens), null.mask)
+            velocity = guide(self.shared.teacher, batch.text, null, self.config.guidance_scale)(
+                draft.x, draft.t
+            )
+            return flow.to_data(draft.x, draft.t, velocity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflowConfig:
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"weight must be positive, got {self.weight}; to switch it off: reflow: null")
+
+
+class Reflow:
+    """Flow matching on the stored pairs, |v - (noise - data)|^2 (InstaFlow, arXiv 2309.06380, eq. 6).
+
+    On the pair's path x - data = t (noise - data), so the velocity's error is that of the data divided by t.
+    """
+
+    name = "reflow"
+    phases: tuple[Phase, ...] = ()
+    balanced = direct = False
+
+    def __init__(self, config: ReflowConfig, shared: Shared) -> None:
+        self.config = config
+
+    def weight(self, step: int) -> float:
+        return self.config.weight
+
+    def loss(self, draft: Draft, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (draft.data - batch.latents) / expand(draft.t, draft.data)
+        return error.square().flatten(1).mean(dim=1), {}
