@@ -11,7 +11,7 @@ DistillConfig, and a line in OBJECTIVES. Left out: FSDP (the 304M model does not
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -136,6 +136,12 @@ class DistillConfig:
         if config.sampler != self.sampler:
             raise ConfigError(
                 f"sampling.sampler: '{config.sampler}', but stage.sampler is '{self.sampler}'; set them alike"
+            )
+        counts = [len(times) for times in self.schedules]
+        if counts and config.steps not in counts:
+            raise ConfigError(
+                f"sampling.steps: {config.steps}, but the student is trained for {' or '.join(map(str, counts))}; set one "
+                "of them"
             )
         return replace(config, sigmas=self.schedules, time_scale=self.time_scale)
 
@@ -284,8 +290,3 @@ class DistillRun(Distill):
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True).float()
-
-
-def offered(schedules: Sequence[Sequence[float]]) -> str:
-    """For people: the numbers of steps."""
-    return ", ".join(str(len(times)) for times in schedules) or "any number"
