@@ -31,10 +31,12 @@ ALLOWED = {
     "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness"},
     "engine": {"config", "interfaces", "checkpoint", "model.pretrained", "metrics", "report"}
     | {"optim", "randomness", "parallel", "ema"},
-    "geneval": {"config", "interfaces"},
+    "hub": {"config"},
+    "clip": {"config"},
+    "geneval": {"config", "interfaces", "hub", "clip"},
     "shapes": {"config", "interfaces", "geneval", "codec", "text", "vision"},
     "prompts": {"config", "geneval", "shapes"},
-    "rewards": {"config", "interfaces", "geneval", "shapes"},
+    "rewards": {"config", "interfaces", "hub", "clip", "geneval", "shapes"},
     "evaluation": {"config", "checkpoint", "environment", "geneval", "model", "pipeline", "prompts", "randomness"}
     | {"report", "rewards", "sampling", "shapes"},
     "run": None,  # everything
@@ -47,10 +49,10 @@ OWNERS = {
     "ema_pytorch": {"engine"},
     "wandb": {"metrics"},
     "diffusers": {"codec", "text", "shapes"},  # text: the released caption cleaner; shapes: trains tiny instances
-    "transformers": {"text", "shapes"},
+    "transformers": {"text", "shapes", "clip", "geneval", "rewards"},
     "timm": {"vision", "shapes"},
     "webdataset": {"data"},
-    "huggingface_hub": {"model"},
+    "huggingface_hub": {"model", "hub"},
 }
 
 

@@ -17,6 +17,12 @@ from nitro_e.config import ConfigError, did_you_mean
 
 BUILT_IN = {
     "shapes": "nitro_e.shapes.judge:ShapesReward",
+    "geneval": "nitro_e.rewards.geneval:GenEvalReward",
+    "hpsv2.1": "nitro_e.rewards.clip_scores:HPSv2",
+    "pickscore": "nitro_e.rewards.clip_scores:PickScore",
+    "clipscore": "nitro_e.rewards.clip_scores:CLIPScore",
+    "aesthetic": "nitro_e.rewards.clip_scores:Aesthetic",
+    "imagereward": "nitro_e.rewards.image_reward:ImageReward",
 }
 RESERVED = (
     "path",

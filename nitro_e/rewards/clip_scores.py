@@ -1,0 +1,150 @@
+"""Rewards on CLIP: how well a picture fits its prompt, how people like it.
+
+clipscore   cosine of picture and prompt, CLIP ViT-L/14 (about .2 to .35)
+pickscore   PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24)
+hpsv2.1     HPSv2.1 (Wu et al. 2023, arXiv:2306.09341): cosine (about .2 to .33), comparable within a prompt only
+aesthetic   LAION's predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nitro_e import hub
+from nitro_e.clip import (
+    CLIP,
+    CLIP_H,
+    CLIP_L,
+    fit_long_side,
+    fit_short_side,
+    from_open_clip,
+    load_clip,
+)
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
+AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
+
+
+class CLIPScore(nn.Module):
+    """`path`: a CLIP in transformers' format with its tokenizer."""
+
+    def __init__(
+        self, path: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.clip = hub.load(
+            *("reward 'clipscore'", "path", path or CLIP_L),
+            lambda source: load_clip(source, dtype, None, revision),
+            revision,
+        )
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        return cosines(self.clip, fit_short_side(pixels, self.clip.size), prompts)
+
+
+class PickScore(nn.Module):
+    """`path`: a CLIP in transformers' format; `tokenizer`: hub id or folder of CLIP ViT-H's."""
+
+    def __init__(
+        self,
+        path: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: str = CLIP_H,
+    ) -> None:
+        super().__init__()
+        self.clip = hub.load(
+            *("reward 'pickscore'", "path", path or PICKSCORE),
+            lambda source: load_clip(source, dtype, tokenizer, revision),
+            revision,
+        )
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        return self.clip.scale * cosines(self.clip, fit_short_side(pixels, self.clip.size), prompts)
+
+
+class HPSv2(nn.Module):
+    """`path`: hub id or folder with HPS_v2.1_compressed.pt, or with a CLIP in transformers' format.
+
+    `base`: hub id or folder of CLIP ViT-H's config and tokenizer. `antialias`: HPSv2 resizes tensors, which old
+    torchvision did without antialiasing and new does with; scores differ, so it is pinned here."""
+
+    def __init__(
+        self,
+        path: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        base: str = CLIP_H,
+        antialias: bool = True,
+    ) -> None:
+        super().__init__()
+
+        def load(source: str) -> CLIP:
+            file = hub.file(source, HPSV2_FILE, revision)
+            if file is None:
+                return load_clip(source, dtype, base, revision)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            return from_open_clip(state["state_dict"], base, dtype)
+
+        self.clip = hub.load("reward 'hpsv2.1'", "path", path or HPSV2, load, revision)
+        self.antialias = antialias
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        return cosines(self.clip, fit_long_side(pixels, self.clip.size, self.antialias), prompts)
+
+
+class Aesthetic(nn.Module):
+    """`path`: hub id or folder with the predictor's .pth; `clip`: hub id or folder of CLIP ViT-L/14."""
+
+    def __init__(
+        self,
+        path: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        clip: str = CLIP_L,
+    ) -> None:
+        super().__init__()
+
+        def load(source: str) -> nn.Module:
+            files = (hub.file(source, name, revision) for name in AESTHETIC_FILES)
+            file = next((file for file in files if file is not None), None)
+            if file is None:
+                raise FileNotFoundError(f"there is neither {' nor '.join(AESTHETIC_FILES)}")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            head = linear_head(state["layers.0.weight"].shape[1])
+            head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+            return head
+
+        self.head = hub.load("reward 'aesthetic'", "path", path or AESTHETIC, load, revision).eval()
+        self.head.requires_grad_(False)
+        self.clip = hub.load(
+            "reward 'aesthetic'", "options.clip", clip, lambda source: load_clip(source, dtype)
+        )
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        features = self.clip.image_features(fit_short_side(pixels, self.clip.size))  # (B, E)
+        return self.head(features)[:, 0]
+
+
+def cosines(clip: CLIP, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(B,) of each picture with its own prompt; every distinct prompt is embedded once."""
+    distinct = list(dict.fromkeys(prompts))
+    texts = clip.text_features(distinct)  # (D, E)
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)
+    return (clip.image_features(images) * texts[rows]).sum(-1)
+
+
+def linear_head(width: int) -> nn.Sequential:
+    """Five linear layers without activations: of the aesthetic predictor and of ImageReward.
+
+    The gaps in the numbering of their weights are dropout, which is off."""
+    sizes = (width, 1024, 128, 64, 16, 1)
+    head = nn.Sequential(*(nn.Identity() for _ in range(8)))
+    for place, (inside, outside) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:])):
+        head[place] = nn.Linear(inside, outside)
+    return head
