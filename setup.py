@@ -7,7 +7,10 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["nitro_e", "nitro_e.*"]),
-    package_data={"nitro_e.shapes.pretrained": ["*/*.json", "*/*.safetensors"]},  # the offline domain's weights
+    package_data={
+        "nitro_e.shapes.pretrained": ["*/*.json", "*/*.safetensors"],  # the offline domain's weights
+        "nitro_e.geneval": ["*.txt"],  # the test prompts
+    },
     install_requires=[  # enough to sample
         "torch>=2.6",
         "einops>=0.8",
@@ -29,13 +32,15 @@ setup(
             "tensorboard>=2.17",
             "torchvision",
             "timm>=1.0.12",  # DINOv2, for REPA
+            "scipy>=1.10",  # transformers' Mask2Former, for GenEval
             "fsspec>=2024.1",  # shards behind URLs
             "aiohttp>=3.9",  # fsspec's http
             "pyarrow>=14",  # packing parquet
         ],
-        "eval": [  # the released weights' caption cleaner
-            "ftfy>=6.1",
+        "eval": [
+            "ftfy>=6.1",  # the released weights' caption cleaner
             "beautifulsoup4>=4.12",
+            "scipy>=1.10",  # transformers' Mask2Former, for GenEval
         ],
         "dev": [
             "pytest>=8.0",
