@@ -1,4 +1,4 @@
-"""Train a stage:  python train.py configs/shapes/pretrain.yaml [key=value ...]
+"""Train a stage:  python train.py configs/shapes/1_pretrain.yaml [key=value ...]
 
 Several processes:  torchrun --nproc_per_node 8 train.py CONFIG
 To resume, run the same command again. Checkpoints, metrics and sample grids are in the run directory.

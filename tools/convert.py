@@ -3,31 +3,41 @@
     python tools/convert.py amd/Nitro-E models/nitro-e-512 --file Nitro-E-512px.safetensors
     python tools/convert.py amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
     python tools/convert.py runs/mine@ema mine-512px.safetensors --to-released
+    python tools/convert.py runs/mine@ema models/mine --dtype float16
 
 SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint. A model
 folder can be sampled at once (python sample.py models/nitro-e-512 ...); what sampling needs is written beside the
-weights. The released format holds the weights alone, bit for bit, for other programs. The REPA projector that some
+weights, and of a run its step, resolved config and environment (`provenance`). The released format holds the weights alone, bit for bit, for other programs. The REPA projector that some
 released files carry is left out and reported: it serves training only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nitro_e import cli
+from nitro_e import checkpoint, cli, metrics
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig
 from nitro_e.config import ConfigError, to_dict
 from nitro_e.model import EMMDiT, released
-from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config, save_pretrained
+from nitro_e.model.pretrained import (
+    load_pretrained,
+    locate,
+    locate_lora,
+    read_config,
+    save_pretrained,
+)
 from nitro_e.pipeline import Use
 from nitro_e.sampling import SamplingConfig
 
@@ -50,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--to-released", action="store_true", help="write the released format instead of a model folder"
     )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the result; default: as they are"
+    )
     options = parser.parse_args(arguments)
     return cli.run(lambda: print(convert(options)))
 
@@ -68,6 +81,8 @@ def convert(options: argparse.Namespace) -> str:
     path = find(options.source, options.file)
     lora = None if options.lora is None else locate_lora(options.lora, options.source)
     model = load_pretrained(path, lora=lora, resolution=options.resolution)
+    if options.dtype is not None:
+        model.to(getattr(torch, options.dtype))
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to_released:
         write_file(model, out)
@@ -76,7 +91,7 @@ def convert(options: argparse.Namespace) -> str:
         ]
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
-        write_folder(model, out, use)
+        write_folder(model, out, use, provenance(path))
         lines = [f'{out}: model folder; try it: python sample.py {out} --prompt "..."']
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines.append(
@@ -114,11 +129,24 @@ def write_file(model: EMMDiT, out: Path) -> None:
     os.replace(temporary, out)
 
 
-def write_folder(model: EMMDiT, out: Path, use: dict[str, Any]) -> None:
+def write_folder(model: EMMDiT, out: Path, use: dict[str, Any], origin: dict[str, Any] | None) -> None:
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_pretrained(model, temporary, use)
+    save_pretrained(model, temporary, use, origin)
     temporary.rename(out)
+
+
+def provenance(path: Path) -> dict[str, Any] | None:
+    """Of weights in a run directory: which step, trained how and on what; of a model folder, what it says itself."""
+    run = path.parents[2] if (path.parent / "meta.json").is_file() else None
+    if run is None or not (run / "config.yaml").is_file():
+        return json.loads((path / "config.json").read_text()).get("provenance") if path.is_dir() else None
+    return {
+        "weights": path.name,
+        "step": checkpoint.step_of(path.parent),
+        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "environment": metrics.read_events(run)[0]["environment"],
+    }
 
 
 def left_out(path: Path) -> list[str]:

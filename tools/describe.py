@@ -2,7 +2,7 @@
 
     python tools/describe.py nitro-e-512
     python tools/describe.py nitro-e-512 'attention=[full]' --grid 32x32
-    python tools/describe.py configs/shapes/pretrain.yaml model.width=256
+    python tools/describe.py configs/shapes/1_pretrain.yaml model.width=256
 
 CONFIG is a preset of ModelConfig (key=value then sets its fields) or a recipe (key=value as for train.py; grid and
 text length are the recipe's). FLOPs are 2 per multiply-add, of one latent's forward pass. Tables are Markdown.

@@ -18,13 +18,23 @@ from nitro_e.model.emmdit import EMMDiT, ModelConfig
 FORMAT = 1
 
 
-def save_pretrained(model: EMMDiT, folder: str | Path, use: dict[str, Any] | None = None) -> None:
-    """Write `config.json` and `model.safetensors`. `use`: what sampling needs to know (codec, text, resolution, ...)."""
+def save_pretrained(
+    model: EMMDiT,
+    folder: str | Path,
+    use: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write `config.json` and `model.safetensors`.
+
+    use: what sampling needs to know (codec, text, resolution, ...). provenance: where the weights come from; for people.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"format": FORMAT, "model": to_dict(model.config), "use": use or {}}
+    if provenance:
+        config["provenance"] = provenance
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

@@ -43,6 +43,7 @@ from nitro_e.vision import patch_tokens
 
 RESOLUTION = 64
 GRID = 8  # cells per side
+TRAIN_SCENES, TEST_SCENES = 32768, 1200
 TEST_SEED = 10**6  # scenes no training run uses
 
 
@@ -77,7 +78,7 @@ class CodecTask:
             encoder_out_shortcut=False, decoder_in_shortcut=False, scaling_factor=1.0,
         )  # fmt: skip
         self.module.to(memory_format=torch.channels_last)
-        self.data = Scenes(16384, seed)
+        self.data = Scenes(TRAIN_SCENES // 2, seed)
 
     def loss(self, step: int) -> Tensor:
         """Squared plus 0.3 absolute error of what noisy latents decode to."""
@@ -110,7 +111,7 @@ class CodecTask:
         from nitro_e.codec import AutoencoderDCCodec, load_autoencoder_dc
 
         codec = AutoencoderDCCodec(load_autoencoder_dc(str(folder), torch.float32))
-        data = Scenes(1200, TEST_SEED)
+        data = Scenes(TEST_SCENES, TEST_SEED)
         pixels = data.pixels(slice(None))
         latents = torch.cat([codec.normalize(codec.encode_pixels(part)) for part in pixels.split(100)])
         infos = [metadata(drawn.request) for drawn in data.scenes]
@@ -184,6 +185,7 @@ class Reader(nn.Module):
 
 class TextTask:
     steps, lr, batch = 300, 2e-3, 128
+    repeats = 2000  # captions of each task, with and without colors
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -191,7 +193,10 @@ class TextTask:
         self.module = Reader(len(self.tokenizer))
         rng = np.random.default_rng(seed)
         requests = [
-            draw_request(rng, tag, colored) for _ in range(2000) for tag in TASKS for colored in (False, True)
+            draw_request(rng, tag, colored)
+            for _ in range(self.repeats)
+            for tag in TASKS
+            for colored in (False, True)
         ]
         self.captions = [caption(request) for request in requests]
         self.targets = torch.tensor([parse_targets(request) for request in requests])  # (N, 8)
@@ -275,7 +280,7 @@ class VisionTask:
             "color": nn.Linear(128, len(COLORS) + 1),
             "place": nn.Linear(128, 2),
         })  # fmt: skip
-        self.data = Scenes(32768, seed)
+        self.data = Scenes(TRAIN_SCENES, seed)
         targets = [cell_targets(drawn) for drawn in self.data.scenes]
         self.classes = torch.from_numpy(np.stack([classes for classes, _ in targets])).flatten(
             1, 2
@@ -310,9 +315,9 @@ class VisionTask:
         from nitro_e.vision import DINOv2, load_dinov2
 
         encoder = DINOv2(load_dinov2(str(folder), torch.float32))
-        data = Scenes(1200, TEST_SEED)
+        data = Scenes(TEST_SCENES, TEST_SEED)
         tokens = torch.cat(
-            [encoder.features(data.pixels(slice(i, i + 100)), (GRID, GRID)) for i in range(0, 1200, 100)]
+            [encoder.features(part, (GRID, GRID)) for part in data.pixels(slice(None)).split(100)]
         )
         targets = [cell_targets(drawn) for drawn in data.scenes]
         classes = torch.from_numpy(np.stack([classes for classes, _ in targets])).flatten(1, 2)
