@@ -261,7 +261,8 @@ class Engine:
                 "grad_norm": _sum_and_count(norm),
                 "lr": _sum_and_count(torch.tensor(phase.optim.lr * factor)),
             }
-            self._window.add("" if len(self.stage.phases) == 1 else f"{phase.name}/", logs)
+            last = index == len(self.stage.phases) - 1  # the one of the model: its numbers go without a name
+            self._window.add("" if last else f"{phase.name}/", logs)
         return finite or (scaler is not None and scaler.get_scale() >= 1)
 
     def _random(self, phase: Phase, micro: int) -> SlotRandom:
