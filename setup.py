@@ -32,6 +32,7 @@ setup(
             "tensorboard>=2.17",
             "torchvision",
             "timm>=1.0.12",  # DINOv2, for REPA
+            "peft>=0.14",  # LoRA
             "scipy>=1.10",  # transformers' Mask2Former, for GenEval
             "fsspec>=2024.1",  # shards behind URLs
             "aiohttp>=3.9",  # fsspec's http
@@ -44,7 +45,6 @@ setup(
         ],
         "dev": [
             "pytest>=8.0",
-            "peft>=0.14",  # our merging of adapters is tested against its own
         ],
     },
 )

@@ -22,15 +22,20 @@ from nitro_e.components import (
 )  # fmt: skip
 from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
+from nitro_e.data.jobs import sha256_of
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
-from nitro_e.model.pretrained import load_pretrained
+from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.pipeline import TextToImage, Use, image_grid
+from nitro_e.prompts import load_prompts
 from nitro_e.randomness import seed_of
+from nitro_e.rewards import build_rewards
 from nitro_e.sampling import SamplingConfig
+from nitro_e.stages.distill import DistillConfig, DistillRun
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
+from nitro_e.stages.grpo import GRPO, GRPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,8 @@ class ComponentsConfig:
 
 
 StageConfig = (
-    FlowMatchingConfig  # a union of config classes, told apart by `kind`; KINDS has an entry for each
-)
+    FlowMatchingConfig | GRPOConfig | DistillConfig
+)  # told apart by `kind`; KINDS has an entry for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,11 @@ class RunConfig:
     @property
     def stage_kind(self) -> StageKind:
         return KINDS[self.stage.kind]
+
+    @property
+    def published_sampling(self) -> SamplingConfig:
+        """What is stored with the weights and used for pictures; a distilled student's times are part of it."""
+        return self.stage_kind.sampling(self)
 
     @property
     def resolution(self) -> int:
@@ -118,6 +128,7 @@ class Parts(NamedTuple):
 
     device: torch.device
     rank: int
+    world: int
     autocast: Callable[[], contextlib.AbstractContextManager]  # of the engine's precision
     codec: LatentCodec
     text: TextEncoder
@@ -130,10 +141,9 @@ class StageKind(NamedTuple):
 
     reads_data: bool
     check: Callable[[RunConfig], None]  # rules across the whole configuration
-    build: Callable[
-        [RunConfig, Parts], tuple[Stage, Sequence[str]]
-    ]  # and prompts to show if the run names none
+    build: Callable[[RunConfig, Parts], tuple[Stage, Sequence[str]]]  # and prompts to show by default
     facts: Callable[[RunConfig, int, float], list[str]]  # of (processes, FLOPs) for the summary
+    sampling: Callable[[RunConfig], SamplingConfig] = lambda config: config.sampling
 
 
 def summary(config: RunConfig) -> str:
@@ -167,13 +177,14 @@ def summary(config: RunConfig) -> str:
 
 
 def open_run_data(
-    config: RunConfig, latent_shape: tuple[int, int, int] | None = None, text_length: int = 128
-) -> Data:
+    config: RunConfig, latent_shape: tuple[int, int, int] | None = None, text_length: int = 128,
+    extra: tuple[str, ...] = (),
+) -> Data:  # fmt: skip
     """The data as this run reads it; stored columns must come from the components it names."""
     vision = config.components.vision is not None
     data = open_data(
         config.data, need_pixels=vision, use_text=True, use_features=vision, seed=config.seed, stage=config.name,
-        latent_shape=latent_shape, text_length=text_length,
+        latent_shape=latent_shape, text_length=text_length, extra=extra,
     )  # fmt: skip
     for column, made in data.encoders().items():
         component = {"latents": "codec", "text": "text", "features": "vision"}.get(column)
@@ -211,12 +222,15 @@ def build(config: RunConfig) -> Engine:
     if config.engine.compile:
         model.compile_blocks()
     flops = describe.total(config.model, token_grid(config, codec.stride), text.length).flops
-    parts = Parts(device, accelerator.process_index, accelerator.autocast, codec, text, model, flops)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    parts = Parts(device, rank, world, accelerator.autocast, codec, text, model, flops)
     stage, prompts = config.stage_kind.build(config, parts)
-    use = Use(codec=config.components.codec, text=config.components.text, sampling=config.sampling)
+    use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
     hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
     if config.evaluation is not None:
-        evaluator = Evaluator(config.evaluation, config.sampling, codec, text, device, accelerator.autocast)
+        evaluator = Evaluator(
+            config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast
+        )
         if accelerator.is_main_process:
             evaluator.scorer.load()  # what is missing shows before training
         hooks.append(Hook(config.evaluation.every, evaluator, first=True))
@@ -231,21 +245,22 @@ def build(config: RunConfig) -> Engine:
 
 
 def build_model(config: RunConfig) -> EMMDiT:
-    """Fresh weights from the seed, or those of `init_from`, whose architecture must be the same.
+    """Fresh weights from the seed, or those of `init_from` or the teacher, whose architecture must be the same.
 
     A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
     """
-    if config.init_from is None or checkpoint.latest(config.folder) is not None:
+    first = config.init_from or getattr(config.stage, "teacher", None)
+    if first is None or checkpoint.latest(config.folder) is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, "initial weights") % 2**32)
             return EMMDiT(config.model)
-    source = load_pretrained(checkpoint.model_folder(config.init_from)).float()
+    source = load_pretrained(checkpoint.model_folder(first)).float()
     theirs, ours = architecture(source.config), architecture(config.model)
     if theirs != ours:
         different = ", ".join(
             f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]
         )
-        raise ConfigError(f"init_from '{config.init_from}' is another architecture: {different}")
+        raise ConfigError(f"'{first}', to start from, is another architecture: {different}")
     model = EMMDiT(config.model)
     model.load_state_dict(source.state_dict())
     return model
@@ -290,7 +305,7 @@ def sample_grid_hook(
 
     def run(model: torch.nn.Module) -> dict:
         training = model.training
-        pictures = TextToImage(model.eval(), codec, text, config.sampling)(prompts)
+        pictures = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
         model.train(training)
         return {"samples": image_grid(pictures, columns=min(8, len(pictures)))}
 
@@ -328,7 +343,10 @@ def build_flow_matching(config: RunConfig, parts: Parts) -> tuple[Stage, Sequenc
 
 
 def flow_matching_facts(config: RunConfig, world: int, flops: float) -> list[str]:
-    data = open_run_data(config)
+    return data_facts(config, open_run_data(config), world, flops)
+
+
+def data_facts(config: RunConfig, data: Data, world: int, flops: float) -> list[str]:
     batch = config.data.batch_size * config.engine.accumulate * world
     samples = batch * config.engine.steps
     return [
@@ -339,6 +357,122 @@ def flow_matching_facts(config: RunConfig, world: int, flops: float) -> list[str
     ]
 
 
+# ---- stage 3: GRPO
+
+
+def check_grpo(config: RunConfig) -> None:
+    engine, updates = config.engine, config.stage.updates
+    if config.components.vision is not None:
+        raise ConfigError(
+            "components.vision: stage.kind 'grpo' reads no vision encoder; set components.vision: null"
+        )
+    for name in ("steps", "save_every"):
+        if getattr(engine, name) % updates:
+            raise ConfigError(
+                f"engine.{name} {getattr(engine, name)} must be a multiple of stage.updates {updates}: the updates of "
+                "a rollout belong together"
+            )
+    if engine.sharding != "ddp":
+        raise ConfigError(f"engine.sharding '{engine.sharding}': stage.kind 'grpo' runs with ddp only")
+    if engine.posthoc_ema is not None and config.stage.adapter is not None:
+        raise ConfigError(
+            "engine.posthoc_ema: averages of an adapter are left out; set it, or stage.adapter, to null"
+        )
+
+
+def build_grpo(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
+    stage, side = config.stage, config.resolution // parts.codec.stride
+    pool, scorer = load_prompts(stage.prompts), build_rewards(stage.rewards, parts.device)
+    scorer.check([prompt.info for prompt in pool])
+    scorer.load()  # what is missing shows before training
+    grpo = GRPO(
+        stage, parts.model, pool, scorer, parts.codec, parts.text, latent_shape=(parts.codec.channels, side, side),
+        seed=config.seed, layout=stage.layout(parts.world, config.engine.accumulate), device=parts.device,
+        autocast=parts.autocast, forward_flops=parts.flops,
+    )  # fmt: skip
+    return grpo, [prompt.text for prompt in pool[:8]]
+
+
+def grpo_facts(config: RunConfig, world: int, flops: float) -> list[str]:
+    stage = config.stage
+    layout, pool = stage.layout(world, config.engine.accumulate), load_prompts(stage.prompts)
+    rollouts, pictures = config.engine.steps // stage.updates, stage.groups * stage.group_size
+    return [
+        f"rollouts             {rollouts:,} of {stage.groups} prompts x {stage.group_size} pictures, {stage.updates} updates each",
+        f"pictures             {rollouts * pictures:,}; each of {len(pool):,} prompts {rollouts * stage.groups / len(pool):.1f} times",
+        f"micro-batch          {layout.micro_batch} rows: pictures x {layout.steps} trained steps",
+        f"rewards              {', '.join(f'{reward.title} x {reward.weight:g}' for reward in stage.rewards)}",
+    ]
+
+
+# ---- stage 4: distillation
+
+
+def check_distill(config: RunConfig) -> None:
+    engine = config.engine
+    if config.components.vision is not None:
+        raise ConfigError(
+            "components.vision: stage.kind 'distill' reads no vision encoder; set components.vision: null"
+        )
+    if engine.sharding != "ddp":
+        raise ConfigError(f"engine.sharding '{engine.sharding}': stage.kind 'distill' runs with ddp only")
+    if engine.precision == "fp16":
+        raise ConfigError(
+            "engine.precision 'fp16': stage.kind 'distill' takes gradients inside its loss; use bf16"
+        )
+    if not config.data.use_latents or config.data.reader != "indexed":
+        raise ConfigError(
+            "stage.kind 'distill' reads stored latents; set data.use_latents: true, data.reader: indexed"
+        )
+    distill_sampling(config)
+
+
+def distill_sampling(config: RunConfig) -> SamplingConfig:
+    return config.stage.sampling(config.sampling)
+
+
+def open_pairs(config: RunConfig, *shape) -> Data:
+    """Teacher's pictures, as latents, with the noise they were drawn from where the inputs need it."""
+    data = open_run_data(config, *shape, extra=("noise.npy",) if config.stage.inputs.needs_noise else ())
+    if not data.has_latents:
+        raise ConfigError(
+            "data.shards hold no latents; make pairs with tools/synthesize.py, or encode with tools/data.py"
+        )
+    return data
+
+
+def build_distill(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
+    folder, side = checkpoint.model_folder(config.stage.teacher), config.resolution // parts.codec.stride
+    use = read_config(folder)["use"]
+    for name in ("codec", "text"):
+        ours, theirs = getattr(config.components, name).name, use.get(name, {}).get("name")
+        if theirs not in (None, ours):
+            raise ConfigError(f"components.{name} is '{ours}', but stage.teacher was trained with '{theirs}'")
+    data = open_pairs(config, (parts.codec.channels, side, side), parts.text.length)
+    data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
+    teacher = load_pretrained(folder).to(
+        parts.device, getattr(torch, {"bf16": "bfloat16"}.get(config.engine.precision, "float32"))
+    )
+    teacher.gradient_checkpointing = config.engine.gradient_checkpointing
+    if config.engine.compile:
+        teacher.compile_blocks()
+    stage = DistillRun(
+        config.stage, parts.model, teacher, data, parts.codec, parts.text, config.seed, parts.device, parts.flops,
+        identity=sha256_of(folder / "model.safetensors")[:16],
+    )  # fmt: skip
+    return stage, config.prompts or first_records(data).prompts[:8]
+
+
+def distill_facts(config: RunConfig, world: int, flops: float) -> list[str]:
+    offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
+    return [
+        *data_facts(config, open_pairs(config), world, flops),
+        f"student              {offered} steps of {config.stage.sampler}; teacher {config.stage.teacher}",
+    ]
+
+
 KINDS = {
     "flow_matching": StageKind(True, check_flow_matching, build_flow_matching, flow_matching_facts),
+    "grpo": StageKind(False, check_grpo, build_grpo, grpo_facts),
+    "distill": StageKind(True, check_distill, build_distill, distill_facts, distill_sampling),
 }

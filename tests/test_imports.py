@@ -28,7 +28,18 @@ ALLOWED = {
     "sampling": {"config", "interfaces", "flow", "randomness"},
     "checkpoint": {"config", "model", "shapes.pretrained"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
-    "stages": {"config", "interfaces", "flow", "sampling", "model", "data", "optim", "randomness"},
+    "stages": {
+        "config",
+        "interfaces",
+        "flow",
+        "sampling",
+        "model",
+        "data",
+        "optim",
+        "randomness",
+        "prompts",
+        "rewards",
+    },
     "engine": {"config", "interfaces", "checkpoint", "model.pretrained", "metrics", "report"}
     | {"optim", "randomness", "parallel", "ema"},
     "hub": {"config"},
@@ -37,7 +48,16 @@ ALLOWED = {
     "shapes": {"config", "interfaces", "geneval", "codec", "text", "vision"},
     "prompts": {"config", "geneval", "shapes"},
     "rewards": {"config", "interfaces", "hub", "clip", "geneval", "shapes"},
-    "evaluation": {"config", "checkpoint", "environment", "geneval", "model", "pipeline", "prompts", "randomness"}
+    "evaluation": {
+        "config",
+        "checkpoint",
+        "environment",
+        "geneval",
+        "model",
+        "pipeline",
+        "prompts",
+        "randomness",
+    }
     | {"report", "rewards", "sampling", "shapes"},
     "run": None,  # everything
     "__init__": None,
@@ -48,9 +68,14 @@ OWNERS = {
     "accelerate": {"engine", "parallel"},
     "ema_pytorch": {"engine"},
     "wandb": {"metrics"},
-    "diffusers": {"codec", "text", "shapes"},  # text: the released caption cleaner; shapes: trains tiny instances
+    "diffusers": {
+        "codec",
+        "text",
+        "shapes",
+    },  # text: the released caption cleaner; shapes: trains tiny instances
     "transformers": {"text", "shapes", "clip", "geneval", "rewards"},
     "timm": {"vision", "shapes"},
+    "peft": {"stages"},
     "webdataset": {"data"},
     "huggingface_hub": {"model", "hub"},
 }

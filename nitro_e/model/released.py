@@ -74,12 +74,26 @@ def released_names(config: ModelConfig) -> dict[str, list[str]]:
     linear("reconstruct.merge.2", "tokenreconstructor.0.0.mergers.2")
     linear("out", "proj_out")
 
+    _blocks(names, linear, config)
+    return names
+
+
+def block_linears(config: ModelConfig) -> dict[str, list[str]]:
+    """Our linear layers inside blocks -> the released layers they are made of (three for qkv): what LoRA may be put on.
+
+    Also for models that have no file in the released format.
+    """
+    found: dict[str, list[str]] = {}
+    _blocks({}, lambda ours, *theirs: found.update({ours: list(theirs)}), config)
+    return {ours: theirs for ours, theirs in found.items() if not ours.endswith(".norm")}
+
+
+def _blocks(names: dict, linear: Any, config: ModelConfig) -> None:
     block_names = [f"block_groups.{g}.{i}" for g, count in enumerate(config.groups) for i in range(count)]
     for index, theirs in enumerate(block_names):
         ours, last = f"blocks.{index}", index == config.depth - 1
         _stream(names, linear, f"{ours}.image", theirs, IMAGE, updated=True)
         _stream(names, linear, f"{ours}.text", theirs, TEXT, updated=not last)
-    return names
 
 
 # Released names of one stream's parts within a block.
@@ -228,9 +242,9 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor
     change W, other adapter kinds, ...) raises ConfigError naming it.
     """
     folder = Path(folder)
-    config = _read_adapter_config(folder)
+    config, pairs = read_lora(folder)
     merged = dict(state)
-    for module, a, b in _pairs(_read_adapter(folder), folder):
+    for module, a, b in pairs:
         name = f"{module}.weight"
         if name not in state:
             raise ConfigError(f"{folder}: adapter target '{module}' is not in the released model")
@@ -254,6 +268,11 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         merged[name] = (weight.double() + (scale * (b @ a)).reshape(weight.shape)).to(weight.dtype)
     return merged
+
+
+def read_lora(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Tensor, Tensor]]]:
+    """`adapter_config.json` of a PEFT folder, and (module, A, B) of every target. ConfigError as for `merge_lora`."""
+    return _read_adapter_config(folder), list(_pairs(_read_adapter(folder), folder))
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:

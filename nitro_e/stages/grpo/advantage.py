@@ -1,0 +1,96 @@
+"""Advantages: how much better than the other pictures of its prompt a picture was. Pure functions, float64.
+
+Scores stand in (G, K, R): groups, pictures of a group, rewards; NaN = could not be scored. Such a score takes no part in
+any statistic and its picture gets advantage 0 from that reward; so does a group with fewer than two scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+
+EPSILON = 1e-4  # added to every standard deviation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    # What differences to the group's mean are divided by. within: their root mean square over the whole rollout, so that
+    # every reward has unit scale; batch: the spread of all scores (Flow-GRPO); group: that of the group (GRPO)
+    std: Literal["within", "batch", "group"] = "within"
+    clip: float = 5.0  # largest advantage
+
+    def __post_init__(self) -> None:
+        if self.clip <= 0:
+            raise ConfigError(f"clip must be positive, got {self.clip}")
+
+
+def advantages(scores: Tensor, weights: Tensor, config: AdvantageConfig) -> Tensor:
+    """(G, K) from scores (G, K, R) and weights (R,), of which 0 leaves a reward out.
+
+    Several rewards: each is normalised alone, then the weighted sum once more (as in MixGRPO's advantage aggregation).
+    """
+    total = scores.new_zeros(scores.shape[:2], dtype=torch.float64)
+    trained = [index for index, weight in enumerate(weights.tolist()) if weight]
+    for index in trained:
+        total += weights[index].double() * normalised(scores[..., index].double(), config.std)
+    if len(trained) > 1:
+        total = total / (total.square().mean().sqrt() + EPSILON)
+    return total.clamp(-config.clip, config.clip)
+
+
+def normalised(scores: Tensor, std: str) -> Tensor:
+    """(G, K) advantages of one reward."""
+    valid = usable(scores)
+    centered = centre(scores, valid)
+    if std == "group":
+        scale = _mean(centered.square(), valid, dim=1, keepdim=True).sqrt()
+    elif std == "batch":
+        everything = scores[valid]
+        scale = everything.std(unbiased=False) if len(everything) else scores.new_ones(())
+    else:
+        scale = _mean(centered.square(), valid).sqrt()
+    return centered / (scale + EPSILON)
+
+
+def usable(scores: Tensor) -> Tensor:
+    """(G, K) bool: scored, in a group that has at least two scores."""
+    valid = scores.isfinite()
+    return valid & (valid.sum(dim=1, keepdim=True) >= 2)
+
+
+def centre(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores less their group's mean; 0 where not valid."""
+    scores = scores.masked_fill(~valid, 0.0)
+    return (scores - _mean(scores, valid, dim=1, keepdim=True)).masked_fill(~valid, 0.0)
+
+
+def score_statistics(scores: Tensor, names: tuple[str, ...], weights: Tensor) -> dict[str, Tensor]:
+    """What to log of a rollout's scores (G, K, R): per reward mean, std, within-group std, share not scored; and the
+    share of groups that teach nothing because their trained scores are all equal."""
+    logs: dict[str, Tensor] = {}
+    flat = torch.ones(len(scores), dtype=torch.bool, device=scores.device)  # (G,)
+    for index, name in enumerate(names):
+        values = scores[..., index].double()
+        scored, valid = values[values.isfinite()], usable(values)
+        within = _mean(centre(values, valid).square(), valid, dim=1).sqrt()  # (G,)
+        logs[f"reward/{name}/invalid"] = 1 - values.isfinite().double().mean()
+        if len(scored):
+            logs[f"reward/{name}"] = scored.mean()
+            logs[f"reward/{name}/std"] = scored.std(unbiased=False)
+            logs[f"reward/{name}/within_std"] = within.mean()
+        if weights[index]:
+            flat &= within < 1e-8
+    logs["zero_std_ratio"] = flat.double().mean()
+    return logs
+
+
+def _mean(values: Tensor, valid: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """Of the valid ones; 0 where there is none."""
+    if dim is None:
+        return (values * valid).sum() / valid.sum().clamp(min=1)
+    return (values * valid).sum(dim, keepdim=keepdim) / valid.sum(dim, keepdim=keepdim).clamp(min=1)

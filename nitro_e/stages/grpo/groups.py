@@ -1,0 +1,87 @@
+"""Which prompts a rollout draws, and who draws which picture: pure functions of seed, rollout and number of processes.
+
+A slot is a picture's place in the rollout: slot = group * group_size + number. Process r of W draws the r-th of W equal
+runs of slots, so groups lie on one process where their number allows it, and are spread over several where not; scores
+travel, pictures do not. Picture k of a group belongs to update k % U: the pictures of a group differ by their noise
+alone, so no shuffle could mix them better, and every update gets all groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+from nitro_e.randomness import seed_of
+
+
+def group_prompts(seed: int, rollout: int, groups: int, pool: int) -> list[int]:
+    """Prompt numbers of the groups of a rollout. The pool is gone through in shuffled order, again and again."""
+    positions = range(rollout * groups, (rollout + 1) * groups)
+    orders = {
+        epoch: np.random.default_rng(seed_of(seed, "prompts", epoch)).permutation(pool)
+        for epoch in {position // pool for position in positions}
+    }
+    return [int(orders[position // pool][position % pool]) for position in positions]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a rollout is spread over processes, updates and micro-batches. ConfigError if it does not come out even."""
+
+    groups: int
+    group_size: int
+    updates: int  # optimiser steps per rollout
+    world: int
+    accumulate: int  # micro-batches per process and update
+    steps: int  # trained steps per picture: rows
+
+    def __post_init__(self) -> None:
+        pictures = self.groups * self.group_size
+        what = f"{self.groups} groups of {self.group_size}"
+        if self.group_size % self.updates:
+            raise ConfigError(
+                f"stage.updates {self.updates} must divide stage.group_size {self.group_size}: every update gets the "
+                "same share of each group"
+            )
+        if pictures % (self.world * self.updates):
+            raise ConfigError(
+                f"stage.groups: {what} cannot be shared by {self.world} processes and {self.updates} updates; "
+                f"groups * group_size must be a multiple of {self.world * self.updates}"
+            )
+        rows = self.slots_per_rank // self.updates * self.steps
+        if rows % self.accumulate:
+            raise ConfigError(
+                f"engine.accumulate {self.accumulate} must divide the {rows} rows of a process and update ({what}, "
+                f"{self.steps} trained steps, {self.world} processes, {self.updates} updates)"
+            )
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.groups * self.group_size // self.world
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows: pictures times trained steps."""
+        return self.slots_per_rank // self.updates * self.steps // self.accumulate
+
+    def slots(self, rank: int) -> range:
+        return range(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank)
+
+    def rows(self, update: int) -> tuple[Tensor, Tensor]:
+        """(picture of the process, step of the window) of every row of an update, picture by picture."""
+        pictures = torch.arange(update, self.slots_per_rank, self.updates)
+        return pictures.repeat_interleave(self.steps), torch.arange(self.steps).repeat(len(pictures))
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Rows of all processes, in their order."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

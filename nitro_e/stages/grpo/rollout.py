@@ -1,0 +1,108 @@
+"""Pictures drawn for training: the sampler's states inside the window, and what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+from nitro_e.flow import TimeGrid, time_grid
+from nitro_e.interfaces import TextEmbedding
+from nitro_e.stages.grpo.losses import log_prob
+from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    steps: int = 10  # of the sampler; fewer than for pictures that people see
+    grid: TimeGrid = "released"
+    shift: float = 1.0
+    guidance_scale: float = 4.5  # in the rollout and in the update; 0 or 1: none
+    sde: SDEConfig = field(default_factory=SDEConfig)
+    window: WindowConfig = field(default_factory=WindowConfig)
+    shared_noise: bool = False  # one first noise per group; the SDE alone makes its pictures differ
+    batch_size: int = 64  # pictures at a time
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ConfigError(f"steps and batch_size must be positive, got {self.steps}, {self.batch_size}")
+        if self.guidance_scale < 0:
+            raise ConfigError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+
+    def schedule(self) -> Schedule:
+        return Schedule(time_grid(self.steps, self.grid, self.shift), self.sde, self.window)
+
+
+class Trajectory(NamedTuple):
+    """Of B pictures and a window of n steps."""
+
+    states: Tensor  # (n + 1, B, C, h, w) float32: x before the window's first step ... after its last
+    log_probs: Tensor  # (n, B) of its transitions, as drawn
+    latents: Tensor  # (B, C, h, w) float32, final
+
+
+@torch.no_grad()
+def sample_trajectory(
+    velocity: Velocity, x: Tensor, schedule: Schedule, window: Window, normal: Callable[..., Tensor]
+) -> Trajectory:
+    """Follow the schedule from noise x (B, C, h, w): SDE steps in the window, ODE steps outside.
+
+    velocity(x, t (B,)) -> (B, C, h, w); normal(C, h, w) -> (B, C, h, w), fresh at every call.
+    """
+    sde, ode = schedule.sde.to(x.device), schedule.ode.to(x.device)
+    states, log_probs = [], []
+    for step in range(schedule.num):
+        index = torch.full((len(x),), step, device=x.device)
+        random = window.first <= step < window.stop
+        table = (sde if random else ode).at(index)
+        mean = table.mean(x, velocity(x, table.t))
+        if random:
+            states.append(x)
+            x = mean + table.std * normal(*x.shape[1:])
+            log_probs.append(log_prob(x, mean, table.std))
+            if step + 1 == window.stop:
+                states.append(x)
+        else:
+            x = mean
+    empty = x.new_empty(0, len(x))
+    return Trajectory(
+        torch.stack(states) if states else x.new_empty(0, *x.shape),
+        torch.stack(log_probs) if log_probs else empty,
+        x,
+    )
+
+
+@dataclass
+class Experience:
+    """What one process drew in one rollout: S pictures of g prompts."""
+
+    trajectory: Trajectory
+    window: Window
+    text: TextEmbedding  # (g, L, D)
+    group: Tensor  # (S,) row of `text`
+    advantages: Tensor  # (S,) float32
+    keys: list[str]  # (S,) for reports
+
+
+@dataclass
+class Rows:
+    """A micro-batch: R pairs of a picture and a step of its trajectory."""
+
+    step: Tensor  # (R,) long
+    advantage: Tensor  # (R,)
+    text: TextEmbedding  # (R, L, D)
+    keys: list[str]
+    latents: Tensor  # (R, C, h, w), final
+    x: Tensor | None = None  # (R, C, h, w): where the transition starts; None: the window is empty
+    x_next: Tensor | None = None  # (R, C, h, w): where it ended
+    log_prob: Tensor | None = None  # (R,) of it, as drawn
+    old: Tensor | None = (
+        None  # (R, C, h, w): velocity before the rollout's first update; None: this is the first
+    )
+    stats: dict[str, Tensor] = field(default_factory=dict)  # of the rollout, with its first micro-batch
