@@ -88,10 +88,17 @@ def check_options(name: str, options: Mapping[str, Any], given: Mapping[str, Any
 def build(name: str, options: Mapping[str, Any], reserved: Mapping[str, Any]) -> Callable[..., Any]:
     """The reward, ready to call: a class gets the reserved arguments it takes, a function only its options."""
     target = find(name)
+    known = _keywords(target)
+    options = {key: _typed(known[key], value) for key, value in options.items()}
     if not inspect.isclass(target):
         return partial(target, **options)
-    known = _keywords(target)
     return target(**options, **{key: value for key, value in reserved.items() if key in known})
+
+
+def _typed(parameter: inspect.Parameter, value: Any) -> Any:
+    """Configs hold 3.0 as 3."""
+    is_float = parameter.annotation in (float, "float") or isinstance(parameter.default, float)
+    return float(value) if is_float and type(value) is int else value
 
 
 def _keywords(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:

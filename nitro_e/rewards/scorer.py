@@ -4,8 +4,9 @@ Pictures are rounded to 8 bits first, so that a score is the score of the saved 
 first used (or by `load`), gets pictures in batches of its own size, without gradients, autocast and TF32, on its
 own device, and can be moved to the CPU between uses.
 
-Failures: an exception or a timeout is retried, then the rows concerned are not valid; so are NaN scores. They
-are counted and never replaced by a number. After `max_failures` failed batches of a reward in a row the run stops.
+Failures: an exception or a timeout is retried, then the rows of that batch are not valid; neither are NaN scores. They
+are counted and never replaced by a number. After `max_failures` batches of a reward in a row without any score the
+run stops.
 
 A reward of weight 0 is watched: scored and logged, never trained on.
 """
@@ -52,6 +53,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise ConfigError(f"weight must be a number, got {self.weight}")
+        if self.device is not None:
+            parse_device(self.device)
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.timeout is not None and not self.timeout > 0:
@@ -90,14 +93,20 @@ def build_rewards(
     device: torch.device | str = "cpu",
     retries: int = 2,
     max_failures: int = 10,
+    backoff: float = 1.0,
 ) -> Scorer:
-    """A scorer with a column per config, in their order; nothing is loaded yet."""
+    """A scorer with a column per config, in their order; nothing is loaded yet.
+
+    `backoff`: seconds before the first retry, twice as many before the next and so on."""
     titles = [config.title for config in configs]
     for title in titles:
         if titles.count(title) > 1:
             raise ConfigError(f"rewards: two are called '{title}'; give one of them another label")
     return Scorer(
-        [_Slot(config, torch.device(config.device or device), retries, max_failures) for config in configs]
+        [
+            _Slot(config, parse_device(config.device or device), retries, max_failures, backoff)
+            for config in configs
+        ]
     )
 
 
@@ -148,6 +157,13 @@ class Scorer:
         return Scores(torch.stack(columns, dim=1) if columns else scores.values, scores.valid)
 
 
+def parse_device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: '{name}' is no device; cpu, cuda or cuda:1 for example") from None
+
+
 def quantize(pixels: Tensor) -> Tensor:
     """float32 pixels in -1..1 on the grid of 8-bit pictures: what a saved PNG holds."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255 * 2 - 1
@@ -169,11 +185,12 @@ def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
 class _Slot:
     """One reward: its config, the loaded thing, and what became of its rows."""
 
-    def __init__(self, config: RewardConfig, device: torch.device, retries: int, max_failures: int) -> None:
+    def __init__(
+        self, config: RewardConfig, device: torch.device, retries: int, max_failures: int, backoff: float
+    ) -> None:
         self.config = config
         self.device = device
-        self.retries = retries
-        self.max_failures = max_failures
+        self.retries, self.max_failures, self.backoff = retries, max_failures, backoff
         self.tally = Tally()
         self.needs_info = getattr(registry.find(config.name), "needs_info", False)
         self.failed_batches = 0  # in a row
@@ -211,7 +228,24 @@ class _Slot:
         return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
 
     def _score_batch(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Tensor:
+        """(B,) on the CPU, NaN where there is no score; TrainingError after too many batches without any."""
+        values, reason = self._try(pixels, prompts, info)
+        if values.isfinite().any():
+            self.failed_batches = 0
+            return values
+        self.failed_batches += 1
+        if self.failed_batches >= self.max_failures:
+            raise TrainingError(
+                f"reward '{self.config.title}' scored nothing in {self.failed_batches} batches in a row, the last "
+                f"time because of {reason}; mend it, then run the same command again"
+            )
+        return values
+
+    def _try(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> tuple[Tensor, str]:
+        """The scores of the first attempt that gives some, else NaN; and why there may be none."""
         for attempt in range(1 + self.retries):
+            if attempt:
+                time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 values = self._call(pixels, prompts, info)
             except ConfigError:  # no retry will help
@@ -230,15 +264,8 @@ class _Slot:
                     f"reward '{self.config.title}' returned {got} for {len(pixels)} pictures; it must return a "
                     f"tensor of shape ({len(pixels)},)"
                 )
-            self.failed_batches = 0
-            return values.float().cpu()
-        self.failed_batches += 1
-        if self.failed_batches >= self.max_failures:
-            raise TrainingError(
-                f"reward '{self.config.title}' failed on {self.failed_batches} batches in a row, the last time "
-                f"with {reason}; mend it, then run the same command again"
-            )
-        return torch.full((len(pixels),), math.nan)
+            return values.float().cpu(), "NaN scores"
+        return torch.full((len(pixels),), math.nan), reason
 
     def _call(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Any:
         if self.config.timeout is None:
@@ -265,7 +292,14 @@ class _Slot:
 
     def _move(self, device: torch.device | str) -> None:
         if isinstance(self.reward, torch.nn.Module):
-            self.reward.to(device)
+            try:
+                self.reward.to(device)
+            except (RuntimeError, AssertionError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"reward '{self.config.title}': its weights cannot go to device '{device}' ({reason}); choose "
+                    "another device, or offload: true for the rewards"
+                ) from error
 
 
 @contextmanager
