@@ -49,6 +49,7 @@ from nitro_e.data.jobs import JobConfig, Result, digest, each, publish_entry, ru
 from nitro_e.data.writer import write_shard
 from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.pipeline import TextToImage, image_grid, to_image
+from nitro_e.prompts import GENERATORS, PromptsConfig, load_prompts
 from nitro_e.randomness import seed_of
 from nitro_e.sampling import (
     SAMPLERS,
@@ -354,8 +355,14 @@ def _check(keys: list[str], path: Path) -> None:
 
 
 def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | None = None) -> list[Job]:
-    """Jobs of a prompts file: lines of text, or a table (csv, tsv, jsonl, parquet) with a prompt column."""
-    if path.suffix == ".txt":
+    """Jobs of a prompts file: lines of text, or a table (csv, tsv, jsonl, parquet) with a prompt column.
+
+    Also of a generator of nitro_e.prompts, by its name.
+    """
+    if str(path) in GENERATORS:
+        made = load_prompts(PromptsConfig(source=str(path), num=limit))
+        prompts = [(prompt.text, {k: v for k, v in prompt.info.items() if k != "prompt"}) for prompt in made]
+    elif path.suffix == ".txt":
         if not path.is_file():
             raise ConfigError(f"--prompts '{path}' does not exist")
         prompts = [(line.strip(), {}) for line in path.read_text().splitlines() if line.strip()]
@@ -383,7 +390,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "source", help="run, checkpoint or model folder (@ema, @model), or diffusers:NAME_OR_FOLDER"
     )
-    parser.add_argument("--prompts", type=Path, required=True, help="text file with one per line, or a table")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        help=f"text file with one per line, a table, or {', '.join(GENERATORS)}",
+    )
     parser.add_argument("--prompt-column", default="prompt", help="of a table")
     parser.add_argument("--limit", type=int, help="only so many prompts")
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")

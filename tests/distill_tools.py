@@ -1,0 +1,83 @@
+"""A distillation stage of tiny models, batches for it, and the engine's loop without the engine."""
+
+import copy
+from functools import partial
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from nitro_e.config import from_dict
+from nitro_e.interfaces import TextEmbedding
+from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.optim import build_optimizers, set_learning_rate
+from nitro_e.randomness import SlotRandom
+from nitro_e.stages.distill import Distill, DistillConfig
+from nitro_e.stages.distill.heads import Backbone
+from nitro_e.stages.distill.inputs import DistillBatch
+
+TINY = ModelConfig(
+    latent_channels=4, text_width=8, width=64, heads=2, groups=(1, 2, 1), base_grid=16, attention=("full",), gate_init="one"
+)  # fmt: skip
+SHAPE = (4, 16, 16)
+
+
+def tiny_model(seed=0, config=TINY):
+    torch.manual_seed(seed)
+    model = EMMDiT(config)
+    torch.nn.init.normal_(model.out.weight, std=0.05)  # an untrained one predicts zero
+    return model
+
+
+def random_text(count, seed=0, length=16, width=8):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(length)[None] < torch.randint(2, length, (count, 1), generator=generator)
+    return TextEmbedding(torch.randn(count, length, width, generator=generator), mask)
+
+
+def random_batch(step=0, count=8, shape=SHAPE, prompts=None, **options):
+    generator = torch.Generator().manual_seed(1000 + step)
+    latents, noise = torch.randn(2, count, *shape, generator=generator)
+    prompts = prompts or [f"prompt {step} {number}" for number in range(count)]
+    return DistillBatch(step, latents, noise, random_text(count, step), prompts, prompts, **options)
+
+
+def distill_config(preset, **overrides):
+    return from_dict(DistillConfig, {"preset": preset, "teacher": "a folder", **overrides})
+
+
+def tiny_stage(config, seed=0, model=None):
+    """The stage with phases that are ready to run."""
+    teacher = model or tiny_model()
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    stage = Distill(
+        config, student, teacher.requires_grad_(False), partial(Backbone, teacher), random_text(1, 99), seed,
+        torch.device("cpu"),
+    )  # fmt: skip
+    for phase in stage.phases:
+        phase.net = phase.module
+    return stage
+
+
+class Loop:
+    """The engine's loop over a stage's phases, on one process."""
+
+    def __init__(self, stage, steps):
+        self.stage, self.steps = stage, steps
+        self.optimizers = [build_optimizers(phase.module, phase.optim) for phase in stage.phases]
+
+    def step(self, batch):
+        """One step of every phase; the logs."""
+        logs = {}
+        for phase, optimizers in zip(self.stage.phases, self.optimizers):
+            set_learning_rate(optimizers, phase.optim.factor(batch.step, self.steps))
+            rng = SlotRandom(0, phase.name, batch.step, first=0, count=len(batch.latents))
+            loss, parts = phase.loss(phase.net, batch, rng)
+            loss.backward()
+            clip_grad_norm_(phase.module.parameters(), phase.optim.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if phase.after_step is not None:
+                phase.after_step(optimizers)
+            logs |= {f"{phase.name}/{name}": value for name, value in {"loss": loss.detach(), **parts}.items()}
+        return logs
