@@ -177,14 +177,13 @@ def summary(config: RunConfig) -> str:
 
 
 def open_run_data(
-    config: RunConfig, latent_shape: tuple[int, int, int] | None = None, text_length: int = 128,
-    extra: tuple[str, ...] = (),
-) -> Data:  # fmt: skip
+    config: RunConfig, latent_shape: tuple[int, int, int] | None = None, extra: tuple[str, ...] = ()
+) -> Data:
     """The data as this run reads it; stored columns must come from the components it names."""
     vision = config.components.vision is not None
     data = open_data(
         config.data, need_pixels=vision, use_text=True, use_features=vision, seed=config.seed, stage=config.name,
-        latent_shape=latent_shape, text_length=text_length, extra=extra,
+        latent_shape=latent_shape, text_length=text_shape(config.components.text)[1], extra=extra,
     )  # fmt: skip
     for column, made in data.encoders().items():
         component = {"latents": "codec", "text": "text", "features": "vision"}.get(column)
@@ -333,7 +332,7 @@ def check_flow_matching(config: RunConfig) -> None:
 
 def build_flow_matching(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
     side = config.resolution // parts.codec.stride
-    data = open_run_data(config, (parts.codec.channels, side, side), parts.text.length)
+    data = open_run_data(config, (parts.codec.channels, side, side))
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     vision = config.components.vision and build_vision_encoder(config.components.vision, parts.device)
     stage = FlowMatching(
@@ -431,9 +430,11 @@ def distill_sampling(config: RunConfig) -> SamplingConfig:
     return config.stage.sampling(config.sampling)
 
 
-def open_pairs(config: RunConfig, *shape) -> Data:
+def open_pairs(config: RunConfig, latent_shape: tuple[int, int, int] | None = None) -> Data:
     """Teacher's pictures, as latents, with the noise they were drawn from where the inputs need it."""
-    data = open_run_data(config, *shape, extra=("noise.npy",) if config.stage.inputs.needs_noise else ())
+    data = open_run_data(
+        config, latent_shape, extra=("noise.npy",) if config.stage.inputs.needs_noise else ()
+    )
     if not data.has_latents:
         raise ConfigError(
             "data.shards hold no latents; make pairs with tools/synthesize.py, or encode with tools/data.py"
@@ -448,7 +449,7 @@ def build_distill(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]
         ours, theirs = getattr(config.components, name).name, use.get(name, {}).get("name")
         if theirs not in (None, ours):
             raise ConfigError(f"components.{name} is '{ours}', but stage.teacher was trained with '{theirs}'")
-    data = open_pairs(config, (parts.codec.channels, side, side), parts.text.length)
+    data = open_pairs(config, (parts.codec.channels, side, side))
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     teacher = load_pretrained(folder).to(
         parts.device, getattr(torch, {"bf16": "bfloat16"}.get(config.engine.precision, "float32"))

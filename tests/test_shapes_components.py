@@ -143,3 +143,29 @@ def test_tool_refuses_an_unknown_component():
     command = [sys.executable, "tools/train_components.py", "sound"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "sound" in done.stderr
+
+
+def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
+    """It refused stored text of 16 tokens: 128 was taken for granted where no encoder had been loaded."""
+    from tools.data import main as data_tool
+    from tools.make_shapes import make_shards
+    from train import main as train
+
+    make_shards(tmp_path, "train", 8)
+    arguments = [
+        "encode",
+        f"{tmp_path}/shapes-train-*.tar",
+        "--out",
+        str(tmp_path),
+        "--resolution",
+        "64",
+        "--workers",
+        "0",
+    ]
+    assert data_tool([*arguments, "--codec", "shapes-dc-ae", "--text", "shapes-llama"]) == 0
+    shards = f"data.shards=[{tmp_path}/latents-*.tar, {tmp_path}/text-*.tar]"
+    assert (
+        train(["configs/shapes/2_finetune.yaml", shards, "init_from=null", "data.batch_size=4", "--dry-run"])
+        == 0
+    )
+    assert "latents 8x8x8, text 16x128" in capsys.readouterr().out
