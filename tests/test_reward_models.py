@@ -145,6 +145,17 @@ def test_hps_weights_of_open_clip(folder):
     assert clip.scale == pytest.approx(torch.tensor(4.6).exp().item())
 
 
+def test_hps_reads_quotes_as_open_clip(folder, monkeypatch):
+    from nitro_e.clip import CLIP
+
+    seen = []
+    encode = CLIP.text_features
+    monkeypatch.setattr(CLIP, "text_features", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    prompts = ["a cat’s “hat”", "a", "a cat's \"hat\"", "b"]
+    values = score(at(folder, "hpsv2.1"), pictures(1).expand(4, -1, -1, -1), prompts)
+    assert seen == ["a cat's \"hat\"", "a", "b"] and values[0] == values[2]
+
+
 def test_hps_from_a_folder_in_transformers_format(folder):
     pixels = pictures(4, 40, 40)
     clip = str(folder / "clip")

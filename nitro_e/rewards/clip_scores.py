@@ -26,6 +26,7 @@ from nitro_e.clip import (
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+STRAIGHT = str.maketrans("‘’“”", "''\"\"")  # quotes, as open_clip's tokenizer reads them and CLIP's own does not
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
@@ -95,7 +96,8 @@ class HPSv2(nn.Module):
         self.antialias = antialias
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
-        return cosines(self.clip, fit_long_side(pixels, self.clip.size, self.antialias), prompts)
+        images = fit_long_side(pixels, self.clip.size, self.antialias)
+        return cosines(self.clip, images, [prompt.translate(STRAIGHT) for prompt in prompts])
 
 
 class Aesthetic(nn.Module):
