@@ -79,5 +79,7 @@ class Loop:
                 optimizer.zero_grad(set_to_none=True)
             if phase.after_step is not None:
                 phase.after_step(optimizers)
-            logs |= {f"{phase.name}/{name}": value for name, value in {"loss": loss.detach(), **parts}.items()}
+            logs |= {
+                f"{phase.name}/{name}": value for name, value in {"loss": loss.detach(), **parts}.items()
+            }
         return logs

@@ -163,6 +163,7 @@ class HeadPool(nn.Module):
                 renewed += int(which.sum())
         return renewed
 
+    @torch.no_grad()
     def _renew(
         self,
         bank: HeadBank,

@@ -1,0 +1,655 @@
+"""The parts of distillation against closed forms and plain code; U1, U2, ... are the numbers of the test plan."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from distill_tools import (
+    SHAPE,
+    TINY,
+    Loop,
+    distill_config,
+    random_batch,
+    random_text,
+    tiny_model,
+    tiny_stage,
+)
+from torch import nn
+
+from nitro_e import flow
+from nitro_e.config import ConfigError, TrainingError
+from nitro_e.model import ModelConfig
+from nitro_e.model.layers import Compressor, Reconstructor
+from nitro_e.optim import OptimConfig, build_optimizers
+from nitro_e.randomness import SlotRandom
+from nitro_e.sampling import SamplingConfig, euler, renoise, sample
+from nitro_e.stages.distill import losses
+from nitro_e.stages.distill.adversarial import Adversarial, frozen
+from nitro_e.stages.distill.guards import GuardConfig, watch
+from nitro_e.stages.distill.heads import (
+    Backbone,
+    FixedHeads,
+    Head,
+    HeadConfig,
+    default_taps,
+    slots_of,
+    token_maps,
+)
+from nitro_e.stages.distill.inputs import Draft, Drafts, InputConfig
+from nitro_e.stages.distill.pool import HeadPool, PoolConfig
+
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+def rng(count=8, *purpose):
+    return SlotRandom("test", *purpose, first=0, count=count)
+
+
+# ---- samplers
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.5), SIGMAS])
+def test_u2_one_point_of_data_is_reached_exactly(times):
+    data, start = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    velocity = lambda x, t: (x - data) / t.reshape(-1, 1, 1, 1)  # noqa: E731
+    times = torch.tensor([*times, 0.0], dtype=torch.float64)
+    fresh = lambda step: torch.randn_like(start)  # noqa: E731
+    for end in (euler(velocity, start, times), renoise(velocity, start, times, fresh)):
+        torch.testing.assert_close(end, data, rtol=0, atol=1e-12)
+
+
+def test_u3_euler_on_stored_sigmas_is_that_of_diffusers():
+    scheduler = FlowMatchEulerDiscreteScheduler(1000)
+    scheduler.set_timesteps(sigmas=list(SIGMAS))
+    x = ours = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    velocity = lambda x, t: torch.sin(3 * x) + t.reshape(-1, 1, 1, 1)  # noqa: E731
+    for t, sigma in zip(scheduler.timesteps, SIGMAS):
+        x = scheduler.step(velocity(x, torch.full((2,), sigma)), t, x).prev_sample
+    config = SamplingConfig(sigmas=((1.0,), SIGMAS), steps=4)
+    torch.testing.assert_close(euler(velocity, ours, config.times()), x, rtol=0, atol=1e-6)
+
+
+def test_renoising_draws_each_pictures_noise_from_its_own_seed():
+    """Two pictures in one batch or one by one; the formula step by step."""
+    model = lambda x, t, text: torch.tanh(x) * t.reshape(-1, 1, 1, 1)  # noqa: E731
+    config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, sampler="renoise", guidance_scale=1)
+    noise = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    text = random_text(2)
+    both = sample(model, text, text, config, noise, [5, 9])
+    alone = sample(model, text, text, config, noise[1:], [9])
+    torch.testing.assert_close(both[1:], alone)
+    assert not torch.allclose(both[1:], sample(model, text, text, config, noise[1:], [10]))
+    first = noise[1:] - torch.tanh(noise[1:])  # x - t v at t = 1
+    seen = []
+    sample(lambda x, t, text: seen.append(x) or model(x, t, text), text, text, config, noise[1:], [9])
+    fresh = 2 * (seen[1] - 0.5 * first)
+    assert 0.4 < fresh.std() < 2 and torch.equal(seen[0], noise[1:])
+
+
+def test_u18_the_model_is_told_scaled_time_and_nothing_else_is():
+    told = []
+    model = lambda x, t, text: told.append(t) or torch.ones_like(x)  # noqa: E731
+    config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, guidance_scale=1, time_scale=0.25)
+    x = torch.zeros(1, 4, 2, 2)
+    end = sample(model, random_text(1), random_text(1), config, x, [0])
+    assert [t.item() for t in told] == [0.25, 0.125]
+    torch.testing.assert_close(end, x - 1)  # all of the way from 1 to 0
+    told.clear()
+    stage = tiny_stage(distill_config("nitrofusion", time_scale=0.25, inputs={"sigmas": [1.0]}))
+    batch = random_batch()
+    stage.student.model.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1]))
+    draft = stage.draft(batch, rng())
+    assert torch.equal(told[0], torch.full((8,), 0.25)) and torch.equal(draft.t, torch.ones(8))
+    velocity = stage.student.model(batch.noise, torch.full((8,), 0.25), batch.text)
+    torch.testing.assert_close(draft.data, batch.noise - velocity)
+
+
+def test_step_counts_that_were_not_trained_are_refused():
+    stored = {"sigmas": ((1.0,), SIGMAS), "steps": 4}
+    assert SamplingConfig(**stored).times().tolist() == [*SIGMAS, 0.0]
+    assert SamplingConfig(**stored | {"steps": 1}).times().tolist() == [1.0, 0.0]
+    with pytest.raises(ConfigError, match="1 or 4 steps, not 3"):
+        SamplingConfig(**stored | {"steps": 3})
+    forced = SamplingConfig(**stored | {"steps": 3}, force=True).times()
+    torch.testing.assert_close(forced, torch.tensor([1, 2 / 3, 1 / 3, 0]))
+    for wrong in ((0.5, 0.75), (1.0, 0.0), (1.2,), ()):
+        with pytest.raises(ConfigError, match="falling times"):
+            SamplingConfig(sigmas=(wrong,), steps=1)
+    with pytest.raises(ConfigError, match="same number"):
+        SamplingConfig(sigmas=((1.0,), (0.9,)), steps=1)
+
+
+# ---- inputs
+
+
+def test_u5_the_pairs_input_is_the_first_euler_step_of_a_perfect_student():
+    data, noise = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.full((2,), 0.75, dtype=torch.float64)
+    stepped = euler(lambda x, t: noise - data, noise, torch.tensor([1, 0.75], dtype=torch.float64))
+    torch.testing.assert_close(flow.interpolate(data, noise, t), stepped, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_u14_a_rollout_is_the_beginning_of_the_sampler(sampler):
+    config = InputConfig(sigmas=SIGMAS, noise={"euler": "pair", "renoise": "fresh"}[sampler])
+    drafts, noise = Drafts(config, sampler, seed=0), random_batch().noise
+    velocity = lambda x, t: torch.sin(x) + t.reshape(-1, 1, 1, 1)  # noqa: E731
+    states = []
+    watched = lambda x, t: states.append(x) or velocity(x, t)  # noqa: E731
+    times, random = torch.tensor([*SIGMAS, 0.0]), rng()
+    if sampler == "euler":
+        euler(watched, noise, times)
+    else:
+        renoise(watched, noise, times, lambda step: random.normal(*SHAPE))
+    for place in range(4):
+        assert torch.equal(drafts.rollout(velocity, noise, place, rng()), states[place])
+    assert torch.equal(states[0], noise)
+
+
+def test_rollouts_come_with_the_scheduled_share_and_without_a_graph():
+    stage = tiny_stage(distill_config("ladd4", inputs={"rollout": {"share": 0.5, "start": 10, "end": 30}}))
+    drafts, student = stage.drafts, stage.student
+    rolled = {
+        start: sum(
+            not drafts.input(student, random_batch(step, 2), rng(2))[2] for step in range(start, start + 60)
+        )
+        for start in (-60, 100)
+    }
+    assert rolled[-60] == 0 and 17 <= rolled[100] <= 43  # 30 expected
+    for step in itertools.count(100):
+        batch = random_batch(step, 2)
+        x, t, on_path = drafts.input(student, batch, rng(2))
+        if not on_path and t[0] < 1:
+            break
+    assert not x.requires_grad and (t == t[0]).all()
+    times = torch.tensor([s for s in SIGMAS if s >= t[0]])
+    with torch.no_grad():
+        expected = euler(lambda x, t: student(x, t, batch.text), batch.noise, times)
+    torch.testing.assert_close(x, expected)
+
+
+def test_times_follow_the_odds_of_their_step():
+    config = InputConfig(sigmas=SIGMAS, odds=((0, (0, 0, 0.5, 0.5)), (5, (0.4, 0.2, 0.2, 0.2))))
+    drafts = Drafts(config, "euler", 0)
+    for step, odds in ((4, [0, 0, 0.5, 0.5]), (5, [0.4, 0.2, 0.2, 0.2])):
+        t = drafts.draw_times(step, rng(4000))
+        shares = torch.stack([(t == sigma).float().mean() for sigma in SIGMAS])
+        torch.testing.assert_close(shares, torch.tensor(odds), rtol=0, atol=0.03)
+        assert ((t[:, None] == torch.tensor(SIGMAS)).sum(1) == 1).all()
+
+
+def test_u15_samplers_and_inputs_must_belong_together():
+    for sampler, noise in (("euler", "fresh"), ("renoise", "pair")):
+        with pytest.raises(ConfigError, match=f"sampler '{sampler}'.*inputs.noise"):
+            distill_config("ladd4", sampler=sampler, inputs={"noise": noise})
+    distill_config("ladd4", sampler="renoise", inputs={"noise": "fresh"})
+    distill_config("nitrofusion")  # t = 1 only: pure noise either way
+
+
+def test_a_config_that_cannot_work_is_refused():
+    cases = [
+        ({"inputs": {"odds": [[0, [1, 1]]]}}, "4 shares"),
+        ({"inputs": {"odds": [[5, [1, 1, 1, 1]]]}}, "begin with 0"),
+        ({"inputs": {"sigmas": [0.5, 0.75]}}, "falling"),
+        ({"sample_steps": [3]}, "not evenly spaced"),
+        ({"diffusion": None}, "weight 'auto'"),
+        ({"diffusion": None, "adversarial": None}, "nothing to learn from"),
+        ({"diffusion": {"space": "velocity"}}, "on_rollout"),
+        ({"adversarial": {"pool": {"use": 3}}}, "use must be even"),
+        ({"reflow": {}}, "no rollout"),
+    ]
+    for overrides, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            distill_config("ladd4", **overrides)
+
+
+# ---- the discriminator's features
+
+
+def test_u6_backbone_gives_maps_passes_gradients_and_never_changes():
+    teacher = tiny_model()
+    backbone = Backbone(teacher, (1, 2, 4))
+    x = torch.randn(2, *SHAPE, requires_grad=True)
+    features = backbone(x, torch.tensor([0.3, 0.6]), random_text(2))
+    assert [tuple(m.shape) for m in features.maps] == [
+        (2, 64, 16, 16),
+        (2, 64, 8, 8),
+        (2, 64, 4, 4),
+        (2, 64, 16, 16),
+    ]
+    tokens = teacher.forward_intermediates(x, torch.tensor([0.3, 0.6]), random_text(2), [1, 2, 4])[1]
+    assert [t.shape[1] for t in tokens] == [256, 80, 256]
+    sum(m.square().mean() for m in features.maps).backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in teacher.parameters())
+
+    stage = tiny_stage(
+        distill_config("nitro1", optim={"lr": 1e-2}, adversarial={"start": 0, "ramp": 0}), model=teacher
+    )
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    loop = Loop(stage, 10)
+    for step in range(10):
+        loop.step(random_batch(step, 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not torch.equal(stage.model.out.weight, before["out.weight"])
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_u7_cells_of_the_maps_are_the_patches_of_the_compressor(ratio):
+    torch.manual_seed(0)
+    compressor, grid = Compressor(64, (2, 4)), (16, 16)
+    x = torch.randn(1, 256, 64)
+    maps = token_maps(compressor(x, grid), grid, (2, 4))
+    row, column = 2, 1
+    patch = x.clone().reshape(1, 16, 16, 64)
+    patch[:, row * ratio : (row + 1) * ratio, column * ratio : (column + 1) * ratio] += 1
+    changed = token_maps(compressor(patch.reshape(1, 256, 64), grid), grid, (2, 4))
+    which = {2: 0, 4: 1}[ratio]
+    differs = (maps[which] != changed[which]).any(dim=1)[0]
+    assert differs.nonzero().tolist() == [[row, column]]
+
+
+def test_u7_maps_are_split_as_the_reconstructor_splits():
+    torch.manual_seed(0)
+    tokens, grid = torch.randn(1, 80, 64), (16, 16)
+    seen = []
+    reconstructor = Reconstructor(64, (2, 4))
+    for path in reconstructor.paths:
+        path.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    reconstructor(tokens, torch.randn(1, 256, 64), grid)
+    for given, expected in zip(token_maps(tokens, grid, (2, 4)), seen):
+        assert torch.equal(given.flatten(2).transpose(1, 2), expected)
+
+
+def test_u8_the_released_models_heads_give_752_logits_and_count_alike():
+    config = ModelConfig()
+    taps = default_taps(config)
+    assert taps == (4, 10, 16, 19, 24)
+    slots = slots_of(config, taps)
+    assert [slot.ratio for slot in slots] == [1, 2, 4, 2, 4, 2, 4, 1]
+    sizes = [16 // slot.ratio for slot in slots]
+    assert sum(size**2 for size in sizes) == 752
+    heads = FixedHeads(len(slots), 768, HeadConfig())
+    assert sum(p.numel() for p in heads.heads[0].parameters()) == 1_214_593
+    small = FixedHeads(len(slots), 64, HeadConfig(width=32))
+    time, text = torch.randn(2, 2, 64)
+
+    logits = small(Features([torch.randn(2, 64, size, size) for size in sizes], time, text), 0)
+    assert sum(entry.shape[2] for entry in logits) == 752
+    by_head = torch.stack([entry.mean(dim=(1, 2)) for entry in logits], dim=1)
+    torch.testing.assert_close(losses.score(logits), by_head.mean(dim=1))
+    assert default_taps(TINY) == (1, 2, 3, 4)
+
+
+def test_heads_use_what_their_condition_names_and_only_real_text():
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 2, 64, 4, 4)
+    time, text = torch.randn(2, 2, 64)
+    uses = {}
+    for condition in ("none", "time", "time+text"):
+        head = Head(64, HeadConfig(width=32, condition=condition))
+        base = head(x, time, text)
+        uses[condition] = [
+            not torch.equal(base, head(x, -time, text)),
+            not torch.equal(base, head(x, time, -text)),
+        ]
+        assert not torch.equal(base, head(other, time, text))
+        torch.testing.assert_close(base[:1], head(x[:1], time[:1], text[:1]))  # no statistics over the batch
+    assert uses == {"none": [False, False], "time": [True, False], "time+text": [True, True]}
+    backbone, words = Backbone(tiny_model(), (1,)), random_text(2)
+    padding = words.tokens.clone()
+    padding[~words.mask] += 1
+    x = torch.randn(2, *SHAPE)
+    a, b = (
+        backbone(x, torch.full((2,), 0.5), words._replace(tokens=t)).text for t in (words.tokens, padding)
+    )
+    assert torch.equal(a, b)
+
+
+# ---- losses
+
+
+def entries(*values):
+    return [torch.full((1, 1, 3), float(value)) for value in values]
+
+
+def test_u9_reference_values():
+    d, g = losses.discriminator_loss, losses.generator_loss
+    assert d("hinge", entries(2), entries(-2)).item() == 0 and d("hinge", entries(0), entries(0)).item() == 1
+    assert d("non_saturating", entries(0), entries(0)).item() == pytest.approx(1.386294, abs=1e-6)
+    assert d("relativistic", entries(0), entries(0)).item() == pytest.approx(0.693147, abs=1e-6)
+    assert g("hinge", entries(2)).item() == -2
+    assert g("non_saturating", entries(0)).item() == pytest.approx(math.log(2))
+    assert g("relativistic", entries(1), entries(3)).item() == pytest.approx(math.log(1 + math.exp(2)))
+    weights = [torch.tensor([0.0]), torch.tensor([1.0])]
+    assert g("hinge", entries(5, 2), weights=weights).item() == -2  # the first head is left out
+    sizes = [torch.full((1, 1, 256), 1.0), torch.full((1, 1, 16), 3.0)]
+    assert losses.score(sizes).item() == 2  # heads count alike
+
+
+def test_u10_approximate_r1_of_a_linear_discriminator():
+    generator = torch.Generator().manual_seed(0)
+    weight, sigma = torch.randn(64, generator=generator), 0.05
+    x = torch.randn(20_000, 64, generator=generator)
+    noise = sigma * torch.randn(20_000, 64, generator=generator)
+    logits = [[(y @ weight)[:, None, None]] for y in (x, x + noise)]
+    assert losses.approximate_r1(*logits).mean().item() == pytest.approx(
+        sigma**2 * weight.square().sum().item(), rel=0.05
+    )
+
+
+def test_u10_the_noised_input_is_perturbed_at_its_own_time():
+    stage = tiny_stage(distill_config("ladd4", adversarial={"r1": {"sigma": 0.5}}))
+    (adversarial,) = [o for o in stage.objectives if isinstance(o, Adversarial)]
+    batch = random_batch(0)
+    parts = {
+        name: rest for name, *rest in adversarial.judged_parts(batch, stage.draft(batch, rng()), rng(8, 1))
+    }
+    (real, tau, text), (perturbed, tau_too, text_too) = parts["real"], parts["perturbed"]
+    assert torch.equal(tau, tau_too) and text is text_too
+    assert (perturbed - real).std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_u11_each_phase_moves_its_own_weights_only():
+    config = distill_config(
+        "ladd4", inputs={"rollout": None}, adversarial={"start": 0, "ramp": 0, "heads": {"width": 32}}
+    )
+    stage = tiny_stage(config)
+    critic, student = stage.phases
+    batch = random_batch(3)
+    loss, _ = critic.loss(critic.net, batch, rng(8, "d"))
+    loss.backward()
+    assert all(p.grad is None for p in student.module.parameters())
+    assert all(p.grad is not None and p.requires_grad for p in critic.module.parameters())
+    critic.module.zero_grad(set_to_none=True)
+    loss, logs = student.loss(student.net, batch, rng(8, "g"))
+    loss.backward()
+    assert all(p.grad is None for p in critic.module.parameters())
+    assert all(p.requires_grad for p in critic.module.parameters())
+    assert all(p.grad is not None for p in student.module.parameters())
+    assert all(p.grad is None for p in stage.shared.teacher.parameters())
+
+
+def test_gradients_taken_at_the_data_are_those_of_the_plain_sum():
+    """The student's gradient equals that of one backward pass through everything."""
+    config = distill_config(
+        "ladd4", inputs={"rollout": None}, heldout=0.0, adversarial={"start": 0, "ramp": 0, "weight": 0.7, "heads": {"width": 32}}
+    )  # fmt: skip
+    stage = tiny_stage(config)
+    student, batch = stage.generator, random_batch(3)
+    loss, logs = student.loss(student.net, batch, rng(8, "g"))
+    loss.backward()
+    ours = [p.grad.clone() for p in student.module.parameters()]
+    student.module.zero_grad(set_to_none=True)
+
+    again, random = random_batch(3), rng(8, "g")
+    draft = stage.draft(again, random, last=True)
+    total = 0
+    for objective in stage.objectives:
+        values, _ = objective.loss(draft, again, random)
+        total = total + objective.weight(3) * values.mean()
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for mine, p in zip(ours, student.module.parameters()):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_one_forward_of_the_student_serves_both_phases():
+    config = distill_config(
+        "ladd4", inputs={"rollout": None}, adversarial={"start": 0, "ramp": 0, "heads": {"width": 32}}
+    )
+    stage, calls = tiny_stage(config), []
+    stage.student.model.register_forward_pre_hook(
+        lambda module, inputs: calls.append(torch.is_grad_enabled())
+    )
+    Loop(stage, 10).step(random_batch(3))
+    assert calls == [True]
+    calls.clear()
+    Loop(stage, 10).step(
+        random_batch(4, alone=False)
+    )  # with accumulation no graph waits: memory of one micro-batch
+    assert calls == [False, True]
+
+
+def test_shared_and_separate_forwards_train_alike():
+    config = distill_config(
+        "ladd4", adversarial={"start": 0, "ramp": 0, "heads": {"width": 32}}, optim={"lr": 1e-3}
+    )
+    stages = [tiny_stage(config) for _ in range(2)]
+    for stage, alone in zip(stages, (True, False)):
+        loop = Loop(stage, 10)
+        for step in range(3):
+            loop.step(random_batch(step, alone=alone))
+    for a, b in zip(stages[0].student.parameters(), stages[1].student.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_u12_misaligned_pairs():
+    others, differ = losses.misaligned(["a", "b", "b", "c"])
+    assert sorted(others) == [0, 1, 2, 3] and all(other != place for place, other in enumerate(others))
+    assert differ == [True, False, True, True]
+    stage = tiny_stage(distill_config("ladd4", adversarial={"misaligned": {"start": 0}}))
+    (adversarial,) = [o for o in stage.objectives if isinstance(o, Adversarial)]
+    batch = random_batch(0, 4, prompts=["a", "b", "b", "c"])
+    parts = {
+        name: rest for name, *rest in adversarial.judged_parts(batch, stage.draft(batch, rng(4)), rng(4, 1))
+    }
+    assert all(len(x) == 4 for x, *_ in parts.values())
+    assert torch.equal(parts["misaligned"][0], parts["real"][0])
+    assert torch.equal(parts["misaligned"][2].tokens, batch.text.tokens[others])
+    sides = {"real": entries(0), "fake": entries(-1), "misaligned": entries(3)}
+    sides = {name: [logits[0].expand(4, 1, 3)] for name, logits in sides.items()}
+    values, _ = adversarial.compare(sides, batch)
+    # hinge: real 1, fake 0, misaligned 4, halved; the pair of equal prompts does not count
+    torch.testing.assert_close(values, torch.tensor([0.5 * 0.5 + 0.5 * 2.5, 0.5, 1.5, 1.5]))
+
+
+def test_u13_the_automatic_weight_balances_the_slopes():
+    config = distill_config(
+        "ladd4",
+        inputs={"rollout": None},
+        adversarial={"start": 20, "ramp": 0, "ratio": 1.0, "heads": {"width": 32}},
+    )
+    stage, ratios, weights = tiny_stage(config), [], []
+    for step in range(24):
+        batch = random_batch(step, 4)
+        loss, logs = stage.loss(stage.student, batch, rng(4, step))
+        if step < 20:
+            assert logs.get("adversarial_weight", torch.zeros(())) == 0
+        if 4 <= step < 20:
+            ratios.append(logs["diffusion_weight"] * logs["diffusion_slope"] / logs["adversarial_slope"])
+        assert ("adversarial_slope" in logs) == (step >= 4)
+        if step >= 20:
+            weights.append(logs["adversarial_weight"].item())
+    median = torch.stack(ratios).median().item()
+    assert weights == [pytest.approx(median, rel=1e-5)] * 4
+    # The same batch at every measurement: the ratio of the weighted slopes is 1.
+    slopes = {"diffusion": torch.randn(4, 3, 2, 2), "adversarial": 7 * torch.randn(4, 3, 2, 2)}
+    objectives = {o.name: o for o in stage.objectives}
+    stage.student.ratios.fill_(float("nan"))
+    for step in range(4, 21):
+        weighted = stage.balance(
+            {
+                n: (o, 1.0 if n == "diffusion" else o.weight(step), torch.zeros(()), slopes[n])
+                for n, o in objectives.items()
+            },
+            step,
+        )
+        norms = {name: (weight * slope).norm().item() for name, weight, _, slope in weighted}
+    assert norms["adversarial"] == pytest.approx(norms["diffusion"], rel=0.01)
+
+
+def test_the_automatic_weight_falls_back_until_it_is_measured():
+    stage = tiny_stage(distill_config("ladd4", adversarial={"start": 0, "ramp": 0, "fallback": 0.25}))
+    (adversarial,) = [o for o in stage.objectives if o.balanced]
+    terms = {"adversarial": (adversarial, 1.0, torch.zeros(()), torch.ones(2))}
+    assert [float(weight) for _, weight, *_ in stage.balance(terms, 100)] == [0.25]
+
+
+def test_heldout_prompts_are_watched_and_not_trained_on():
+    config = distill_config(
+        "nitro1", heldout=0.5, adversarial={"start": 0, "ramp": 0, "heads": {"width": 32}}
+    )
+    stage = tiny_stage(config)
+    prompts = [f"prompt {number}" for number in range(8)]
+    keep = stage.shared.training(random_batch(0, prompts=prompts))
+    assert 0 < keep.sum() < 8
+    assert torch.equal(keep, stage.shared.training(random_batch(7, prompts=prompts)))
+    results = []
+    for changed in (False, True):
+        batch = random_batch(0, prompts=prompts)
+        if changed:
+            batch.latents[keep == 0] *= 3
+        loss, logs = stage.loss(stage.student, batch, rng())
+        results.append(loss.item())
+        critic = stage.phases[0]
+        value, logs = critic.loss(critic.net, batch, rng())
+        assert logs["gap_heldout"][1] == (keep == 0).sum() and logs["gap"][1] == keep.sum()
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+# ---- the pool
+
+
+def pool(seed=0, **options):
+    return HeadPool(2, 32, PoolConfig(**{"copies": 6, "use": 2, "width": 8, **options}), seed)
+
+
+def pool_features(batch=2):
+
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(batch, 32, size, size, generator=generator) for size in (4, 2)]
+    return Features(maps, torch.zeros(batch, 32), torch.zeros(batch, 32))
+
+
+def test_u17_the_pool_of_the_paper_has_480_heads_and_renews_one_percent():
+    config = PoolConfig()
+    heads = HeadPool(8, 16, PoolConfig(width=4), seed=0)
+    assert sum(len(bank.age) for bank in heads.banks) == 480 == len(config.levels) * 8 * config.copies
+    renewed = [heads.after_step(step, []) for step in range(1000)]
+    assert sum(renewed) / 1000 == pytest.approx(4.8, abs=0.2)
+
+
+def test_u17_renewed_heads_forget_and_others_are_left_alone():
+    heads = pool(refresh=0.0)
+    optimizers = build_optimizers(heads, OptimConfig(lr=1e-2, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0))
+    for step in range(5):
+        before = {name: p.detach().clone() for name, p in heads.named_parameters()}
+        sum(entry.square().mean() for entry in heads(pool_features(), step)).backward()
+        assert all(p.grad is not None for p in heads.parameters())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        heads.after_step(step, optimizers)
+        for (bank, chosen), number in zip(heads.chosen(step), itertools.count()):
+            idle = torch.ones(len(bank.age), dtype=torch.bool)
+            idle[chosen] = False
+            for name, p in bank.named_parameters():
+                old = before[f"banks.{number}.{name}"]
+                assert torch.equal(p[idle], old[idle])
+            assert not torch.equal(bank.enter_weight[chosen], before[f"banks.{number}.enter_weight"][chosen])
+    assert sum(int(bank.age.sum()) for bank in heads.banks) == 5 * 4
+    bank, (optimizer,) = heads.banks[0], optimizers
+    weight, which = bank.enter_weight, torch.zeros(len(bank.age), dtype=torch.bool)
+    which[bank.age.argmax()] = True
+    before, moments = weight.detach().clone(), optimizer.state[weight]["exp_avg_sq"].clone()
+    assert moments[which].abs().sum() > 0
+    heads._renew(bank, which, torch.Generator().manual_seed(1), optimizers)
+    assert not torch.equal(weight[which], before[which]) and torch.equal(weight[~which], before[~which])
+    after = optimizer.state[weight]["exp_avg_sq"]
+    assert after[which].abs().sum() == 0 and torch.equal(after[~which], moments[~which])
+    assert bank.age[which].item() == 0
+    bound = 1 / math.sqrt(32)  # fan in
+    assert weight[which].abs().max() <= bound and weight[which].std() == pytest.approx(
+        bound / math.sqrt(3), rel=0.2
+    )
+
+
+def test_u17_choices_depend_on_seed_and_step_alone():
+    a, b = pool(), pool()
+    for step in range(20):
+        for (_, first), (_, second) in zip(a.chosen(step), b.chosen(step)):
+            assert torch.equal(first, second)
+    a.after_step(3, [])
+    b.after_step(3, [])
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert any(not torch.equal(x, y) for x, y in zip(pool(seed=1).parameters(), b.parameters()))
+    levels = torch.bincount(torch.tensor([a.level(step) for step in range(400)]), minlength=4)
+    assert levels.min() > 60
+
+
+def test_pooled_heads_are_convolutions_and_attention():
+    """Every chosen head against plain layers with its weights."""
+    heads = pool(use=4)
+    features = pool_features()
+    logits = heads(features, 7)
+    for entry, x, (bank, chosen) in zip(
+        logits, [m for m in features.maps for _ in range(2)], heads.chosen(7)
+    ):
+        for slot, number in enumerate(chosen.tolist()):
+            w = {name: p[number] for name, p in bank.named_parameters()}
+            y = nn.functional.layer_norm(x.movedim(1, -1), (32,)).movedim(-1, 1)
+            y = nn.functional.conv2d(y, w["enter_weight"][:, :, None, None], w["enter_bias"])
+            y = nn.functional.leaky_relu(
+                nn.functional.group_norm(y, 8, w["norm_scale"], w["norm_shift"]), 0.2
+            )
+            y = nn.functional.conv2d(y, w["inside_weight"], w["inside_bias"], padding=1)
+            y = nn.functional.group_norm(y, 8, w["norm_inside_scale"], w["norm_inside_shift"])
+            y = nn.functional.leaky_relu(y, 0.2).flatten(2)  # (B, C, n)
+            if bank.whole:
+                attention = torch.softmax(w["query"] @ y / math.sqrt(8), dim=-1)
+                y = (y * attention[:, None]).sum(2) @ w["mlp_weight"].T + w["mlp_bias"]
+                y = nn.functional.leaky_relu(y, 0.2)[..., None]
+            expected = torch.einsum("bcn,c->bn", y, w["logit_weight"]) + w["logit_bias"]
+            torch.testing.assert_close(entry[:, slot], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_young_heads_do_not_teach_the_student():
+    heads = pool()
+    assert all(weights.sum() == 0 for weights in heads.experienced(2))
+    heads.config = PoolConfig(copies=6, use=2, width=8, refresh=0.0)
+    heads.after_step(2, [])
+    assert all(weights.sum() == len(weights) for weights in heads.experienced(2))
+
+
+# ---- guards and the rest
+
+
+def test_guards_stop_a_student_that_drifts_for_long():
+    config = GuardConfig(start=0, patience=40)
+    batch = random_batch(0)
+    draft = lambda data: Draft(batch.noise, torch.ones(8), True, data)  # noqa: E731
+    alarms = torch.zeros(3, dtype=torch.int64)
+    for step in range(100):
+        batch.step, batch.heldout_gap = step, torch.tensor([2.0, 2.0])
+        watch(config, alarms, draft(batch.latents), batch)
+    assert alarms.tolist() == [0, 0, 0]
+    for name, data, gap in (
+        ("std_ratio", 1.2 * batch.latents, 1.0),
+        ("mean_drift", batch.latents + 0.2, 1.0),
+        ("gap", batch.latents, 9.0),
+    ):
+        alarms.zero_()
+        with pytest.raises(TrainingError, match=f"{name} has been above"):
+            for step in range(100):
+                batch.step, batch.heldout_gap = step, torch.tensor([gap, 1.0])
+                watch(config, alarms, draft(data), batch)
+        assert step == 49
+    alarms.zero_()
+    for step in range(30):  # a break in between starts the count again
+        batch.step = step
+        watch(config, alarms, draft(batch.latents * (1.2 if step != 20 else 1.0)), batch)
+    assert alarms.tolist()[1] == 9
+    batch.heldout_gap = torch.zeros(2)  # no held-out prompt in the batch: neither good nor bad
+    alarms[0] = 5
+    watch(config, alarms, draft(batch.latents), batch)
+    assert alarms[0] == 5
+
+
+def test_frozen_gives_back_what_was_trainable():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].requires_grad_(False)
+    with frozen(module):
+        assert not any(p.requires_grad for p in module.parameters())
+    assert [p.requires_grad for p in module.parameters()] == [True, True, False, False]
