@@ -30,6 +30,7 @@ from nitro_e.stages.distill.adversarial import Adversarial, frozen
 from nitro_e.stages.distill.guards import GuardConfig, watch
 from nitro_e.stages.distill.heads import (
     Backbone,
+    Features,
     FixedHeads,
     Head,
     HeadConfig,
@@ -517,7 +518,6 @@ def pool(seed=0, **options):
 
 
 def pool_features(batch=2):
-
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(batch, 32, size, size, generator=generator) for size in (4, 2)]
     return Features(maps, torch.zeros(batch, 32), torch.zeros(batch, 32))
