@@ -561,9 +561,8 @@ def test_u17_renewed_heads_forget_and_others_are_left_alone():
     assert after[which].abs().sum() == 0 and torch.equal(after[~which], moments[~which])
     assert bank.age[which].item() == 0
     bound = 1 / math.sqrt(32)  # fan in
-    assert weight[which].abs().max() <= bound and weight[which].std() == pytest.approx(
-        bound / math.sqrt(3), rel=0.2
-    )
+    assert weight[which].abs().max() <= bound
+    assert weight[which].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
 
 
 def test_u17_choices_depend_on_seed_and_step_alone():
@@ -592,10 +591,10 @@ def test_pooled_heads_are_convolutions_and_attention():
             y = nn.functional.layer_norm(x.movedim(1, -1), (32,)).movedim(-1, 1)
             y = nn.functional.conv2d(y, w["enter_weight"][:, :, None, None], w["enter_bias"])
             y = nn.functional.leaky_relu(
-                nn.functional.group_norm(y, 8, w["norm_scale"], w["norm_shift"]), 0.2
+                nn.functional.group_norm(y, 1, w["norm_scale"], w["norm_shift"]), 0.2
             )
             y = nn.functional.conv2d(y, w["inside_weight"], w["inside_bias"], padding=1)
-            y = nn.functional.group_norm(y, 8, w["norm_inside_scale"], w["norm_inside_shift"])
+            y = nn.functional.group_norm(y, 1, w["norm_inside_scale"], w["norm_inside_shift"])
             y = nn.functional.leaky_relu(y, 0.2).flatten(2)  # (B, C, n)
             if bank.whole:
                 attention = torch.softmax(w["query"] @ y / math.sqrt(8), dim=-1)

@@ -101,6 +101,11 @@ class HeadConfig:
             raise ConfigError(f"width must be at least 1, got {self.width}")
 
 
+def norm_groups(width: int) -> int:
+    """Groups of a group norm: 32, or fewer so that each has at least 8 channels (fewer values say little)."""
+    return math.gcd(32, max(width // 8, 1))
+
+
 class Head(nn.Module):
     """A map to a logit per position, the condition entering as a projection (arXiv 1802.05637)."""
 
@@ -108,7 +113,7 @@ class Head(nn.Module):
 
     def __init__(self, features: int, config: HeadConfig) -> None:
         super().__init__()
-        width, groups = config.width, math.gcd(32, config.width)
+        width, groups = config.width, norm_groups(config.width)
         self.enter = nn.Conv2d(features, width, 1)
         self.norm = nn.GroupNorm(groups, width)
         self.inside = nn.Conv2d(width, width, 3, padding=1)

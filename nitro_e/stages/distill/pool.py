@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
 from nitro_e.randomness import seed_of
-from nitro_e.stages.distill.heads import Features
+from nitro_e.stages.distill.heads import Features, norm_groups
 from nitro_e.stages.distill.losses import Logits
 
 
@@ -50,7 +50,7 @@ class HeadBank(nn.Module):
 
     def __init__(self, count: int, features: int, width: int, whole: bool) -> None:
         super().__init__()
-        self.whole, self.width, self.groups = whole, width, math.gcd(32, width)
+        self.whole, self.width, self.groups = whole, width, norm_groups(width)
         shapes = {
             "enter_weight": (width, features), "enter_bias": (width,), "norm_scale": (width,), "norm_shift": (width,),
             "inside_weight": (width, width, 3, 3), "inside_bias": (width,),
