@@ -315,6 +315,8 @@ class Engine:
             "failed_saves": self.failed_saves,
             "bad_samples": self._sum(self.stage.bad_samples),
         }
+        if self.ema is not None:
+            values["ema_gap"] = relative_distance(self.ema.ema_model, self.stage.model)
         peak = peak_teraflops(self.accelerator.device)
         if peak is not None:
             values["mfu"] = teraflops / (peak * self.accelerator.num_processes)
@@ -587,6 +589,15 @@ class Window:
         pairs = torch.stack([self.sums[name].to(accelerator.device, torch.float64) for name in names])
         pairs = accelerator.reduce(pairs, "sum").cpu()
         return {name: total / count for name, (total, count) in zip(names, pairs.tolist()) if count}
+
+
+@torch.no_grad()
+def relative_distance(one: nn.Module, other: nn.Module) -> float:
+    """Between the parameters of two modules, as a share of the second's length."""
+    pairs = list(zip(one.parameters(), other.parameters(), strict=True))
+    apart = sum((a - b).double().square().sum() for a, b in pairs)
+    length = sum(b.double().square().sum() for _, b in pairs)
+    return float(_plain(apart / length.clamp(min=1e-30)).sqrt())
 
 
 def _sum_and_count(value: Tensor) -> Tensor:
