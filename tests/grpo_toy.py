@@ -164,7 +164,7 @@ def pretrain(seed: int, steps: int = 800, net: Net | None = None) -> Net:
     return net
 
 
-def train(run: Path, stage_options: dict, net=None, stop=None, seed=1, **options) -> Engine:
+def train(run: Path, stage_options: dict, net=None, stop=None, seed=1, cls=ToyGRPO, **options) -> Engine:
     options = {
         "steps": 8,
         "save_every": 4,
@@ -179,13 +179,8 @@ def train(run: Path, stage_options: dict, net=None, stop=None, seed=1, **options
         run.mkdir(exist_ok=True, parents=True)
     accelerator.wait_for_everyone()
     stage = make_stage(
-        net,
-        accelerator.num_processes,
-        config.accumulate,
-        seed,
-        autocast=accelerator.autocast,
-        **stage_options,
-    )
+        net, accelerator.num_processes, config.accumulate, seed, cls=cls, autocast=accelerator.autocast, **stage_options
+    )  # fmt: skip
     trainer = Engine(config, stage, accelerator, run=run, seed=seed, use={}, record={})
     if stop is not None:  # as if SIGTERM came during step `stop`
         original = trainer.update

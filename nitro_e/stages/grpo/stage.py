@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e import flow
-from nitro_e.config import ConfigError, to_dict
+from nitro_e.config import ConfigError, TrainingError, to_dict
 from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
 from nitro_e.optim import OptimConfig
 from nitro_e.prompts import Prompt, PromptsConfig
@@ -47,6 +48,8 @@ from nitro_e.stages.grpo.rollout import (
     sample_trajectory,
 )
 from nitro_e.stages.grpo.sde import Schedule, Transitions, Window
+
+WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of its pictures unscored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,8 @@ class GRPO:
         self.null = text.encode([""])
         self.forward_flops = forward_flops * self._passes_per_row()
         self.fingerprint = self._fingerprint()
+        # (R, 2) counts so far, after each of the last rollouts: pictures without a score, pictures with one
+        self.unscored: deque[Tensor] = deque(maxlen=WATCHED_ROLLOUTS + 1)
         if not nft:
             steps, kl = self.schedule.trained(), config.algorithm.kl.kind
             self.weights = losses.step_weights(config.algorithm.step_weight, self.schedule.sde, steps).to(
@@ -219,6 +224,7 @@ class GRPO:
             torch.cat([part.log_probs for part in parts], dim=1),
             torch.cat([part.latents for part in parts]),
         )
+        self.check_rewards()
         everything = self.transformed(gather(torch.cat(scores).to(self.device)).cpu())  # (G, K, R)
         advantage = advantages(everything, self.scorer.weights, self.config.advantage)  # (G, K)
         stats = score_statistics(everything, self.scorer.names, self.scorer.weights)
@@ -255,6 +261,21 @@ class GRPO:
                 lambda x, t: guided_velocity(drawing, x, t, text, self.null, scale).velocity,
                 x, self.schedule, window, rng.normal,
             )  # fmt: skip
+
+    def check_rewards(self) -> None:
+        """TrainingError where too many pictures of the last rollouts got no score; every process must call it."""
+        counts = [[tally.unscored, tally.scored] for tally in self.scorer.tally.values()]
+        total = gather(torch.tensor([counts], device=self.device)).sum(dim=0).cpu()  # (R, 2)
+        self.unscored.append(total)
+        if len(self.unscored) <= WATCHED_ROLLOUTS:
+            return
+        recent = total - self.unscored[0]
+        for name, (missing, scored) in zip(self.scorer.names, recent.tolist()):
+            if missing > MAX_UNSCORED * (missing + scored):
+                raise TrainingError(
+                    f"reward '{name}' gave no score for {missing:.0f} of {missing + scored:.0f} pictures of the last "
+                    f"{WATCHED_ROLLOUTS} rollouts; mend it, then run the same command again"
+                )
 
     def transformed(self, values: Tensor) -> Tensor:
         """Scores of all slots (G K, R) -> (G, K, R), after the transforms of their rewards."""

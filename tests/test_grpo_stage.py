@@ -1,0 +1,380 @@
+"""The GRPO stage: exact ratios, who draws what, accumulation, resume, averages, failing rewards, two processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpo_toy as toy
+import pytest
+import torch
+from grpo_toy import merged
+
+from nitro_e import checkpoint, metrics
+from nitro_e.config import ConfigError, TrainingError
+from nitro_e.randomness import SlotRandom
+from nitro_e.stages.grpo.groups import Layout, group_prompts
+
+ROOT = Path(__file__).parent.parent
+NFT = {"kind": "nft", "times": 4}
+BRANCHES = [{}, {"rollout": {"guidance_scale": 1.0}}, {"cfg_grad": "cond"}, {"algorithm": NFT}]
+
+
+def micro_batches(stage, count, step=0, rank=0, world=1, accumulate=1):
+    stream = stage.batches(step, rank, world, accumulate)
+    return [next(stream) for _ in range(count)]
+
+
+def rng_for(stage, micro=0):
+    return SlotRandom("test", first=micro * stage.batch_size, count=stage.batch_size)
+
+
+def loss_of(stage, rows, micro=0):
+    return stage.phases[0].loss(stage.policy, rows, rng_for(stage, micro))
+
+
+def gradient(stage, batches):
+    """Of the update over these micro-batches, as the engine adds it up."""
+    stage.policy.zero_grad()
+    for micro, rows in enumerate(batches):
+        (loss_of(stage, rows, micro)[0] / len(batches)).backward()
+    return torch.cat([p.grad.flatten() for p in trained(stage)])
+
+
+def trained(stage):
+    return [p for p in stage.policy.parameters() if p.requires_grad]
+
+
+# ---- ratios
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_grad": "cond"}, {"rollout": {"sde": {"kind": "ancestral"}}}])
+def test_ratio_is_one_before_the_first_update_and_in_every_update_without_one(options):
+    stage = toy.make_stage(updates=4, accumulate=2, **options)
+    for number, rows in enumerate(micro_batches(stage, 8, accumulate=2)):
+        assert (rows.old is None) == (number < 2)  # the first update needs nothing to compare with
+        logs = loss_of(stage, rows, number)[1]
+        assert logs["ratio"] == 1 and logs["ratio_error"] == 0 and logs["delta"] == 0
+        assert logs["clip_low"] == logs["clip_high"] == logs["kl_old"] == 0
+        assert logs["rollout_gap"] <= 1e-6  # drawn in another batch shape
+
+
+def test_ratio_moves_after_an_update_and_the_clip_bites():
+    stage = toy.make_stage(updates=2, algorithm={"kind": "clipped", "clip_low": 1e-4, "clip_high": 2e-4})
+    first, second = micro_batches(stage, 2)
+    direction = gradient(stage, [first])
+    with torch.no_grad():
+        for parameter in stage.policy.parameters():
+            if parameter.requires_grad:
+                count = parameter.numel()
+                parameter -= 3.0 * direction[:count].view_as(parameter)
+                direction = direction[count:]
+    loss, logs = loss_of(stage, second)
+    assert logs["ratio_error"] > 1e-5 and logs["delta"] > 0
+    assert 0 < logs["clip_low"] + logs["clip_high"] < 1
+    assert logs["kl_old"].item() == pytest.approx(
+        sum(float(pair[0]) for name, pair in logs.items() if name.startswith("kl_old/")) / stage.batch_size
+    )
+
+
+def test_first_update_is_reinforce_on_the_drawn_pictures():
+    """The stage's own loss, differentiated, against scores written out with torch.distributions."""
+    stage = toy.make_stage(updates=1, algorithm={"kind": "clipped", "kl": {"beta": 0.0}})
+    (rows,) = micro_batches(stage, 1)
+    ours = gradient(stage, [rows])
+    table = stage.schedule.sde
+    null = toy.OneHot().encode([""] * len(rows.x))
+    velocity = 2 * stage.model(rows.x, table.t[rows.step], rows.text) - stage.model(
+        rows.x, table.t[rows.step], null
+    )
+    shape = (-1, 1, 1, 1)
+    mean = table.x_coef[rows.step].view(shape) * rows.x + table.v_coef[rows.step].view(shape) * velocity
+    density = torch.distributions.Normal(mean, table.std[rows.step].view(shape)).log_prob(rows.x_next)
+    expected = -(rows.advantage * density.flatten(1).sum(dim=1)).mean() / toy.DIM
+    stage.policy.zero_grad()
+    expected.backward()
+    reference = torch.cat([p.grad.flatten() for p in trained(stage)])
+    assert torch.allclose(ours, reference, rtol=1e-4, atol=1e-7)
+
+
+def test_kl_is_zero_at_the_start_and_its_gradient_pulls_back():
+    options = {
+        "updates": 1,
+        "algorithm": {"kind": "clipped", "kl": {"kind": "gaussian", "beta": 100.0}},
+    }
+    stage = toy.make_stage(**options)
+    (rows,) = micro_batches(stage, 1)
+    assert loss_of(stage, rows)[1]["kl"] == 0 and loss_of(stage, rows)[1]["null_drift"] == 0
+    with torch.no_grad():
+        stage.model.out.weight += 0.01
+    rows.advantage.zero_()  # the objective is silent: the KL alone
+    loss, logs = loss_of(stage, rows)
+    expected = 100 * (stage.schedule.sde.gaussian_kl[rows.step] * kl_of_rows(stage, rows)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and logs["null_drift"] > 0
+    weight = stage.model.out.weight
+    (analytic,) = torch.autograd.grad(loss, weight)
+    step, index, values = 1e-3, (3, 5), []
+    for shift in (step, -2 * step):
+        with torch.no_grad():
+            weight[index] += shift
+        values.append(loss_of(stage, rows)[0].item())
+    assert analytic[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=5e-3)
+
+
+def kl_of_rows(stage, rows):
+    with torch.no_grad():
+        t = stage.sde.t[rows.step]
+        null = toy.OneHot().encode([""] * len(rows.x))
+        velocities = [
+            2 * net(rows.x, t, rows.text) - net(rows.x, t, null)
+            for net in (stage.model, stage.policy.reference)
+        ]
+    return (velocities[0] - velocities[1]).square().flatten(1).mean(dim=1)
+
+
+def test_no_reference_is_kept_without_a_kl():
+    assert toy.make_stage(algorithm={"kind": "clipped", "kl": {"beta": 0.0}}).policy.reference is None
+
+
+# ---- who draws what
+
+
+def test_groups_go_through_all_prompts_before_any_comes_again():
+    drawn = [number for rollout in range(21) for number in group_prompts(3, rollout, 10, 70)]
+    assert all(sorted(drawn[i : i + 70]) == list(range(70)) for i in (0, 70, 140))
+    assert drawn[:70] != drawn[70:140]
+    assert group_prompts(3, 5, 10, 70) == drawn[50:60]  # needs no history
+    assert group_prompts(4, 0, 10, 70) != drawn[:10]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_update_gets_the_same_share_of_every_group(world):
+    layout = Layout(groups=4, group_size=6, updates=3, world=world, accumulate=1, steps=2)
+    slots = [slot for rank in range(world) for slot in layout.slots(rank)]
+    assert slots == list(range(24))
+    for update in range(3):
+        pairs = []
+        for rank in range(world):
+            pictures, steps = layout.rows(update)
+            pairs += [
+                (layout.slots(rank)[p], s) for p, s in zip(pictures.tolist(), steps.tolist(), strict=True)
+            ]
+        assert pairs == [(slot, s) for slot in range(24) if slot % 3 == update for s in (0, 1)]
+        assert [sum(slot // 6 == group for slot, _ in pairs) for group in range(4)] == [4] * 4
+
+
+class Threads:
+    """Processes as threads: `gather` brings together what all of them give."""
+
+    def __init__(self, world):
+        self.world, self.barrier, self.rank = world, threading.Barrier(world), threading.local()
+        self.given = [None] * world
+
+    def gather(self, tensor):
+        self.given[self.rank.value] = tensor
+        self.barrier.wait(30)
+        everything = torch.cat(self.given)
+        self.barrier.wait(30)
+        return everything
+
+    def run(self, work):
+        """[work(0), work(1), ...]"""
+
+        def one(rank):
+            self.rank.value = rank
+            try:
+                return work(rank)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(one, range(self.world)))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("options", BRANCHES)
+def test_pictures_advantages_and_gradients_do_not_depend_on_processes(options, world, monkeypatch):
+    """With 4 processes the groups are spread, with 2 each has its own."""
+    options = {"groups": 2, "group_size": 4, **options}
+    one = toy.make_stage(**options)
+    whole = micro_batches(one, 2)
+    expected = [gradient(one, [rows]) for rows in whole]
+    threads = Threads(world)
+    monkeypatch.setattr("nitro_e.stages.grpo.stage.gather", threads.gather)
+    stages = [toy.make_stage(world=world, **options) for _ in range(world)]
+    streams = threads.run(lambda rank: micro_batches(stages[rank], 2, rank=rank, world=world))
+    for update in range(2):
+        rows = [stream[update] for stream in streams]
+        for name in ("latents", "advantage"):
+            ours = torch.cat([getattr(r, name) for r in rows])
+            assert torch.allclose(ours, getattr(whole[update], name), atol=1e-5), name
+        gradients = []
+        for rank, stage in enumerate(stages):
+            stage.policy.zero_grad()
+            loss_of(stage, rows[rank], rank)[0].backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in trained(stage)]))
+        assert torch.allclose(sum(gradients) / world, expected[update], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", BRANCHES)
+def test_gradient_does_not_depend_on_micro_batches_nor_rollout_batches(options):
+    stages = [
+        toy.make_stage(accumulate=1, **options),
+        toy.make_stage(accumulate=4, **merged(options, {"rollout": {"batch_size": 5}})),
+    ]
+    whole, parts = micro_batches(stages[0], 2), micro_batches(stages[1], 8, accumulate=4)
+    for update in range(2):
+        ours = gradient(stages[1], parts[4 * update : 4 * update + 4])
+        assert torch.allclose(ours, gradient(stages[0], [whole[update]]), rtol=1e-4, atol=1e-6)
+
+
+def test_pictures_of_a_group_differ_and_rollouts_do_too():
+    stage = toy.make_stage(updates=1)
+    first, second = micro_batches(stage, 2)
+    flat = torch.cat([first.latents[::3], second.latents[::3]]).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == 2 * 32
+    assert torch.equal(micro_batches(stage, 1, step=1)[0].latents, second.latents)  # needs no history
+
+
+def test_shared_noise_starts_a_group_from_one_point():
+    stage = toy.make_stage(updates=1, rollout={"shared_noise": True, "window": {"size": 3, "start": 0}})
+    (rows,) = micro_batches(stage, 1)
+    starts = rows.x[::3].flatten(1)  # of step 0
+    assert (
+        len(torch.unique(starts, dim=0)) == 4 and len(torch.unique(rows.latents[::3].flatten(1), dim=0)) == 32
+    )
+
+
+# ---- on the engine
+
+
+def numbers(run):
+    keep = ("loss", "grad_norm", "kl", "reward/signs", "ratio_error")
+    return {row["step"]: {name: row[name] for name in keep if name in row} for row in metrics.read(run)}
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": NFT}])
+def test_resume_continues_exactly_and_never_inside_a_rollout(options, tmp_path):
+    toy.train(tmp_path / "clean", options)
+    stopped = toy.train(tmp_path / "run", options, stop=3)
+    assert stopped.step == 4  # asked in the third update, it ended with the rollout
+    toy.train(tmp_path / "run", options)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "clean")
+    assert len(numbers(tmp_path / "run")) == 8
+    states = [
+        torch.load(checkpoint.folder_of(tmp_path / name, 8) / "trainer" / f"{part}.pt", weights_only=True)
+        for name in ("clean", "run")
+        for part in ("policy", "ema")
+    ]
+    for part in (0, 1):
+        ours, theirs = (states[part + index]["module"] for index in (2, 0))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ConfigError, match="another experiment"):
+        toy.train(tmp_path / "run", {**options, "group_size": 4}, steps=12)
+    stage = toy.make_stage(**options)
+    with pytest.raises(ConfigError, match="middle of a rollout"):
+        next(stage.batches(3, 0, 1, 1))
+
+
+def test_average_is_updated_once_per_update(tmp_path):
+    """The average after n steps, from the weights of every step."""
+    weights = []
+    original = toy.ToyGRPO.batches
+
+    class Watching(toy.ToyGRPO):
+        def batches(self, *arguments):
+            for rows in original(self, *arguments):
+                weights.append(self.model.out.weight.detach().clone())
+                yield rows
+
+    trainer = toy.train(tmp_path / "run", {}, accumulate=2, cls=Watching)
+    expected = weights[0].clone()
+    for step in range(1, 8):
+        expected = 0.9 * expected + 0.1 * weights[2 * step]
+    expected = 0.9 * expected + 0.1 * trainer.stage.model.out.weight.detach()
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.allclose(trainer.ema.ema_model.out.weight, expected, atol=1e-6)
+    first = checkpoint.folder_of(tmp_path / "run", 8)
+    assert (first / "model").is_dir() and (first / "ema").is_dir()
+
+
+def test_lr_zero_stays_where_it_is(tmp_path):
+    trainer = toy.train(tmp_path / "run", {"optim": {"lr": 0.0}, "updates": 4})
+    assert all(row["ratio_error"] == 0 and row["kl"] == 0 for row in metrics.read(tmp_path / "run"))
+    for name, parameter in toy.make_net().named_parameters():
+        assert torch.equal(parameter, trainer.stage.model.get_parameter(name))
+
+
+def test_metrics(tmp_path):
+    """Everything that should be watched is there."""
+    rewards = [
+        {"name": "grpo_toy:signs", "label": "signs"},
+        {"name": "grpo_toy:brightness", "label": "held out", "weight": 0},
+    ]
+    toy.train(tmp_path / "run", {"rewards": rewards}, steps=2, save_every=2)
+    first, second = metrics.read(tmp_path / "run")
+    for reward in ("signs", "held out"):
+        for part in ("", "/std", "/within_std", "/invalid"):
+            assert math.isfinite(first[f"reward/{reward}{part}"])
+    for name in (
+        "zero_std_ratio", "advantage", "diversity", "rollout_gap", "ratio/step2", "ratio_error/step0", "delta/step1",
+        "kl/step2", "kl_old/step0", "clip_low", "clip_high", "null_drift", "grad_norm", "lr", "ema_gap", "data_wait",
+        "seconds/draw", "seconds/decode", "seconds/reward", "window", "rollout",
+    ):  # fmt: skip
+        assert math.isfinite(first[name]), name
+    assert "reward/signs" not in second and second["ratio_error"] > 0
+
+
+# ---- rewards that fail
+
+
+def test_pictures_without_a_score_teach_nothing_and_are_never_zero():
+    stage = toy.make_stage(rewards=[{"name": "grpo_toy:moody", "label": "moody"}], updates=1)
+    (rows,) = micro_batches(stage, 1)
+    pictures = toy.Identity().decode(rows.latents[::3]).flatten(1)
+    scored = pictures[:, 0] >= 0
+    advantage = rows.advantage[::3]
+    assert 0 < scored.sum() < 32 and (advantage[~scored] == 0).all() and (advantage[scored] != 0).any()
+    assert rows.stats["reward/moody/invalid"].item() == pytest.approx((~scored).float().mean().item())
+    mean = toy.brightness(pictures, None, None)[scored].mean().item()
+    assert rows.stats["reward/moody"].item() == pytest.approx(mean, abs=1e-4)
+    logs = loss_of(stage, rows)[1]
+    assert logs["kl"] == 0  # all rows count, for the KL
+
+
+def test_a_broken_reward_ends_the_run_with_a_reason(tmp_path):
+    rewards = [{"name": "grpo_toy:broken", "label": "server", "batch_size": 32}]
+    with pytest.raises(TrainingError, match="server.*is down"):
+        toy.train(tmp_path / "run", {"rewards": rewards})
+    assert json.loads((tmp_path / "run" / "STATUS.json").read_text())["state"] == "failed"
+    rewards = [
+        {"name": "grpo_toy:moody", "label": "moody"}
+    ]  # scores half: too many are missing, though never all
+    with pytest.raises(TrainingError, match="moody"):
+        toy.train(tmp_path / "other", {"rewards": rewards, "updates": 1}, steps=30)
+
+
+# ---- two processes
+
+
+def test_two_processes_give_the_run_of_one(tmp_path):
+    stage = {"groups": 3, "group_size": 4}
+    toy.train(tmp_path / "one", stage, steps=4)
+    script, environment = ROOT / "tests" / "grpo_toy.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    options = json.dumps({"steps": 4, "stage": stage})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+         str(tmp_path / "two"), options],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (numbers(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 4
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-7), step
