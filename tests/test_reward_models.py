@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_rewards
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nitro_e import clip as clip_module
 from nitro_e.clip import MEAN, STD, fit_long_side, fit_short_side, load_clip
@@ -103,8 +108,6 @@ def features(model, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.T
 
 def tokens_of(folder, prompts) -> torch.Tensor:
     """(B, 77) written out: letters, the last of each word marked, between begin and end, padded with the end."""
-    import json
-
     vocabulary = json.loads((folder / "vocab.json").read_text())
     rows = []
     for prompt in prompts:
@@ -151,9 +154,9 @@ def test_hps_reads_quotes_as_open_clip(folder, monkeypatch):
     seen = []
     encode = CLIP.text_features
     monkeypatch.setattr(CLIP, "text_features", lambda self, texts: seen.extend(texts) or encode(self, texts))
-    prompts = ["a cat’s “hat”", "a", "a cat's \"hat\"", "b"]
+    prompts = ["a cat’s “hat”", "a", 'a cat\'s "hat"', "b"]
     values = score(at(folder, "hpsv2.1"), pictures(1).expand(4, -1, -1, -1), prompts)
-    assert seen == ["a cat's \"hat\"", "a", "b"] and values[0] == values[2]
+    assert seen == ['a cat\'s "hat"', "a", "b"] and values[0] == values[2]
 
 
 def test_hps_from_a_folder_in_transformers_format(folder):
@@ -301,6 +304,70 @@ def test_selection_is_mmdetections():
 @pytest.fixture(scope="module")
 def tiny_detector(folder) -> Detector:
     return detector_module.load_detector(str(folder / "detector"))
+
+
+REFERENCE = Path(__file__).parent / "data" / "mask2former_mmdet_tiny.safetensors"  # made with mmdet 3.3.0
+
+
+def old_names(key: str) -> str:
+    """mmdetection 3's -> 2's."""
+    key = re.sub(r"(pixel_decoder\.encoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.0.", key)
+    key = re.sub(r"(transformer_decoder\.layers\.\d+)\.cross_attn\.", r"\1.attentions.0.", key)
+    key = re.sub(r"(transformer_decoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.1.", key)
+    return re.sub(r"^(panoptic_head.*)\.ffn\.", r"\1.ffns.0.", key)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", [2, 3])
+def test_openmmlabs_weights_give_mmdetections_results(tmp_path, monkeypatch, version):
+    """T15 without the real weights: logits and objects of mmdetection's own model and post-processing."""
+    reference = load_file(REFERENCE)
+    state = {key[6:]: value for key, value in reference.items() if key.startswith("state.")}
+    if version == 2:
+        state = {old_names(key): value for key, value in state.items()}
+    file = tmp_path / f"mask2former_swin-tiny-{version}.pth"
+    torch.save({"meta": {"epoch": 50, "CLASSES": ("person", "bicycle")}, "state_dict": state}, file)
+    monkeypatch.setattr(detector_module, "SHORT_SIDE", 100)
+    detector = detector_module.load_detector(str(tmp_path))
+    assert detector.source == file.stem
+    images, size = detector.prepare(reference["pixels"])
+    assert size == (100, 125) and images.shape == (1, 3, 128, 128)
+    output = detector.model(pixel_values=images)
+    torch.testing.assert_close(output.class_queries_logits, reference["classes"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.masks_queries_logits, reference["masks"], atol=1e-4, rtol=0)
+
+    detector.min_score = 0.05
+    (found,) = detector(reference["pixels"])
+    num = int((reference["scores"] > 0.05).sum())
+    regions = np.unpackbits(reference["regions"].numpy()).reshape(-1, 60, 75).astype(bool)
+    assert len(found) == num > 20
+    for i, (thing, mask) in enumerate(found):
+        assert thing.score == pytest.approx(reference["scores"][i].item(), abs=1e-5)
+        assert thing.name == CLASSES[reference["labels"][i]]
+        assert list(thing.box) == reference["boxes"][i].tolist()
+        assert np.array_equal(mask.numpy(), regions[i])
+
+
+def test_weights_that_are_no_detector(tmp_path, folder):
+    torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "mask2former_swin-s.pth")
+    config = {"name": "geneval", "path": str(tmp_path), "options": {"clip": str(folder / "clip")}}
+    with pytest.raises(ConfigError, match="geneval's detector: cannot load from folder"):
+        build_rewards([from_dict(RewardConfig, config)]).load()
+    with pytest.raises(ConfigError, match="geneval's detector: cannot load from folder"):
+        build_rewards([from_dict(RewardConfig, config | {"path": str(folder / "clip")})]).load()
+
+
+def test_detector_without_what_is_not_used(folder, tmp_path):
+    """Files of older transformers lack a norm that newer ones have and do not use."""
+    weights = load_file(folder / "detector" / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if ".swin.layernorm." not in key}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "detector" / "config.json").read_text())
+    detector_module.load_detector(str(tmp_path))
+    del kept["class_predictor.bias"]
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights are missing"):
+        detector_module.load_detector(str(tmp_path))
 
 
 def test_detector_input(tiny_detector):

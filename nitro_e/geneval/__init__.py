@@ -4,5 +4,6 @@ requests   what a prompt asks for, its wording and its metadata
 prompts    the 553 test prompts; training prompts that ask for none of the same pictures
 rules      detections to verdicts, pure Python
 detector   pixels to objects and masks: Mask2Former
+openmmlab  the benchmark's own weights for it
 judge      detector, confidence and colors together
 """

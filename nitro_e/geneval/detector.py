@@ -5,12 +5,14 @@ the best 100 of queries x classes; masks upsampled to the network's input, cropp
 0; score = class probability x mean mask probability inside the mask; boxes tight, right and bottom edges exclusive.
 Overlapping objects stay. Float32 only: in less precision it finds next to nothing.
 
-The default weights are Meta's, of the same architecture and data as GenEval's own (mmdetection's training), but
-calibrated differently, so .9 for counting is not quite the same threshold: print `source` beside every score.
+GenEval's own weights are OpenMMLab's (`openmmlab`), which have no hub repository. The default ones are Meta's, of the
+same architecture and data but calibrated differently, so .9 for counting is not quite the same threshold: print `source`
+beside every score.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
+from nitro_e.geneval import openmmlab
 from nitro_e.geneval.requests import CLASSES
 from nitro_e.geneval.rules import MIN_SCORE, Detection
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # of the network's input
 MAX_CANDIDATES = 100
+UNUSED = (
+    r"^criterion\.|\.swin\.layernorm\."  # of the loss; a norm that transformers has and does not use here
+)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
@@ -102,12 +108,22 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
 
 
 def load_detector(source: str, revision: str | None = None) -> Detector:
-    """From a hub id or folder; ConfigError if the classes are not COCO's."""
-    from transformers import Mask2FormerForUniversalSegmentation
+    """From a hub id, or from a folder of transformers' format or with OpenMMLab's checkpoint."""
+    from transformers import Mask2FormerForUniversalSegmentation, logging
 
-    model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
-        source, revision=revision, use_safetensors=True, output_loading_info=True
-    )
-    if report["missing_keys"]:
-        raise ValueError(f"it is no Mask2Former: {len(report['missing_keys'])} weights are missing")
-    return Detector(model, source)
+    file = openmmlab.find(source)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports what is checked below
+    try:
+        if file is not None:
+            model, report = openmmlab.load(file)
+        else:
+            model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+                source, revision=revision, use_safetensors=True, output_loading_info=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = [key for key in report["missing_keys"] if not re.search(UNUSED, key)]
+    if missing or report["mismatched_keys"]:
+        raise ValueError(f"it is no Mask2Former: {len(missing)} weights are missing")
+    return Detector(model, file.stem if file is not None else source)
