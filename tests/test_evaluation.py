@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_rewards
 import torch
 from PIL import Image
 from test_report import Page, assert_self_contained
@@ -438,3 +439,55 @@ def test_wrong_evaluation_sections(change, message):
     section = {"prompts": "shapes-heldout", "rewards": ["shapes"], **change}
     with pytest.raises(ConfigError, match=message):
         from_dict(EvaluationConfig, section, "evaluation")
+
+
+# --- other benchmarks
+
+
+@reward
+def darkness(pixels, prompts, info, *, scale: float = 1.0):
+    """How dark a picture is, in any unit."""
+    return -scale * pixels.mean(dim=(1, 2, 3))
+
+
+def test_a_file_of_prompts_with_any_reward(tmp_path, capsys):
+    model, prompts = tiny_model(tmp_path / "model"), tmp_path / "mine.txt"
+    prompts.write_text("a red cat\na blue dog\n")
+    command = [str(prompts), str(model), "--reward", f"{__name__}:darkness", "--per-prompt", "3"]
+    out = tmp_path / "out"
+    assert tool.main([*command, "--reward-option", "scale=100", "--out", str(out)]) == 0
+    assert "all" in capsys.readouterr().out
+    record = json.loads((out / "results.json").read_text())["results"][0]
+    pixels = {
+        path.name: -100 * (np.asarray(Image.open(path)).astype(float) / 127.5 - 1).mean()
+        for path in out.rglob("*.png")
+    }
+    means = [
+        np.mean([value for name, value in pixels.items() if name.startswith(f"0000{i}")]) for i in (0, 1)
+    ]
+    found = record["scores"][f"{__name__}:darkness"]["overall"]
+    assert (
+        len(pixels) == 6 and found["value"] == pytest.approx(np.mean(means), rel=1e-4) and found["num"] == 2
+    )
+    half = 1.96 * np.std(means, ddof=1) / 2**0.5
+    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-3)
+    assert tool.main(command[:2]) == 2 and "--reward NAME" in capsys.readouterr().err
+    assert tool.main([*command, "--reward-option", "scale"]) == 2 and "KEY=VALUE" in capsys.readouterr().err
+    assert (
+        tool.main(["shapes", str(model), "--reward", "hpsv2.1"]) == 2
+        and "own judge" in capsys.readouterr().err
+    )
+
+
+def test_geneval_by_its_own_judge(tmp_path, capsys):
+    """Random weights: nothing is right, but all of it runs; the pictures are kept and the verdicts GenEval's."""
+    tiny_rewards.save_mask2former(tmp_path / "detector")
+    tiny_rewards.save_clip(tmp_path / "clip")
+    out, model = tmp_path / "out", tiny_model(tmp_path / "model")
+    command = ["geneval", str(model), "--num", "3", "--per-prompt", "2", "--out", str(out)]
+    weights = ["--reward-path", str(tmp_path / "detector"), "--reward-option", f"clip={tmp_path / 'clip'}"]
+    assert tool.main([*command, *weights]) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["results"][0]["pictures"] == 6 and record["prompts"] == 3
+    assert record["results"][0]["scores"]["GenEval"]["overall"]["num"] == 3
+    assert len(list(out.rglob("*.png"))) == 6

@@ -3,6 +3,8 @@
     python tools/evaluate.py shapes runs/mine                          600 held-out prompts of the offline domain
     python tools/evaluate.py shapes runs/mine --guidance 1 2 3 --steps 4 20      a row per combination
     python tools/evaluate.py shapes runs/mine --against runs/other     paired: the same prompts and noise
+    python tools/evaluate.py geneval nitro-e-512                       GenEval, with the detector from its hub
+    python tools/evaluate.py mine.txt runs/mine --reward hpsv2.1       your prompts, any rewards
 
 Prints a table and writes OUT/results.json and OUT/report.html, with pictures and what the judge saw. Pictures and
 verdicts are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
@@ -26,7 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", help="shapes")
+    parser.add_argument("benchmark", help="shapes, geneval, or a file of prompts (.txt, .jsonl)")
     parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
     parser.add_argument("--against", metavar="CHECKPOINT", help="another one to compare with, pair by pair")
     parser.add_argument("--num", type=int, help="prompts (default: the benchmark's)")
@@ -40,6 +42,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
     parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
+    parser.add_argument("--reward", action="append", default=[], help="for a file of prompts; several times")
+    parser.add_argument(
+        "--reward-path", metavar="FOLDER", help="the judge's weights, a local folder or hub id"
+    )
+    parser.add_argument("--reward-option", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rejudge", action="store_true", help="judge again what was judged before")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: outputs/evaluate/BENCHMARK-CHECKPOINT"
@@ -51,10 +58,12 @@ def command(options: argparse.Namespace) -> None:
     from nitro_e.evaluation.benchmarks import benchmark
     from nitro_e.evaluation.evaluate import Options, default_device, evaluate, tell
 
-    chosen = benchmark(options.benchmark, options.num, options.per_prompt)
+    chosen = benchmark(
+        options.benchmark, options.num, options.per_prompt, options.reward, options.reward_path, options.reward_option
+    )  # fmt: skip
     grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
     sources = [options.checkpoint] + ([options.against] if options.against else [])
-    name = f"{options.benchmark}-{Path(options.checkpoint).name}"
+    name = f"{chosen.name}-{Path(options.checkpoint).name}"
     out = options.out or Path("outputs/evaluate") / name
     evaluation = evaluate(
         chosen, sources, {key: values for key, values in grid.items() if values},

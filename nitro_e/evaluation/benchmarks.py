@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import yaml
 from torch import Tensor
 
 from nitro_e.config import ConfigError, did_you_mean
@@ -38,18 +40,54 @@ BENCHMARKS = {
         rewards=(_shapes_score("strict", "strict"), _shapes_score("geneval", "GenEval")),
         see=find_objects,
     ),
+    "geneval": Benchmark(
+        name="geneval",
+        prompts=PromptsConfig(source="geneval"),
+        per_prompt=4,
+        rewards=(RewardConfig(name="geneval", label="GenEval", options={"mode": "official"}),),
+    ),
 }
 
 
-def benchmark(name: str, num: int | None = None, per_prompt: int | None = None) -> Benchmark:
-    """One of BENCHMARKS; `num` prompts and `per_prompt` pictures of each instead of its own numbers."""
-    if name not in BENCHMARKS:
-        raise ConfigError(f"unknown benchmark '{name}'" + did_you_mean(name, list(BENCHMARKS)))
+def benchmark(
+    name: str, num: int | None = None, per_prompt: int | None = None, rewards: Sequence[str] = (),
+    path: str | None = None, options: Sequence[str] = (),
+) -> Benchmark:  # fmt: skip
+    """One of BENCHMARKS, or a file of prompts with rewards by name.
+
+    num, per_prompt: prompts, and pictures of each, instead of the benchmark's; path: of the weights that judge;
+    options: "key=value" of every reward.
+    """
     if per_prompt is not None and per_prompt < 1:
         raise ConfigError(f"--per-prompt must be at least 1, got {per_prompt}")
-    found = BENCHMARKS[name]
-    prompts = found.prompts if num is None else dataclasses.replace(found.prompts, num=num)
-    return dataclasses.replace(found, prompts=prompts, per_prompt=per_prompt or found.per_prompt)
+    if name in BENCHMARKS:
+        if rewards:
+            raise ConfigError(f"--reward: '{name}' has its own judge; rewards are for files of prompts")
+        found = BENCHMARKS[name]
+    elif Path(name).suffix in (".txt", ".jsonl"):
+        if not rewards:
+            raise ConfigError(f"'{name}' is a file of prompts: name what scores the pictures, --reward NAME")
+        scores = tuple(RewardConfig(name=reward) for reward in rewards)
+        found = Benchmark(name=Path(name).stem, prompts=PromptsConfig(source=name), rewards=scores)
+    else:
+        raise ConfigError(f"unknown benchmark '{name}'" + did_you_mean(name, [*BENCHMARKS, "FILE.jsonl"]))
+    given = dict(map(_option, options))
+    return dataclasses.replace(
+        found,
+        prompts=found.prompts if num is None else dataclasses.replace(found.prompts, num=num),
+        per_prompt=per_prompt or found.per_prompt,
+        rewards=tuple(
+            dataclasses.replace(reward, path=path or reward.path, options={**reward.options, **given})
+            for reward in found.rewards
+        ),
+    )
+
+
+def _option(text: str) -> tuple[str, bool | int | float | str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--reward-option '{text}': expected KEY=VALUE")
+    return key, yaml.safe_load(value)
 
 
 def describe(objects: Sequence[Detection]) -> str:

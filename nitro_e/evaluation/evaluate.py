@@ -223,14 +223,17 @@ def tell(evaluation: Evaluation) -> str:
     parts = []
     for title, head, rows, note in tables(evaluation):
         parts += [title, results.as_text(head, rows), *([note] if note else []), ""]
-    speeds = sorted(result.pictures_per_second for result in evaluation.results)
-    return "\n".join(parts) + f"{facts(evaluation)}; drawn at {speeds[0]:.3g} to {speeds[-1]:.3g} pictures/s"
+    speeds = sorted({f"{result.pictures_per_second:.3g}" for result in evaluation.results}, key=float)
+    return (
+        "\n".join(parts)
+        + f"{facts(evaluation)}; drawn at {' to '.join(speeds[:: max(len(speeds) - 1, 1)])} per second"
+    )
 
 
 def facts(evaluation: Evaluation) -> str:
     benchmark, options = evaluation.benchmark, evaluation.options
     return (
-        f"{benchmark.name}: {len(evaluation.prompts)} prompts, {benchmark.per_prompt} pictures of each, "
+        f"{benchmark.name}: {len(evaluation.prompts)} prompts, pictures of each: {benchmark.per_prompt}, "
         f"seed {options.seed}, {options.precision}"
     )
 
