@@ -1,0 +1,273 @@
+"""Distillation as a run: pairs -> train.py -> sample.py, exact resume, presets, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from distill_tools import Loop, distill_config, random_batch, tiny_stage
+from safetensors.torch import load_file
+
+from nitro_e import checkpoint, metrics
+from nitro_e.components import ComponentConfig, text_shape
+from nitro_e.config import ConfigError, from_dict, load, to_dict
+from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.model.pretrained import save_pretrained
+from nitro_e.pipeline import TextToImage, Use
+from nitro_e.randomness import SlotRandom
+from nitro_e.run import RunConfig
+from nitro_e.sampling import SamplingConfig
+from nitro_e.stages.distill.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
+import train  # noqa: E402
+from tools import synthesize  # noqa: E402
+
+TEXT = ComponentConfig(name="hash")
+HEADS = {"start": 2, "ramp": 2, "heads": {"width": 16}, "r1": {"sigma": 0.05, "weight": 200}}
+SMALL = {
+    "ladd4": {
+        "inputs": {"odds": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}}, "adversarial": HEADS
+    },
+    "nitro1": {"adversarial": HEADS},
+    "nitrofusion": {"adversarial": {**HEADS, "pool": {"copies": 4, "use": 2, "width": 8, "refresh": 0.05}}},
+    "sana_adv": {"adversarial": HEADS},
+    "reflow": {},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A teacher of random weights and pairs of it."""
+    folder = tmp_path_factory.mktemp("distill")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **{**ModelConfig.PRESETS["micro-8"], "latent_channels": 24, "text_width": text_shape(TEXT)[0]}
+    )
+    teacher = EMMDiT(config)
+    torch.nn.init.normal_(teacher.out.weight, std=0.1)
+    use = Use(
+        codec=ComponentConfig(name="dct-f8c24"), text=TEXT, sampling=SamplingConfig(resolution=64, steps=4)
+    )
+    save_pretrained(teacher, folder / "teacher", to_dict(use))
+    (folder / "prompts.txt").write_text("\n".join(f"a red circle number {number}" for number in range(12)))
+    command = [folder / "teacher", "--prompts", folder / "prompts.txt", "--per-prompt", 2, "--grid", "linear"]
+    command += ["--guidance", 2, "--out", folder / "pairs"]
+    assert synthesize.main([str(part) for part in command]) == 0
+    return folder
+
+
+def recipe(pairs, folder, preset="ladd4", **overrides):
+    data = {
+        "name": "toy",
+        "run": str(folder / "run"),
+        "model": {"preset": "micro-8", "latent_channels": 24, "text_width": text_shape(TEXT)[0]},
+        "stage": {
+            "kind": "distill", "preset": preset, "teacher": str(pairs / "teacher"), "guards": None,
+            "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2}, **SMALL[preset],
+        },
+        "data": {"shards": [str(pairs / "pairs/*.tar")], "batch_size": 4, "resolution": 64, "workers": 0},
+        "components": {"codec": "dct-f8c24", "text": "hash"},
+        "engine": {"steps": 6, "save_every": 3, "sample_every": 0, "log_every": 1, "precision": "float32",
+                   "tracker": "none", "ema": {"beta": 0.9}},
+        "sampling": {"resolution": 64, "steps": 1, "guidance_scale": 1,
+                     "sampler": PRESETS[preset]["sampler"]},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**data, **overrides}))
+    return path
+
+
+def states(run, step):
+    """Every tensor that a resume reads."""
+    folder = checkpoint.folder_of(run, step)
+    found = {
+        f"{name} {key}": t
+        for name in ("model", "ema")
+        for key, t in load_file(folder / name / "model.safetensors").items()
+    }
+    for path in sorted((folder / "trainer").glob("*.pt")):
+        pending = [(path.stem, torch.load(path, weights_only=True))]
+        while pending:
+            name, value = pending.pop()
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            elif isinstance(value, dict | list):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                pending += [(f"{name}.{key}", part) for key, part in items]
+    return found
+
+
+@pytest.mark.parametrize("preset", ["ladd4", "nitrofusion"])
+def test_u16_a_resume_is_exact_to_the_bit(pairs, tmp_path, preset):
+    """Weights, averages, both optimisers, the measured weight, ages of heads, draws and the place in the data."""
+    path = recipe(pairs, tmp_path, preset)
+    assert train.main([str(path), f"run={tmp_path / 'whole'}"]) == 0
+    assert train.main([str(path), f"run={tmp_path / 'halves'}", "engine.steps=3"]) == 0
+    assert train.main([str(path), f"run={tmp_path / 'halves'}"]) == 0
+    whole, halves = (states(tmp_path / name, 6) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and len(whole) > 50
+    assert [
+        name for name in whole if not torch.equal(whole[name].nan_to_num(), halves[name].nan_to_num())
+    ] == []
+    kind = "ratios" if preset == "ladd4" else "age"
+    assert any(kind in name and (value.nan_to_num() > 0).any() for name, value in whole.items())
+    rows = [
+        {row["step"]: (row["loss"], row["discriminator/loss"]) for row in metrics.read(tmp_path / name)}
+        for name in ("whole", "halves")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+def test_two_processes_train_as_one(pairs, tmp_path):
+    """Shared forward under DDP, the same pool and the same measured weight on both: the losses of one process."""
+    path = recipe(pairs, tmp_path)
+    pool = "stage.adversarial={start: 2, ramp: 2, misaligned: null, pool: {copies: 4, use: 2, width: 8, refresh: .1}}"
+    assert train.main([str(path), pool, "data.batch_size=8"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), str(path), pool, f"run={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics.read(tmp_path / "run"), metrics.read(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "discriminator/loss", "adversarial_weight", "discriminator/gap"):
+            assert b.get(name) == pytest.approx(a.get(name), rel=1e-3, abs=1e-5), name
+    assert one[-1]["adversarial_weight"] > 0
+
+
+def test_from_pairs_to_pictures(pairs, tmp_path, capsys):
+    path, run = recipe(pairs, tmp_path), tmp_path / "run"
+    assert train.main([str(path)]) == 0
+    published = json.loads((checkpoint.latest(run) / "ema/config.json").read_text())["use"]["sampling"]
+    assert published["sigmas"] == [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5, 0.25]]
+    pipeline = TextToImage.from_pretrained(run)
+    assert pipeline.settings(steps=4).times().tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    calls = []
+    pipeline.model.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1][0].item()))
+    pipeline(["a red circle"], steps=4)
+    assert calls == [1.0, 0.75, 0.5, 0.25]  # no guidance: one forward per sigma
+    arguments = [str(run), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
+    assert sample.main(arguments) == 0 and sample.main([*arguments, "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert sample.main([*arguments, "--steps", "3"]) == 2
+    assert "distilled for 1 or 2 or 4 steps, not 3" in capsys.readouterr().err
+    assert sample.main([*arguments, "--sampler", "renoise"]) == 2
+    assert "distilled for sampler 'euler'" in capsys.readouterr().err
+    assert sample.main([*arguments, "--steps", "3", "--sampler", "heun", "--force"]) == 0
+
+
+def test_the_student_starts_as_the_teacher_and_another_teacher_is_refused(pairs, tmp_path, capsys):
+    path, run = recipe(pairs, tmp_path), tmp_path / "run"
+    assert train.main([str(path), "stage.optim.lr=0", "engine.steps=1"]) == 0
+    ours = load_file(checkpoint.latest(run) / "model/model.safetensors")
+    theirs = load_file(pairs / "teacher/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    model = EMMDiT.from_pretrained(pairs / "teacher")
+    model.out.weight.data += 1
+    save_pretrained(model, tmp_path / "other", json.loads((pairs / "teacher/config.json").read_text())["use"])
+    assert train.main([str(path), f"stage.teacher={tmp_path / 'other'}"]) == 2
+    assert "data teacher was" in capsys.readouterr().err
+
+
+def test_bf16_rollouts_leave_gradients():
+    """Autocast keeps weights it has cast without a graph; they must not be met again with one."""
+    rollout = {"odds": [[0, [0, 0, 1, 1]]], "rollout": {"share": 1.0, "start": 0, "end": 0}}
+    stage = tiny_stage(distill_config("ladd4", inputs=rollout, adversarial=HEADS))
+    batch = random_batch(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        critic, student = stage.phases
+        critic.loss(critic.net, batch, SlotRandom("d", first=0, count=2))
+        assert not batch.draft.on_path
+        loss, _ = student.loss(student.net, batch, SlotRandom("g", first=0, count=2))
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in stage.model.blocks[0].image.mlp.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.steps=3"], "trained for 1 or 2 or 4"),
+        (["sampling.guidance_scale=4.5"], "carries its guidance"),
+        (["sampling.sampler=heun"], "set them alike"),
+        (["engine.precision=fp16"], "use bf16"),
+        (["engine.sharding=fsdp"], "ddp only"),
+        (["stage.teacher=nowhere"], "'nowhere' does not exist"),
+        (["data.reader=stream"], "indexed"),
+        (["model.groups=[1,3,1]"], "another architecture"),
+        (["stage.adversarial.taps=[9]"], "block counts must be in 1 to 4"),
+    ],
+)
+def test_what_cannot_work_is_one_line(pairs, tmp_path, capsys, overrides, message):
+    assert train.main([str(recipe(pairs, tmp_path)), *overrides]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_shards_without_noise_are_refused_where_it_is_needed(pairs, tmp_path, capsys):
+    import numpy as np
+
+    from nitro_e.data import write_shard
+
+    samples = [
+        {"__key__": f"{n:03d}", "npy": np.zeros((24, 8, 8), np.float16), "txt": f"a thing {n}"}
+        for n in range(8)
+    ]
+    write_shard(tmp_path / "plain-000000.tar", iter(samples))
+    path = recipe(pairs, tmp_path)
+    shards = f"data.shards=[{tmp_path}/plain-*.tar]"
+    assert train.main([str(path), shards]) == 2
+    assert "noise.npy" in capsys.readouterr().err
+    plain = [
+        "stage.inputs.noise=fresh",
+        "stage.inputs.rollout=null",
+        "stage.sampler=renoise",
+        "sampling.sampler=renoise",
+    ]
+    teach = "stage.diffusion={target: teacher, guidance_scale: 2, kind: mse, space: velocity}"
+    assert train.main([str(path), shards, *plain, teach, "engine.steps=1"]) == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset):
+    """20 steps on random pairs: finite, the heads at work, the adversarial weight above 0, the student moves."""
+    overrides = {**SMALL[preset], "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2, "weight_decay": 0}}
+    if preset != "reflow":
+        fast = {"lr": 3e-3, "betas": [0, 0.99], "eps": 1e-8, "weight_decay": 0, "warmup": 0}
+        overrides["adversarial"] = {**overrides["adversarial"], "optim": fast}
+    from distill_tools import tiny_model
+
+    small = ModelConfig(
+        latent_channels=4, text_width=8, width=32, heads=2, groups=(1, 2, 1), base_grid=8, attention=("full",), gate_init="one"
+    )  # fmt: skip
+    stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=small))
+    before = [p.detach().clone() for p in stage.student.parameters()]
+    loop, verdicts, weights = Loop(stage, 20), [], []
+    for step in range(20):
+        logs = loop.step(random_batch(step, 4, shape=(4, 8, 8)))
+        assert all(value.isfinite().all() for value in logs.values())
+        if preset != "reflow":
+            sides = [logs[f"discriminator/right_{side}"] for side in ("real", "fake")]
+            verdicts += [float(total / count) for total, count in sides if count]
+            weights.append(float(logs.get("student/adversarial_weight", 0.0)))
+    assert any(not torch.equal(a, b) for a, b in zip(before, stage.student.parameters()))
+    if preset != "reflow":
+        assert 0.4 <= sum(verdicts) / len(verdicts) < 1.0
+        assert weights[0] == 0 and weights[-1] > 0
+
+
+def test_recipes_name_presets_and_are_complete():
+    for path in sorted(ROOT.glob("configs/*/4_*.yaml")):
+        config = load(RunConfig, path)
+        assert config.published_sampling.steps in [len(times) for times in config.stage.schedules]
+        assert from_dict(RunConfig, to_dict(config)) == config
+    with pytest.raises(ConfigError, match="unknown preset 'lad4', did you mean 'ladd4'"):
+        distill_config("lad4")
