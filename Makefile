@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` (data, training, pictures) and `make test`.
+# Two commands do everything: `make demo` (data, stages 1 and 2, pictures, report) and `make test`.
 # Both create .venv on first use; PYTHON may name another interpreter (>= 3.10).
 
 PYTHON ?= python3
@@ -8,10 +8,14 @@ INSTALLED = .venv/installed
 .PHONY: demo test install clean
 
 demo: $(INSTALLED)
-	$(BIN)/python tools/make_shapes.py data/shapes --split train --num 20000
-	$(BIN)/python train.py configs/shapes/pretrain.yaml
-	$(BIN)/python sample.py runs/shapes-pretrain --prompts-file configs/shapes/prompts.txt --out outputs/demo
-	@echo "The pictures are in outputs/demo (open outputs/demo/grid.png); training's grids are in runs/shapes-pretrain/samples."
+	$(BIN)/python tools/make_shapes.py data/shapes --split train --num 12288
+	$(BIN)/python tools/data.py encode 'data/shapes/shapes-train-*.tar' --out data/shapes \
+	    --codec shapes-dc-ae --text shapes-llama --vision shapes-vit --resolution 64
+	$(BIN)/python train.py configs/shapes/1_pretrain.yaml
+	$(BIN)/python train.py configs/shapes/2_finetune.yaml
+	$(BIN)/python sample.py runs/shapes-2-finetune --prompts-file configs/shapes/prompts.txt --out outputs/demo
+	$(BIN)/python tools/report.py runs/shapes-1-pretrain runs/shapes-2-finetune --out outputs/demo/report.html
+	@echo "Open outputs/demo/report.html (curves; pictures in runs/*/report.html) and outputs/demo/grid.png."
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" tests

@@ -1,0 +1,85 @@
+"""tools/study.py: trains what is missing, scores everything on the same prompts, says which variant failed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nitro_e.config import load
+from nitro_e.model import EMMDiT
+from nitro_e.model.pretrained import save_pretrained
+from nitro_e.run import RunConfig
+from tools import study as tool
+
+RECIPE = "configs/shapes/3_grpo.yaml"
+SMALL = [
+    "model.preset=micro-8", "engine.steps=1", "engine.accumulate=1", "engine.tracker=none", "engine.sample_every=0",
+    "stage.groups=2", "stage.group_size=2", "stage.rollout.steps=6", "stage.rollout.batch_size=4",
+    "sampling.steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """A study of one variant of an untrained model, in an empty directory."""
+    root = Path.cwd()
+    config = load(RunConfig, RECIPE, [*SMALL, "init_from=null"])
+    use = {"codec": {"name": "shapes-dc-ae"}, "text": {"name": "shapes-llama"},
+           "sampling": {"resolution": 64, "steps": 2, "grid": "linear"}}  # fmt: skip
+    save_pretrained(EMMDiT(config.model), tmp_path / "base", use)
+    plan = {
+        "name": "tried", "base": str(tmp_path / "base"), "num": 12, "seeds": [3, 4],
+        "settings": [{"guidance_scale": 1.0, "steps": 2}],
+        "variants": {"base": {}, "grpo": {"recipe": str(root / RECIPE), "set": SMALL}},
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.chdir(tmp_path)
+    return plan
+
+
+def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
+    assert tool.main(["study.yaml"]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(Path("outputs/tried/results.json").read_text())
+    assert [(row["variant"], len(row["scores"])) for row in rows] == [("base", 1), ("grpo", 2)]
+    assert all(row["scores"][0]["strict"] == 0 for row in rows)  # nothing is drawn right by chance
+    assert rows[0]["differences"][0]["strict"][0] == 0
+    assert all(seconds > 1 for seconds in rows[1]["cpu_seconds"])
+    assert "| grpo | guidance_scale 1, steps 2 | 0.000 | 0.000 0.000 |" in printed
+    for seed in (3, 4):
+        config = yaml.safe_load(Path(f"runs/tried/grpo-{seed}/config.yaml").read_text())
+        assert config["seed"] == seed and config["init_from"] == plan["base"]
+    monkeypatch.setattr(tool.os, "wait4", None)  # nothing is trained again
+    assert tool.main(["study.yaml", "--only", "grpo"]) == 0
+    assert "base" not in capsys.readouterr().out.splitlines()[2]
+
+
+def test_a_failing_variant_is_named(plan, capsys):
+    plan["variants"]["grpo"]["set"] = [*SMALL, "stage.groups=0"]
+    Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [3]}))
+    assert tool.main(["study.yaml"]) != 0
+    error = capsys.readouterr().err
+    assert "grpo, seed 3" in error and "groups" in error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"variants": {"a": {"set": ["x=1"]}}}, "recipe"),
+        ({"settings": []}, "settings"),
+        ({"seed": [1]}, "seeds"),
+    ],
+)
+def test_a_wrong_study_is_refused_at_once(plan, capsys, change, message):
+    Path("study.yaml").write_text(yaml.safe_dump(plan | change))
+    assert tool.main(["study.yaml"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_studies_load():
+    for path in Path("tools/studies").glob("*.yaml"):
+        plan = load(tool.Study, path)
+        for variant in plan.variants.values():
+            if variant.recipe:
+                load(RunConfig, variant.recipe, variant.set)
