@@ -48,11 +48,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Hook:
-    """Pictures or numbers, by name, of the published model (the average if there is one), on the main process."""
+    """Pictures or numbers, by name, of the published model (the average if there is one)."""
 
     every: int  # steps, and after the last one; 0: never
     run: Callable[[nn.Module], dict[str, Image.Image | float]]
     first: bool = False  # also before the first step
+    everywhere: bool = False  # in every process, not the main one alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,8 +327,8 @@ class Engine:
 
     def _show(self, hook: Hook) -> None:
         model = self.published_model()
-        if self.main:
-            made = hook.run(model)
+        if self.main or hook.everywhere:
+            made = hook.run(model)  # metrics are written by the main process only
             self.metrics.write(self.step, {k: v for k, v in made.items() if not isinstance(v, Image.Image)})
             for name, image in made.items():
                 if isinstance(image, Image.Image):

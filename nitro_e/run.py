@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from nitro_e.config import ConfigError, dump, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.data.jobs import sha256_of
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
-from nitro_e.evaluation.training import EvaluationConfig, Evaluator
+from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained, read_config
@@ -227,12 +228,14 @@ def build(config: RunConfig) -> Engine:
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
     hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
     if config.evaluation is not None:
-        evaluator = Evaluator(
-            config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast
+        share = Share(
+            accelerator.process_index, accelerator.num_processes, partial(accelerator.reduce, reduction="sum")
         )
-        if accelerator.is_main_process:
-            evaluator.scorer.load()  # what is missing shows before training
-        hooks.append(Hook(config.evaluation.every, evaluator, first=True))
+        evaluator = Evaluator(
+            config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast, share
+        )
+        evaluator.scorer.load()  # what is missing shows before training
+        hooks.append(Hook(config.evaluation.every, evaluator, first=True, everywhere=True))
     config.folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),

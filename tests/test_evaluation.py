@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -27,12 +28,12 @@ from nitro_e.evaluation.pictures import (
     read_rows,
     weights_hash,
 )
-from nitro_e.evaluation.training import EvaluationConfig
+from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
 from nitro_e.geneval.rules import Detection
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.pipeline import TextToImage
-from nitro_e.prompts import Prompt, load_prompts
+from nitro_e.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.report import write_report
 from nitro_e.rewards import RewardConfig, build_rewards, reward
 from nitro_e.sampling import SamplingConfig
@@ -415,6 +416,30 @@ def test_scores_during_training_are_those_of_the_command(tmp_path):
         "Score: shapes, by task",
     ]
     assert "Loss" in charts
+
+
+def test_processes_share_the_pictures(tmp_path):
+    """What two processes score adds up to what one does, and each draws its own pictures only."""
+    pipeline = TextToImage.from_pretrained(tiny_model(tmp_path / "model"))
+    rewards = (
+        RewardConfig(name=f"{__name__}:undecided", label="u"),
+        RewardConfig(name=f"{__name__}:darkness", label="d"),
+    )
+    config = EvaluationConfig(
+        prompts=PromptsConfig(source="shapes-heldout", num=11), rewards=rewards, batch_size=3
+    )
+
+    def evaluator(*share) -> Evaluator:
+        parts = (pipeline.codec, pipeline.text, torch.device("cpu"), contextlib.nullcontext)
+        return Evaluator(config, SAMPLING, *parts, Share(*share))
+
+    shares = [evaluator(rank, 2).draw_and_score(pipeline) for rank in (0, 1)]
+    whole = evaluator().draw_and_score(pipeline)
+    assert torch.equal(shares[0][1::2], torch.zeros(5, 2)) and torch.equal(shares[1][0::2], torch.zeros(6, 2))
+    torch.testing.assert_close(shares[0] + shares[1], whole, atol=2 / 255, rtol=0, equal_nan=True)
+    logs = evaluator(0, 2, lambda values: values + shares[1])(pipeline.model)
+    assert logs["eval/d"] == pytest.approx(evaluator()(pipeline.model)["eval/d"], abs=2 / 255)
+    assert logs["eval/u/unscored"] == 2 and "eval/u/two_object" not in logs and logs["eval/u/colors"] == 1
 
 
 def png(index: int) -> bytes:

@@ -4,16 +4,19 @@
     eval/NAME/TASK   of each task, if there are several
     eval/NAME/unseen over prompts of unseen combinations only, where prompts say so; likewise seen
 
-Prompts and noise are the same every time, so that scores of different steps differ by the weights only.
+Prompts and noise are the same every time, so that scores of different steps differ by the weights only. Every process
+draws its share of the pictures.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nitro_e.config import ConfigError
@@ -46,14 +49,23 @@ class EvaluationConfig:
         build_rewards(self.rewards)  # their names and titles; loads nothing
 
 
+class Share(NamedTuple):
+    """What one of several processes draws."""
+
+    rank: int = 0
+    world: int = 1
+    sum: Callable[[Tensor], Tensor] = lambda values: values  # over all processes
+
+
 class Evaluator:
-    """Call it with a model: name -> value. Only the main process does."""
+    """Call it with a model, in every process: name -> value, of all processes together."""
 
     def __init__(
         self, config: EvaluationConfig, sampling: SamplingConfig, codec: LatentCodec, text: TextEncoder,
-        device: torch.device, autocast: Autocast,
+        device: torch.device, autocast: Autocast, share: Share = Share(),
     ) -> None:  # fmt: skip
         self.config, self.codec, self.text, self.autocast = config, codec, text, autocast
+        self.device, self.share = device, share
         self.sampling = config.sampling or sampling
         self.prompts = load_prompts(config.prompts)
         self.scorer = build_rewards(config.rewards, device)
@@ -62,30 +74,35 @@ class Evaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         training = model.training
         pipeline = TextToImage(model.eval(), self.codec, self.text, self.sampling)
-        rows: list[Judged] = []
-        with tqdm(total=len(self.prompts), desc="evaluation", unit="img", leave=False) as bar:
-            for start in range(0, len(self.prompts), self.config.batch_size):
-                rows += self._batch(pipeline, start)
-                bar.update(len(rows) - start)
+        values = self.share.sum(self.draw_and_score(pipeline).to(self.device)).tolist()  # N x R
         model.train(training)
+        rows = [
+            Judged(index, 0, prompt.text, dict(zip(self.scorer.names, row)), "", 0.0)
+            for index, (prompt, row) in enumerate(zip(self.prompts, values))
+        ]
         logs: dict[str, float] = {}
         for title in self.scorer.names:
             score = summarize(self.prompts, rows, title)
-            values = {"": score.overall}
-            values |= {f"/{task}": value for task, value in score.tasks.items() if len(score.tasks) > 1}
-            values |= {} if score.seen is None else {"/seen": score.seen, "/unseen": score.unseen}
-            logs |= {f"eval/{title}{name}": estimate.value for name, estimate in values.items()}
+            found = {"": score.overall}
+            found |= {f"/{task}": value for task, value in score.tasks.items() if len(score.tasks) > 1}
+            found |= {} if score.seen is None else {"/seen": score.seen, "/unseen": score.unseen}
+            logs |= {f"eval/{title}{name}": estimate.value for name, estimate in found.items()}
             if score.unscored:
                 logs[f"eval/{title}/unscored"] = float(score.unscored)
         return {name: value for name, value in logs.items() if not math.isnan(value)}
 
-    def _batch(self, pipeline: TextToImage, start: int) -> list[Judged]:
-        batch = self.prompts[start : start + self.config.batch_size]
-        places = [(start + i, 0) for i in range(len(batch))]
-        texts, seeds = [prompt.text for prompt in batch], noise_seeds(self.config.seed, places)
-        pixels = draw(pipeline, self.sampling, texts, seeds, len(batch), self.autocast)
-        values = self.scorer(pixels, texts, [prompt.info for prompt in batch]).values.tolist()
-        return [
-            Judged(*place, text, dict(zip(self.scorer.names, row)), "", 0.0)
-            for place, text, row in zip(places, texts, values)
-        ]
+    def draw_and_score(self, pipeline: TextToImage) -> Tensor:
+        """(prompts, rewards) float32: the scores of this process's prompts, zero for those of the others."""
+        mine = range(len(self.prompts))[self.share.rank :: self.share.world]
+        values = torch.zeros(len(self.prompts), len(self.scorer.names))
+        with tqdm(
+            total=len(mine), desc="evaluation", unit="img", leave=False, disable=self.share.rank > 0
+        ) as bar:
+            for start in range(0, len(mine), self.config.batch_size):
+                batch = mine[start : start + self.config.batch_size]
+                texts, info = zip(*(self.prompts[index] for index in batch))
+                seeds = noise_seeds(self.config.seed, [(index, 0) for index in batch])
+                pixels = draw(pipeline, self.sampling, texts, seeds, len(batch), self.autocast)
+                values[list(batch)] = self.scorer(pixels, texts, info).values
+                bar.update(len(batch))
+        return values
