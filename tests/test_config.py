@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    PRESETS: ClassVar[dict] = {"two": {"sizes": (2, 2)}}
+    PRESETS: ClassVar[dict] = {"two": {"sizes": (2, 2)}, "slow": {"optim": {"lr": 1e-5, "steps": 99}}}
     name: str
     optim: Optim = field(default_factory=Optim)
     fruit: Apple | Pear = field(default_factory=Apple)
@@ -81,6 +81,13 @@ def test_refusals_name_key_value_and_remedy(data, words):
     with pytest.raises(ConfigError) as error:
         from_dict(Tree, data)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mappings_inside_a_preset_are_merged():
+    assert from_dict(Tree, {"name": "a", "preset": "slow", "optim": {"steps": 5}}).optim == Optim(
+        lr=1e-5, steps=5
+    )
+    assert Tree.PRESETS["slow"]["optim"]["steps"] == 99
 
 
 def test_preset_is_a_start_that_other_keys_override():

@@ -1,7 +1,10 @@
 """Synthetic pairs: equal to the pipeline's own pictures, from any rank, continued, and read back."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from nitro_e.data.index import scan_tar
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.pipeline import TextToImage, Use
-from nitro_e.sampling import SamplingConfig, euler, guide
+from nitro_e.sampling import SamplingConfig, euler, guide, heun, initial_noise, sample
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools import synthesize as tool  # noqa: E402
@@ -302,3 +305,99 @@ def test_denormalize_inverts_every_codec():
     codec = build_codec(ComponentConfig(name="dct-f16c64"))
     x = torch.randn(2, codec.channels, 2, 2)
     torch.testing.assert_close(codec.normalize(tool.denormalize(codec, x)), x)
+
+
+def test_a_run_of_the_teacher_again_gives_the_pairs(tmp_path, model, prompts):
+    """U25: the stored noise is the seed's, and the teacher makes the stored latent of it, in float32 and in bfloat16."""
+    run(model, "--prompts", prompts, "--limit", 4, "--grid", "linear", "--out", tmp_path / "o")
+    config = DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=4, resolution=64, workers=0)
+    records = next(open_data(config, need_pixels=False, extra=("noise.npy",), seed=0, stage="s").records())
+    noise = records.extra["noise.npy"].float()
+    again = initial_noise([info["seed"] for info in records.info], noise.shape[1:])
+    assert torch.equal(noise, again.half().float())
+    stored = build_codec(ComponentConfig(name="dct-f8c24")).normalize(records.latents.float())
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        pipeline = TextToImage.from_pretrained(model, dtype=dtype)
+        text, null = pipeline.text.encode(records.prompts), pipeline.text.encode([""] * 4)
+        with torch.no_grad():
+            latents = sample(pipeline.model, text, null, pipeline.settings(grid="linear"), noise, [0] * 4)
+        assert (latents - stored).abs().mean() / stored.abs().mean() < tolerance + 5e-4  # float16 files
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, model, prompts):
+    """U26: kill -9 while shards are being written; no half shard is ever seen."""
+    options = [
+        "--prompts",
+        prompts,
+        "--per-prompt",
+        20,
+        "--samples-per-shard",
+        20,
+        "--batch-size",
+        1,
+        "--steps",
+        8,
+    ]
+    run(model, *options, "--out", tmp_path / "whole")
+    out, tool_path = tmp_path / "killed", Path(tool.__file__)
+    command = [sys.executable, str(tool_path), *map(str, [model, *options, "--out", out])]
+    environment = {**os.environ, "PYTHONPATH": str(tool_path.parent.parent)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(out.glob("*.tar")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    whole, killed = tars(tmp_path / "whole"), tars(out)
+    assert 0 < len(killed) < len(whole) and all(whole[name] == content for name, content in killed.items())
+    run(model, *options, "--out", out)
+    assert tars(out) == whole and not list(out.glob("**/*.tmp"))
+    assert (out / "manifest-synth.jsonl").read_text() == (tmp_path / "whole/manifest-synth.jsonl").read_text()
+
+
+def test_states_on_the_way(tmp_path, model, prompts, capsys):
+    options = ["--prompts", prompts, "--limit", 2, "--grid", "linear", "--steps", 8, "--sampler", "heun"]
+    run(model, *options, "--out", tmp_path / "plain")
+    run(model, *options, "--trajectory", ".75,.25", "--out", tmp_path / "o")
+    arrays = []
+    for folder, extra in (("plain", ("noise.npy",)), ("o", ("noise.npy", "trajectory.npy"))):
+        config = DataConfig(
+            shards=(str(tmp_path / folder / "*.tar"),), batch_size=2, resolution=64, workers=0
+        )
+        arrays.append(next(open_data(config, need_pixels=False, extra=extra, seed=0, stage="s").records()))
+    plain, record = arrays
+    assert torch.equal(plain.latents, record.latents)
+    pipeline, states = TextToImage.from_pretrained(model), record.extra["trajectory.npy"].float()
+    text, null = pipeline.text.encode(record.prompts), pipeline.text.encode([""] * 2)
+    velocity = guide(pipeline.model, text, null, pipeline.defaults.guidance_scale)
+    times, x = torch.linspace(1, 0, 9), record.extra["noise.npy"].float()
+    with torch.no_grad():
+        for slot, stop in enumerate((2, 6)):
+            torch.testing.assert_close(
+                states[:, slot], heun(velocity, x, times[: stop + 1]), rtol=2e-3, atol=2e-3
+            )
+    assert tool.main([str(a) for a in (model, *options, "--trajectory", ".7", "--out", tmp_path / "x")]) == 2
+    assert "0.7 is no time of the sampler" in capsys.readouterr().err
+
+
+def test_latents_outside_the_limits_are_left_out_and_told(tmp_path, model, prompts):
+    run(model, "--prompts", prompts, "--out", tmp_path / "all")
+    entry = json.loads((tmp_path / "all/manifest-synth.jsonl").read_text())
+    assert entry["latents"]["std"] > 0 and entry["latents"]["max_abs"] > 0
+    codec = build_codec(ComponentConfig(name="dct-f8c24"))
+    config = DataConfig(shards=(str(tmp_path / "all/*.tar"),), batch_size=7, resolution=64, workers=0)
+    records = next(open_data(config, need_pixels=False, seed=0, stage="s").records())
+    stds = sorted(codec.normalize(records.latents.float()).flatten(1).std(dim=1).tolist())
+    limit = f"0,{(stds[4] + stds[5]) / 2}"
+    run(model, "--prompts", prompts, "--std", limit, "--out", tmp_path / "some")
+    assert json.loads((tmp_path / "some/manifest-synth.jsonl").read_text())["samples"] == 5
+    bad = [
+        json.loads(line)["reason"] for line in (tmp_path / "some/bad-synth.jsonl").read_text().splitlines()
+    ]
+    assert len(bad) == 2 and all("standard deviation" in reason for reason in bad)
+
+
+def test_prompts_by_the_name_of_their_generator():
+    jobs = tool.read_jobs(Path("shapes-train"), "prompt", 2, 0, limit=3)
+    assert (
+        len(jobs) == 6 and len({job.prompt for job in jobs}) == 3 and all("tag" in job.info for job in jobs)
+    )
