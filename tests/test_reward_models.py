@@ -11,6 +11,7 @@ import pytest
 import tiny_rewards
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -188,12 +189,14 @@ def test_image_reward_is_a_vision_transformer_read_by_bert(folder):
     prompts = ["a red cat", "a dog", "red " * 60, ""]
     pixels = pictures(4, 48, 40)
     vision, text, head = models["imagereward"]
+    old = int(transformers.__version__.split(".")[0]) < 5
     seen = vision.forward_features(normalized(fit_short_side(pixels, 32)))  # (B, 5, 64)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "dog"]
     expected = []
     for i, prompt in enumerate(prompts):  # without padding, so without masks; cut at 35 tokens
         row = [2, *[words.index(word) for word in prompt.split()][:33], 3]
-        everything = torch.zeros(1, 1, len(row), len(row))  # to be added: nothing is masked, as BLIP reads
+        # nothing is masked: not causal, as BLIP reads
+        everything = torch.ones(1, len(row), len(row)) if old else torch.zeros(1, 1, len(row), len(row))
         read = text(
             input_ids=torch.tensor([row]), attention_mask=everything, encoder_hidden_states=seen[i : i + 1]
         )

@@ -27,9 +27,7 @@ from nitro_e.geneval.rules import MIN_SCORE, Detection
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # of the network's input
 MAX_CANDIDATES = 100
-UNUSED = (
-    r"^criterion\.|\.swin\.layernorm\."  # of the loss; a norm that transformers has and does not use here
-)
+UNUSED = r"^criterion\.|\.swin\.layernorm\.|\.relative_position_index$"  # of the loss; not used; computed
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
