@@ -1,6 +1,6 @@
 """Distillation in two dimensions, where quality can be measured: 32 narrow modes in 4 classes.
 
-    python tests/distill_toy.py            the table: all runs at full size, about 20 CPU-minutes
+    python tests/distill_toy.py            the table: all runs at full size, about 12 CPU-minutes
     python tests/distill_toy.py pair fresh some of them
 
 A teacher of flow matching (an MLP) draws 32,768 pairs in 20 equal steps; students are trained by the stage itself with
@@ -251,7 +251,7 @@ def table(names):
     for name in names or RUNS:
         start = time.process_time()
         config, ed, rmse = RUNS[name]
-        points, _ = distill(pairs, config, 2500)
+        points, _ = distill(pairs, config, 1500, batch=256)
         wanted = f"ED <= {ed}" if ed else "ED >= 0.008, hit <= 0.30 (negative control)"
         wanted += f", rmse <= {rmse}" if rmse else ""
         print(
