@@ -6,7 +6,7 @@
     FILE.txt                       a prompt per line; empty lines are skipped
     FILE.jsonl                     a record per line with "prompt"; the whole record becomes `info`
 
-Left out: weighting of prompts. List one twice, or concatenate `load_prompts` of several sources.
+Left out: weighting of prompts; `num` of each of several sources is the way to mix them.
 """
 
 from __future__ import annotations
@@ -34,40 +34,53 @@ class PromptsConfig:
 
     SHORTHAND: ClassVar[str] = "source"
 
-    source: str  # a name of GENERATORS, or a path to a .txt or .jsonl file
-    num: int | None = None  # to make (None = as in GENERATORS); of `geneval` and of files the first ones
+    source: (
+        str | tuple[str, ...]
+    )  # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
+    num: int | None = (
+        None  # of each source: to make (None = as in GENERATORS); of `geneval` and files the first
+    )
     seed: int = 0  # of the prompts that are made
     objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
     def __post_init__(self) -> None:
-        if self.objects != "all" and self.source != "geneval-train":
+        if self.objects != "all" and "geneval-train" not in self.sources:
             raise ConfigError(f"objects: '{self.source}' has no such option; leave it out")
         if self.num is not None and self.num < 1:
             raise ConfigError(f"num must be at least 1, got {self.num}")
-        if self.source not in GENERATORS and Path(self.source).suffix not in (".txt", ".jsonl"):
-            raise ConfigError(
-                f"source: '{self.source}' is neither a .txt or .jsonl file nor a known name"
-                + did_you_mean(self.source, list(GENERATORS))
-            )
+        if not self.sources:
+            raise ConfigError("source is empty; name one")
+        for source in self.sources:
+            if source not in GENERATORS and Path(source).suffix not in (".txt", ".jsonl"):
+                raise ConfigError(
+                    f"source: '{source}' is neither a .txt or .jsonl file nor a known name"
+                    + did_you_mean(source, list(GENERATORS))
+                )
 
 
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
-    """All prompts of a source, in its order; a function of the config alone. ConfigError for a bad file."""
-    if config.source in GENERATORS:
-        generate, num = GENERATORS[config.source]
-        records = generate(config, config.num or num)
-    else:
-        records = _read(Path(config.source).expanduser())[: config.num]
+    """All prompts of the sources, in their order; a function of the config alone. ConfigError for a bad file."""
+    records = [record for source in config.sources for record in _records(source, config)]
     return [Prompt(record["prompt"], record if len(record) > 1 else {}) for record in records]
+
+
+def _records(source: str, config: PromptsConfig) -> list[dict]:
+    if source in GENERATORS:
+        generate, num = GENERATORS[source]
+        return generate(config, config.num or num)
+    return _read(Path(source).expanduser())[: config.num]
 
 
 def _shapes_train(config: PromptsConfig, num: int) -> list[dict]:
     return [scenes.metadata(scenes.scene(config.seed, "train", index).request) for index in range(num)]
 
 
-GENERATORS: dict[
-    str, tuple[Callable[[PromptsConfig, int], list[dict]], int]
-] = {  # name -> records, default num
+Generator = tuple[Callable[[PromptsConfig, int], list[dict]], int]  # records, default number
+GENERATORS: dict[str, Generator] = {
     "shapes-train": (_shapes_train, 6000),
     "shapes-heldout": (lambda config, num: scenes.heldout_prompts(num, config.seed), 600),
     "geneval-train": (lambda config, num: geneval.train_prompts(num, config.seed, config.objects), 50_000),

@@ -226,9 +226,20 @@ def test_sources_from_files(tmp_path):
     assert len(load_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl"), num=1))) == 1
 
 
+def test_several_sources_follow_each_other(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    mixed = from_dict(
+        PromptsConfig, {"source": ["geneval-train", str(tmp_path / "p.txt")], "num": 1, "seed": 4}
+    )
+    first = load_prompts(PromptsConfig(source="geneval-train", num=1, seed=4))
+    assert load_prompts(mixed) == [*first, ("a cat", {})]
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
+        ({"source": []}, "source is empty"),
+        ({"source": ["geneval", "shape"]}, "source: 'shape' is neither"),
         ("shapes-tran", "source: 'shapes-tran' is neither .* did you mean 'shapes-train'"),
         ({"source": "geneval", "num": 0}, "num must be at least 1"),
         ({"source": "shapes-train", "objects": "seen"}, "objects: 'shapes-train' has no such option"),
