@@ -27,6 +27,7 @@ class Shared:
     backbone: Callable[[Sequence[int] | None], Any]  # taps -> heads.Backbone of the teacher
     null_text: TextEmbedding  # (1, L, D), (1, L): the null prompt
     draft: Callable[..., Draft]  # (batch, rng, last=False): the student's forward of this step
+    student: Denoiser  # the student's net, for objectives that call it at other inputs (`direct`)
     heldout: float  # share of the prompts that nothing is trained on
     seed: int
     device: torch.device

@@ -172,7 +172,8 @@ class Distill:
         self.config, self.model, self.device = config, student, device
         self.student = Student(student, config.time_scale).to(device)
         self.drafts = Drafts(config.inputs, config.sampler, seed)
-        self.shared = Shared(teacher, backbone, null_text, self.draft, config.heldout, seed, device)
+        answer = lambda x, t, text: self.generator.net(x, t, text)  # noqa: E731
+        self.shared = Shared(teacher, backbone, null_text, self.draft, answer, config.heldout, seed, device)
         self.objectives: list[Objective] = [
             build(getattr(config, name), self.shared)
             for name, build in OBJECTIVES.items()
