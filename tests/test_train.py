@@ -113,7 +113,9 @@ def test_sigkill_and_the_same_command_again(recipe, tmp_path):
     assert {row["step"]: row["loss"] for row in metrics.read(run)} == expected
 
 
-def test_sigterm_saves_and_ends_well(recipe, tmp_path):
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_saves_and_ends_well(recipe, tmp_path, whole_group):
+    """Also when its data workers get the signal too, as from a job manager: their death ended the run unsaved."""
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -122,14 +124,23 @@ def test_sigterm_saves_and_ends_well(recipe, tmp_path):
         f"run={run}",
         "engine.steps=100000",
         "engine.save_every=100000",
+        "data.workers=1",
     ]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped at step" in output
     assert checkpoint.latest(run) is not None
@@ -203,7 +214,18 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
     shards = str(tmp_path / "toy-*.tar")
     assert tool.main(["pack", "webdataset", shards, "--out", columns, "--name", "toy"]) == 0
     images = f"{columns}/images-*.tar"
-    encode = ["encode", images, "--out", columns, "--codec", "dct-f8c24", "--text", "hash", "--resolution", "64"]
+    encode = [
+        "encode",
+        images,
+        "--out",
+        columns,
+        "--codec",
+        "dct-f8c24",
+        "--text",
+        "hash",
+        "--resolution",
+        "64",
+    ]
     assert tool.main(encode) == 0
     assert tool.main(["verify", f"{columns}/*.tar", "--deep"]) == 0
     stored = f"data.shards=[{columns}/latents-*.tar, {columns}/text-*.tar]"

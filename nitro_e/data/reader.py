@@ -472,4 +472,6 @@ def identity(records: Records) -> Records:
 
 
 def ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process ends its workers
+    """Ctrl-C and job managers signal the whole process group: the training process saves, then ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
