@@ -1,8 +1,8 @@
 """CLIP (Radford et al. 2021, arXiv:2103.00020), run by transformers: pictures and texts -> unit vectors.
 
-Two ways of fitting a picture to the encoder: `fit_short_side` (OpenAI's: short side, bicubic, center crop, 8 bits)
-and `fit_long_side` (HPSv2's: long side, zero padding, no rounding). Weights in transformers' format or open_clip's
-(`from_open_clip`).
+Two ways of fitting a picture to the encoder: `fit_short_side` (OpenAI's: short side, bicubic, center crop,
+8 bits) and `fit_long_side` (HPSv2's: long side, zero padding, no rounding). Weights in transformers' format
+or open_clip's (`from_open_clip`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CLIP(nn.Module):
 
 
 def fit_short_side(pixels: Tensor, size: int) -> Tensor:
-    """pixels (B, 3, H, W) in -1..1 -> (B, 3, size, size) in 0..1, on the grid of 8-bit pictures as PIL gives it."""
+    """pixels (B, 3, H, W) in -1..1 -> (B, 3, size, size) in 0..1, on the 8-bit grid, as PIL gives it."""
     height, width = pixels.shape[-2:]
     short = min(height, width)
     new = [size if side == short else int(size * side / short) for side in (height, width)]
@@ -102,7 +102,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
 
 
 def from_open_clip(state: Mapping[str, Tensor], base: str, dtype: torch.dtype) -> CLIP:
-    """Weights of open_clip (ViT towers); `base`: hub id or folder of a CLIP with the same config, and tokenizer."""
+    """Weights of open_clip (ViT towers); `base`: hub id or folder of the config and tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
     model = CLIPModel(CLIPConfig.from_pretrained(base))
@@ -111,7 +111,7 @@ def from_open_clip(state: Mapping[str, Tensor], base: str, dtype: torch.dtype) -
 
 
 def rename_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names and layouts -> CLIPModel's. Projections are transposed, attention's q, k, v are split."""
+    """open_clip's names and layouts -> CLIPModel's. Projections are transposed, q, k, v are split."""
     renamed = {}
     for key, value in state.items():
         if key == "attn_mask":

@@ -1,4 +1,4 @@
-"""Files behind names: a local folder or a hub repository, and one-line errors for what goes wrong with them."""
+"""Files behind names: a local folder or a hub repository, and one line for what goes wrong with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def load(what: str, key: str, source: str, loader: Callable[[str], T], revision: str | None = None) -> T:
-    """`loader(source)`; a missing folder, a missing library and whatever the loader raises become ConfigError.
+    """`loader(source)`; a missing folder, a missing library, whatever the loader raises become ConfigError.
 
     `what` is being loaded, `key` of the config names the source: both only for the message."""
     folder = Path(source).expanduser()

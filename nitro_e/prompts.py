@@ -63,7 +63,7 @@ class PromptsConfig:
 
 
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
-    """All prompts of the sources, in their order; a function of the config alone. ConfigError for a bad file."""
+    """All prompts of the sources, in order; a function of the config alone. ConfigError for a bad file."""
     records = [record for source in config.sources for record in _records(source, config)]
     return [Prompt(record["prompt"], record if len(record) > 1 else {}) for record in records]
 

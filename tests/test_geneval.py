@@ -1,4 +1,5 @@
-"""GenEval: its rules against 1,106 recorded verdicts of the official evaluator, its prompts, our training prompts."""
+"""GenEval: its rules against 1,106 recorded verdicts of the official evaluator, its prompts, our training
+prompts."""
 
 from __future__ import annotations
 
@@ -129,7 +130,7 @@ def test_test_prompts_are_the_benchmark(cases):
 
 
 def equivalents(prompt: str) -> set[str]:
-    """All wordings of the same picture: objects swapped, relations mirrored. Words only, no code of the package."""
+    """All wordings of the same picture: objects swapped, relations mirrored. Words only."""
     mirrored = {
         "left of": "right of",
         "right of": "left of",

@@ -1,4 +1,4 @@
-"""The reward models, as tiny random instances of the real classes, against other implementations of the same."""
+"""The reward models, as tiny random instances of the real classes, against other implementations."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def features(model, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.T
 
 
 def tokens_of(folder, prompts) -> torch.Tensor:
-    """(B, 77) written out: letters, the last of each word marked, between begin and end, padded with the end."""
+    """(B, 77) written out: letters, the last of each word marked, begin and end, padded with the end."""
     vocabulary = json.loads((folder / "vocab.json").read_text())
     rows = []
     for prompt in prompts:
@@ -405,7 +405,7 @@ def test_channels_are_red_green_blue(tiny_detector, monkeypatch):
 
 @torch.no_grad()
 def test_detector_end_to_end(tiny_detector, monkeypatch):
-    """The tiny network is sure of nothing; with the threshold lowered it finds what selection makes of its output."""
+    """The tiny network is sure of nothing; with a threshold of 0 it finds something."""
     monkeypatch.setattr(detector_module, "SHORT_SIDE", 64)
     pixels = pictures(3, 48, 64)
     assert [len(found) for found in tiny_detector(pixels)] == [0, 0, 0]

@@ -371,12 +371,19 @@ def test_documented_names_keys_and_sources_exist():
     from nitro_e.rewards.registry import BUILT_IN
 
     text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    tables = (
+        text.split("## What there is")[1].split("## All keys")[0],
+        text.split("## All keys")[1].split("## Your own")[0],
+        text.split("## Prompts")[1],
+    )
     what, keys, prompts = (
-        set(re.findall(r"`([\w.-]+)`", " ".join(line.split("|")[1] for line in part.splitlines() if line.startswith("|"))))
-        for part in (text.split("## What there is")[1].split("## All keys")[0],
-                     text.split("## All keys")[1].split("## Your own")[0],
-                     text.split("## Prompts")[1])
-    )  # fmt: skip
+        {
+            name
+            for cell in re.findall(r"^\|([^|]*)\|", part, re.MULTILINE)
+            for name in re.findall("`([^`]+)`", cell)
+        }
+        for part in tables
+    )
     assert what == set(BUILT_IN)
     assert keys == {field.name for field in fields(RewardConfig)}
     assert prompts - {"FILE.txt", "FILE.jsonl"} == set(GENERATORS)

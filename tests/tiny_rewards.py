@@ -1,4 +1,5 @@
-"""Tiny random instances of the reward models' library classes, in the files that the hub has of the real ones."""
+"""Tiny random instances of the reward models' library classes, in the files that the hub has of the real
+ones."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ WIDTH, EMBEDDING = 32, 16
 
 
 def save_clip(folder: Path, seed: int = 0):
-    """A CLIPModel (28 px, patch 14, two layers per tower) with letters as its tokenizer's vocabulary; returns it."""
+    """A CLIPModel (28 px, patch 14, two layers per tower) and a tokenizer of letters; returns it."""
     from transformers import CLIPConfig, CLIPModel
 
     save_clip_tokenizer(folder)
@@ -175,8 +176,9 @@ def save_mask2former(folder: Path, seed: int = 3):
 
 
 def save_image_reward(folder: Path, seed: int = 4):
-    """ImageReward.pt and med_config.json: a timm vision transformer, a BERT with cross-attention, the head; all three
-    are returned. BERT's token types, which BLIP does not have, are zero."""
+    """ImageReward.pt and med_config.json; returns a timm ViT, a BERT with cross-attention, the head.
+
+    BERT's token types, which BLIP does not have, are zero."""
     import timm
     from transformers import BertConfig, BertModel, BertTokenizer
 

@@ -1,13 +1,15 @@
-"""Objects in pictures: Mask2Former (Cheng et al. 2022, arXiv:2112.01527), run by transformers, read as GenEval reads it.
+"""Objects in pictures: Mask2Former (Cheng et al. 2022, arXiv:2112.01527), run by transformers, read as
+GenEval reads it.
 
-GenEval runs mmdetection; transformers' own post-processing gives other scores, and loses overlapping objects. Here:
-the best 100 of queries x classes; masks upsampled to the network's input, cropped and resized to the picture, cut at
-0; score = class probability x mean mask probability inside the mask; boxes tight, right and bottom edges exclusive.
-Overlapping objects stay. Float32 only: in less precision it finds next to nothing.
+GenEval runs mmdetection; transformers' own post-processing gives other scores, and loses overlapping
+objects. Here: the best 100 of queries x classes; masks upsampled to the network's input, cropped and
+resized to the picture, cut at 0; score = class probability x mean mask probability inside the mask; boxes
+tight, right and bottom edges exclusive. Overlapping objects stay. Float32 only: in less precision it finds
+next to nothing.
 
-GenEval's own weights are OpenMMLab's (`openmmlab`), which have no hub repository. The default ones are Meta's, of the
-same architecture and data but calibrated differently, so .9 for counting is not quite the same threshold: print `source`
-beside every score.
+GenEval's own weights are OpenMMLab's (`openmmlab`), which have no hub repository. The default ones are
+Meta's, of the same architecture and data but calibrated differently, so .9 for counting is not quite the
+same threshold: print `source` beside every score.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Found(NamedTuple):
 
 
 class Detector(nn.Module):
-    """pixels (B, 3, H, W) in -1..1 -> for every picture the objects with a score above `min_score`, best first."""
+    """pixels (B, 3, H, W) in -1..1 -> the objects of each with a score above `min_score`, best first."""
 
     def __init__(self, model: Any, source: str, min_score: float = MIN_SCORE) -> None:
         super().__init__()

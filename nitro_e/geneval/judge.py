@@ -1,7 +1,8 @@
-"""Pictures to the objects GenEval's rules are about: detector, confidence, and CLIP for the colors that matter.
+"""Pictures to the objects GenEval's rules are about: detector, confidence, and CLIP for the colors that
+matter.
 
-A color is asked only of the best `count` objects of a class whose color the prompt names. The object is shown to
-CLIP alone, on gray; the nearest of ten color names wins, each the mean of three phrasings.
+A color is asked only of the best `count` objects of a class whose color the prompt names. The object is
+shown to CLIP alone, on gray; the nearest of ten color names wins, each the mean of three phrasings.
 """
 
 from __future__ import annotations

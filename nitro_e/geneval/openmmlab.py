@@ -1,10 +1,10 @@
 """GenEval's own detector: OpenMMLab's Mask2Former weights in transformers' model of the same architecture.
 
-    mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth       mmdetection 2's names
-    mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth      the same weights, 3's names
+    mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth    mmdetection 2's names
+    mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth    the same weights, 3's names
 
-Not only names differ: q, k and v are stacked, and patch merging unfolds channels first, pixels by rows, where
-transformers concatenates pixels by columns.
+Not only names differ: q, k and v are stacked, and patch merging unfolds channels first, pixels by rows,
+where transformers concatenates pixels by columns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""GenEval's 553 test prompts, and training prompts of the same templates that ask for none of the same pictures.
+"""GenEval's 553 test prompts, and training prompts of the same templates that ask for none of the same
+pictures.
 
-A test prompt is excluded by what it asks for, not by its words: "a B and an A" and "a B right of an A" are as
-forbidden as "an A and a B" and "an A left of a B". All single objects are tested, so none is trained.
+A test prompt is excluded by what it asks for, not by its words: "a B and an A" and "a B right of an A" are
+as forbidden as "an A and a B" and "an A left of a B". All single objects are tested, so none is trained.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ test_prompts.__test__ = False  # type: ignore[attr-defined]  # pytest: not a tes
 
 
 def train_prompts(num: int, seed: int = 0, objects: Objects = "all") -> list[dict]:
-    """Records of `num` random prompts; record i depends on (seed, i) alone, and prompts repeat as chance has it.
+    """Records of `num` random prompts; record i depends on (seed, i) alone. Some repeat, as chance has it.
 
     `objects`: "seen" draws from 60 of the 80 classes, "unseen" from the other 20 (which 20 is fixed)."""
     return [metadata(_draw_untested(np.random.default_rng([seed, index]), objects)) for index in range(num)]

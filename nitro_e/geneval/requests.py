@@ -1,7 +1,8 @@
 """What a GenEval prompt asks for: request <-> caption, and the metadata record the rules read.
 
-A request is one thing, or two joined by a relation or by "and"; a thing is `count` objects of a class, of a color
-or of any. The wording is GenEval's ("two benchs" too), so that reading a prompt back gives its request.
+A request is one thing, or two joined by a relation or by "and"; a thing is `count` objects of a class, of a
+color or of any. The wording is GenEval's ("two benchs" too), so that reading a prompt back gives its
+request.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ CLASSES = (  # COCO's 80, in COCO's order; GenEval renames mouse, remote and key
     "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
     "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
     "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
-    "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
+    "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def metadata(request: Request) -> dict:
 
 
 def meaning(request: Request) -> tuple:
-    """Equal exactly for requests that ask for the same picture: "A and B" = "B and A", "A above B" = "B below A"."""
+    """Equal for requests of the same picture: "A and B" = "B and A", "A above B" = "B below A"."""
     things = tuple(tuple(thing) for thing in request.things)
     if request.relation is None:
         return tuple(sorted(things, key=repr))

@@ -5,7 +5,8 @@
     fraction     how much of it is there, 0..1; exactly 1 if and only if correct
     graded       the same, less for other objects; exactly 1 if and only if strict
 
-Pure Python, no pictures. The caller detects objects, and drops uncertain ones: `confident` is the benchmark's way.
+Pure Python, no pictures. The caller detects objects, and drops uncertain ones: `confident` is the
+benchmark's way.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Detection(NamedTuple):
 
 
 def confident(found: Sequence[Detection], metadata: dict) -> list[Detection]:
-    """What the benchmark looks at: the best 16 of each class above .3, or .9 where the number is asked for."""
+    """What the benchmark looks at: the best 16 of each class above .3, or .9 where it counts objects."""
     least = MIN_SCORE_COUNTING if metadata["tag"] == "counting" else MIN_SCORE
     kept: list[Detection] = []
     for thing in sorted(found, key=lambda thing: -thing.score):

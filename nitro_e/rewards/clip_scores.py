@@ -1,9 +1,9 @@
 """Rewards on CLIP: how well a picture fits its prompt, how people like it.
 
-clipscore   cosine of picture and prompt, CLIP ViT-L/14 (about .2 to .35)
-pickscore   PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24)
-hpsv2.1     HPSv2.1 (Wu et al. 2023, arXiv:2306.09341): cosine (about .2 to .33), comparable within a prompt only
-aesthetic   LAION's predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
+clipscore   cosine of picture and prompt, CLIP ViT-L/14 (about .2 to .35) pickscore   PickScore v1 (Kirstain
+et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24) hpsv2.1     HPSv2.1 (Wu et
+al. 2023, arXiv:2306.09341): cosine (about .2 to .33), comparable within a prompt only aesthetic   LAION's
+predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nitro_e.clip import (
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
-STRAIGHT = str.maketrans("‘’“”", "''\"\"")  # quotes, as open_clip's tokenizer reads them and CLIP's own does not
+STRAIGHT = str.maketrans("‘’“”", "''\"\"")  # open_clip's tokenizer does it
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
@@ -72,8 +72,8 @@ class PickScore(nn.Module):
 class HPSv2(nn.Module):
     """`path`: hub id or folder with HPS_v2.1_compressed.pt, or with a CLIP in transformers' format.
 
-    `base`: hub id or folder of CLIP ViT-H's config and tokenizer. `antialias`: HPSv2 resizes tensors, which old
-    torchvision did without antialiasing and new does with; scores differ, so it is pinned here."""
+    `base`: hub id or folder of CLIP ViT-H's config and tokenizer. `antialias`: HPSv2 resizes tensors, which
+    old torchvision did without antialiasing and new does with; scores differ, so it is pinned here."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ MODES = {"graded": fraction, "official": is_correct}
 
 
 class GenEvalReward(nn.Module):
-    """`path`: hub id or folder of the detector; `clip`: of the color classifier, CLIP ViT-L/14. Float32 only."""
+    """`path`: hub id or folder of the detector; `clip`: of the color classifier. Float32 only."""
 
     needs_info = True
 

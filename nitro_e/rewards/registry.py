@@ -1,8 +1,9 @@
 """Names of rewards -> what computes them, imported when they are used.
 
-A recipe names a built-in reward, or one of yours as "module:name", which must carry the decorator `reward`: so
-a recipe can call nothing else. A function is the reward itself, its keyword-only arguments are options of the
-recipe; a class is built with them and its objects are the reward. docs/rewards.md has a complete example.
+A recipe names a built-in reward, or one of yours as "module:name", which must carry the decorator `reward`:
+so a recipe can call nothing else. A function is the reward itself, its keyword-only arguments are options
+of the recipe; a class is built with them and its objects are the reward. docs/rewards.md has a complete
+example.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def check_options(name: str, options: Mapping[str, Any], given: Mapping[str, Any
 
 
 def build(name: str, options: Mapping[str, Any], reserved: Mapping[str, Any]) -> Callable[..., Any]:
-    """The reward, ready to call: a class gets the reserved arguments it takes, a function only its options."""
+    """The reward, ready to call: a class gets the reserved arguments it takes, a function its options."""
     target = find(name)
     known = _keywords(target)
     options = {key: _typed(known[key], value) for key, value in options.items()}

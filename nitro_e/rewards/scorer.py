@@ -1,12 +1,12 @@
 """Several rewards at once: configs -> Scorer; a scorer gives a matrix of scores and says which of them count.
 
-Pictures are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when it is
-first used (or by `load`), gets pictures in batches of its own size, without gradients, autocast and TF32, on its
-own device, and can be moved to the CPU between uses.
+Pictures are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when
+it is first used (or by `load`), gets pictures in batches of its own size, without gradients, autocast and
+TF32, on its own device, and can be moved to the CPU between uses.
 
-Failures: an exception or a timeout is retried, then the rows of that batch are not valid; neither are NaN scores. They
-are counted and never replaced by a number. After `max_failures` batches of a reward in a row without any score the
-run stops.
+Failures: an exception or a timeout is retried, then the rows of that batch are not valid; neither are NaN
+scores. They are counted and never replaced by a number. After `max_failures` batches of a reward in a row
+without any score the run stops.
 
 A reward of weight 0 is watched: scored and logged, never trained on.
 """
@@ -133,8 +133,8 @@ class Scorer:
         for slot in self._slots:
             if slot.needs_info and not any("include" in record for record in info):
                 raise ConfigError(
-                    f"rewards: '{slot.config.title}' needs GenEval metadata, which no prompt has; give a .jsonl "
-                    "file with it, or a source that makes it"
+                    f"rewards: '{slot.config.title}' needs GenEval metadata, which no prompt has; give a "
+                    ".jsonl file with it, or a source that makes it"
                 )
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class Scorer:
         return Scores(values, values.isfinite())
 
     def transform(self, scores: Scores, groups: Tensor) -> Scores:
-        """Scores after each reward's transform; groups (B,) are ints, equal for pictures of the same prompt."""
+        """Scores after each reward's transform; groups (B,): ints, one per prompt."""
         columns = [
             win_rates(values, valid, groups) if config.transform == "rank" else values
             for config, values, valid in zip(self.configs, scores.values.unbind(1), scores.valid.unbind(1))
@@ -172,7 +172,7 @@ def quantize(pixels: Tensor) -> Tensor:
 def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     """(B,) share of the other valid pictures of its group that each one beats, ties counting half.
 
-    Group-relative like Pref-GRPO (arXiv:2508.20751), with a pointwise reward: the scale of the scores is gone.
+    Group-relative like Pref-GRPO (arXiv:2508.20751), with a pointwise reward: the scale of scores is gone.
     Alone in a group: one half. Not valid: NaN."""
     rivals = (groups[:, None] == groups[None, :]) & valid[:, None] & valid[None, :]  # (B, B)
     rivals.fill_diagonal_(False)
@@ -236,8 +236,8 @@ class _Slot:
         self.failed_batches += 1
         if self.failed_batches >= self.max_failures:
             raise TrainingError(
-                f"reward '{self.config.title}' scored nothing in {self.failed_batches} batches in a row, the last "
-                f"time because of {reason}; mend it, then run the same command again"
+                f"reward '{self.config.title}' scored nothing in {self.failed_batches} batches in a row, the "
+                f"last time because of {reason}; mend it, then run the same command again"
             )
         return values
 
@@ -261,8 +261,8 @@ class _Slot:
             if not isinstance(values, Tensor) or values.shape != (len(pixels),):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ConfigError(
-                    f"reward '{self.config.title}' returned {got} for {len(pixels)} pictures; it must return a "
-                    f"tensor of shape ({len(pixels)},)"
+                    f"reward '{self.config.title}' returned {got} for {len(pixels)} pictures; it must return "
+                    f"a tensor of shape ({len(pixels)},)"
                 )
             return values.float().cpu(), "NaN scores"
         return torch.full((len(pixels),), math.nan), reason
@@ -297,14 +297,14 @@ class _Slot:
             except (RuntimeError, AssertionError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ConfigError(
-                    f"reward '{self.config.title}': its weights cannot go to device '{device}' ({reason}); choose "
-                    "another device, or offload: true for the rewards"
+                    f"reward '{self.config.title}': its weights cannot go to device '{device}' ({reason}); "
+                    "choose another device, or offload: true for the rewards"
                 ) from error
 
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """Float32 means float32: no autocast, no TF32. The detector finds next to nothing in reduced precision."""
+    """Float32 means float32: no autocast, no TF32. The detector finds next to nothing in less."""
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
