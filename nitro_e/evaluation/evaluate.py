@@ -210,8 +210,12 @@ def tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list[str]]
     if len(found) == 1:
         parts = [(found[0].name, *results.task_table(found[0].scores), results.note(found[0].scores))]
     else:
-        settings = results.setting_table([(result.name, result.scores) for result in found])
-        parts = [(f"{len(found)} settings", *settings, results.note(found[0].scores))]
+        sources = list(dict.fromkeys(result.checkpoint["source"] for result in found))
+        names = [result.name if len(sources) > 1 else setting_name(result.sampling) for result in found]
+        settings = results.setting_table(list(zip(names, (result.scores for result in found))))
+        first = next(iter(found[0].scores))
+        note = f"{results.note(found[0].scores, ratios=False)}; parts: {first}"
+        parts = [(f"{' and '.join(sources)}, {len(found)} settings", *settings, note)]
     for comparison in evaluation.comparisons:
         title = f"{comparison.ours.name} minus {comparison.theirs.checkpoint['source']}, the same prompts and noise"
         parts.append((title, *results.difference_table(comparison.differences), ""))

@@ -102,6 +102,10 @@ def shown(estimate: Estimate | None) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
+def short(estimate: Estimate) -> str:
+    return "–" if math.isnan(estimate.value) else f"{estimate.value:.3f}"
+
+
 def task_table(scores: dict[str, Score]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row per task and one for the whole; columns for every score, split into seen and unseen."""
     head, rows = ["task", "prompts"], {}
@@ -121,16 +125,17 @@ def task_table(scores: dict[str, Score]) -> tuple[list[str], list[list[str]]]:
     return head, list(rows.values())
 
 
-def note(scores: dict[str, Score]) -> str:
+def note(scores: dict[str, Score], ratios: bool = True) -> str:
     """What the tables mean, and what is missing."""
     parts = ["overall: mean of the tasks; [..]: 95 % confidence interval"]
     first = next(iter(scores.values()))
     if first.seen is not None:
         both = [task for task in first.seen_tasks if task in first.unseen_tasks]
-        parts.append(f"seen, unseen: mean of the {len(both)} tasks that have both")
-        parts += [
-            f"{title}: unseen / seen = {shown(score.unseen_to_seen)}" for title, score in scores.items()
-        ]
+        parts.append(f"seen, unseen combinations: mean of the {len(both)} tasks that have both")
+        if ratios:
+            parts += [
+                f"{title}: unseen / seen = {shown(score.unseen_to_seen)}" for title, score in scores.items()
+            ]
     parts += [
         f"{title}: {score.unscored} pictures could not be scored and are left out"
         for title, score in scores.items()
@@ -142,20 +147,16 @@ def note(scores: dict[str, Score]) -> str:
 def setting_table(
     settings: Sequence[tuple[str, dict[str, Score]]],
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row per setting; of every score the whole, of the first one the tasks too, without intervals."""
-    main, first = next(iter(settings[0][1].items()))
-    head = ["setting"]
-    for title, score in settings[0][1].items():
-        head += [title] + (["seen", "unseen", "unseen / seen"] if score.seen is not None else [])
-    head += [f"{main}: {task}" for task in first.tasks]
+    """Head and rows: a row per setting; all scores overall, and the parts of the first one, without intervals."""
+    first = next(iter(settings[0][1].values()))
+    split = ["seen", "unseen", "unseen / seen"] if first.seen is not None else []
+    head = ["setting", *settings[0][1], *split, *first.tasks]
     rows = []
     for name, scores in settings:
-        row = [name]
-        for score in scores.values():
-            row.append(shown(score.overall))
-            if score.seen is not None:
-                row += [shown(score.seen), shown(score.unseen), shown(score.unseen_to_seen)]
-        rows.append(row + [f"{estimate.value:.3f}" for estimate in scores[main].tasks.values()])
+        main = next(iter(scores.values()))
+        parts = [main.seen, main.unseen, main.unseen_to_seen] if split else []
+        values = [*parts, *main.tasks.values()]
+        rows.append([name, *map(shown, (score.overall for score in scores.values())), *map(short, values)])
     return head, rows
 
 
