@@ -53,6 +53,7 @@ ALLOWED = {
         "checkpoint",
         "environment",
         "geneval",
+        "interfaces",
         "model",
         "pipeline",
         "prompts",
