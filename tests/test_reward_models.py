@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +254,59 @@ def test_wrong_folders_are_one_line(folder, name, missing, message):
     with pytest.raises(ConfigError, match=message) as error:
         scorer.load()
     assert "\n" not in str(error.value)
+
+
+FROM_HUB = """
+import torch
+from nitro_e.config import ConfigError, from_dict
+from nitro_e.rewards import RewardConfig, build_rewards
+
+configs = [
+    {"name": "clipscore"},
+    {"name": "hpsv2.1"},
+    {"name": "aesthetic"},
+    {"name": "geneval"},
+    {"name": "imagereward"},
+]
+scorer = build_rewards([from_dict(RewardConfig, config) for config in configs[:-1]])
+scorer.load()
+values = scorer(torch.zeros(1, 3, 32, 32), ["a cat"], [{}]).values[:, :3]  # the detector takes seconds
+print("scores", values.isfinite().all().item(), tuple(values.shape))
+try:
+    build_rewards([from_dict(RewardConfig, configs[-1])]).load()
+except ConfigError as error:
+    print("error", error)
+"""
+
+
+def test_default_hub_ids_from_a_cache_without_network(folder, tmp_path):
+    """The repositories and file names of the real weights, as `hf download` leaves them."""
+    repositories = {
+        "openai/clip-vit-large-patch14": "clip",
+        "xswu/HPSv2": "hps",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "base",
+        "trl-lib/ddpo-aesthetic-predictor": "aesthetic",
+        "facebook/mask2former-swin-small-coco-instance": "detector",
+    }
+    for name, source in repositories.items():
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder / source, cached / "snapshots" / ("0" * 40))
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_HUB],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "scores True (1, 3)" in done.stdout, done.stderr
+    (error,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
+    assert "reward 'imagereward': cannot load from hub repository 'zai-org/ImageReward'" in error
+    assert error.endswith(
+        "download it with `hf download zai-org/ImageReward --local-dir FOLDER` and set path: FOLDER"
+    )
 
 
 # --- the detector ---
