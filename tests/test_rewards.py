@@ -320,7 +320,7 @@ def test_only_ranked_rewards_are_ranked():
         ({"name": "geneval", "dtype": "bfloat16"}, "dtype: reward 'geneval' has no dtype"),
         ({"name": "geneval", "options": {"mod": "x"}}, "options.mod: .* did you mean 'mode'"),
         ({"name": "geneval", "options": {"path": "x"}}, "options.path: reward 'geneval' has no such option"),
-        ({"name": "nowhere_at_all:f"}, "cannot import 'nowhere_at_all'.*beside train.py"),
+        ({"name": "nowhere_at_all:f"}, "cannot import 'nowhere_at_all'.*into the directory you start from"),
         ({"name": f"{HERE}:nothing"}, "module 'test_rewards' has no 'nothing'"),
         ({"name": f"{HERE}:unmarked"}, "is not marked as a reward; write @reward"),
         ({"name": "subprocess:Popen", "options": {"args": "true"}}, "is not marked as a reward"),
@@ -356,7 +356,8 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     (code,) = [block for kind, block in blocks if kind == "python"]
     first, example = [yaml.safe_load(block)["rewards"] for kind, block in blocks if kind == "yaml"]
     (tmp_path / "my_rewards.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     scorer = build_rewards([from_dict(RewardConfig, one) for one in example])
     colors = torch.tensor([[1.0, -1, -1], [-1, -1, 1], [1, 1, 1]])

@@ -9,6 +9,8 @@ example.
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -53,12 +55,14 @@ def find(name: str) -> Callable[..., Any]:
             f"name: unknown reward '{name}'" + did_you_mean(name, list(BUILT_IN)) + "; yours: 'module:name'"
         )
     module, _, attribute = BUILT_IN.get(name, name).partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for yours, whichever script is running
     try:
         target = getattr(import_module(module), attribute, None)
     except ImportError as error:
         raise ConfigError(
-            f"name: reward '{name}': cannot import '{module}' ({error}); put {module}.py beside train.py, "
-            "or install it"
+            f"name: reward '{name}': cannot import '{module}' ({error}); put {module}.py "
+            "into the directory you start from, or install it"
         ) from error
     if target is None:
         raise ConfigError(f"name: reward '{name}': module '{module}' has no '{attribute}'")
