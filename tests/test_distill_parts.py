@@ -604,6 +604,15 @@ def test_pooled_heads_are_convolutions_and_attention():
             torch.testing.assert_close(entry[:, slot], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_heads_compute_in_float32_under_autocast():
+    features = pool_features()
+    for heads in (pool(), FixedHeads(2, 32, HeadConfig(width=16))):
+        plain = heads(features, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = heads(features, 3)
+        assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(cast, plain))
+
+
 def test_young_heads_do_not_teach_the_student():
     heads = pool()
     assert all(weights.sum() == 0 for weights in heads.experienced(2))

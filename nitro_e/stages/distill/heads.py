@@ -8,8 +8,9 @@ scales come for free. Only the heads are trained. Left out: batch statistics, an
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -131,11 +132,11 @@ class Head(nn.Module):
             )
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        """x (B, D, h, w), time and text (B, D) -> (B, h * w) float32."""
+        """x (B, D, h, w), time and text (B, D) -> (B, h * w)."""
         x = F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
         x = F.leaky_relu(self.norm(self.enter(x)), 0.2)
         x = (x + F.leaky_relu(self.norm_inside(self.inside(x)), 0.2)) / math.sqrt(2)
-        logits = self.logit(x).flatten(1).float()  # (B, h w)
+        logits = self.logit(x).flatten(1)  # (B, h w)
         if self.project is None:
             return logits
         known = {"time": time, "text": text}
@@ -143,7 +144,7 @@ class Head(nn.Module):
             [F.layer_norm(known[part], known[part].shape[1:]) for part in self.parts], dim=1
         )
         agreement = torch.einsum("bchw,bc->bhw", self.project(x), self.condition(condition))
-        return logits + agreement.flatten(1).float() / math.sqrt(self.PROJECTION)
+        return logits + agreement.flatten(1) / math.sqrt(self.PROJECTION)
 
 
 class FixedHeads(nn.Module):
@@ -155,4 +156,12 @@ class FixedHeads(nn.Module):
 
     def forward(self, features: Features, step: int) -> Logits:
         """An entry (B, 1, h * w) per slot."""
-        return [head(x, features.time, features.text)[:, None] for head, x in zip(self.heads, features.maps)]
+        with full_precision(features) as (maps, time, text):
+            return [head(x, time, text)[:, None] for head, x in zip(self.heads, maps)]
+
+
+@contextlib.contextmanager
+def full_precision(features: Features) -> Iterator[Features]:
+    """float32 within, whatever the autocast: R1 compares logits that differ little, and heads cost next to nothing."""
+    with torch.autocast(features.time.device.type, enabled=False):
+        yield Features([x.float() for x in features.maps], features.time.float(), features.text.float())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
 from nitro_e.randomness import seed_of
-from nitro_e.stages.distill.heads import Features, norm_groups
+from nitro_e.stages.distill.heads import Features, full_precision, norm_groups
 from nitro_e.stages.distill.losses import Logits
 
 
@@ -94,13 +94,13 @@ class HeadBank(nn.Module):
             groups=m,
         )
         y = self._activate(y, self.norm_inside_scale[chosen], self.norm_inside_shift[chosen])
-        y = y.unflatten(1, (m, width)).flatten(3).float()  # (B, m, width, h w)
+        y = y.unflatten(1, (m, width)).flatten(3)  # (B, m, width, h w)
         if self.whole:
             attention = torch.einsum("bmcn,mc->bmn", y, self.query[chosen]).div(math.sqrt(width)).softmax(-1)
             pooled = torch.einsum("bmcn,bmn->bmc", y, attention)
             pooled = torch.einsum("bmc,mdc->bmd", pooled, self.mlp_weight[chosen]) + self.mlp_bias[chosen]
             y = F.leaky_relu(pooled, 0.2)[..., None]  # (B, m, width, 1)
-        return torch.einsum("bmcn,mc->bmn", y.float(), self.logit_weight[chosen]) + self.logit_bias[chosen]
+        return torch.einsum("bmcn,mc->bmn", y, self.logit_weight[chosen]) + self.logit_bias[chosen]
 
     def _activate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Group norm of every head by itself, then leaky ReLU."""
@@ -142,8 +142,9 @@ class HeadPool(nn.Module):
 
     def forward(self, features: Features, step: int) -> Logits:
         """Two entries per slot: (B, use / 2, h * w) of positions and (B, use / 2, 1) of whole maps."""
-        maps = [x for x in features.maps for _ in range(2)]
-        return [bank(x, chosen) for x, (bank, chosen) in zip(maps, self.chosen(step))]
+        with full_precision(features) as (maps, _, _):
+            maps = [x for x in maps for _ in range(2)]
+            return [bank(x, chosen) for x, (bank, chosen) in zip(maps, self.chosen(step))]
 
     def experienced(self, step: int) -> list[Tensor]:
         """Weights (use / 2,) of the heads at work: 0 for one that has not been updated since it was made."""
