@@ -61,7 +61,7 @@ def changes(
 ) -> str:  # fmt: skip
     """Two sections: what only `ours` got right, what only `theirs` did; both pictures of a prompt side by side."""
     parts = []
-    for name, sign in (("Better than before", 1), ("Worse than before", -1)):
+    for name, sign in (("Better than the other", 1), ("Worse than the other", -1)):
         found = [(a, b) for a, b in zip(ours, theirs) if (a.scores[title] - b.scores[title]) * sign > 0]
         cards = "".join(
             card(
