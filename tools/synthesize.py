@@ -1,9 +1,8 @@
 """Prompts -> shards of synthetic pairs, for distillation and for synthetic parts of a mixture.
 
     python tools/synthesize.py runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
-    torchrun --nproc_per_node 8 tools/synthesize.py runs/pretrain-512 --prompts captions.jsonl --out
-    data/synthetic python tools/synthesize.py diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --out
-    data/flux --codec dc-ae-f32c32
+    torchrun --nproc_per_node 8 tools/synthesize.py runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
+    python tools/synthesize.py diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --codec dc-ae-f32c32 --out data/flux
 
 Members of a sample in `synth-*.tar`:
     npy         (C, h, w) float16 final latent, raw like all latents in shards
