@@ -27,7 +27,7 @@ from nitro_e import cli
 from nitro_e.config import ConfigError, TrainingError, load
 
 ROOT = Path(__file__).parent.parent
-Setting = dict[str, int | float | str]  # fields of SamplingConfig
+Setting = dict[str, bool | int | float | str]  # fields of SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
