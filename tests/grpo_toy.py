@@ -151,7 +151,7 @@ def pretrain(seed: int, steps: int = 800, net: Net | None = None) -> Net:
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for _ in range(steps):
         prompt = torch.randint(PROMPTS, (128,), generator=generator)
-        data = (0.5 * centres[prompt] + torch.randn(128, DIM, generator=generator))[..., None, None]
+        data = (0.3 * centres[prompt] + 0.4 * torch.randn(128, DIM, generator=generator))[..., None, None]
         noise, t = torch.randn(data.shape, generator=generator), torch.rand(128, generator=generator)
         codes = nn.functional.one_hot(prompt, PROMPTS).float()[:, None]
         codes[torch.rand(128, generator=generator) < 0.1] = 0

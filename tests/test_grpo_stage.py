@@ -1,5 +1,6 @@
 """The GRPO stage: exact ratios, who draws what, accumulation, resume, averages, failing rewards, two processes."""
 
+import contextlib
 import json
 import math
 import os
@@ -61,6 +62,30 @@ def test_ratio_is_one_before_the_first_update_and_in_every_update_without_one(op
         assert logs["ratio"] == 1 and logs["ratio_error"] == 0 and logs["delta"] == 0
         assert logs["clip_low"] == logs["clip_high"] == logs["kl_old"] == 0
         assert logs["rollout_gap"] <= 1e-6  # drawn in another batch shape
+
+
+@pytest.mark.parametrize("options", BRANCHES)
+def test_bf16_has_exact_ratios_and_all_gradients(options):
+    """Autocast keeps cast weights; a pass without gradients before one with them must not take those away."""
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    options = {"updates": 2, **options}
+    stage, exact = toy.make_stage(autocast=autocast, **options), toy.make_stage(**options)
+    for rows in micro_batches(stage, 2):
+        gradients = []
+        for net, context in ((stage, autocast), (exact, contextlib.nullcontext)):
+            net.policy.zero_grad()
+            with context():
+                loss, logs = loss_of(net, rows)
+            loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in trained(net)]))
+            if net is stage and "ratio_error" in logs:
+                assert logs["ratio_error"] == 0 and logs["rollout_gap"] < 1e-3
+        if rows.old is None:  # later rows remember bf16 velocities
+            assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+        assert (gradients[0] != 0).float().mean() > 0.9
 
 
 def test_ratio_moves_after_an_update_and_the_clip_bites():
