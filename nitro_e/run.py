@@ -471,7 +471,8 @@ def distill_facts(config: RunConfig, world: int, flops: float) -> list[str]:
     offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
     return [
         *data_facts(config, open_pairs(config), world, flops),
-        f"student              {offered} steps of {config.stage.sampler}; teacher {config.stage.teacher}",
+        f"student              {offered} steps of {config.stage.sampler}",
+        f"teacher              {checkpoint.model_folder(config.stage.teacher)}",
     ]
 
 
