@@ -37,7 +37,8 @@ def evaluate(net, guidance_scale, count=64):
 
 def gain(folder, seed, options, rollouts=ROLLOUTS):
     """Evaluated reward before, and how much higher it is after training: of the weights, and of their average."""
-    net, options = pretrained(seed), toy.merged(BASE, options)
+    net = pretrained(seed)
+    options = {**BASE, **options} if options is NFT else toy.merged(BASE, options)
     scale, steps = options.get("rollout", {}).get("guidance_scale", 2.0), rollouts * options["updates"]
     before = evaluate(net, scale)
     trainer = toy.train(
