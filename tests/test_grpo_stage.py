@@ -275,6 +275,20 @@ def test_shared_noise_starts_a_group_from_one_point():
     )
 
 
+def test_nft_draws_with_a_policy_that_follows():
+    """At rollout n the old policy keeps min(n * lag, max_lag) of itself."""
+    stage = toy.make_stage(updates=1, algorithm={"kind": "nft", "lag": 0.2, "max_lag": 0.3})
+    stream, expected = stage.batches(0, 0, 1, 1), stage.model.out.weight.detach().clone()
+    for keep in (None, 0.2, 0.3, 0.3):
+        next(stream)
+        if keep is not None:
+            expected = keep * expected + (1 - keep) * stage.model.out.weight.detach()
+        assert torch.allclose(stage.policy.old.out.weight, expected, atol=1e-6)
+        with torch.no_grad():
+            stage.model.out.weight += 0.1
+    assert not any(parameter.requires_grad for parameter in stage.policy.old.parameters())
+
+
 # ---- on the engine
 
 
