@@ -145,6 +145,7 @@ class StageKind(NamedTuple):
     build: Callable[[RunConfig, Parts], tuple[Stage, Sequence[str]]]  # and prompts to show by default
     facts: Callable[[RunConfig, int, float], list[str]]  # of (processes, FLOPs) for the summary
     sampling: Callable[[RunConfig], SamplingConfig] = lambda config: config.sampling
+    further_copies: Callable[[RunConfig], int] = lambda config: 0  # of the model's size, in a checkpoint
 
 
 def summary(config: RunConfig) -> str:
@@ -158,9 +159,8 @@ def summary(config: RunConfig) -> str:
         for row in (*describe.parts(config.model, grid, text_length), total)
     ]
     optim, steps = config.stage.optim, config.engine.steps
-    copies = (
-        4 + 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)
-    )  # 2 weights, 2 moments
+    copies = 4 + config.stage_kind.further_copies(config)  # 2 of the weights, 2 moments
+    copies += 2 * (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)
     kept = config.engine.keep_last + (steps // config.engine.keep_every if config.engine.keep_every else 0)
     gigabytes = 4e-9 * total.parameters * copies
     lines = [
@@ -395,6 +395,13 @@ def build_grpo(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
     return grpo, [prompt.text for prompt in pool[:8]]
 
 
+def grpo_copies(config: RunConfig) -> int:
+    """Frozen copies come on top; an adapter has next to no moments, and its reference is the model itself."""
+    algorithm, adapter = config.stage.algorithm, config.stage.adapter
+    reference = -2 if adapter is not None else int(algorithm.kl.beta > 0)
+    return reference + (algorithm.kind == "nft")
+
+
 def grpo_facts(config: RunConfig, world: int, flops: float) -> list[str]:
     stage = config.stage
     layout, pool = stage.layout(world, config.engine.accumulate), load_prompts(stage.prompts)
@@ -478,6 +485,6 @@ def distill_facts(config: RunConfig, world: int, flops: float) -> list[str]:
 
 KINDS = {
     "flow_matching": StageKind(True, check_flow_matching, build_flow_matching, flow_matching_facts),
-    "grpo": StageKind(False, check_grpo, build_grpo, grpo_facts),
+    "grpo": StageKind(False, check_grpo, build_grpo, grpo_facts, further_copies=grpo_copies),
     "distill": StageKind(True, check_distill, build_distill, distill_facts, distill_sampling),
 }

@@ -78,6 +78,10 @@ def sample_trajectory(
     )
 
 
+def take(text: TextEmbedding, rows: Tensor) -> TextEmbedding:
+    return TextEmbedding(text.tokens[rows], text.mask[rows])
+
+
 @dataclass
 class Experience:
     """What one process drew in one rollout: S pictures of g prompts."""
@@ -96,7 +100,8 @@ class Rows:
 
     step: Tensor  # (R,) long
     advantage: Tensor  # (R,)
-    text: TextEmbedding  # (R, L, D)
+    prompts: TextEmbedding  # (g, L, D) of the process's groups ...
+    group: Tensor  # (R,) ... and which of them
     keys: list[str]
     latents: Tensor  # (R, C, h, w), final
     x: Tensor | None = None  # (R, C, h, w): where the transition starts; None: the window is empty
@@ -106,3 +111,8 @@ class Rows:
         None  # (R, C, h, w): velocity before the rollout's first update; None: this is the first
     )
     stats: dict[str, Tensor] = field(default_factory=dict)  # of the rollout, with its first micro-batch
+
+    @property
+    def text(self) -> TextEmbedding:
+        """(R, L, D), put together when it is needed: of long texts it is far more than all else."""
+        return take(self.prompts, self.group)

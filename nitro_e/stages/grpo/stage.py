@@ -40,13 +40,7 @@ from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_sta
 from nitro_e.stages.grpo.groups import Layout, gather, group_prompts
 from nitro_e.stages.grpo.losses import ClippedConfig, NFTConfig
 from nitro_e.stages.grpo.policy import Guided, Policy, guided_velocity
-from nitro_e.stages.grpo.rollout import (
-    Experience,
-    RolloutConfig,
-    Rows,
-    Trajectory,
-    sample_trajectory,
-)
+from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory, take
 from nitro_e.stages.grpo.sde import Schedule, Transitions, Window
 
 WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of its pictures unscored
@@ -140,9 +134,8 @@ class GRPO:
         self.unscored: deque[Tensor] = deque(maxlen=WATCHED_ROLLOUTS + 1)
         if not nft:
             steps, kl = self.schedule.trained(), config.algorithm.kl.kind
-            self.weights = losses.step_weights(config.algorithm.step_weight, self.schedule.sde, steps).to(
-                device
-            )
+            weights = losses.step_weights(config.algorithm.step_weight, self.schedule.sde, steps)
+            self.weights = weights.to(device)
             self.kl_weights = (self.beta * losses.kl_coefficients(kl, self.schedule.sde)).to(device)
 
     def _passes_per_row(self) -> float:
@@ -195,16 +188,14 @@ class GRPO:
                 yield from update
             rollout += 1
 
+    @torch.no_grad()
     def collect(self, rollout: int, rank: int) -> tuple[Experience, dict[str, Tensor]]:
         """Draw and score this process's pictures of a rollout; the advantages take all processes' scores."""
         clock, slots = Clock(), self.layout.slots(rank)
         numbers = group_prompts(self.seed, rollout, self.config.groups, len(self.pool))
         prompts = [self.pool[number] for number in numbers]  # of every group
         size, window = self.config.group_size, self.schedule.window_of(self.seed, rollout)
-        first, stop = (
-            slots.start // size,
-            -(-slots.stop // size),
-        )  # groups of which some pictures are drawn here
+        first, stop = slots.start // size, -(-slots.stop // size)  # groups of pictures that are drawn here
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
         parts, scores, views = [], [], []
@@ -281,9 +272,8 @@ class GRPO:
         """Scores of all slots (G K, R) -> (G, K, R), after the transforms of their rewards."""
         size = self.config.group_size
         groups = torch.arange(len(values), device=values.device) // size
-        return self.scorer.transform(Scores(values, values.isfinite()), groups).values.unflatten(
-            0, (-1, size)
-        )
+        scores = self.scorer.transform(Scores(values, values.isfinite()), groups)
+        return scores.values.unflatten(0, (-1, size))
 
     # ---- updates
 
@@ -296,7 +286,8 @@ class GRPO:
             rows = Rows(
                 step=step + experience.window.first,
                 advantage=experience.advantages[picture],
-                text=take(experience.text, experience.group[picture]),
+                prompts=experience.text,
+                group=experience.group[picture],
                 keys=[experience.keys[index] for index in picture.tolist()],
                 latents=latents[picture],
             )
@@ -396,10 +387,6 @@ class GRPO:
         logs["clip_high"] = ((ratio > 1 + algorithm.clip_high) & moved).float().mean()
         logs["rollout_gap"] = (drawn - rows.log_prob).abs().mean()  # other batch shapes than in training
         return logs
-
-
-def take(text: TextEmbedding, rows: Tensor) -> TextEmbedding:
-    return TextEmbedding(text.tokens[rows], text.mask[rows])
 
 
 def diversity(views: Tensor) -> Tensor:
