@@ -99,7 +99,7 @@ def test_tool_prints_what_the_documentation_shows(tool, capsys):
 
 
 def test_tool_reads_recipes_and_overrides(tool, capsys):
-    assert tool([str(ROOT / "configs/shapes/1_pretrain.yaml"), "model.groups=[1,1,1]"]) == 0
+    assert tool([str(ROOT / "configs/shapes/2_finetune.yaml"), "model.groups=[1,1,1]"]) == 0
     assert "for 8x8 image and 16 text tokens" in capsys.readouterr().out
     assert tool(["nitro-e-512", "attention=[full]", "--grid", "24x20", "--text-length", "77"]) == 0
     assert "for 24x20 image and 77 text tokens" in capsys.readouterr().out
