@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.files import sha256_of
 from nitro_e.shapes.pretrained import PRETRAINED
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,10 @@ def model_folder(source: str | Path) -> Path:
         raise ConfigError(f"'{source}': '@{which}' is unknown" + did_you_mean(which, ["model", "ema"]))
     path = Path(name)
     if not path.is_dir():
-        raise ConfigError(f"'{name}' does not exist; give a run directory, a checkpoint or a model folder")
+        raise ConfigError(
+            f"'{name}' does not exist; give a run directory, a checkpoint, a model folder or "
+            f"the name of shipped weights ({', '.join(SHIPPED)})"
+        )
     if (path / "config.json").is_file() and not which:
         return path
     checkpoint = path if (path / "meta.json").is_file() else latest(path)
@@ -184,11 +187,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _fingerprint(path: Path) -> list:
     """[bytes, sha256]"""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return [path.stat().st_size, digest.hexdigest()]
+    return [path.stat().st_size, sha256_of(path)]
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from nitro_e import codec, text, vision
+from nitro_e import codec, files, text, vision
 from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 from nitro_e.shapes.pretrained import PRETRAINED
@@ -151,29 +151,11 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
 
 def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any:
     """Call the loader on the folder or the hub id; what goes wrong there becomes one line with the remedy."""
-    repository = WEIGHTS[config.name].source
-    source = config.path or repository
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        source = str(folder.resolve())
-        if config.revision is not None:
-            raise ConfigError(
-                f"components.{kind}.revision: '{config.path}' is a folder; only hub ids have revisions"
-            )
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ConfigError(f"components.{kind}.path: folder '{source}' does not exist")
-    try:
-        return loader(source, getattr(torch, config.dtype), config.revision)
-    except ModuleNotFoundError as error:
-        package = error.name
-        raise ConfigError(
-            f"components.{kind}: '{config.name}' needs {package}: pip install {package}"
-        ) from error
-    except Exception as error:  # three libraries, each with its own kinds of errors
-        reason = " ".join(str(error).split())[:200]
-        where = "folder" if folder.is_dir() else "hub repository"
-        raise ConfigError(
-            f"components.{kind}: cannot load '{config.name}' from {where} '{source}' ({reason}); download it "
-            f"with `hf download {repository} --local-dir FOLDER` (`hf auth login` first if it is gated) "
-            f"and give the folder: components.{kind}.path=FOLDER in training, --{kind} FOLDER to sample.py"
-        ) from error
+    default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
+    return files.load(
+        f"{kind} '{config.name}'", key, config.path or default,
+        lambda source: loader(source, getattr(torch, config.dtype), config.revision), config.revision,
+        repository=None if Path(default).is_dir() else default,
+        give=f"give the folder: {key}=FOLDER in training, --{kind} FOLDER to sample.py"
+        " (gated repositories need `hf auth login` first)",
+    )  # fmt: skip

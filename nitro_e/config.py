@@ -2,7 +2,8 @@
 
 Every config class is a frozen, keyword-only dataclass that lives beside the code it configures; this module
 only knows how to fill one from plain data and how to complain. There are no interpolations, no includes, no
-import paths in YAML, and no defaults outside the dataclasses. Nothing here imports torch.
+defaults outside the dataclasses, and no import paths in YAML, but for rewards of your own (nitro_e.rewards.registry).
+Nothing here imports torch.
 
 A dataclass may declare two class variables that `from_dict` understands:
     PRESETS    name -> plain dict; `preset: NAME` in the data starts from that dict, other keys override it.

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from nitro_e.config import ConfigError, from_dict
+from nitro_e.evaluation.pictures import Judged
+from nitro_e.evaluation.results import summarize
 from nitro_e.geneval import prompts, requests
 from nitro_e.geneval.requests import Request, Thing, caption, meaning, read
 from nitro_e.geneval.rules import (
@@ -17,9 +19,8 @@ from nitro_e.geneval.rules import (
     confident,
     fraction,
     is_correct,
-    task_scores,
 )
-from nitro_e.prompts import PromptsConfig, load_prompts
+from nitro_e.prompts import Prompt, PromptsConfig, load_prompts
 
 CASES = Path(__file__).parent / "data" / "geneval_cases.jsonl.xz"  # two per test prompt, random detections
 
@@ -46,9 +47,16 @@ def test_verdicts_are_the_official_ones(cases):
         assert verdicts[-1] == case["correct"], case
         part = fraction(found, case["metadata"])
         assert 0 <= part <= 1 and (part == 1) == case["correct"], case
-    scores = task_scores([case["metadata"]["tag"] for case in cases], verdicts)
+    scores = summarized([case["metadata"]["tag"] for case in cases], verdicts)
     expected = summary["summary"]["per_task"] | {"overall": summary["summary"]["overall"]}
     assert scores == pytest.approx(expected, abs=1e-12)
+
+
+def summarized(tags: list[str], verdicts: list[bool]) -> dict[str, float]:
+    """Each task's and the overall score, as the evaluation counts them."""
+    rows = [Judged(i, 0, "", {"official": float(verdict)}, "", 0.0) for i, verdict in enumerate(verdicts)]
+    score = summarize([Prompt("", {"tag": tag}) for tag in tags], rows, "official")
+    return {task: estimate.value for task, estimate in score.tasks.items()} | {"overall": score.overall.value}
 
 
 def test_every_rule_decides_some_recorded_case(cases):
@@ -116,7 +124,7 @@ def test_fractions_by_hand(record, found, part):
 
 
 def test_overall_is_the_mean_of_tasks_not_of_pictures():
-    scores = task_scores(["colors", "colors", "colors", "counting"], [1, 1, 0, 0])
+    scores = summarized(["colors", "colors", "colors", "counting"], [1, 1, 0, 0])
     assert scores == pytest.approx({"colors": 2 / 3, "counting": 0, "overall": 1 / 3})
 
 

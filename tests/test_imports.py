@@ -23,10 +23,10 @@ ALLOWED = {
     "codec": {"config", "interfaces"},
     "text": {"config", "interfaces"},
     "vision": {"config", "interfaces"},
-    "components": {"config", "interfaces", "codec", "text", "vision", "shapes.pretrained"},
-    "data": {"config", "interfaces", "components", "randomness"},
+    "components": {"config", "interfaces", "files", "codec", "text", "vision", "shapes.pretrained"},
+    "data": {"config", "interfaces", "files", "components", "randomness"},
     "sampling": {"config", "interfaces", "flow", "randomness"},
-    "checkpoint": {"config", "model", "shapes.pretrained"},
+    "checkpoint": {"config", "files", "model", "shapes.pretrained"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {
         "config",
@@ -42,16 +42,17 @@ ALLOWED = {
     },
     "engine": {"config", "interfaces", "checkpoint", "model.pretrained", "metrics", "report"}
     | {"optim", "randomness", "parallel", "ema"},
-    "hub": {"config"},
+    "files": {"config"},
     "clip": {"config"},
-    "geneval": {"config", "interfaces", "hub", "clip"},
+    "geneval": {"config", "interfaces", "files", "clip"},
     "shapes": {"config", "interfaces", "geneval", "codec", "text", "vision"},
     "prompts": {"config", "geneval", "shapes"},
-    "rewards": {"config", "interfaces", "hub", "clip", "geneval", "shapes"},
+    "rewards": {"config", "interfaces", "files", "clip", "geneval", "shapes"},
     "evaluation": {
         "config",
         "checkpoint",
         "environment",
+        "files",
         "geneval",
         "interfaces",
         "model",
@@ -78,7 +79,7 @@ OWNERS = {
     "timm": {"vision", "shapes"},
     "peft": {"stages"},
     "webdataset": {"data"},
-    "huggingface_hub": {"model", "hub"},
+    "huggingface_hub": {"model", "files"},
 }
 
 

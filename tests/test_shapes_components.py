@@ -169,3 +169,16 @@ def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
         == 0
     )
     assert "latents 8x8x8, text 16x128" in capsys.readouterr().out
+
+
+def test_a_training_begun_otherwise_is_not_continued(tmp_path, monkeypatch, capsys):
+    """Its weights were mixed with those of another seed or rate schedule without a word."""
+    shrink(monkeypatch)
+    stop_after(monkeypatch, fit.TextTask, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train_components.train("text", tmp_path / "text", steps=3)
+    out = ["text", "--out", str(tmp_path / "text")]
+    assert train_components.main([*out, "--steps", "4"]) == 2
+    assert "'steps': 3" in capsys.readouterr().err
+    assert train_components.main([*out, "--steps", "0"]) == 2
+    assert "--steps 0" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from nitro_e.model.pretrained import save_pretrained
 from nitro_e.run import RunConfig
 from tools import study as tool
 
+ROOT = Path(__file__).parent.parent
 RECIPE = "configs/shapes/3_grpo.yaml"
 SMALL = [
     "model.preset=micro-8", "engine.steps=1", "engine.accumulate=1", "engine.tracker=none", "engine.sample_every=0",
@@ -23,15 +24,14 @@ SMALL = [
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     """A study of one variant of an untrained model, in an empty directory."""
-    root = Path.cwd()
-    config = load(RunConfig, RECIPE, [*SMALL, "init_from=null"])
+    config = load(RunConfig, ROOT / RECIPE, [*SMALL, "init_from=null"])
     use = {"codec": {"name": "shapes-dc-ae"}, "text": {"name": "shapes-llama"},
            "sampling": {"resolution": 64, "steps": 2, "grid": "linear"}}  # fmt: skip
     save_pretrained(EMMDiT(config.model), tmp_path / "base", use)
     plan = {
         "name": "tried", "base": str(tmp_path / "base"), "num": 12, "seeds": [3, 4],
         "settings": [{"guidance_scale": 1.0, "steps": 2}],
-        "variants": {"base": {}, "grpo": {"recipe": str(root / RECIPE), "set": SMALL}},
+        "variants": {"base": {}, "grpo": {"recipe": str(ROOT / RECIPE), "set": SMALL}},
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
     monkeypatch.chdir(tmp_path)
@@ -56,19 +56,25 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
 
 
 def test_a_failing_variant_is_named(plan, capsys):
-    plan["variants"]["grpo"]["set"] = [*SMALL, "stage.groups=0"]
+    plan["variants"]["grpo"]["set"] = [*SMALL, "model.width=96"]  # not that of the base
     Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [3]}))
     assert tool.main(["study.yaml"]) != 0
     error = capsys.readouterr().err
-    assert "grpo, seed 3" in error and "groups" in error
+    assert "grpo, seed 3" in error and "width" in error
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"variants": {"a": {"set": ["x=1"]}}}, "recipe"),
-        ({"settings": []}, "settings"),
+        (
+            {"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": ["stage.groups=0"]}}},
+            "variants.a: stage: groups",
+        ),
+        ({"variants": {"a": {"recipe": "nowhere.yaml"}}}, "variants.a: config file 'nowhere.yaml'"),
+        ({"settings": []}, "settings is empty"),
         ({"seed": [1]}, "seeds"),
+        ({"base": "nowhere"}, "'nowhere' does not exist"),
     ],
 )
 def test_a_wrong_study_is_refused_at_once(plan, capsys, change, message):

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from nitro_e import cli
+from nitro_e.checkpoint import model_folder
 from nitro_e.config import ConfigError, TrainingError, load
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +57,11 @@ class Study:
     )  # setting of the base for all differences; empty: the variant's own
 
     def __post_init__(self) -> None:
-        if not self.variants or not self.settings:
-            raise ConfigError("a study needs variants and settings")
+        for name in ("variants", "settings", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; a study needs at least one")
+        if self.num < 1:
+            raise ConfigError(f"num must be at least 1, got {self.num}")
 
 
 @dataclass
@@ -90,6 +94,9 @@ def study(options: argparse.Namespace) -> str:
     for name in chosen:
         if name not in plan.variants:
             raise ConfigError(f"--only {name}: the study has {', '.join(plan.variants)}")
+        check(plan, name)
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: must be at least 1")
     jobs = [
         (name, seed)
         for name in chosen
@@ -105,6 +112,19 @@ def study(options: argparse.Namespace) -> str:
     (out / "table.md").write_text(text + "\n")
     (out / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return f"{text}\n\n{out / 'table.md'}, {out / 'results.json'}; pictures under {out}"
+
+
+def check(plan: Study, name: str) -> None:
+    """Refuse what can be known to be wrong of a variant before anything is trained."""
+    from nitro_e.run import RunConfig
+
+    model_folder(plan.base)
+    variant = plan.variants[name]
+    if variant.recipe is not None:
+        try:
+            load(RunConfig, variant.recipe, variant.set)
+        except ConfigError as error:
+            raise ConfigError(f"variants.{name}: {error}") from None
 
 
 def seeds_of(plan: Study, variant: Variant) -> tuple[int, ...]:

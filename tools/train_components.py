@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from nitro_e import cli
+from nitro_e.config import ConfigError
 from nitro_e.data.writer import atomic_file
 from nitro_e.shapes import fit
 from nitro_e.shapes.pretrained import PRETRAINED
@@ -43,13 +44,19 @@ def main(argv: list[str] | None = None) -> int:
 def train(component: str, out: Path, steps: int | None = None, seed: int = 0) -> dict:
     """Train, measure, export; returns what metrics.json says."""
     torch.manual_seed(seed)
+    steps = fit.COMPONENTS[component].steps if steps is None else steps
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: must be at least 1")
     task = fit.COMPONENTS[component](seed)
-    steps = steps or task.steps
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=task.lr, betas=(0.9, 0.99), weight_decay=0.01)
     state = out.parent / f"{out.name}.training.pt"
-    done, seconds = 0, 0.0
+    done, seconds, asked = 0, 0.0, {"seed": seed, "steps": steps}
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if saved["asked"] != asked:
+            raise ConfigError(
+                f"{state} was begun with {saved['asked']}, not {asked}; give the same, or delete it to start anew"
+            )
         task.module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
         done, seconds = saved["step"], saved["seconds"]
@@ -73,7 +80,7 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
                 with atomic_file(state) as file:
                     torch.save(
                         {
-                            "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                            "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
                             "seconds": seconds + saved_at - started,
                         },
                         file,
@@ -85,7 +92,7 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
         "seconds": round(seconds + saved_at - started),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "parameters": task.parameters(),
+        "parameters": sum(parameter.numel() for parameter in task.shipped.parameters()),
         **task.measure(out),
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.data.index import Problem
-from nitro_e.data.jobs import digest, sha256_of
+from nitro_e.data.jobs import digest
+from nitro_e.files import sha256_of
 
 csv.field_size_limit(1 << 24)
 

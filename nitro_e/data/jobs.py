@@ -32,6 +32,7 @@ from tqdm import tqdm
 from nitro_e.config import ConfigError
 from nitro_e.data.index import Problem, ShardIndex, store_index
 from nitro_e.data.writer import atomic_file, index_path
+from nitro_e.files import sha256_of
 
 ALLOWED = 10  # bad samples that never stop a job, however small it is
 
@@ -151,14 +152,6 @@ def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
         "members": list(index.extensions),
         **extra,
     }
-
-
-def sha256_of(path: Path) -> str:
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def digest(*parts: Any) -> str:

@@ -17,11 +17,18 @@ from tqdm import tqdm
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, group_columns
-from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
+from nitro_e.data.decode import (
+    BadSample,
+    decode_array,
+    decode_caption,
+    decode_image,
+    decode_info,
+)
 from nitro_e.data.index import Problem, ShardIndex, read_stored, scan_tar
-from nitro_e.data.jobs import each, read_manifests, sha256_of
+from nitro_e.data.jobs import each, read_manifests
 from nitro_e.data.remote import local_path
 from nitro_e.data.writer import index_path
+from nitro_e.files import sha256_of
 
 
 @dataclass

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -38,6 +37,7 @@ from nitro_e.evaluation.pictures import (
     weights_hash,
 )
 from nitro_e.evaluation.results import Score, plain
+from nitro_e.files import sha256_of
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.pipeline import TextToImage
 from nitro_e.prompts import Prompt, load_prompts
@@ -162,14 +162,10 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     """Which weights these are."""
     folder = model_folder(source)
     meta = folder.parent / "meta.json"
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
     return {
         "source": str(source),
         "folder": str(folder),
-        "sha256": digest.hexdigest(),
+        "sha256": sha256_of(folder / "model.safetensors"),
         "weights": weights_hash(pipeline.model, pipeline.codec, pipeline.text),  # codec and text encoder too
         "step": json.loads(meta.read_text()).get("step") if meta.is_file() else None,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),

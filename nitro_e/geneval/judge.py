@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e import hub
+from nitro_e import files
 from nitro_e.clip import CLIP, CLIP_L, fit_short_side, load_clip
 from nitro_e.geneval.detector import MASK2FORMER, Detector, Found, load_detector
 from nitro_e.geneval.requests import COLORS
@@ -79,8 +79,8 @@ def crop(image: Tensor, mask: Tensor, box: Sequence[float]) -> Tensor:
 def load_judge(detector: str = MASK2FORMER, clip: str = CLIP_L, revision: str | None = None) -> GenEvalJudge:
     """Detector and color classifier from hub ids or folders; ConfigError if they cannot be loaded."""
     return GenEvalJudge(
-        hub.load(
+        files.load(
             "geneval's detector", "path", detector, lambda source: load_detector(source, revision), revision
         ),
-        hub.load("geneval's colors", "options.clip", clip, lambda source: load_clip(source, torch.float32)),
+        files.load("geneval's colors", "options.clip", clip, lambda source: load_clip(source, torch.float32)),
     )

@@ -82,9 +82,9 @@ def load(file: Path) -> tuple[Any, dict]:
     from transformers import Mask2FormerForUniversalSegmentation
 
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    state = checkpoint.get("state_dict", checkpoint)
+    state = rename(checkpoint.get("state_dict", checkpoint))
     return Mask2FormerForUniversalSegmentation.from_pretrained(
-        None, config=config_of(state), state_dict=rename(state), output_loading_info=True
+        None, config=config_of(state), state_dict=state, output_loading_info=True
     )
 
 
@@ -118,10 +118,8 @@ def _reorder_merged(value: Tensor) -> Tensor:
 
 
 def config_of(state: Mapping[str, Tensor]) -> Any:
-    """A Mask2FormerConfig with the sizes of the weights and COCO's classes."""
+    """A Mask2FormerConfig with the sizes of the renamed weights and COCO's classes."""
     from transformers import Mask2FormerConfig, SwinConfig
-
-    state = rename(state)
 
     def count(pattern: str) -> int:
         return len({match.group(1) for key in state if (match := re.match(pattern, key))})

@@ -44,7 +44,7 @@ class Request(NamedTuple):
     """What a caption asks for: one thing, or two joined by the relation ("and" if there is none)."""
 
     tag: str
-    things: Sequence[tuple[str, str | None, int]]  # `Thing`s
+    things: tuple[Thing, ...]
     relation: str | None = None
 
 

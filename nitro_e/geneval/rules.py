@@ -38,15 +38,6 @@ def confident(found: Sequence[Detection], metadata: dict) -> list[Detection]:
     return kept
 
 
-def task_scores(tags: Sequence[str], correct: Sequence[float]) -> dict[str, float]:
-    """Mean verdict of each task, and "overall", the mean of the tasks whatever their numbers of pictures."""
-    scores = {}
-    for tag in dict.fromkeys(tags):
-        verdicts = [float(value) for value, other in zip(correct, tags, strict=True) if other == tag]
-        scores[tag] = sum(verdicts) / len(verdicts)
-    return scores | {"overall": sum(scores.values()) / len(scores)}
-
-
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     """The relations of `box` to `other`: none when they overlap too much, two on a diagonal."""
     offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nitro_e import hub
+from nitro_e import files
 from nitro_e.clip import (
     CLIP,
     CLIP_H,
@@ -38,7 +38,7 @@ class CLIPScore(nn.Module):
         self, path: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.clip = hub.load(
+        self.clip = files.load(
             *("reward 'clipscore'", "path", path or CLIP_L),
             lambda source: load_clip(source, dtype, None, revision),
             revision,
@@ -59,7 +59,7 @@ class PickScore(nn.Module):
         tokenizer: str = CLIP_H,
     ) -> None:
         super().__init__()
-        self.clip = hub.load(
+        self.clip = files.load(
             *("reward 'pickscore'", "path", path or PICKSCORE),
             lambda source: load_clip(source, dtype, tokenizer, revision),
             revision,
@@ -86,13 +86,13 @@ class HPSv2(nn.Module):
         super().__init__()
 
         def load(source: str) -> CLIP:
-            file = hub.file(source, HPSV2_FILE, revision)
+            file = files.find(source, HPSV2_FILE, revision)
             if file is None:
                 return load_clip(source, dtype, base, revision)
             state = torch.load(file, map_location="cpu", weights_only=True)
             return from_open_clip(state["state_dict"], base, dtype)
 
-        self.clip = hub.load("reward 'hpsv2.1'", "path", path or HPSV2, load, revision)
+        self.clip = files.load("reward 'hpsv2.1'", "path", path or HPSV2, load, revision)
         self.antialias = antialias
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
@@ -113,8 +113,8 @@ class Aesthetic(nn.Module):
         super().__init__()
 
         def load(source: str) -> nn.Module:
-            files = (hub.file(source, name, revision) for name in AESTHETIC_FILES)
-            file = next((file for file in files if file is not None), None)
+            found = (files.find(source, name, revision) for name in AESTHETIC_FILES)
+            file = next((file for file in found if file is not None), None)
             if file is None:
                 raise FileNotFoundError(f"there is neither {' nor '.join(AESTHETIC_FILES)}")
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -122,9 +122,9 @@ class Aesthetic(nn.Module):
             head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
             return head
 
-        self.head = hub.load("reward 'aesthetic'", "path", path or AESTHETIC, load, revision).eval()
+        self.head = files.load("reward 'aesthetic'", "path", path or AESTHETIC, load, revision).eval()
         self.head.requires_grad_(False)
-        self.clip = hub.load(
+        self.clip = files.load(
             "reward 'aesthetic'", "options.clip", clip, lambda source: load_clip(source, dtype)
         )
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nitro_e import hub
+from nitro_e import files
 from nitro_e.clip import MEAN, STD, fit_short_side, load_tokenizer
 from nitro_e.rewards.clip_scores import linear_head
 
@@ -42,10 +42,10 @@ class ImageReward(nn.Module):
     ) -> None:
         super().__init__()
         what = "reward 'imagereward'"
-        self.vision, self.text, self.head = hub.load(
+        self.vision, self.text, self.head = files.load(
             what, "path", path or REPOSITORY, lambda source: _load(source, dtype, revision), revision
         )
-        self.tokenizer = hub.load(what, "options.tokenizer", tokenizer, load_tokenizer)
+        self.tokenizer = files.load(what, "options.tokenizer", tokenizer, load_tokenizer)
         self.size: int = self.vision.config.image_size
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1), persistent=False)
@@ -71,7 +71,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, A
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    weights, config = (hub.file(source, name, revision) for name in (FILE, TEXT_CONFIG))
+    weights, config = (files.find(source, name, revision) for name in (FILE, TEXT_CONFIG))
     if weights is None or config is None:
         raise FileNotFoundError(f"there must be {FILE} and {TEXT_CONFIG}")
     parts = rename_blip(torch.load(weights, map_location="cpu", weights_only=True))

@@ -8,8 +8,8 @@
 * `VisionTask`: a timm vision transformer whose tokens tell, for each cell, which object covers it and where its centre
   is. A supervised stand-in for DINOv2.
 
-A task has a module with everything that is trained, `loss(step)` of one batch, `export(folder)`, and `measure(folder)`
-through the component as users load it. Pictures are of the train split only. Captions are of both, as a real language
+A task has a `module` with everything that is trained, in it the one that is `shipped`, `loss(step)` of one batch,
+`export(folder)`, and `measure(folder)` through the component as users load it. Pictures are of the train split only. Captions are of both, as a real language
 model has read of things no picture of the training set shows: trained on those of the train split alone, the reader
 misread a quarter of the held-out captions.
 """
@@ -27,6 +27,7 @@ from nitro_e.shapes.judge import judge
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import (
     COLORS,
+    MAX_WORDS,
     OPPOSITE,
     RELATIONS,
     SHAPES,
@@ -58,6 +59,11 @@ class Scenes:
         """(B, 3, H, W) in -1..1."""
         return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """`cell_targets` of all scenes: (N, cells, 2) classes and places."""
+        pairs = zip(*(cell_targets(drawn) for drawn in self.scenes))
+        return tuple(torch.from_numpy(np.stack(parts)).flatten(1, 2) for parts in pairs)
+
     def draw(self, seed: int, step: int, count: int) -> np.ndarray:
         return np.random.default_rng([seed, step]).integers(len(self.scenes), size=count)
 
@@ -70,7 +76,7 @@ class CodecTask:
         from diffusers import AutoencoderDC
 
         self.seed = seed
-        self.module = AutoencoderDC(
+        self.module = self.shipped = AutoencoderDC(
             latent_channels=8,
             encoder_block_out_channels=(16, 32, 64, 128), decoder_block_out_channels=(16, 32, 64, 128),
             encoder_layers_per_block=(0, 1, 1, 1), decoder_layers_per_block=(0, 1, 2, 2),
@@ -94,9 +100,6 @@ class CodecTask:
         error = decoded - pixels
         return error.square().mean() + 0.3 * error.abs().mean()
 
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
-
     @torch.no_grad()
     def export(self, folder: Path) -> None:
         """Latents get mean 0 and deviation 1 per channel; the decoder was trained on just that."""
@@ -105,7 +108,7 @@ class CodecTask:
         out = self.module.encoder.conv_out
         out.weight /= deviation[:, None, None, None]
         out.bias.sub_(mean).div_(deviation)
-        self.module.half().save_pretrained(folder, safe_serialization=True)
+        self.shipped.half().save_pretrained(folder, safe_serialization=True)
 
     def measure(self, folder: Path) -> dict:
         from nitro_e.codec import AutoencoderDCCodec, load_autoencoder_dc
@@ -132,7 +135,7 @@ ATTRIBUTES = {  # what a caption says of its first and second thing; the last cl
     "count": [1, 2, 3, 4, None],
     "relation": [*RELATIONS, None],  # of this thing to the other
 }
-LENGTH = 16
+LENGTH = MAX_WORDS + 5  # the begin token, the words, and four padded rows at least
 
 
 def parse_targets(request: Request) -> list[int]:
@@ -141,7 +144,7 @@ def parse_targets(request: Request) -> list[int]:
     for place in range(2):
         thing = request.things[place] if place < len(request.things) else None
         relation = request.relation if place == 0 else OPPOSITE.get(request.relation)
-        values = (thing.shape, thing.color, thing.count, relation) if thing else (None, None, None, None)
+        values = (thing.name, thing.color, thing.count, relation) if thing else (None, None, None, None)
         targets += [ATTRIBUTES[name].index(value) for name, value in zip(ATTRIBUTES, values)]
     return targets
 
@@ -191,6 +194,7 @@ class TextTask:
         self.seed = seed
         self.tokenizer = word_tokenizer()
         self.module = Reader(len(self.tokenizer))
+        self.shipped = self.module.model
         rng = np.random.default_rng(seed)
         requests = [
             draw_request(rng, tag, colored)
@@ -224,11 +228,8 @@ class TextTask:
             loss = loss + F.cross_entropy(probe(hidden[padded]), target[sentence]) / len(self.module.probes)
         return loss
 
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.module.model.parameters())
-
     def export(self, folder: Path) -> None:
-        self.module.model.half().save_pretrained(folder, safe_serialization=True)
+        self.shipped.half().save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
@@ -273,26 +274,22 @@ class VisionTask:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.vit = vision_transformer()
+        self.shipped = vision_transformer()
         self.module = nn.ModuleDict({
-            "vit": self.vit,
+            "vit": self.shipped,
             "shape": nn.Linear(128, len(SHAPES) + 1),
             "color": nn.Linear(128, len(COLORS) + 1),
             "place": nn.Linear(128, 2),
         })  # fmt: skip
         self.data = Scenes(TRAIN_SCENES, seed)
-        targets = [cell_targets(drawn) for drawn in self.data.scenes]
-        self.classes = torch.from_numpy(np.stack([classes for classes, _ in targets])).flatten(
-            1, 2
-        )  # (N, cells, 2)
-        self.places = torch.from_numpy(np.stack([places for _, places in targets])).flatten(1, 2)
+        self.classes, self.places = self.data.cells()  # (N, cells, 2) each
 
     def loss(self, step: int) -> Tensor:
         """Cross entropy of shape and colour, plus the squared error of the centres where there is an object."""
         rows = self.data.draw(self.seed, step, self.batch)
         classes, places = self.classes[rows], self.places[rows]
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = patch_tokens(self.vit, self.data.pixels(rows), (GRID, GRID))  # (B, cells, D)
+            tokens = patch_tokens(self.shipped, self.data.pixels(rows), (GRID, GRID))  # (B, cells, D)
         tokens = tokens.float()
         covered = classes[..., 0] < len(SHAPES)
         loss = F.mse_loss(self.module["place"](tokens)[covered], places[covered])
@@ -302,13 +299,10 @@ class VisionTask:
             )
         return loss
 
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.vit.parameters())
-
     def export(self, folder: Path) -> None:
         from timm.models import save_for_hf
 
-        save_for_hf(self.vit.half(), folder, model_args=VIT, safe_serialization=True)
+        save_for_hf(self.shipped.half(), folder, model_args=VIT, safe_serialization=True)
 
     @torch.no_grad()
     def measure(self, folder: Path) -> dict:
@@ -319,11 +313,9 @@ class VisionTask:
         tokens = torch.cat(
             [encoder.features(part, (GRID, GRID)) for part in data.pixels(slice(None)).split(100)]
         )
-        targets = [cell_targets(drawn) for drawn in data.scenes]
-        classes = torch.from_numpy(np.stack([classes for classes, _ in targets])).flatten(1, 2)
-        places = torch.from_numpy(np.stack([places for _, places in targets])).flatten(1, 2)
+        classes, places = data.cells()
         covered = classes[..., 0] < len(SHAPES)
-        results = {"scenes": len(targets)}
+        results = {"scenes": len(data.scenes)}
         for column, name in enumerate(("shape", "color")):
             right = self.module[name](tokens).argmax(-1) == classes[..., column]
             results |= {name: round(right.float().mean().item(), 4),

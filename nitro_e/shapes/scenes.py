@@ -28,6 +28,7 @@ from nitro_e.geneval.requests import (
     RELATIONS,
     TASKS,
     Request,
+    Thing,
     plural,
 )
 
@@ -61,14 +62,6 @@ MIN_RADIUS = 7.5 / 64
 MAX_RADIUS = {1: 12.5 / 64, 2: 12.5 / 64, 3: 11.5 / 64, 4: 10.0 / 64}  # by number of objects
 GAP, BORDER = 2.5 / 64, 1.0 / 64  # least free space between two objects, and to the edge
 MAX_ANGLE = 0.12  # radians
-
-
-class Thing(NamedTuple):
-    """GenEval's `Thing` of this domain: `count` objects of one shape; color None = any."""
-
-    shape: str
-    color: str | None = None
-    count: int = 1
 
 
 class Object(NamedTuple):
@@ -135,10 +128,10 @@ def draw_request(rng: np.random.Generator, tag: str, colored: bool) -> Request:
 
 def is_seen(request: Request) -> bool:
     """Whether a request is made only of combinations that training shows."""
-    shapes = [thing.shape for thing in request.things]
-    if any((thing.color, thing.shape) in UNSEEN_COLORED for thing in request.things):
+    shapes = [thing.name for thing in request.things]
+    if any((thing.color, thing.name) in UNSEEN_COLORED for thing in request.things):
         return False
-    if any((thing.count, thing.shape) in UNSEEN_COUNTS for thing in request.things):
+    if any((thing.count, thing.name) in UNSEEN_COUNTS for thing in request.things):
         return False
     if frozenset(shapes) in UNSEEN_PAIRS:
         return False

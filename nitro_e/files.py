@@ -1,7 +1,8 @@
-"""Files behind names: a local folder or a hub repository, and one line for what goes wrong with them."""
+"""Files behind names: a local folder or a hub repository, one line for what goes wrong with them; hashes of files."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,15 +12,21 @@ from nitro_e.config import ConfigError
 T = TypeVar("T")
 
 
-def load(what: str, key: str, source: str, loader: Callable[[str], T], revision: str | None = None) -> T:
+def load(
+    what: str, key: str, source: str, loader: Callable[[str], T], revision: str | None = None,
+    repository: str | None = None, give: str | None = None,
+) -> T:  # fmt: skip
     """`loader(source)`; a missing folder, a missing library, whatever the loader raises become ConfigError.
 
-    `what` is being loaded, `key` of the config names the source: both only for the message."""
+    Only for the message: `what` is being loaded, the config's `key` (it ends in "path" if there is a revision) names the
+    source, `repository` has the right files where source is a folder, and `give` tells how to name a folder."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         source = str(folder.resolve())
         if revision is not None:
-            raise ConfigError(f"{what}: revision: '{source}' is a folder; only hub ids have revisions")
+            raise ConfigError(
+                f"{what}: {key.removesuffix('path')}revision: '{source}' is a folder; only hub ids have revisions"
+            )
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ConfigError(f"{what}: {key}: folder '{source}' does not exist")
     try:
@@ -28,15 +35,16 @@ def load(what: str, key: str, source: str, loader: Callable[[str], T], revision:
         raise ConfigError(f"{what} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # several libraries, each with its own kinds of errors
         reason = " ".join(str(error).split())[:200]
-        if folder.is_dir():
+        if folder.is_dir() and repository is None:
             remedy = f"check {key}"
         else:
-            remedy = f"download it with `hf download {source} --local-dir FOLDER` and set {key}: FOLDER"
+            download = f"`hf download {repository or source} --local-dir FOLDER`"
+            remedy = f"download it with {download} and {give or f'set {key}: FOLDER'}"
         where = "folder" if folder.is_dir() else "hub repository"
         raise ConfigError(f"{what}: cannot load from {where} '{source}' ({reason}); {remedy}") from error
 
 
-def file(source: str, name: str, revision: str | None = None) -> Path | None:
+def find(source: str, name: str, revision: str | None = None) -> Path | None:
     """The file of that name in a folder, or downloaded from a hub repository; None if there is none."""
     if Path(source).is_dir():
         path = Path(source) / name
@@ -50,3 +58,11 @@ def file(source: str, name: str, revision: str | None = None) -> Path | None:
         raise
     except EntryNotFoundError:
         return None
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
