@@ -602,11 +602,26 @@ def test_shards_are_reproducible_resumable_and_never_mixed(tool, tmp_path):
     tool.make_shards(tmp_path / "a", **args)
     assert first[0].read_bytes() == b"finished" and first[1].read_bytes() == again[1].read_bytes()
 
-    for key, value in dict(num=18, samples_per_shard=3, seed=1, resolution=64).items():
+    changes = dict(num=18, samples_per_shard=3, seed=1, resolution=64, tasks=["counting"])
+    for key, value in changes.items():
         with pytest.raises(ConfigError, match=key.replace("_", "-")):
             tool.make_shards(tmp_path / "b", **(args | {key: value}))
     with pytest.raises(ConfigError, match="--num 0"):
         tool.make_shards(tmp_path / "c", **(args | {"num": 0}))
+
+
+def test_shards_of_some_tasks_hold_their_scenes_of_the_whole_domain(tool, tmp_path):
+    tasks = ["two_object", "counting"]
+    (path,) = tool.make_shards(tmp_path, "train", 8, resolution=48, tasks=tasks)
+    with tarfile.open(path) as tar:
+        records = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith("json")]
+    assert [record["tag"] for record in records] == tasks * 4
+    whole = [metadata(scene(0, "train", index).request) for index in range(24)]
+    assert [record["prompt"] for record in records if record["tag"] == "counting"] == [
+        record["prompt"] for record in whole if record["tag"] == "counting"
+    ]
+    with pytest.raises(ConfigError, match="names one twice"):
+        tool.make_shards(tmp_path / "d", "train", 8, tasks=["counting", "counting"])
 
 
 def test_signed_distance_is_zero_on_every_outline():
