@@ -96,7 +96,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
             raise ConfigError(
                 f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields])
             )
-        values[key] = _coerce(hints[key], value, where)
+        values[key] = _coerce(hints[key], _complete(fields[key], value), where)
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key '{path + '.' if path else ''}{name}' ({_type_name(hints[name])})")
@@ -132,6 +132,17 @@ def _expand_preset(cls: type, data: dict, path: str) -> dict:
     if name not in presets:
         raise ConfigError(f"{path}.preset: unknown preset '{name}'" + did_you_mean(str(name), list(presets)))
     return _merge(presets[name], data)
+
+
+def _complete(field: dataclasses.Field, value: Any) -> Any:
+    """Some fields have defaults of their own instead of their class's: what `value` leaves out comes from there."""
+    if isinstance(field.default_factory, (type, type(dataclasses.MISSING))) or not isinstance(value, Mapping):
+        return value
+    default = field.default_factory()
+    if not dataclasses.is_dataclass(default) or "preset" in value:
+        return value
+    default = to_dict(default)
+    return value if value.get("kind", default.get("kind")) != default.get("kind") else _merge(default, value)
 
 
 def _merge(base: Mapping, data: Mapping) -> dict:

@@ -95,6 +95,18 @@ def test_preset_is_a_start_that_other_keys_override():
     assert from_dict(Tree, {"name": "a", "preset": "two", "sizes": [1]}).sizes == (1,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forest:
+    optim: Optim = field(default_factory=lambda: Optim(lr=5.0, steps=7))
+    fruit: Apple | Pear = field(default_factory=lambda: Pear(long=False))
+
+
+def test_a_fields_own_defaults_stay_where_nothing_is_said():
+    assert from_dict(Forest, {"optim": {"lr": 1}}).optim == Optim(lr=1.0, steps=7)
+    assert from_dict(Forest, {"fruit": {"kind": "pear"}}).fruit == Pear(long=False)
+    assert from_dict(Forest, {"fruit": {"kind": "apple"}}).fruit == Apple()
+
+
 def test_overrides():
     data = {"name": "a"}
     apply_override(data, "optim.lr=2e-4")
