@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.config import ConfigError, TrainingError, did_you_mean
 from nitro_e.files import sha256_of
 from nitro_e.shapes.pretrained import PRETRAINED
 
@@ -107,6 +107,16 @@ def latest_valid(run: Path) -> Path | None:
             "checkpoint %s is damaged (%s): renamed to %s, trying the one before", folder, problem, bad.name
         )
     return None
+
+
+def refuse_damaged(run: Path) -> None:
+    """TrainingError if a run had checkpoints and none of them is whole: it must not begin anew unnoticed."""
+    damaged = sorted(run.glob("checkpoints/bad-step-*"))
+    if damaged and latest(run) is None:
+        raise TrainingError(
+            f"every checkpoint of {run} is damaged ({', '.join(folder.name for folder in damaged)}): put a copy back, or "
+            "delete them to begin again from the start"
+        )
 
 
 def damage(folder: Path) -> str | None:

@@ -505,6 +505,7 @@ class Engine:
         with self.accelerator.main_process_first():  # the first to look renames damaged ones
             folder = checkpoint.latest_valid(self.run_folder)
         if folder is None:
+            checkpoint.refuse_damaged(self.run_folder)
             return
         meta = checkpoint.read_meta(folder)
         now = self._identity()

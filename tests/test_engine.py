@@ -229,6 +229,15 @@ def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
     assert losses(run) == losses(clean)
 
 
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_unnoticed(run):
+    train(run, steps=4)
+    for path in (run / "checkpoints").glob("step-*/trainer/model.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="every checkpoint of .* is damaged"):
+            train(run, steps=8)
+
+
 def test_a_kill_between_publishing_and_pruning_only_leaves_one_more(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
     train(run, steps=12)
