@@ -156,6 +156,18 @@ def test_folder_says_how_to_sample(tmp_path, convert, name, resolution, expected
     assert config["model"] == from_dict(ModelConfig, preset)
 
 
+def test_what_the_released_format_cannot_say_is_told_or_refused(released_file, tmp_path, convert, capsys):
+    model = EMMDiT.from_pretrained(released_file)
+    for name, scale in (("four", 1.0), ("half", 0.5)):
+        use = {"sampling": {"sigmas": [[1.0], [1.0, 0.5]], "sampler": "renoise", "time_scale": scale}}
+        save_pretrained(model, tmp_path / name, use)
+    assert convert([str(tmp_path / "four"), str(tmp_path / "four.safetensors"), "--to-released"]) == 0
+    assert "times (1) or (1, 0.5), sampler renoise, guidance 1" in capsys.readouterr().out
+    assert convert([str(tmp_path / "half"), str(tmp_path / "half.safetensors"), "--to-released"]) == 2
+    assert "time_scale 0.5" in capsys.readouterr().err
+    assert not (tmp_path / "half.safetensors").exists()
+
+
 def test_run_directories_convert(released_file, released_state, tmp_path, convert):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-0000010"
     save_pretrained(EMMDiT.from_pretrained(released_file), checkpoint / "model", {"sampling": {}})

@@ -85,10 +85,9 @@ def convert(options: argparse.Namespace) -> str:
         model.to(getattr(torch, options.dtype))
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to_released:
+        told = tell_reader(path, model)
         write_file(model, out)
-        lines = [
-            f"{out}: the released format; its reader must be told: attention {', '.join(model.config.attention)}"
-        ]
+        lines = [f"{out}: the released format; its reader must be told: {told}"]
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
         write_folder(model, out, use, provenance(path))
@@ -99,6 +98,20 @@ def convert(options: argparse.Namespace) -> str:
         + (f", {lora} merged" if lora else "")
     )
     return "\n".join([*lines, *left_out(path)])
+
+
+def tell_reader(path: Path, model: EMMDiT) -> str:
+    """What the released format has no place for. ConfigError if its samplers could not follow it."""
+    told = [f"attention {', '.join(model.config.attention)}"]
+    sampling = read_config(path)["use"].get("sampling", {}) if path.is_dir() else {}
+    if sampling.get("time_scale", 1) != 1:
+        raise ConfigError(
+            f"'{path}' was distilled with time_scale {sampling['time_scale']:g}: the released format cannot say so"
+        )
+    if sampling.get("sigmas"):
+        times = " or ".join("(" + ", ".join(f"{t:g}" for t in times) + ")" for times in sampling["sigmas"])
+        told.append(f"distilled: times {times}, sampler {sampling['sampler']}, guidance 1")
+    return "; ".join(told)
 
 
 def find(source: str, file: str | None) -> Path:
