@@ -199,6 +199,9 @@ def test_a_config_that_cannot_work_is_refused():
         ({"diffusion": None, "adversarial": None}, "nothing to learn from"),
         ({"diffusion": {"space": "velocity"}}, "on_rollout"),
         ({"adversarial": {"pool": {"use": 3}}}, "use must be even"),
+        ({"adversarial": {"pool": {}, "heads": {"width": 8}}}, "heads would have no effect"),
+        ({"adversarial": {"pool": {}, "judge": {"least": 0.1}}}, "judge would have no effect"),
+        ({"adversarial": {"null_text": 0.5}}, "null_text takes prompts away"),
         ({"reflow": {}}, "no rollout"),
     ]
     for overrides, message in cases:
@@ -653,6 +656,27 @@ def test_guards_stop_a_student_that_drifts_for_long():
     alarms[0] = 5
     watch(config, alarms, draft(batch.latents), batch)
     assert alarms[0] == 5
+
+
+def test_guards_count_steps_and_not_micro_batches():
+    stage = tiny_stage(distill_config("ladd4", guards={"start": 0, "std_ratio": 1e-9}, adversarial=None))
+    for step in range(3):
+        for _ in range(4):
+            batch = random_batch(step)
+            stage.loss(stage.generator.net, batch, rng(8, step))
+    assert stage.student.alarms.tolist()[1] == 3
+
+
+@pytest.mark.parametrize(("loss", "right"), [("hinge", (1.0, 0.0, 0.5)), ("relativistic", (1.0, 1.0, 1.0))])
+def test_right_verdicts(loss, right):
+    """Real at 5, fake at 3: heads that know differences only are right about both."""
+    stage = tiny_stage(distill_config("ladd4", adversarial={"loss": loss, "misaligned": None}))
+    (adversarial,) = [o for o in stage.objectives if isinstance(o, Adversarial)]
+    sides = {name: [torch.full((8, 1, 3), value)] for name, value in (("real", 5.0), ("fake", 3.0))}
+    taus = {"real": torch.full((8,), 0.1), "fake": torch.full((8,), 0.1)}
+    logs = adversarial.watch(sides, taus, torch.ones(8), random_batch())
+    ratio = lambda name: (logs[name][0] / logs[name][1]).item()  # noqa: E731
+    assert (ratio("right_real"), ratio("right_fake"), ratio("right_t0")) == right
 
 
 def test_frozen_gives_back_what_was_trainable():

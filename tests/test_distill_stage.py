@@ -21,6 +21,7 @@ from nitro_e.pipeline import TextToImage, Use
 from nitro_e.randomness import SlotRandom
 from nitro_e.run import RunConfig
 from nitro_e.sampling import SamplingConfig
+from nitro_e.stages.distill import DistillConfig
 from nitro_e.stages.distill.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,11 @@ SMALL = {
         "inputs": {"odds": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}}, "adversarial": HEADS
     },
     "nitro1": {"adversarial": HEADS},
-    "nitrofusion": {"adversarial": {**HEADS, "pool": {"copies": 4, "use": 2, "width": 8, "refresh": 0.05}}},
+    "nitrofusion": {
+        "adversarial": {
+            "start": 2, "ramp": 2, "r1": HEADS["r1"], "pool": {"copies": 4, "use": 2, "width": 8, "refresh": 0.05}
+        }
+    },
     "sana_adv": {"adversarial": HEADS},
     "reflow": {},
 }  # fmt: skip
@@ -262,6 +267,12 @@ def test_every_preset_trains(preset):
     if preset != "reflow":
         assert 0.4 <= sum(verdicts) / len(verdicts) < 1.0
         assert weights[0] == 0 and weights[-1] > 0
+
+
+def test_reflow_is_sampled_on_equal_steps():
+    config = from_dict(DistillConfig, {"preset": "reflow", "teacher": "x"})
+    sampling = config.sampling(SamplingConfig(steps=4, guidance_scale=1, grid="released"))
+    assert sampling.times().tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_recipes_name_presets_and_are_complete():

@@ -135,6 +135,13 @@ def test_prompts_of_a_table_keep_their_columns(tmp_path):
     assert tool.read_jobs(tmp_path / "p.tsv", "Prompt", 3, 0)[2].k == 2
 
 
+def test_a_prompt_that_comes_again_gets_other_pictures(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
+    jobs = tool.read_jobs(tmp_path / "p.txt", "prompt", 2, 0)
+    assert [(job.prompt, job.k) for job in jobs if job.prompt == "a cat"] == [("a cat", k) for k in range(4)]
+    assert len({job.seed for job in jobs}) == 6
+
+
 def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
     generator = tool.OwnGenerator(TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1))
     make = generator.make

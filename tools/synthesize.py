@@ -25,6 +25,7 @@ import argparse
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -96,7 +97,7 @@ class Extras:
 
     text_embeddings: bool = False
     images: bool = False
-    trajectory: tuple[float, ...] = ()  # times
+    trajectory: tuple[float, ...] = ()  # times, falling
 
 
 class OwnGenerator:
@@ -376,10 +377,13 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         print(f"{path}: {empty} of {len(prompts)} prompts are empty and left out", file=sys.stderr)
     if empty == len(prompts):
         raise ConfigError(f"--prompts '{path}' holds no prompts")
-    prompts = islice(((prompt, info) for prompt, info in prompts if prompt), limit)
-    return [
-        Job(prompt, k, seed_of(prompt, k, seed), info) for prompt, info in prompts for k in range(per_prompt)
-    ]
+    made: Counter[str] = Counter()  # a prompt that comes again goes on counting: other noise, another picture
+    jobs = []
+    for prompt, info in islice(((prompt, info) for prompt, info in prompts if prompt), limit):
+        for k in range(made[prompt], made[prompt] + per_prompt):
+            jobs.append(Job(prompt, k, seed_of(prompt, k, seed), info))
+        made[prompt] += per_prompt
+    return jobs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -481,7 +485,11 @@ def build_generator(args: argparse.Namespace) -> Generator:
         steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution,
         grid=args.grid,
     )  # fmt: skip
-    extras = Extras(args.text_embeddings, args.images, args.trajectory)
+    if args.grid and settings.sigmas:
+        raise ConfigError(
+            f"--grid {args.grid}: '{args.source}' is distilled and has times of its own; leave it out"
+        )
+    extras = Extras(args.text_embeddings, args.images, tuple(sorted(args.trajectory, reverse=True)))
     return OwnGenerator(pipeline, settings, args.negative_prompt, extras)
 
 

@@ -103,7 +103,16 @@ class AdversarialConfig:
             raise ConfigError(
                 "loss 'relativistic' compares real and fake of one sample: it needs share_time: true"
             )
+        if self.misaligned and self.null_text:
+            raise ConfigError(
+                "misaligned asks whether a prompt belongs to its picture, null_text takes prompts away: set one of them"
+            )
         if self.pool is not None:
+            for name, default in (("heads", HeadConfig()), ("judge", JudgeTimesConfig())):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"pool has its own heads and times: {name} would have no effect, leave it out"
+                    )
             if self.optim.kind != "adamw" or self.optim.betas[0] != 0 or self.optim.weight_decay != 0:
                 raise ConfigError(
                     "pool: heads that are not at work stay as they are only with optim {kind: adamw, betas: [0, ...], "
@@ -183,7 +192,7 @@ class Adversarial:
         logits = net(features, batch.step)
         sides = dict(zip(names, map(list, zip(*(entry.chunk(len(names)) for entry in logits)))))
         values, logs = self.compare(sides, batch)
-        logs |= self.watch(sides, taus[0], keep, batch)
+        logs |= self.watch(sides, dict(zip(names, taus)), keep, batch)
         return (values * keep).mean(), logs
 
     def judged_parts(
@@ -225,12 +234,18 @@ class Adversarial:
 
     @torch.no_grad()
     def watch(
-        self, sides: dict[str, Logits], tau: Tensor, keep: Tensor, batch: DistillBatch
+        self, sides: dict[str, Logits], taus: dict[str, Tensor], keep: Tensor, batch: DistillBatch
     ) -> dict[str, Tensor]:
-        """Shares of right verdicts and the gap between real and fake, on training and on held-out prompts."""
+        """Shares of right verdicts and the gap between real and fake, on training and on held-out prompts.
+
+        Right is a logit on its side of 0; of relativistic heads, which know differences only, real above fake.
+        """
         scores = {name: losses.score(logits) for name, logits in sides.items() if name != "perturbed"}
         gap = scores["real"] - scores["fake"]
         right = {name: ((value > 0) == (name == "real")).float() for name, value in scores.items()}
+        if self.config.loss == "relativistic":
+            above = {name: scores["real"] > value for name, value in scores.items()}
+            right = {name: above["fake" if name == "real" else name].float() for name in above}
         batch.heldout_gap = masked_mean(gap, 1 - keep)
         logs = {"gap": masked_mean(gap, keep), "gap_heldout": batch.heldout_gap}
         for name, value in right.items():
@@ -238,8 +253,8 @@ class Adversarial:
                 f"right_{name}": masked_mean(value, keep),
                 f"right_{name}_heldout": masked_mean(value, 1 - keep),
             }
-        bins = (tau * 5).long().clamp(max=4)
-        both = (right["real"] + right["fake"]) / 2
+        both = torch.cat([right["real"], right["fake"]])
+        bins = (torch.cat([taus["real"], taus["fake"]]) * 5).long().clamp(max=4)
         logs |= {f"right_t{number}": masked_mean(both, (bins == number).float()) for number in range(5)}
         for number, (r, f) in enumerate(zip(sides["real"], sides["fake"])):
             logs[f"gap_head{number}"] = (r - f).mean()

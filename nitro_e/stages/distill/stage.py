@@ -143,6 +143,8 @@ class DistillConfig:
                 f"sampling.steps: {config.steps}, but the student is trained for {' or '.join(map(str, counts))}; set one "
                 "of them"
             )
+        if not counts:  # any number of equal steps; the released grid would waste its last one
+            config = replace(config, grid="linear")
         return replace(config, sigmas=self.schedules, time_scale=self.time_scale)
 
 
@@ -180,6 +182,7 @@ class Distill:
             if getattr(config, name)
         ]
         self.generator = Phase("student", self.student, self.loss, config.optim)
+        self.watched = -1  # step
         self.phases = (
             *(phase for objective in self.objectives for phase in objective.phases),
             self.generator,
@@ -219,7 +222,8 @@ class Distill:
         for name, weight, value, part in self.balance(terms, batch.step):
             logs |= {f"{name}_weight": torch.as_tensor(weight).float(), f"{name}_slope": part.norm()}
             total, slope = total + weight * value, slope + weight * part
-        if self.config.guards is not None:
+        if self.config.guards is not None and batch.step != self.watched:  # the first micro-batch of a step
+            self.watched = batch.step
             guards.watch(self.config.guards, self.student.alarms, draft, batch)
         through = (slope.detach() * draft.data).sum()
         return total + through - through.detach(), logs
