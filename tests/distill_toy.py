@@ -179,6 +179,7 @@ ADVERSARIAL = {
 ALONE = {
     **ADVERSARIAL, "weight": 1.0, "r1": {"sigma": 0.05, "weight": 400}, "judge": {"times": {"mean": -1.5, "std": 1.5}},
 }  # fmt: skip
+POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "judge")}
 DIFFUSION = {"kind": "mse", "decay": None}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
@@ -197,7 +198,7 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
     "adversarial alone, one step": ({"preset": "nitro1", "diffusion": None,
                                      "adversarial": {**ALONE, "loss": "non_saturating"}}, 0.02, None),
     "pool": ({"preset": "nitrofusion", "time_scale": 1.0, "diffusion": {"kind": "mse", "weight": 1.0},
-              "adversarial": {**ADVERSARIAL, "weight": 0.1, "pool": {"copies": 4, "use": 2, "width": 64}}}, 0.02, None),
+              "adversarial": {**POOLED, "weight": 0.1, "pool": {"copies": 4, "use": 2, "width": 64}}}, 0.02, None),
 }  # fmt: skip
 
 
