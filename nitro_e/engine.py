@@ -161,6 +161,8 @@ class Engine:
                 config=self.record,
                 enabled=self.main,
             )
+            if self.main and (notes := getattr(self.stage, "notes", dict)()):
+                self.metrics.event(self.step, "notes", **notes)
             self._status("running")
             try:
                 self._loop()

@@ -1,11 +1,14 @@
-"""Files behind names: a local folder or a hub repository, one line for what goes wrong with them; hashes of files."""
+"""Files behind names: a local folder or a hub repository, one line for what goes wrong with them; hashes of files and weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
 
@@ -65,4 +68,18 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_hash(*parts: Any) -> str:
+    """Of all weights: modules, and modules and tensors that plain objects hold."""
+    digest = hashlib.sha256()
+    for part in parts:
+        held = {"": part} if isinstance(part, nn.Module) else vars(part)
+        for name, value in sorted(held.items()):
+            if isinstance(value, (nn.Module, Tensor)):
+                state = value.state_dict() if isinstance(value, nn.Module) else {"": value}
+                for key, tensor in sorted(state.items()):
+                    digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -103,8 +103,9 @@ class Phase:
 class Stage(Protocol):
     """A stream of batches and an ordered tuple of phases: all that differs between the stages of training.
 
-    Two members are optional: `period: int`, steps that belong together (a run stops and saves only between them), and
-    `write_extras(model, folder)`, which writes more files beside the published weights of `model`.
+    Three members are optional: `period: int`, steps that belong together (a run stops and saves only between them),
+    `write_extras(model, folder)`, which writes more files beside the published weights of `model`, and `notes() -> dict`,
+    what to write into the record once at the start.
     """
 
     name: str

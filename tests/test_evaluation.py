@@ -26,9 +26,9 @@ from nitro_e.evaluation.pictures import (
     collect,
     noise_seeds,
     read_rows,
-    weights_hash,
 )
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
+from nitro_e.files import weights_hash
 from nitro_e.geneval.rules import Detection
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
@@ -516,3 +516,12 @@ def test_geneval_by_its_own_judge(tmp_path, capsys):
     assert record["results"][0]["pictures"] == 6 and record["prompts"] == 3
     assert record["results"][0]["scores"]["GenEval"]["overall"]["num"] == 3
     assert len(list(out.rglob("*.png"))) == 6
+    judge = record["judges"]["GenEval"]
+    assert judge.startswith(f"{tmp_path / 'detector'} ") and judge in capsys.readouterr().out
+    tiny_rewards.save_mask2former(tmp_path / "detector", seed=1)  # other weights under the same name
+    assert (
+        tool.main(["geneval", str(model), "--num", "1", "--per-prompt", "1", "--out", str(out), *weights])
+        == 0
+    )
+    assert json.loads((out / "results.json").read_text())["judges"]["GenEval"] != judge
+    assert len(list(out.rglob("scores-*.jsonl"))) == 2

@@ -236,6 +236,29 @@ def test_nan_and_infinity_are_not_scores():
     assert (scorer.tally[scorer.names[0]].scored, scorer.tally[scorer.names[0]].unscored) == (1, 4)
 
 
+def test_broken_pictures_are_not_scored_by_any_reward():
+    """`shapes` and others would make a number of them."""
+    prompts = load_prompts(PromptsConfig(source="shapes-heldout", num=4))
+    pixels = torch.ones(4, 3, 64, 64)
+    pixels[1, 0, 5, 5], pixels[3, 2, 0, 0] = math.nan, math.inf
+    scorer = build_rewards([RewardConfig(name="shapes"), config("brightness")])
+    values, valid = scorer(pixels, *zip(*prompts))
+    assert valid.tolist() == [[True, True], [False, False]] * 2 and values[~valid].isnan().all()
+    assert [(tally.scored, tally.unscored, tally.skipped) for tally in scorer.tally.values()] == [
+        (2, 2, 0)
+    ] * 2
+    assert not scorer(pixels[1::2], ["", ""], [prompts[0].info, {}]).valid.any()
+    assert scorer.tally["shapes"].unscored == 3 and scorer.tally["shapes"].skipped == 1
+
+
+def test_weights_that_judge_are_named():
+    configs = [config("brightness"), config("Weighted", label="w", options={"start": 3.0})]
+    scorer = build_rewards(configs)
+    assert list(scorer.sources()) == ["w"]
+    same, other = (build_rewards([config("Weighted", label="w", options={"start": s})]) for s in (3.0, 4.0))
+    assert same.sources() == scorer.sources() != other.sources()
+
+
 def test_endless_nan_ends_the_run():
     scorer = build_rewards([config("half_known")], max_failures=2)
     score(scorer, pictures(1))

@@ -34,10 +34,9 @@ from nitro_e.evaluation.pictures import (
     Judged,
     collect,
     short_hash,
-    weights_hash,
 )
 from nitro_e.evaluation.results import Score, plain
-from nitro_e.files import sha256_of
+from nitro_e.files import sha256_of, weights_hash
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.pipeline import TextToImage
 from nitro_e.prompts import Prompt, load_prompts
@@ -91,6 +90,7 @@ class Evaluation:
     benchmark: Benchmark
     prompts: list[Prompt]
     options: Options
+    judges: dict[str, str]  # by title: which weights judged, where there are some
     results: list[Result]
     comparisons: list[Comparison]
 
@@ -123,7 +123,9 @@ def evaluate(
             title: results.compare(prompts, ours.rows, theirs.rows, title) for title in scorer.names
         }
         comparisons.append(Comparison(ours, theirs, differences))
-    evaluation = Evaluation(benchmark, prompts, options, list(itertools.chain(*found)), comparisons)
+    evaluation = Evaluation(
+        benchmark, prompts, options, scorer.sources(), list(itertools.chain(*found)), comparisons
+    )
     write(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
     write(out / "report.html", report(evaluation))
     return evaluation
@@ -235,6 +237,7 @@ def facts(evaluation: Evaluation) -> str:
     return (
         f"{benchmark.name}: {len(evaluation.prompts)} prompts, pictures of each: {benchmark.per_prompt}, "
         f"seed {options.seed}, {options.precision}"
+        + "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
     )
 
 
@@ -244,6 +247,7 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "benchmark": to_dict(dataclasses.replace(benchmark, see=None)),
         "options": dataclasses.asdict(evaluation.options),
+        "judges": evaluation.judges,
         "prompts": len(evaluation.prompts),
         "intervals": (statistics.__doc__ or "").strip(),
         "environment": environment(),

@@ -2,7 +2,7 @@
 
     FOLDER/settings.json        weights, sampling, seed
     FOLDER/00012-0-a1b2c3.png   picture 0 of prompt 12, and a hash of its words
-    FOLDER/scores-HASH.jsonl    a line per judged picture; another set of rewards gets another file
+    FOLDER/scores-HASH.jsonl    a line per judged picture; other rewards, or weights of theirs, get another file
 
 The noise of a picture is a function of (seed, prompt's index, picture's number): the same for all checkpoints,
 settings, batch sizes and numbers of prompts. What is there is not drawn or judged again.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from nitro_e.config import ConfigError, to_dict
@@ -70,7 +70,7 @@ def collect(
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"scores-{short_hash(to_dict(scorer.configs))}.jsonl"
+    record = folder / f"scores-{short_hash([*to_dict(scorer.configs), *scorer.sources().items()])}.jsonl"
     if rejudge:
         record.unlink(missing_ok=True)
     places = [(index, number) for index in range(len(prompts)) for number in range(benchmark.per_prompt)]
@@ -180,17 +180,3 @@ def read_pixels(path: Path) -> Tensor:
 
 def short_hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def weights_hash(*parts: Any) -> str:
-    """Of all weights that draw pictures: modules, and modules and tensors that plain objects hold."""
-    digest = hashlib.sha256()
-    for part in parts:
-        held = {"": part} if isinstance(part, nn.Module) else vars(part)
-        for name, value in sorted(held.items()):
-            if isinstance(value, (nn.Module, Tensor)):
-                state = value.state_dict() if isinstance(value, nn.Module) else {"": value}
-                for key, tensor in sorted(state.items()):
-                    digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

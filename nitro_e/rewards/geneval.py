@@ -35,6 +35,7 @@ class GenEvalReward(nn.Module):
             raise ConfigError(f"reward 'geneval': unknown mode '{mode}'" + did_you_mean(mode, list(MODES)))
         self.mode = mode
         self.judge = load_judge(path or MASK2FORMER, clip, revision)
+        self.source = self.judge.detector.source
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         scores = [MODES[self.mode](found, record) for found, record in zip(self.judge(pixels, info), info)]

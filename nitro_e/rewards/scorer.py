@@ -5,8 +5,8 @@ it is first used (or by `load`), gets pictures in batches of its own size, witho
 TF32, on its own device, and can be moved to the CPU between uses.
 
 Failures: an exception or a timeout is retried, then the rows of that batch are not valid; neither are NaN
-scores. They are counted and never replaced by a number. After `max_failures` batches of a reward in a row
-without any score the run stops.
+scores, nor pictures with a pixel that is not finite, which no reward gets to see. They are counted and never
+replaced by a number. After `max_failures` batches of a reward in a row without any score the run stops.
 
 A reward of weight 0 is watched: scored and logged, never trained on.
 """
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import ConfigError, TrainingError
+from nitro_e.files import weights_hash
 from nitro_e.rewards import registry
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Tally:
     """What happened to the rows of one reward so far."""
 
     scored: int = 0
-    unscored: int = 0  # failed, or NaN
+    unscored: int = 0  # failed, NaN, or a picture that is not finite
     skipped: int = 0  # prompts without the metadata that the reward needs
     failures: int = 0  # exceptions and timeouts, retries included
     seconds: float = 0.0
@@ -128,10 +129,19 @@ class Scorer:
         for slot in self._slots:
             slot.load()
 
+    def sources(self) -> dict[str, str]:
+        """Which weights judge, for the rewards that have some: their name, where the reward tells it, and a hash."""
+        return {slot.config.title: slot.source() for slot in self._slots if slot.source()}
+
+    def applies(self, info: Sequence[dict]) -> Tensor:
+        """(B, R) bool: whether a reward is asked about such a prompt at all."""
+        rows = [[slot.applies(record) for slot in self._slots] for record in info]
+        return torch.tensor(rows, dtype=torch.bool).reshape(len(info), len(self._slots))
+
     def check(self, info: Sequence[dict]) -> None:
         """ConfigError if some reward can score none of these prompts."""
         for slot in self._slots:
-            if slot.needs_info and not any("include" in record for record in info):
+            if not any(map(slot.applies, info)):
                 raise ConfigError(
                     f"rewards: '{slot.config.title}' needs GenEval metadata, which no prompt has; give a "
                     ".jsonl file with it, or a source that makes it"
@@ -142,9 +152,10 @@ class Scorer:
         """pixels (B, 3, H, W) in -1..1; results are on the device of the pixels. TrainingError: see above."""
         if not len(pixels) == len(prompts) == len(info):
             raise ValueError(f"{len(pixels)} pictures, {len(prompts)} prompts and {len(info)} info records")
+        whole = pixels.isfinite().flatten(1).all(dim=1).tolist()  # B
         pixels = quantize(pixels)
         with _exact(pixels.device):
-            columns = [slot.score(pixels, prompts, info) for slot in self._slots]
+            columns = [slot.score(pixels, prompts, info, whole) for slot in self._slots]
         values = torch.stack(columns, dim=1) if columns else pixels.new_zeros(len(pixels), 0)  # (B, R)
         return Scores(values, values.isfinite())
 
@@ -196,6 +207,19 @@ class _Slot:
         self.failed_batches = 0  # in a row
         self.reward: Callable[..., Tensor] | None = None
         self.worker: threading.Thread | None = None  # of a call that ran out of time
+        self._source: str | None = None
+
+    def applies(self, record: dict) -> bool:
+        return "include" in record or not self.needs_info
+
+    def source(self) -> str:
+        """Of its weights; empty if it has none."""
+        self.load()
+        if self._source is None:
+            name = getattr(self.reward, "source", "")
+            known = isinstance(self.reward, torch.nn.Module)
+            self._source = f"{name} {weights_hash(self.reward)[:12]}".strip() if known else name
+        return self._source
 
     def load(self) -> None:
         if self.reward is None:
@@ -205,12 +229,15 @@ class _Slot:
             self.reward = registry.build(config.name, config.options, reserved)
             self._move("cpu" if config.offload else self.device)
 
-    def score(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
-        """(B,) float32 on the device of the pixels, NaN where there is no score."""
+    def score(
+        self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict], whole: Sequence[bool]
+    ) -> Tensor:
+        """(B,) float32 on the device of the pixels, NaN where there is no score; whole: B, pictures to look at."""
         self.load()
         start = time.perf_counter()
         values = torch.full((len(pixels),), math.nan)  # (B,)
-        rows = [i for i, record in enumerate(info) if "include" in record or not self.needs_info]
+        asked = [i for i, record in enumerate(info) if self.applies(record)]
+        rows = [i for i in asked if whole[i]]
         if self.config.offload and rows:
             self._move(self.device)
         for first in range(0, len(rows), self.config.batch_size):
@@ -222,8 +249,8 @@ class _Slot:
             self._move("cpu")
         scored = int(values.isfinite().sum())
         self.tally.scored += scored
-        self.tally.unscored += len(rows) - scored
-        self.tally.skipped += len(pixels) - len(rows)
+        self.tally.unscored += len(asked) - scored
+        self.tally.skipped += len(pixels) - len(asked)
         self.tally.seconds += time.perf_counter() - start
         return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
 
