@@ -1,7 +1,7 @@
 """A toy world for the GRPO stage: 32 numbers per picture, prompts are one-hot, a reward of patterns of signs.
 
-Run as a script it trains in this process, or in each process of torchrun:
-    python grpo_toy.py RUN '{"steps": 6, "stage": {...}}'
+Run as a script it trains in this process, or in each process of torchrun, one run after another:
+    python grpo_toy.py '{"RUN": {"steps": 6, "stage": {...}}, ...}'
 """
 
 import contextlib
@@ -18,12 +18,16 @@ from nitro_e import cli, flow
 from nitro_e.config import from_dict
 from nitro_e.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 from nitro_e.interfaces import TextEmbedding
+from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.prompts import Prompt
 from nitro_e.rewards import build_rewards, reward
 from nitro_e.stages.grpo import GRPO, GRPOConfig
 
 DIM, PROMPTS = 32, 4
 POOL = [Prompt(f"prompt {index}", {"pattern": index}) for index in range(PROMPTS)]
+
+
+LORA = {"adapter": {"rank": 2, "alpha": 4.0}}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,28 @@ class Net(nn.Module):
         angles = t[:, None] * torch.tensor([1.0, 3.0, 9.0])
         features = torch.cat([x.flatten(1), angles.sin(), angles.cos(), text.tokens[:, 0]], dim=1)
         return self.out(self.body(features)).view_as(x)
+
+
+def make_emmdit() -> EMMDiT:
+    """What an adapter can be put on: two blocks, on latents of one place."""
+    torch.manual_seed(0)
+    model = EMMDiT(
+        ModelConfig(
+            latent_channels=DIM, text_width=PROMPTS, width=16, heads=1, groups=(0, 0, 2), base_grid=1, compression=(),
+            attention=("full",), position_reinforcement=False, gate_init="one",
+        )
+    )  # fmt: skip
+    nn.init.normal_(model.out.weight, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Give every B of an adapter values, as training would: where they are zero no A has a gradient."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 class OneHot:
@@ -136,11 +162,14 @@ class ToyGRPO(GRPO):
 
 def make_stage(net=None, world=1, accumulate=1, seed=0, max_failures=3, cls=ToyGRPO, autocast=contextlib.nullcontext, **options):  # fmt: skip
     config = make_config(**options)
-    return cls(
-        config, net or make_net(), POOL, build_rewards(config.rewards, "cpu", retries=0, max_failures=max_failures),
+    net = net or (make_net() if config.adapter is None else make_emmdit())
+    stage = cls(
+        config, net, POOL, build_rewards(config.rewards, "cpu", retries=0, max_failures=max_failures),
         Identity(), OneHot(), latent_shape=(DIM, 1, 1), seed=seed, layout=config.layout(world, accumulate),
         device=torch.device("cpu"), autocast=autocast, forward_flops=1.0,
     )  # fmt: skip
+    stir(stage.model)
+    return stage
 
 
 def pretrain(seed: int, steps: int = 800, net: Net | None = None) -> Net:
@@ -198,5 +227,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.setdefault("WANDB_MODE", "disabled")
     sys.modules["grpo_toy"] = sys.modules["__main__"]
-    given = json.loads(sys.argv[2])
-    cli.leave(cli.run(lambda: train(Path(sys.argv[1]), given.pop("stage", {}), **given)))
+    runs = json.loads(sys.argv[1])
+    cli.leave(
+        cli.run(lambda: [train(Path(run), given.pop("stage", {}), **given) for run, given in runs.items()])
+    )

@@ -268,10 +268,22 @@ def test_several_rewards_weigh_alike_whatever_their_scale():
 
 def test_score_statistics():
     scores = torch.tensor([[[1.0, 5.0], [3.0, NAN]], [[2.0, NAN], [2.0, NAN]]])
-    logs = score_statistics(scores, ("a", "b"), torch.tensor([1.0, 0.0]))
+    asked, weights = torch.ones(2, 2, dtype=torch.bool), torch.tensor([1.0, 0.0])
+    logs = score_statistics(scores, ("a", "b"), weights, asked)
     assert logs["reward/a"] == 2 and logs["reward/a/within_std"] == 0.5 and logs["reward/a/invalid"] == 0
     assert logs["reward/b"] == 5 and logs["reward/b/invalid"] == 0.75
+    assert "reward/b/within_std" not in logs  # no group has two scores
     assert logs["zero_std_ratio"] == 0.5  # the second group, by the trained reward alone
+
+
+def test_score_statistics_of_mixed_prompts():
+    """The reward is not asked about the second group: its pictures are neither invalid nor equal."""
+    scores = torch.tensor([[1.0, 3.0, NAN, NAN], [NAN] * 4, [0.0, 4.0, 0.0, 4.0]])[..., None]
+    logs = score_statistics(scores, ("a",), torch.ones(1), torch.tensor([[True], [False], [True]]))
+    assert logs["reward/a/invalid"] == 0.25 and logs["reward/a/within_std"] == 1.5
+    assert logs["zero_std_ratio"].item() == pytest.approx(1 / 3)  # it teaches nothing
+    nothing = score_statistics(scores[1:2], ("a",), torch.ones(1), torch.tensor([[False]]))
+    assert nothing == {"zero_std_ratio": 1}
 
 
 def test_bad_configs():

@@ -18,11 +18,19 @@ from grpo_toy import merged
 from nitro_e import checkpoint, metrics
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.randomness import SlotRandom
+from nitro_e.rewards import win_rates
+from nitro_e.stages.grpo import losses
+from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
 from nitro_e.stages.grpo.groups import Layout, group_prompts
+from nitro_e.stages.grpo.policy import without_adapter
+from nitro_e.stages.grpo.stage import Clock
 
 ROOT = Path(__file__).parent.parent
 NFT = {"kind": "nft", "times": 4}
-BRANCHES = [{}, {"rollout": {"guidance_scale": 1.0}}, {"cfg_grad": "cond"}, {"algorithm": NFT}]
+BRANCHES = [{}, {"rollout": {"guidance_scale": 1.0}}, {"cfg_grad": "cond"}, {"algorithm": NFT}, toy.LORA]
+LATER = {"rollout": {"window": {"start": 2}}}
+RANDOM = {"rollout": {"window": {"kind": "random"}}}
+MOODY = {"rewards": [{"name": "grpo_toy:moody", "label": "moody"}]}
 
 
 def micro_batches(stage, count, step=0, rank=0, world=1, accumulate=1):
@@ -50,10 +58,43 @@ def trained(stage):
     return [p for p in stage.policy.parameters() if p.requires_grad]
 
 
+def steps_of(stage, rows):
+    """Steps of the rows of the first rollout, worked out here: every picture has all steps of the window."""
+    first, stop = stage.schedule.window_of(stage.seed, 0)
+    return torch.arange(first, stop).repeat(len(rows.x) // (stop - first))
+
+
+def guided(stage, net, rows, detach=False):
+    """Velocities at the rows, guided by 2; detach: those of the null prompt."""
+    t, null = stage.schedule.sde.t[steps_of(stage, rows)], toy.OneHot().encode([""] * len(rows.x))
+    without = net(rows.x, t, null)
+    return 2 * net(rows.x, t, rows.text) - (without.detach() if detach else without)
+
+
+@torch.no_grad()
+def move(stage, by):
+    """Trained weights, by a vector of all of them."""
+    for parameter, part in zip(trained(stage), by.split([p.numel() for p in trained(stage)])):
+        parameter += part.view_as(parameter)
+
+
+def slope(stage, rows, direction, step=1e-2):
+    """Of the loss along a direction, by finite differences; the weights stay."""
+    direction, values = direction / direction.norm(), []
+    for shift in (step, -2 * step):
+        move(stage, shift * direction)
+        values.append(loss_of(stage, rows)[0].item())
+    move(stage, step * direction)
+    return (values[0] - values[1]) / (2 * step)
+
+
 # ---- ratios
 
 
-@pytest.mark.parametrize("options", [{}, {"cfg_grad": "cond"}, {"rollout": {"sde": {"kind": "ancestral"}}}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cfg_grad": "cond"}, {"rollout": {"sde": {"kind": "ancestral"}}}, LATER, RANDOM, toy.LORA],
+)
 def test_ratio_is_one_before_the_first_update_and_in_every_update_without_one(options):
     stage = toy.make_stage(updates=4, accumulate=2, **options)
     for number, rows in enumerate(micro_batches(stage, 8, accumulate=2)):
@@ -91,34 +132,32 @@ def test_bf16_has_exact_ratios_and_all_gradients(options):
 def test_ratio_moves_after_an_update_and_the_clip_bites():
     stage = toy.make_stage(updates=2, algorithm={"kind": "clipped", "clip_low": 1e-4, "clip_high": 2e-4})
     first, second = micro_batches(stage, 2)
-    direction = gradient(stage, [first])
-    with torch.no_grad():
-        for parameter in stage.policy.parameters():
-            if parameter.requires_grad:
-                count = parameter.numel()
-                parameter -= 3.0 * direction[:count].view_as(parameter)
-                direction = direction[count:]
+    move(stage, -3.0 * gradient(stage, [first]))
     loss, logs = loss_of(stage, second)
     assert logs["ratio_error"] > 1e-5 and logs["delta"] > 0
-    assert 0 < logs["clip_low"] + logs["clip_high"] < 1
+    table = stage.schedule.sde.at(steps_of(stage, second))
+    means = [table.mean(second.x, v) for v in (guided(stage, stage.model, second), second.old)]
+    ratio = losses.log_ratio(second.x_next, *means, table.std, False).exp()
+    silent = (
+        losses.clipped_objective(ratio, second.advantage, 1e-4, 2e-4) != -second.advantage * ratio
+    ).float()
+    assert 0 < logs["clip_low"] and 0 < logs["clip_high"]
+    assert (logs["clip_low"] + logs["clip_high"]).item() == pytest.approx(silent.mean().item(), abs=0.05)
     assert logs["kl_old"].item() == pytest.approx(
         sum(float(pair[0]) for name, pair in logs.items() if name.startswith("kl_old/")) / stage.batch_size
     )
 
 
-def test_first_update_is_reinforce_on_the_drawn_pictures():
+@pytest.mark.parametrize("options", [{}, LATER, RANDOM, {"cfg_grad": "cond"}, toy.LORA])
+def test_first_update_is_reinforce_on_the_drawn_pictures(options):
     """The stage's own loss, differentiated, against scores written out with torch.distributions."""
-    stage = toy.make_stage(updates=1, algorithm={"kind": "clipped", "kl": {"beta": 0.0}})
+    stage = toy.make_stage(**{"updates": 1, "algorithm": {"kind": "clipped", "kl": {"beta": 0.0}}, **options})
     (rows,) = micro_batches(stage, 1)
     ours = gradient(stage, [rows])
-    table = stage.schedule.sde
-    null = toy.OneHot().encode([""] * len(rows.x))
-    velocity = 2 * stage.model(rows.x, table.t[rows.step], rows.text) - stage.model(
-        rows.x, table.t[rows.step], null
-    )
-    shape = (-1, 1, 1, 1)
-    mean = table.x_coef[rows.step].view(shape) * rows.x + table.v_coef[rows.step].view(shape) * velocity
-    density = torch.distributions.Normal(mean, table.std[rows.step].view(shape)).log_prob(rows.x_next)
+    table, step, shape = stage.schedule.sde, steps_of(stage, rows), (-1, 1, 1, 1)
+    velocity = guided(stage, stage.model, rows, detach="cfg_grad" in options)
+    mean = table.x_coef[step].view(shape) * rows.x + table.v_coef[step].view(shape) * velocity
+    density = torch.distributions.Normal(mean, table.std[step].view(shape)).log_prob(rows.x_next)
     expected = -(rows.advantage * density.flatten(1).sum(dim=1)).mean() / toy.DIM
     stage.policy.zero_grad()
     expected.backward()
@@ -126,10 +165,79 @@ def test_first_update_is_reinforce_on_the_drawn_pictures():
     assert torch.allclose(ours, reference, rtol=1e-4, atol=1e-7)
 
 
-def test_kl_is_zero_at_the_start_and_its_gradient_pulls_back():
+# Options of the objective. The grid is bent, so that 1/h is not the same for all steps.
+OBJECTIVES = [
+    {},
+    {"ratio_norm": True},
+    {"step_weight": "noise"},
+    {"step_weight": "1/h"},
+    {"kl": {"kind": "gaussian_dt", "beta": 10.0, "units": "velocity"}},
+    {"kl": {"kind": "velocity", "beta": 1.0, "units": "gaussian_dt"}},
+]
+
+
+@pytest.mark.parametrize("window", [{}, LATER, RANDOM])
+@pytest.mark.parametrize("options", OBJECTIVES)
+def test_the_loss_is_put_together_from_its_parts(options, window):
+    """Of a second update, from the unit functions, and so its gradient, which every option changes."""
+    defaults = {"kind": "clipped", "clip_low": 1e-3, "clip_high": 1e-3, "kl": {"beta": 1e-3}}
+    stage = toy.make_stage(algorithm={**defaults, **options}, **merged(window, {"rollout": {"shift": 3.0}}))
+    first, rows = micro_batches(stage, 2)
+    move(stage, -3.0 * gradient(stage, [first]))
+    table, step, steps = stage.schedule.sde, steps_of(stage, rows), stage.schedule.trained()
+    here, velocity = table.at(step), guided(stage, stage.model, rows)
+    change = losses.per_sample((velocity - guided(stage, stage.policy.reference, rows)).square())
+
+    def parts(clip_low, clip_high, kl, ratio_norm=False, step_weight="none", **_):
+        """Loss and gradient."""
+        means = [here.mean(rows.x, v) for v in (velocity, rows.old)]
+        ratio = losses.log_ratio(rows.x_next, *means, here.std, ratio_norm).exp()
+        objective = losses.clipped_objective(ratio, rows.advantage, clip_low, clip_high)
+        kind, beta = kl.get("kind", "velocity"), kl["beta"]
+        if "units" in kl:
+            beta = losses.convert_beta(beta, kl["units"], kind, table, steps)
+        pull = beta * losses.kl_coefficients(kind, table)[step] * change
+        loss = (objective * losses.step_weights(step_weight, table, steps)[step] + pull).mean()
+        return loss.item(), flat(torch.autograd.grad(loss, trained(stage), retain_graph=True))
+
+    def flat(tensors):
+        return torch.cat([tensor.flatten() for tensor in tensors])
+
+    value, expected = parts(**{**defaults, **options})
+    assert loss_of(stage, rows)[0].item() == pytest.approx(value, rel=1e-4, abs=1e-6)
+    assert (gradient(stage, [rows]) - expected).norm() < 1e-3 * expected.norm()
+    if "kl" in options:  # taken for what it is not
+        defaults["kl"] = {name: options["kl"][name] for name in ("kind", "beta")}
+    if options:
+        assert (parts(**defaults)[1] - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_beta_is_converted_to_the_kind_that_is_trained_on():
+    kl = {"kind": "velocity", "units": "gaussian_dt", "beta": 0.04}
+    stage = toy.make_stage(algorithm={"kind": "clipped", "kl": kl}, rollout={"window": {"size": 6}})
+    assert stage.beta == stage.config.beta() == pytest.approx(3.9e-4, rel=0.02)
+    assert stage.kl_weights.tolist() == pytest.approx([stage.beta] * 10)
+
+
+def test_gradient_of_lora_factors_is_that_of_finite_differences():
+    """Objective and KL together, in a second update, along the gradient itself."""
+    algorithm = {"kind": "clipped", "clip_low": 0.5, "clip_high": 0.5, "kl": {"beta": 0.1}}
+    stage = toy.make_stage(algorithm=algorithm, **toy.LORA)
+    rows = micro_batches(stage, 2)[1]
+    analytic = gradient(stage, [rows])
+    assert analytic.norm().item() == pytest.approx(slope(stage, rows, analytic), rel=5e-3)
+    with without_adapter(stage.model) as reference, torch.no_grad():
+        before = guided(stage, reference, rows)
+    change = (guided(stage, stage.model, rows) - before).square().mean()
+    assert loss_of(stage, rows)[1]["kl"].item() == pytest.approx(change.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [LATER, RANDOM])
+def test_kl_is_zero_at_the_start_and_its_gradient_pulls_back(options):
     options = {
         "updates": 1,
         "algorithm": {"kind": "clipped", "kl": {"kind": "gaussian", "beta": 100.0}},
+        **options,
     }
     stage = toy.make_stage(**options)
     (rows,) = micro_batches(stage, 1)
@@ -138,27 +246,63 @@ def test_kl_is_zero_at_the_start_and_its_gradient_pulls_back():
         stage.model.out.weight += 0.01
     rows.advantage.zero_()  # the objective is silent: the KL alone
     loss, logs = loss_of(stage, rows)
-    expected = 100 * (stage.schedule.sde.gaussian_kl[rows.step] * kl_of_rows(stage, rows)).mean()
+    velocities = [guided(stage, net, rows).detach() for net in (stage.model, stage.policy.reference)]
+    kl = (velocities[0] - velocities[1]).square().flatten(1).mean(dim=1)
+    expected = 100 * (stage.schedule.sde.gaussian_kl[steps_of(stage, rows)] * kl).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and logs["null_drift"] > 0
-    weight = stage.model.out.weight
-    (analytic,) = torch.autograd.grad(loss, weight)
-    step, index, values = 1e-3, (3, 5), []
-    for shift in (step, -2 * step):
-        with torch.no_grad():
-            weight[index] += shift
-        values.append(loss_of(stage, rows)[0].item())
-    assert analytic[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=5e-3)
+    analytic = gradient(stage, [rows])
+    assert analytic.norm().item() == pytest.approx(slope(stage, rows, analytic), rel=5e-3)
 
 
-def kl_of_rows(stage, rows):
-    with torch.no_grad():
-        t = stage.sde.t[rows.step]
-        null = toy.OneHot().encode([""] * len(rows.x))
-        velocities = [
-            2 * net(rows.x, t, rows.text) - net(rows.x, t, null)
-            for net in (stage.model, stage.policy.reference)
-        ]
-    return (velocities[0] - velocities[1]).square().flatten(1).mean(dim=1)
+@pytest.mark.parametrize(
+    "advantage, reward",
+    [({"std": "group"}, {}), ({"std": "batch"}, {}), ({"clip": 0.3}, {}), ({}, {"transform": "rank"})],
+)
+def test_advantages_are_those_of_the_settings(advantage, reward):
+    """From the unit functions; what is logged is the scores, not their ranks."""
+    rewards = [{"name": "grpo_toy:brightness", "label": "b", **reward}]
+    stage = toy.make_stage(updates=1, rewards=rewards, advantage=advantage)
+    (rows,) = micro_batches(stage, 1)
+    prompts = [prompt.text for prompt in toy.POOL] * 8
+    pixels = toy.Identity().decode(rows.latents[::3])
+    scores = stage.scorer(pixels, prompts, [{}] * 32).values  # (32, 1)
+    ranks = win_rates(scores[:, 0], torch.ones(32, dtype=torch.bool), torch.arange(32) // 8)[:, None]
+
+    def expected(values, **settings):
+        return advantages(values.view(4, 8, 1), torch.ones(1), AdvantageConfig(**settings)).flatten().float()
+
+    ours = rows.advantage[::3]
+    assert torch.allclose(ours, expected(ranks if reward else scores, **advantage), atol=1e-5)
+    assert not torch.allclose(ours, expected(scores), atol=1e-2)  # of the defaults
+    spread = scores.view(4, 8).std(dim=1, unbiased=False).mean()
+    for name, value in {"": scores.mean(), "/std": scores.std(unbiased=False), "/within_std": spread}.items():
+        assert rows.stats[f"reward/b{name}"].item() == pytest.approx(value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, passes",  # forward passes per row: training, reference, drawing ten steps for three rows, later updates
+    [
+        ({"rollout": {"guidance_scale": 1.0}}, 3 + 1 + 10 / 3 + 1 / 2),
+        ({}, 6 + 2 + 20 / 3 + 1),
+        ({"cfg_grad": "cond"}, 3 + 1 + 2 + 20 / 3 + 1),
+        ({"algorithm": {"kind": "clipped", "kl": {"beta": 0.0}}}, 6 + 20 / 3 + 1),
+        ({"algorithm": NFT}, 6 + 2 + 20 / 4 + 2),
+    ],
+)
+def test_work_per_row(options, passes):
+    assert 3 * toy.make_stage(**options).forward_flops == pytest.approx(passes)
+
+
+def test_seconds_on_a_gpu_are_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    clock = Clock(torch.device("cuda"))
+    with clock.of("draw"):
+        assert len(waited) == 1  # for what was going on before
+    assert len(waited) == 2 and clock.seconds["draw"] >= 0
+    with Clock(torch.device("cpu")).of("draw"):
+        pass
+    assert len(waited) == 2
 
 
 def test_no_reference_is_kept_without_a_kl():
@@ -222,7 +366,7 @@ class Threads:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("options", BRANCHES)
+@pytest.mark.parametrize("options", [*BRANCHES, MOODY])  # moody: processes have unequal numbers of scores
 def test_pictures_advantages_and_gradients_do_not_depend_on_processes(options, world, monkeypatch):
     """With 4 processes the groups are spread, with 2 each has its own."""
     options = {"groups": 2, "group_size": 4, **options}
@@ -402,18 +546,21 @@ def test_a_broken_reward_ends_the_run_with_a_reason(tmp_path):
 
 
 def test_two_processes_give_the_run_of_one(tmp_path):
-    stage = {"groups": 3, "group_size": 4}
-    toy.train(tmp_path / "one", stage, steps=4)
+    """All weights, and an adapter."""
+    options = {"all": {"groups": 3, "group_size": 4}, "lora": {"groups": 3, "group_size": 4, **toy.LORA}}
+    for name, stage in options.items():
+        toy.train(tmp_path / "one" / name, stage, steps=4)
     script, environment = ROOT / "tests" / "grpo_toy.py", {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    options = json.dumps({"steps": 4, "stage": stage})
+    runs = {str(tmp_path / "two" / name): {"steps": 4, "stage": stage} for name, stage in options.items()}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
-         str(tmp_path / "two"), options],
+         json.dumps(runs)],
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (numbers(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 4
-    for step in one:
-        assert two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-7), step
+    for name in options:
+        one, two = (numbers(tmp_path / processes / name) for processes in ("one", "two"))
+        assert len(one) == 4
+        for step in one:
+            assert two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-7), (name, step)

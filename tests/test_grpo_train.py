@@ -25,7 +25,7 @@ model: {preset: micro-8, latent_channels: 24, text_width: 128, gate_init: one}
 stage:
   kind: grpo
   prompts: {source: shapes-train, num: 8}
-  rewards: [{name: "test_grpo_train:greenness", label: green}, {name: shapes, weight: 0}]
+  rewards: [{name: "test_grpo_train:greenness", label: green}, {name: shapes, weight: 0}, {name: "test_grpo_train:Taste", label: taste, weight: 0}]
   groups: 2
   group_size: 8
   updates: 2
@@ -42,6 +42,20 @@ sampling: {resolution: 64, steps: 2, guidance_scale: 2.0}
 def greenness(pixels, prompts, info):
     """Mean green less mean red."""
     return (pixels[:, 1] - pixels[:, 0]).mean(dim=(1, 2))
+
+
+@reward
+class Taste(torch.nn.Module):
+    """Has weights."""
+
+    source = "taste-v1"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, pixels, prompts, info):
+        return pixels.mean(dim=(2, 3)) @ self.weight
 
 
 @pytest.fixture
@@ -77,6 +91,8 @@ def test_train_and_resume(recipe, tmp_path, options):
     ]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 2, 3, 4]
     assert (run / "samples" / "step-0000004-samples.png").is_file()
+    judges = [event["judges"] for event in metrics.read_events(run) if event["event"] == "notes"]
+    assert len(judges) == 2 and judges[0] == judges[1] and judges[0]["taste"].startswith("taste-v1 ")
 
     last = checkpoint.latest(run)
     base, trained = load_pretrained(tmp_path / "base"), load_pretrained(last / "model")

@@ -69,20 +69,25 @@ def centre(scores: Tensor, valid: Tensor) -> Tensor:
     return (scores - _mean(scores, valid, dim=1, keepdim=True)).masked_fill(~valid, 0.0)
 
 
-def score_statistics(scores: Tensor, names: tuple[str, ...], weights: Tensor) -> dict[str, Tensor]:
-    """What to log of a rollout's scores (G, K, R): per reward mean, std, within-group std, share not scored; and the
-    share of groups that teach nothing because their trained scores are all equal."""
+def score_statistics(
+    scores: Tensor, names: tuple[str, ...], weights: Tensor, asked: Tensor
+) -> dict[str, Tensor]:
+    """What to log of a rollout's scores (G, K, R): per reward mean, std, within-group std of the groups that have two
+    scores, and the share not scored of the groups whose prompt it is `asked` (G, R) about; and the share of all groups
+    that teach nothing because their trained scores are all equal."""
     logs: dict[str, Tensor] = {}
     flat = torch.ones(len(scores), dtype=torch.bool, device=scores.device)  # (G,)
     for index, name in enumerate(names):
         values = scores[..., index].double()
         scored, valid = values[values.isfinite()], usable(values)
         within = _mean(centre(values, valid).square(), valid, dim=1).sqrt()  # (G,)
-        logs[f"reward/{name}/invalid"] = 1 - values.isfinite().double().mean()
+        if asked[:, index].any():
+            logs[f"reward/{name}/invalid"] = 1 - values[asked[:, index]].isfinite().double().mean()
         if len(scored):
             logs[f"reward/{name}"] = scored.mean()
             logs[f"reward/{name}/std"] = scored.std(unbiased=False)
-            logs[f"reward/{name}/within_std"] = within.mean()
+        if valid.any():
+            logs[f"reward/{name}/within_std"] = within[valid.any(dim=1)].mean()
         if weights[index]:
             flat &= within < 1e-8
     logs["zero_std_ratio"] = flat.double().mean()

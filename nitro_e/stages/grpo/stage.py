@@ -141,9 +141,11 @@ class GRPO:
     def _passes_per_row(self) -> float:
         """Forward passes that a row costs, where training on it is three."""
         c, steps = self.config, self.layout.steps
-        passes = 3 + (c.algorithm.kl.beta > 0) + c.rollout.steps / steps
+        passes = (c.algorithm.kl.beta > 0) + c.rollout.steps / steps  # without gradients
         passes += 1 if self.name == "nft" else (c.updates - 1) / c.updates
-        return passes * (2 if c.guided else 1) / 3
+        if not c.guided:
+            return (3 + passes) / 3
+        return ((6 if c.cfg_grad == "both" else 3 + 1) + 2 * passes) / 3
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a resume must find unchanged: where each picture comes from."""
@@ -155,6 +157,11 @@ class GRPO:
             "groups": c.groups, "group_size": c.group_size, "updates": c.updates,
             "rollout": {**to_dict(c.rollout), "batch_size": None}, "adapter": adapter,
         }  # fmt: skip
+
+    def notes(self) -> dict[str, Any]:
+        """For the run's record."""
+        sources = self.scorer.sources()
+        return {"judges": sources} if sources else {}
 
     # ---- files
 
@@ -191,7 +198,7 @@ class GRPO:
     @torch.no_grad()
     def collect(self, rollout: int, rank: int) -> tuple[Experience, dict[str, Tensor]]:
         """Draw and score this process's pictures of a rollout; the advantages take all processes' scores."""
-        clock, slots = Clock(), self.layout.slots(rank)
+        clock, slots = Clock(self.device), self.layout.slots(rank)
         numbers = group_prompts(self.seed, rollout, self.config.groups, len(self.pool))
         prompts = [self.pool[number] for number in numbers]  # of every group
         size, window = self.config.group_size, self.schedule.window_of(self.seed, rollout)
@@ -205,20 +212,25 @@ class GRPO:
             with clock.of("draw"):
                 parts.append(self.draw(rollout, chunk, take(text, group), window))
             with clock.of("decode"):
-                pixels = self.codec.decode(parts[-1].latents).float().clamp(-1, 1)  # (B, 3, H, W)
+                pixels = self.codec.decode(parts[-1].latents).float()  # (B, 3, H, W)
             with clock.of("reward"):
                 mine = [prompts[slot // size] for slot in chunk]
                 scores.append(self.scorer(pixels, [p.text for p in mine], [p.info for p in mine]).values)
-                views.append(F.adaptive_avg_pool2d(pixels, 8).flatten(1))  # (B, 3 * 64)
+                views.append(F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1))  # (B, 3 * 64)
         trajectory = Trajectory(
             torch.cat([part.states for part in parts], dim=1),
             torch.cat([part.log_probs for part in parts], dim=1),
             torch.cat([part.latents for part in parts]),
         )
         self.check_rewards()
-        everything = self.transformed(gather(torch.cat(scores).to(self.device)).cpu())  # (G, K, R)
-        advantage = advantages(everything, self.scorer.weights, self.config.advantage)  # (G, K)
-        stats = score_statistics(everything, self.scorer.names, self.scorer.weights)
+        everything = gather(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
+        advantage = advantages(
+            self.transformed(everything), self.scorer.weights, self.config.advantage
+        )  # (G, K)
+        asked = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
+        stats = score_statistics(
+            everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, asked
+        )
         stats |= {
             "advantage": advantage.abs().mean(),
             "diversity": diversity(gather(torch.cat(views)).unflatten(0, (-1, size))),
@@ -382,9 +394,9 @@ class GRPO:
         logs = {name: values.mean() for name, values in numbers.items()}
         for name, values in numbers.items():
             logs |= by_step(name, values, rows.step, self.schedule.num)
-        moved = rows.advantage != 0
-        logs["clip_low"] = ((ratio < 1 - algorithm.clip_low) & moved).float().mean()
-        logs["clip_high"] = ((ratio > 1 + algorithm.clip_high) & moved).float().mean()
+        # where the clip acts: beyond it in the direction that pays
+        logs["clip_low"] = ((ratio < 1 - algorithm.clip_low) & (rows.advantage < 0)).float().mean()
+        logs["clip_high"] = ((ratio > 1 + algorithm.clip_high) & (rows.advantage > 0)).float().mean()
         logs["rollout_gap"] = (drawn - rows.log_prob).abs().mean()  # other batch shapes than in training
         return logs
 
@@ -402,13 +414,19 @@ def by_step(name: str, values: Tensor, step: Tensor, num: int) -> dict[str, Tens
 
 
 class Clock:
-    """Seconds by purpose."""
+    """Seconds by purpose; what a GPU still has to do counts for who gave it the work."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+        self.wait()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        self.wait()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
