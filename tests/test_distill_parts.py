@@ -2,7 +2,10 @@
 
 import itertools
 import math
+from dataclasses import replace
+from operator import attrgetter
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -19,15 +22,16 @@ from distill_tools import (
 from torch import nn
 
 from nitro_e import flow
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import ConfigError, TrainingError, from_dict
+from nitro_e.flow import TimestepConfig
 from nitro_e.model import ModelConfig
 from nitro_e.model.layers import Compressor, Reconstructor
 from nitro_e.optim import OptimConfig, build_optimizers
 from nitro_e.randomness import SlotRandom
 from nitro_e.sampling import SamplingConfig, euler, renoise, sample
 from nitro_e.stages.distill import losses
-from nitro_e.stages.distill.adversarial import Adversarial, frozen
-from nitro_e.stages.distill.guards import GuardConfig, watch
+from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig, frozen
+from nitro_e.stages.distill.guards import GuardConfig, describe_draft, watch
 from nitro_e.stages.distill.heads import (
     Backbone,
     Features,
@@ -39,7 +43,16 @@ from nitro_e.stages.distill.heads import (
     token_maps,
 )
 from nitro_e.stages.distill.inputs import Draft, Drafts, InputConfig
+from nitro_e.stages.distill.objective import Shared
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
+from nitro_e.stages.distill.presets import PRESETS
+from nitro_e.stages.distill.regression import (
+    DecayConfig,
+    Diffusion,
+    DiffusionConfig,
+    Reflow,
+    ReflowConfig,
+)
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
@@ -179,6 +192,18 @@ def test_times_follow_the_odds_of_their_step():
         shares = torch.stack([(t == sigma).float().mean() for sigma in SIGMAS])
         torch.testing.assert_close(shares, torch.tensor(odds), rtol=0, atol=0.03)
         assert ((t[:, None] == torch.tensor(SIGMAS)).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_share_of_the_times_is_anywhere(share):
+    anywhere = {"share": share, "times": {"kind": "uniform"}}
+    config = from_dict(InputConfig, {"sigmas": [1.0, 0.5], "anywhere": anywhere})
+    t = Drafts(config, "euler", 0).draw_times(0, rng(4000))
+    placed = (t == 1.0) | (t == 0.5)
+    assert 1 - placed.float().mean().item() == pytest.approx(share, abs=0.03)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    torch.testing.assert_close(t[~placed].quantile(levels), levels, rtol=0, atol=0.05)
+    assert share == 1 or (t[placed] == 1).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_u15_samplers_and_inputs_must_belong_together():
@@ -513,6 +538,239 @@ def test_heldout_prompts_are_watched_and_not_trained_on():
     assert results[0] == pytest.approx(results[1], rel=1e-6)
 
 
+# ---- regression against formulas
+
+
+def plain_shared(teacher=None, backbone=None):
+    """What a stage lends, without a stage."""
+    draft = lambda batch, rng, last=False: batch.draft  # noqa: E731
+    return Shared(
+        teacher, lambda taps: backbone, random_text(1, 99), draft, None, 0.0, 0, torch.device("cpu")
+    )
+
+
+def word(text):
+    return text.tokens.mean(dim=(1, 2))[:, None, None, None]
+
+
+def plain_teacher(x, t, text):
+    return torch.tanh(x) + t[:, None, None, None] * word(text)
+
+
+def drafted(t, on_path=True):
+    """A batch and a student's answer to its pairs that is wrong by about as much as the data vary."""
+    t = torch.tensor(t)
+    batch, at = random_batch(0, len(t), shape=(4, 3, 3)), t[:, None, None, None]
+    x = (1 - at) * batch.latents + at * batch.noise
+    generator = torch.Generator().manual_seed(7)
+    return Draft(x, t, on_path, batch.latents + torch.randn(x.shape, generator=generator)), batch
+
+
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
+@pytest.mark.parametrize("space", ["data", "velocity"])
+@pytest.mark.parametrize("target", ["pair", "teacher"])
+def test_the_diffusion_loss_is_its_formula(target, space, kind):
+    config = DiffusionConfig(target=target, space=space, kind=kind, guidance_scale=3.0, beta=0.5)
+    draft, batch = drafted([1.0, 0.7, 0.4, 0.1])
+    values, _ = Diffusion(config, plain_shared(plain_teacher)).loss(draft, batch, rng(4))
+    x, t, null = draft.x, draft.t[:, None, None, None], word(random_text(1, 99))
+    guided = torch.tanh(x) + t * (null + 3 * (word(batch.text) - null))
+    wrong = draft.data - {"pair": batch.latents, "teacher": x - t * guided}[target]
+    wrong = wrong / t if space == "velocity" else wrong
+    smooth = torch.where(wrong.abs() < 0.5, wrong**2, wrong.abs() - 0.25)  # w^2 / (2 beta) and |w| - beta / 2
+    torch.testing.assert_close(values, {"mse": wrong**2, "smooth_l1": smooth}[kind].mean(dim=(1, 2, 3)))
+
+
+def test_the_diffusion_loss_leaves_out_late_times_and_rollouts():
+    draft, batch = drafted([1.0, 0.75, 0.5, 0.25])
+    loss = lambda draft, **options: Diffusion(DiffusionConfig(**options), None).loss(draft, batch, rng(4))[0]  # noqa: E731
+    everywhere, rolled = loss(draft), replace(draft, on_path=False)
+    assert (everywhere > 0).all() and torch.equal(loss(rolled), everywhere)
+    torch.testing.assert_close(loss(draft, largest_time=0.5), everywhere * torch.tensor([0.0, 0, 1, 1]))
+    assert torch.equal(loss(draft, on_rollout=False), everywhere)
+    assert torch.equal(loss(rolled, on_rollout=False), torch.zeros(4))
+
+
+def test_reflow_is_the_error_of_the_velocity_on_the_pairs_path():
+    draft, batch = drafted([1.0, 0.7, 0.4, 0.1])
+    velocity = (draft.x - draft.data) / draft.t[:, None, None, None]
+    expected = (velocity - (batch.noise - batch.latents)).square().mean(dim=(1, 2, 3))
+    values, _ = Reflow(ReflowConfig(), None).loss(draft, batch, rng(4))
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_decays_as_a_cosine_to_its_floor():
+    objective = Diffusion(DiffusionConfig(weight=2.0, decay=DecayConfig(start=100, end=300, floor=0.2)), None)
+    half = math.sqrt(0.5)  # cos(pi / 4)
+    shares = {0: 1, 100: 1, 150: (1 + half) / 2, 200: 0.5, 250: (1 - half) / 2, 300: 0, 999: 0}
+    weights = {step: objective.weight(step) for step in shares}
+    assert weights == {step: pytest.approx(2 * (0.2 + 0.8 * share)) for step, share in shares.items()}
+    assert {Diffusion(DiffusionConfig(weight=2.0), None).weight(step) for step in shares} == {2.0}
+
+
+# ---- the adversarial objective against formulas
+
+
+class PlainBackbone:
+    """The noised latents are the features; `seen` is what was asked."""
+
+    slots, width = ((1, 1),), 4
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x, t, text):
+        self.seen.append((x, t, text))
+        return Features([x], t[:, None].expand(-1, 4), text.tokens.mean(1)[:, :4])
+
+
+def adversarial_of(**options):
+    heads = {} if "pool" in options else {"heads": {"width": 8, "condition": "none"}}
+    config = {**heads, "misaligned": None, **options}
+    return Adversarial(from_dict(AdversarialConfig, config), plain_shared(backbone=PlainBackbone()))
+
+
+@pytest.mark.parametrize(("weight", "full"), [(0.6, 0.6), ("auto", 3.0)])  # auto: a share of the ratio
+def test_the_adversarial_weight_begins_at_start_and_ramps(weight, full):
+    objective = adversarial_of(weight=weight, ratio=3.0, start=10, ramp=4)
+    shares = {0: 0, 9: 0, 10: 0.25, 11: 0.5, 12: 0.75, 13: 1, 14: 1, 99: 1}
+    assert {step: objective.weight(step) for step in shares} == pytest.approx(
+        {step: full * share for step, share in shares.items()}
+    )
+    at_once = adversarial_of(weight=weight, ratio=3.0, start=10, ramp=0)
+    assert [at_once.weight(step) for step in (9, 10)] == [0, full]
+
+
+def test_the_heads_loss_is_hinge_and_the_r1_of_a_linear_head():
+    """(w . sigma n)^2 of each sample, times the weight and the steps from one R1 to the next."""
+    generator = torch.Generator().manual_seed(0)
+    (x, y, noise), w = torch.randn(3, 5, 16, generator=generator), torch.randn(16, generator=generator)
+    linear = lambda x: [(x @ w)[:, None, None]]  # noqa: E731
+    objective = adversarial_of(r1={"sigma": 0.05, "weight": 30, "every": 2})
+    sides = {"real": linear(x), "fake": linear(y), "perturbed": linear(x + 0.05 * noise)}
+    values, logs = objective.compare(sides, random_batch(0, 5))
+    hinge = ((1 - x @ w).clamp(min=0) + (1 + y @ w).clamp(min=0)) / 2
+    r1 = (0.05 * noise @ w) ** 2
+    torch.testing.assert_close(values, hinge + 30 * 2 * r1, rtol=1e-3, atol=1e-4)
+    assert logs["r1"].item() == pytest.approx(r1.mean().item(), rel=1e-3)
+    draft, batch = drafted([1.0, 0.5])
+    for step in (4, 5, 6):
+        batch.step = step
+        names = [name for name, *_ in objective.judged_parts(batch, draft, rng(2))]
+        assert names == (["real", "fake"] if step == 5 else ["real", "fake", "perturbed"])
+
+
+def test_times_of_judgement_follow_their_distribution():
+    draw = lambda **options: adversarial_of(**options).judge_times(3, rng(4000))  # noqa: E731
+    tau = draw(judge={"times": {"kind": "uniform"}, "least": 0.1, "most": 0.6})
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    torch.testing.assert_close(tau.quantile(levels), 0.1 + 0.5 * levels, rtol=0, atol=0.02)
+    assert 0.1 <= tau.min() and tau.max() <= 0.6
+    tau = draw(judge={"times": {"mean": -0.5, "std": 0.8}})
+    assert tau.logit().mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert tau.logit().std().item() == pytest.approx(0.8, abs=0.05)
+    tau = draw(judge={"times": {"std": 3.0}, "least": 0.2, "most": 0.9})
+    assert tau.min().item() == pytest.approx(0.2) and tau.max().item() == pytest.approx(0.9)
+    pool = {"levels": [0.3], "spread": 0.1, "copies": 2, "use": 2, "width": 8}
+    tau = draw(pool=pool, optim={"betas": [0, 0.99], "weight_decay": 0})
+    torch.testing.assert_close(tau.quantile(levels), 0.2 + 0.2 * levels, rtol=0, atol=0.01)
+    assert 0.2 <= tau.min() and tau.max() <= 0.4
+
+
+def test_a_share_of_the_samples_is_judged_without_its_prompt():
+    objective, text, null = adversarial_of(null_text=0.3), random_text(2000), random_text(1, 99)
+    judged = objective.judged_text(text, rng(2000))
+    dropped = (judged.tokens == null.tokens).all(dim=2).all(dim=1)
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert torch.equal(judged.mask[dropped], null.mask.expand(int(dropped.sum()), -1))
+    for ours, theirs in zip(judged, text):
+        assert torch.equal(ours[~dropped], theirs[~dropped])
+    # The heads' phase and the student's both ask with it.
+    for share, words in ((0.0, lambda text: text.tokens), (1.0, lambda text: null.tokens)):
+        objective, (draft, batch) = adversarial_of(null_text=share, r1=None), drafted([0.5])
+        batch.draft = draft
+        objective.discriminator_loss(objective.heads, batch, rng(1))
+        objective.loss(draft, batch, rng(1))
+        for _, _, asked in objective.backbone.seen:
+            assert torch.equal(asked.tokens, words(batch.text).expand_as(asked.tokens))
+
+
+def test_what_is_logged_of_the_verdicts():
+    """Scores, gaps and shares of right verdicts in numpy; two heads and one, with other numbers of positions."""
+    generator = torch.Generator().manual_seed(0)
+    sides = {
+        name: [torch.randn(6, heads, n, generator=generator) for heads, n in ((2, 5), (1, 9))]
+        for name in ("real", "fake", "misaligned", "perturbed")
+    }
+    taus = {"real": [0.05, 0.25, 0.39, 0.55, 0.95, 1.0], "fake": [0.0, 0.19, 0.5, 0.65, 0.7, 0.3]}
+    bins = np.array([0, 1, 1, 2, 4, 4, 0, 0, 2, 3, 3, 1])  # fifths of 0 to 1; real and fake
+    keep, batch = torch.tensor([1.0, 0, 1, 1, 0, 1]), random_batch(0, 6)
+    taus = {name: torch.tensor(times) for name, times in taus.items()}
+    logs = adversarial_of().watch(sides, taus, keep, batch)
+
+    score = {
+        name: np.mean([a[:, 0].mean(1), a[:, 1].mean(1), b[:, 0].mean(1)], axis=0)
+        for name, (a, b) in ((name, [entry.numpy() for entry in logits]) for name, logits in sides.items())
+    }
+    right = {"real": score["real"] > 0, "fake": score["fake"] <= 0, "misaligned": score["misaligned"] <= 0}
+    trained, gap = keep.numpy() == 1, score["real"] - score["fake"]
+    both = np.concatenate([right["real"], right["fake"]])
+    assert all(0 < verdicts.sum() < 6 for verdicts in right.values())
+    expected = {"gap": (gap, trained), "gap_heldout": (gap, ~trained)}
+    for name, verdicts in right.items():
+        expected |= {f"right_{name}": (verdicts, trained), f"right_{name}_heldout": (verdicts, ~trained)}
+    expected |= {f"right_t{number}": (both, bins == number) for number in range(5)}
+    expected = {name: [(values * which).sum(), which.sum()] for name, (values, which) in expected.items()}
+    expected |= {
+        f"gap_head{i}": (r - f).mean().item() for i, (r, f) in enumerate(zip(sides["real"], sides["fake"]))
+    }
+    assert logs.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(logs[name].numpy(), value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert torch.equal(batch.heldout_gap, logs["gap_heldout"])
+
+
+def test_heads_learn_to_tell_real_from_fake():
+    """Data that can be told apart: in the end both sides get the right verdict, and the student is told which is better."""
+    judge = {"times": {"kind": "uniform"}, "least": 0.02, "most": 0.3}
+    objective = adversarial_of(judge=judge, optim={"lr": 1e-2, "warmup": 0})
+    optimizers, sign = (
+        build_optimizers(objective.heads, objective.config.optim),
+        torch.tensor([1.0, -1, 1, -1]),
+    )
+    for step in range(20):
+        batch = random_batch(step, 16, shape=(4, 4, 4))
+        batch.latents += 1.5 * sign[:, None, None]
+        fake = batch.noise - 1.5 * sign[:, None, None]
+        batch.draft = Draft(batch.noise, torch.ones(16), True, fake)
+        loss, logs = objective.discriminator_loss(objective.heads, batch, rng(16, step))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    shares = {side: float(logs[f"right_{side}"][0] / logs[f"right_{side}"][1]) for side in ("real", "fake")}
+    assert min(shares.values()) > 0.8 and logs["gap"][0] > 0
+    values = [
+        objective.loss(Draft(batch.noise, torch.ones(16), True, data), batch, rng(16))[0].mean().item()
+        for data in (batch.latents, fake)
+    ]
+    assert values[0] < values[1] - 0.5
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_spectral_norm_bounds_the_largest_singular_value(bounded):
+    torch.manual_seed(0)
+    head = Head(16, HeadConfig(width=8, condition="none", spectral_norm=bounded))
+    layers = (head.enter, head.inside, head.logit)
+    for layer in layers:
+        weights = layer.parametrizations.weight.original if bounded else layer.weight
+        weights.data.mul_(20 / torch.linalg.svdvals(weights.data.flatten(1))[0])
+    for _ in range(30):  # one step of the power iteration each
+        head(torch.randn(2, 16, 4, 4), torch.zeros(2, 16), torch.zeros(2, 16))
+    largest = [torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers]
+    assert largest == pytest.approx([1.0 if bounded else 20.0] * 3, rel=0.02)
+
+
 # ---- the pool
 
 
@@ -677,6 +935,82 @@ def test_right_verdicts(loss, right):
     logs = adversarial.watch(sides, taus, torch.ones(8), random_batch())
     ratio = lambda name: (logs[name][0] / logs[name][1]).item()  # noqa: E731
     assert (ratio("right_real"), ratio("right_fake"), ratio("right_t0")) == right
+
+
+def test_what_is_logged_of_the_students_data():
+    """Standard deviations and means in numpy, over all and at each sigma."""
+    draft, batch = drafted([1.0, 0.5, 1.0, 0.3])
+    draft.data = 1.3 * batch.latents + torch.tensor([0.1, -0.2, 0.3, 0.4])[:, None, None, None]
+    logs = describe_draft(draft, batch, torch.tensor([1.0, 0.5, 0.25]))
+    drift = (draft.data - batch.latents).numpy().mean(axis=(1, 2, 3))
+    ratio = 1.3  # of every sample
+    expected = {"std_ratio": ratio, "mean_drift": drift.mean()}
+    for number, at in enumerate(([0, 2], [1], [])):
+        expected |= {
+            f"std_ratio_s{number}": [ratio * len(at), len(at)],
+            f"mean_drift_s{number}": [drift[at].sum(), len(at)],
+        }
+    assert logs.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(logs[name].numpy(), value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+FOUR_ODDS = ((0, (0, 0, 0.5, 0.5)), (500, (0.1, 0.3, 0.3, 0.3)), (1500, (0.4, 0.2, 0.2, 0.2)))
+PUBLISHED = {  # the table of docs/distill.md, and what it leaves to AdversarialConfig
+    "ladd4": {
+        "inputs.sigmas": SIGMAS, "inputs.odds": FOUR_ODDS, "inputs.noise": "pair", "inputs.rollout.share": 0.5,
+        "inputs.rollout.start": 1000, "inputs.rollout.end": 3000, "sampler": "euler", "time_scale": 1.0,
+        "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 1.0,
+        "diffusion.decay": DecayConfig(start=5000, end=20000, floor=0.1), "diffusion.space": "data",
+        "adversarial.loss": "hinge", "adversarial.weight": "auto", "adversarial.ratio": 1.0,
+        "adversarial.start": 250, "adversarial.ramp": 250, "adversarial.heads": HeadConfig(),
+        "adversarial.heads.condition": "time+text", "adversarial.heads.width": 256,
+        "adversarial.judge.times": TimestepConfig(kind="logit_normal", mean=0.0, std=1.2),
+        "adversarial.judge.least": 0.02, "adversarial.judge.most": 0.98, "adversarial.null_text": 0.0,
+        "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 1000, "adversarial.pool": None,
+        "adversarial.r1.sigma": 0.05, "adversarial.r1.weight": 200.0, "adversarial.r1.every": 1,
+        "adversarial.optim.lr": 1e-4, "optim.lr": 1e-5, "optim.warmup": 500, "reflow": None,
+    },
+    "nitro1": {
+        "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "euler", "time_scale": 1.0,
+        "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 1.0, "diffusion.decay": None,
+        "adversarial.loss": "non_saturating", "adversarial.weight": 1.0, "adversarial.heads.condition": "none",
+        "adversarial.judge.times.kind": "uniform", "adversarial.judge.least": 0.0, "adversarial.judge.most": 0.8,
+        "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 0, "adversarial.null_text": 0.0,
+        "adversarial.pool": None, "adversarial.optim.lr": 1e-6, "optim.lr": 1e-6, "reflow": None,
+    },
+    "nitrofusion": {
+        "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "renoise",
+        "time_scale": 0.5, "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 0.1,
+        "adversarial.loss": "hinge", "adversarial.weight": 1.0, "adversarial.misaligned": None,
+        "adversarial.null_text": 0.5, "adversarial.pool.levels": (0.09, 0.41, 0.62, 0.80),
+        "adversarial.pool.copies": 15, "adversarial.pool.use": 4, "adversarial.pool.refresh": 0.01,
+        "adversarial.pool.spread": 0.03, "adversarial.optim.lr": 1e-4, "optim.lr": 1e-5, "reflow": None,
+    },
+    "sana_adv": {
+        "inputs.sigmas": (1.0,), "inputs.noise": "fresh", "inputs.rollout": None, "inputs.anywhere.share": 0.5,
+        "inputs.anywhere.times": TimestepConfig(kind="logit_normal", mean=0.89, std=1.6), "sampler": "renoise",
+        "time_scale": 1.0, "diffusion.target": "teacher", "diffusion.guidance_scale": 4.5, "diffusion.kind": "mse",
+        "diffusion.space": "velocity", "diffusion.weight": 1.0, "adversarial.loss": "hinge",
+        "adversarial.weight": 0.5, "adversarial.judge.times": TimestepConfig(mean=0.093, std=1.0),
+        "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 0, "adversarial.null_text": 0.0,
+        "adversarial.pool": None, "adversarial.optim.lr": 2e-6, "optim.lr": 2e-6, "reflow": None,
+    },
+    "reflow": {
+        "inputs.anywhere.share": 1.0, "inputs.anywhere.times.kind": "uniform", "inputs.noise": "pair",
+        "inputs.rollout": None, "sampler": "euler", "time_scale": 1.0, "diffusion": None, "adversarial": None,
+        "reflow.weight": 1.0, "optim.lr": 1e-5,
+    },
+}  # fmt: skip
+STEPS = {"ladd4": [1, 2, 4], "nitro1": [1], "nitrofusion": [1, 2, 3, 4], "sana_adv": [1, 2, 4], "reflow": []}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_their_published_values(preset):
+    config = distill_config(preset)
+    values = {path: attrgetter(path)(config) for path in PUBLISHED[preset]}
+    assert values == PUBLISHED[preset]
+    assert [len(times) for times in config.schedules] == STEPS[preset]
 
 
 def test_frozen_gives_back_what_was_trainable():

@@ -181,6 +181,16 @@ def test_the_student_starts_as_the_teacher_and_another_teacher_is_refused(pairs,
     assert "data teacher was" in capsys.readouterr().err
 
 
+def test_guards_stop_a_run_that_passes_a_limit(pairs, tmp_path, capsys):
+    """A limit that every student passes: looked at every 50 steps, after `patience` of them."""
+    path = recipe(pairs, tmp_path, "reflow")
+    overrides = ["data.batch_size=2", "engine.steps=60", "engine.save_every=60", "engine.ema=null"]
+    guards = "stage.guards={start: 0, patience: 5, mean_drift: 1e-9, std_ratio: 100}"
+    assert train.main([str(path), guards, *overrides]) not in (0, 2)
+    assert "mean_drift has been above 1e-09 for 50 steps" in capsys.readouterr().err
+    assert metrics.read(tmp_path / "run")[-1]["step"] <= 50
+
+
 def test_bf16_rollouts_leave_gradients():
     """Autocast keeps weights it has cast without a graph; they must not be met again with one."""
     rollout = {"odds": [[0, [0, 0, 1, 1]]], "rollout": {"share": 1.0, "start": 0, "end": 0}}
@@ -243,7 +253,7 @@ def test_shards_without_noise_are_refused_where_it_is_needed(pairs, tmp_path, ca
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset):
-    """20 steps on random pairs: finite, the heads at work, the adversarial weight above 0, the student moves."""
+    """20 steps on random pairs: finite, the heads at work on both sides, the adversarial weight above 0, the student moves."""
     overrides = {**SMALL[preset], "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2, "weight_decay": 0}}
     if preset != "reflow":
         fast = {"lr": 3e-3, "betas": [0, 0.99], "eps": 1e-8, "weight_decay": 0, "warmup": 0}
@@ -255,17 +265,24 @@ def test_every_preset_trains(preset):
     )  # fmt: skip
     stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=small))
     before = [p.detach().clone() for p in stage.student.parameters()]
-    loop, verdicts, weights = Loop(stage, 20), [], []
+    loop, verdicts, weights = Loop(stage, 20), {"real": [], "fake": []}, []
     for step in range(20):
-        logs = loop.step(random_batch(step, 4, shape=(4, 8, 8)))
+        batch = random_batch(step, 4, shape=(4, 8, 8))
+        batch.latents += (
+            2 * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
+        )  # unlike what the student makes
+        logs = loop.step(batch)
         assert all(value.isfinite().all() for value in logs.values())
         if preset != "reflow":
-            sides = [logs[f"discriminator/right_{side}"] for side in ("real", "fake")]
-            verdicts += [float(total / count) for total, count in sides if count]
+            for side, shares in verdicts.items():
+                total, count = logs[f"discriminator/right_{side}"]
+                shares += [float(total / count)] if count else []
             weights.append(float(logs.get("student/adversarial_weight", 0.0)))
     assert any(not torch.equal(a, b) for a, b in zip(before, stage.student.parameters()))
     if preset != "reflow":
-        assert 0.4 <= sum(verdicts) / len(verdicts) < 1.0
+        right = {side: sum(shares) / len(shares) for side, shares in verdicts.items()}
+        assert all(0.2 < share < 1.0 for share in right.values()), right  # no constant verdict
+        assert sum(right.values()) / 2 > 0.5
         assert weights[0] == 0 and weights[-1] > 0
 
 
