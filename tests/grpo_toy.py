@@ -116,6 +116,12 @@ def moody(pixels, prompts, info):
     return torch.where(pixels.flatten(1)[:, 0] < 0, torch.nan, pixels.flatten(1).mean(dim=1))
 
 
+@reward(needs_info=True)
+def counted(pixels, prompts, info):
+    """Brightness, of prompts with metadata."""
+    return pixels.flatten(1).mean(dim=1)
+
+
 @reward
 def broken(pixels, prompts, info):
     raise RuntimeError("the reward server is down")
