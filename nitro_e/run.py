@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -384,6 +384,10 @@ def check_grpo(config: RunConfig) -> None:
 
 def build_grpo(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
     stage, side = config.stage, config.resolution // parts.codec.stride
+    last = checkpoint.latest(config.folder)
+    if last is not None and stage.adapter is not None and stage.adapter.init_from is not None:
+        # a resume needs the first adapter no more: the checkpoint's has its rank, alpha and targets
+        stage = replace(stage, adapter=replace(stage.adapter, init_from=str(last / "model" / "adapter")))
     pool, scorer = load_prompts(stage.prompts), build_rewards(stage.rewards, parts.device)
     scorer.check([prompt.info for prompt in pool])
     scorer.load()  # what is missing shows before training

@@ -1,5 +1,6 @@
 """GRPO through `train.py`: a small E-MMDiT with LoRA, with all weights, and with NFT; its files, resume, and a rising reward."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
 from nitro_e.rewards import reward
 from nitro_e.run import RunConfig
-from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense
+from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, save_adapter
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -75,12 +76,20 @@ def run_train(recipe: Path, run: Path, *overrides: str) -> int:
     return train.main([str(recipe), f"run={run}", *overrides])
 
 
-@pytest.mark.parametrize("options", [[], ["stage.adapter=null"], ["stage.algorithm={kind: nft, times: 3}"]])
+@pytest.mark.parametrize(
+    "options", [["FIRST ADAPTER"], ["stage.adapter=null"], ["stage.algorithm={kind: nft, times: 3}"]]
+)
 def test_train_and_resume(recipe, tmp_path, options):
     clean, run = tmp_path / "clean", tmp_path / "run"
+    if options == ["FIRST ADAPTER"]:  # of another rank than the recipe's
+        first = load_pretrained(tmp_path / "base")
+        add_adapter(first, AdapterConfig(rank=3, alpha=5.0), seed=0)
+        save_adapter(first, tmp_path / "first")
+        options = [f"stage.adapter.init_from={tmp_path / 'first'}"]
     assert run_train(recipe, clean, *options) == 0
     assert run_train(recipe, run, *options, "engine.steps=2") == 0
     recipe.write_text(recipe.read_text().replace("init_from", "# init_from"))  # a resume needs it no more
+    shutil.rmtree(tmp_path / "first", ignore_errors=True)
     assert run_train(recipe, run, *options) == 0
     rows = [
         [
