@@ -136,9 +136,10 @@ def _expand_preset(cls: type, data: dict, path: str) -> dict:
 
 def _complete(field: dataclasses.Field, value: Any) -> Any:
     """Some fields have defaults of their own instead of their class's: what `value` leaves out comes from there."""
-    if isinstance(field.default_factory, (type, type(dataclasses.MISSING))) or not isinstance(value, Mapping):
+    make = field.default_factory
+    if make is dataclasses.MISSING or isinstance(make, type) or not isinstance(value, Mapping):
         return value
-    default = field.default_factory()
+    default = make()
     if not dataclasses.is_dataclass(default) or "preset" in value:
         return value
     default = to_dict(default)

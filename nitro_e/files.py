@@ -78,8 +78,13 @@ def weights_hash(*parts: Any) -> str:
         held = {"": part} if isinstance(part, nn.Module) else vars(part)
         for name, value in sorted(held.items()):
             if isinstance(value, (nn.Module, Tensor)):
-                state = value.state_dict() if isinstance(value, nn.Module) else {"": value}
-                for key, tensor in sorted(state.items()):
-                    digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                add_tensors(digest, name, value)
     return digest.hexdigest()
+
+
+def add_tensors(digest: Any, name: str, value: nn.Module | Tensor) -> None:
+    """Put every tensor of `value` into a hash of hashlib, with its name, type and shape."""
+    tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}
+    for key, tensor in tensors.items():
+        digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

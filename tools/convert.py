@@ -106,7 +106,8 @@ def tell_reader(path: Path, model: EMMDiT) -> str:
     sampling = read_config(path)["use"].get("sampling", {}) if path.is_dir() else {}
     if sampling.get("time_scale", 1) != 1:
         raise ConfigError(
-            f"'{path}' was distilled with time_scale {sampling['time_scale']:g}: the released format cannot say so"
+            f"'{path}' was distilled with time_scale {sampling['time_scale']:g}: the released format cannot say so; without "
+            "--to-released you get a model folder, which can"
         )
     if sampling.get("sigmas"):
         times = " or ".join("(" + ", ".join(f"{t:g}" for t in times) + ")" for times in sampling["sigmas"])

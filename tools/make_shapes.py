@@ -59,7 +59,7 @@ def make_shards(
         if value < least:
             raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     if len(set(tasks)) < len(tasks):
-        raise ConfigError(f"--tasks {' '.join(tasks)}: names one twice")
+        raise ConfigError(f"--tasks {' '.join(tasks)}: names one twice; name each once")
     _check_manifest(out / f"shapes-{split}.json", settings | {"tasks": list(tasks)})
     pick = partial(_pick, seed, split, tasks)
     _write_sheet(out / f"shapes-{split}.png", pick, resolution)

@@ -34,6 +34,7 @@ from nitro_e.data.jobs import JobConfig, Result, digest, publish_entry, run_job
 from nitro_e.data.order import Order
 from nitro_e.data.reader import identity, ignore_interrupts, image_spec, worker_faults_explained
 from nitro_e.data.writer import atomic_file, open_shard
+from nitro_e.files import add_tensors
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
 LARGEST = 1e4  # a latent beyond this is a failure of the codec, not a picture
@@ -127,10 +128,7 @@ def weights_digest(encoder: Any) -> str:
     state = hashlib.sha256(type(encoder).__name__.encode())
     for name, value in sorted(vars(encoder).items()):
         if isinstance(value, nn.Module | Tensor):
-            tensors = value.state_dict() if isinstance(value, nn.Module) else {"": value}
-            for key, tensor in tensors.items():
-                state.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            add_tensors(state, name, value)
         elif hasattr(value, "get_vocab"):  # a tokenizer
             state.update(f"{name} {digest(value.get_vocab())}".encode())
         elif isinstance(value, int | float | str | tuple) and name != "truncated":  # which counts prompts

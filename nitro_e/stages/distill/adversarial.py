@@ -105,7 +105,8 @@ class AdversarialConfig:
             )
         if self.misaligned and self.null_text:
             raise ConfigError(
-                "misaligned asks whether a prompt belongs to its picture, null_text takes prompts away: set one of them"
+                "misaligned asks whether a prompt belongs to its picture, null_text takes prompts away: set misaligned: null "
+                "or null_text: 0"
             )
         if self.pool is not None:
             for name, default in (("heads", HeadConfig()), ("judge", JudgeTimesConfig())):
