@@ -61,6 +61,15 @@ ALLOWED = {
         "randomness",
     }
     | {"report", "rewards", "sampling", "shapes"},
+    "synthesis": {
+        "config",
+        "data",
+        "interfaces",
+        "pipeline",
+        "prompts",
+        "randomness",
+        "sampling",
+    },
     "run": None,  # everything
     "__init__": None,
 }
@@ -74,7 +83,8 @@ OWNERS = {
         "codec",
         "text",
         "shapes",
-    },  # text: the released caption cleaner; shapes: trains tiny instances
+        "synthesis",
+    },  # text: the released caption cleaner; shapes: trains tiny instances; synthesis: other people's pipelines
     "transformers": {"text", "shapes", "clip", "geneval", "rewards"},
     "timm": {"vision", "shapes"},
     "peft": {"stages"},

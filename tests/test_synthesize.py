@@ -16,10 +16,12 @@ from nitro_e.components import ComponentConfig, build_codec, text_shape
 from nitro_e.config import to_dict
 from nitro_e.data import DataConfig, open_data
 from nitro_e.data.index import scan_tar
+from nitro_e.data.jobs import JobConfig
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.pipeline import TextToImage, Use
 from nitro_e.sampling import SamplingConfig, initial_noise, sample
+from nitro_e.synthesis import OwnGenerator, denormalize, read_jobs, synthesize
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools import synthesize as tool  # noqa: E402
@@ -161,21 +163,21 @@ def test_other_seeds_other_pictures(tmp_path, model, prompts):
 
 def test_prompts_of_a_table_keep_their_columns(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "tag": "single"}\n{"prompt": " ", "tag": "x"}\n')
-    (job,) = tool.read_jobs(tmp_path / "p.jsonl", "prompt", 1, 0)
+    (job,) = read_jobs(tmp_path / "p.jsonl", "prompt", 1, 0)
     assert job.prompt == "a cat" and job.info == {"tag": "single"}
     (tmp_path / "p.tsv").write_text("Prompt\tCategory\nbond\tAbstract\n")
-    assert tool.read_jobs(tmp_path / "p.tsv", "Prompt", 3, 0)[2].k == 2
+    assert read_jobs(tmp_path / "p.tsv", "Prompt", 3, 0)[2].k == 2
 
 
 def test_a_prompt_that_comes_again_gets_other_pictures(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
-    jobs = tool.read_jobs(tmp_path / "p.txt", "prompt", 2, 0)
+    jobs = read_jobs(tmp_path / "p.txt", "prompt", 2, 0)
     assert [(job.prompt, job.k) for job in jobs if job.prompt == "a cat"] == [("a cat", k) for k in range(4)]
     assert len({job.seed for job in jobs}) == 6
 
 
 def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
-    generator = tool.OwnGenerator(TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1))
+    generator = OwnGenerator(TextToImage.from_pretrained(model), SamplingConfig(resolution=64, steps=1))
     make = generator.make
 
     def broken(jobs):
@@ -184,8 +186,8 @@ def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
         return made
 
     generator.make = broken
-    jobs = tool.read_jobs(prompts, "prompt", 1, 0)
-    tool.synthesize(generator, jobs, tool.JobConfig(out=tmp_path / "o"), 7, 7, False)
+    jobs = read_jobs(prompts, "prompt", 1, 0)
+    synthesize(generator, jobs, JobConfig(out=tmp_path / "o"), 7, 7, False)
     (line,) = (tmp_path / "o/bad-synth.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "synth_000000000" and "not finite" in line
     assert len(scan_tar(tmp_path / "o/synth-000000.tar").rows) == 6
@@ -343,7 +345,7 @@ def test_a_real_diffusers_pipeline_is_continued(tmp_path, prompts):
 def test_denormalize_inverts_every_codec():
     codec = build_codec(ComponentConfig(name="dct-f16c64"))
     x = torch.randn(2, codec.channels, 2, 2)
-    torch.testing.assert_close(codec.normalize(tool.denormalize(codec, x)), x)
+    torch.testing.assert_close(codec.normalize(denormalize(codec, x)), x)
 
 
 def test_a_run_of_the_teacher_again_gives_the_pairs(tmp_path, model, prompts):
@@ -441,7 +443,7 @@ def test_latents_outside_the_limits_are_left_out_and_told(tmp_path, model, promp
 
 
 def test_prompts_by_the_name_of_their_generator():
-    jobs = tool.read_jobs(Path("shapes-train"), "prompt", 2, 0, limit=3)
+    jobs = read_jobs(Path("shapes-train"), "prompt", 2, 0, limit=3)
     assert (
         len(jobs) == 6 and len({job.prompt for job in jobs}) == 3 and all("tag" in job.info for job in jobs)
     )
