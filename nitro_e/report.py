@@ -10,6 +10,7 @@ made from the files of the run directory alone; what is missing there is said in
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import io
 import json
@@ -22,12 +23,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from nitro_e import metrics
 from nitro_e.charts import Series, line_chart, number
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_WARNINGS = 50
@@ -132,13 +132,11 @@ def read_record(folder: Path) -> Record:
     config, text = None, ""
     if (folder / "config.yaml").exists():
         text = (folder / "config.yaml").read_text(errors="replace")
-        try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError:
-            pass
+        with contextlib.suppress(ConfigError):
+            config = parse_yaml(text, "config.yaml")
     try:
-        status = json.loads((folder / "STATUS.json").read_text())
-    except (OSError, ValueError):
+        status = parse_json(read_text(folder / "STATUS.json"), "STATUS.json")
+    except (OSError, ConfigError):
         status = {}
     return Record(
         folder=folder, rows=metrics.read(folder), lines=metrics.read_lines(folder),

@@ -21,7 +21,7 @@ from nitro_e.components import (
     codec_shape,
     text_shape,
 )  # fmt: skip
-from nitro_e.config import ConfigError, dump, to_dict
+from nitro_e.config import Config, ConfigError, Seed, Share, check_file_name, dump, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
@@ -40,7 +40,7 @@ from nitro_e.stages.grpo import GRPO, GRPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComponentsConfig:
+class ComponentsConfig(Config):
     """The frozen encoders."""
 
     codec: ComponentConfig
@@ -54,10 +54,10 @@ StageConfig = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Config):
     name: str
     run: str | None = None  # run directory; None: runs/NAME
-    seed: int = 0
+    seed: Seed = 0
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
     model: ModelConfig
     stage: StageConfig
@@ -69,6 +69,8 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None  # scores during training
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_file_name(self.name, "name")
         kind = self.stage_kind
         if kind.reads_data and self.data is None:
             raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads pictures")
