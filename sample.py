@@ -64,7 +64,7 @@ def draw(options: argparse.Namespace) -> None:
 
     import torch
 
-    from nitro_e.pipeline import TextToImage, image_grid
+    from nitro_e.pipeline import TextToImage, image_grid, save_png
 
     device = options.device or default_device(torch)
     dtype, components = (
@@ -98,19 +98,17 @@ def draw(options: argparse.Namespace) -> None:
             "model": options.source,
         }
         path = options.out / f"{index:04d}-{slug(prompt)}-{seed}.png"
-        picture.save(path, pnginfo=png_text(prompt, details))
+        save_png(picture, path, png_text(prompt, details))
     columns = options.num_images if options.num_images > 1 else min(8, len(pictures))
-    image_grid(pictures, columns).save(
-        options.out / "grid.png", pnginfo=png_text("\n".join(prompts), settings)
-    )
+    save_png(image_grid(pictures, columns), options.out / "grid.png", png_text("\n".join(prompts), settings))
     print(f"{len(pictures)} pictures and grid.png are in {options.out}/")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
-        if not options.prompts_file.exists():
-            raise ConfigError(f"--prompts-file '{options.prompts_file}' does not exist")
+        if not options.prompts_file.is_file():
+            raise ConfigError(f"--prompts-file '{options.prompts_file}' does not exist or is no file")
         prompts += [line.strip() for line in read_text(options.prompts_file).splitlines() if line.strip()]
     if not prompts:
         raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')

@@ -229,8 +229,8 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file into `cls`, after applying `a.b=value` overrides (values are YAML too)."""
     path = Path(path)
-    if not path.exists():
-        raise ConfigError(f"config file '{path}' does not exist; the recipes are under configs/")
+    if not path.is_file():
+        raise ConfigError(f"config file '{path}' does not exist or is no file; the recipes are under configs/")
     data = parse_yaml(read_text(path), str(path)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")

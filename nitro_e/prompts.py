@@ -97,8 +97,8 @@ GENERATORS: dict[str, Generator] = {
 
 
 def _read(path: Path) -> list[dict]:
-    if not path.exists():
-        raise ConfigError(f"prompts: file '{path}' does not exist")
+    if not path.is_file():
+        raise ConfigError(f"prompts: file '{path}' does not exist or is no file")
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:

@@ -522,8 +522,11 @@ def _time(seconds: float | None) -> str:
 
 def _write(path: Path, text: str) -> Path:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
     return path
 
 

@@ -344,8 +344,8 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         made = load_prompts(PromptsConfig(source=str(path), num=limit))
         prompts = [(prompt.text, {k: v for k, v in prompt.info.items() if k != "prompt"}) for prompt in made]
     elif path.suffix == ".txt":
-        if not path.exists():
-            raise ConfigError(f"--prompts '{path}' does not exist")
+        if not path.is_file():
+            raise ConfigError(f"--prompts '{path}' does not exist or is no file")
         prompts = [(line.strip(), {}) for line in read_text(path).splitlines() if line.strip()]
     else:
         table = rows(path, (column,))

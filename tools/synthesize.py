@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--negative-prompt", default="", type=cli.text, help="ours only")
     parser.add_argument("--steps", type=int, help="default: what the weights came with")
-    parser.add_argument("--guidance", type=float, help="default: what the weights came with")
+    parser.add_argument("--guidance", type=cli.real(0), metavar="SCALE", help="default: what the weights came with")
     parser.add_argument("--sampler", choices=(*SAMPLERS, "renoise"), help="ours only")
     parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")

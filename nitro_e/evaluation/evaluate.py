@@ -142,8 +142,10 @@ def _evaluate_one(
     )
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.precision)
-    for values in itertools.product(*grid.values()):
-        sampling = pipeline.settings(**dict(zip(grid, values)))
+    settings_of = [
+        pipeline.settings(**dict(zip(grid, values))) for values in itertools.product(*grid.values())
+    ]  # all of them before the first picture: a wrong one shows at once
+    for sampling in settings_of:
         settings = {
             "weights": checkpoint["weights"], "sampling": to_dict(sampling), "precision": options.precision,
             "seed": options.seed,
@@ -304,5 +306,8 @@ def report(evaluation: Evaluation) -> str:
 
 def write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from nitro_e.config import ConfigError, parse_json, read_text, to_dict
 from nitro_e.evaluation.benchmarks import Benchmark, describe
-from nitro_e.pipeline import TextToImage, to_image
+from nitro_e.pipeline import TextToImage, save_png, to_image
 from nitro_e.prompts import Prompt
 from nitro_e.randomness import seed_of
 from nitro_e.rewards import Scorer
@@ -163,12 +163,6 @@ def append_rows(path: Path, rows: Sequence[Judged]) -> None:
             if file.read(1) != b"\n":  # cut short by a kill
                 file.write(b"\n")
         file.write(b"".join(json.dumps(row._asdict()).encode() + b"\n" for row in known))
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
 
 
 def read_pixels(path: Path) -> Tensor:
