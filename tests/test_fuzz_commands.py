@@ -136,10 +136,12 @@ TOOLS = {
         pack table W/columns.csv --out W/o/t8 ; pack table W/object.json --out W/o/t9 ; pack table W/bad.csv.gz --out W/o/ta
         pack table W/bad.parquet --out W/o/tb ; pack webdataset W/cut.tar --out W/o/w1 ; pack webdataset W/zero.tar --out W/o/w2
         pack sa1b {DATA} --out W/o/s1 ; pack sa1b {DATA} --captions W/latin.csv --out W/o/s2 ; pack journeydb W --out W/o/j1
-        index W/none ; index W/zero.tar ; index W/cut.tar ; index W/empty.tar ; index W/binary.txt ; index {DATA} --processes 0
+        index W/none ; index W/zero.tar ; verify W/zero.tar ; index W/cut.tar ; index W/empty.tar ; index W/binary.txt ; index {DATA} --processes 0
         verify W/none ; verify W/cut.tar ; verify W/damaged/data-0.tar ; verify {DATA} --processes -1
         stats W/cut.tar ; stats W/zero.tar ; stats {DATA} --probe -1 ; head {DATA} --count -1 ; head {DATA} --count 0
-        head W/cut.tar ; head W/zero.tar ; head {DATA} --sheet /proc/x.png
+        head W/broken.tar ; head W/no_image.tar --sheet W/o/x.png ; stats W/broken.tar ; stats W/no_image.tar
+        verify W/broken.tar --deep ; encode W/broken.tar --out W/o/ej --codec dct-f8c24 --resolution 64
+        pack webdataset W/broken.tar --out W/o/w3 ; head W/cut.tar ; head W/zero.tar ; head {DATA} --sheet /proc/x.png
         which W/none --step 1 ; which W/tiny.yaml ; which W/tiny.yaml --step -1 ; which W/tiny.yaml --step 1e20
         which W/tiny.yaml --step nan ; which W/tiny.yaml --step 1 --world 0 ; which W/tiny.yaml --step 1 --world 1e20
         which W/recipes/latin.yaml --step 1 ; which W/tiny.yaml seed=.nan --step 1
@@ -219,7 +221,7 @@ RIGHT = {
     "tools/synthesize.py": ["shapes --prompts W/ok.txt --limit 1 --steps 1 --out W/o/right_y"],
     "tools/make_shapes.py": ["W/o/right_m --num 3"],
 }  # fmt: skip
-FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar"}}  # answers "1 problems" and 1
+FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}  # answers "1 problems" and 1
 
 FEW = {  # at once, in this process
     "train": [f"W/tiny.yaml --dry-run {words}" for words in (
@@ -230,7 +232,7 @@ FEW = {  # at once, in this process
                "shapes --prompts-file W/binary.txt", "W/ok.txt --prompt x"],
     "data": ["pack table W/lists.jsonl --out W/o", "pack table /etc/passwd --out W/o", "pack table W/deep.jsonl --out W/o",
              "pack folder W/pictures --out W/o", "pack folder W/pictures --resize -5 --captions-from-names --out W/o",
-             "index W/zero.tar", "which W/tiny.yaml --step -1", "which W/tiny.yaml --step 1 --world 0", "plan --images 1e400",
+             "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1", "which W/tiny.yaml --step 1 --world 0", "plan --images 1e400",
              "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o", "verify W/damaged/data-0.tar",
              "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o"],
     "evaluate": ["W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
@@ -249,6 +251,9 @@ def make_files(folder: Path) -> None:
         Image.fromarray(pixels + index).save(folder / "pictures" / f"a_red_fox_{index}.png")
     png = (folder / "pictures/a_red_fox_0.png").read_bytes()
     write_shard(folder / "data-0.tar", [{"__key__": f"{i:04d}", "png": png, "txt": "a fox"} for i in range(8)])
+    broken = {"__key__": "0", "png": b"no image", "txt": b"\xff", "json": b"[1", "npy": b"no array"}
+    write_shard(folder / "broken.tar", [broken])
+    write_shard(folder / "no_image.tar", [{"__key__": "0", "png": b"no image", "txt": "a fox"}])
     (folder / "cut.tar").write_bytes((folder / "data-0.tar").read_bytes()[:5000])
     (folder / "zero.tar").write_bytes(bytes(10240))
     (folder / "empty.tar").write_bytes(b"")

@@ -216,6 +216,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     found = verify.verify(expand_shards(args.shards, "shards"), args.deep, args.processes, args.caption_key)
+    refuse_empty(found.samples or len(found.problems), args.shards)
     for problem in found.problems[:50]:
         print(problem)
     if len(found.problems) > 50:
@@ -233,6 +234,11 @@ def run_verify(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
+def refuse_empty(found: int, shards: list[str]) -> None:
+    if not found:
+        raise ConfigError(f"there are no samples in {', '.join(shards)}; pack or copy the shards again")
+
+
 def index_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--force", action="store_true", help="scan again what has an index")
@@ -244,8 +250,7 @@ def run_index(args: argparse.Namespace) -> None:
     work = jobs.each(partial(shard_index, force=args.force), args.processes)
     for _, index in tqdm(work(shards), total=len(shards), desc="index", unit="shard"):
         samples += len(index.rows)
-    if not samples:
-        raise ConfigError(f"there are no samples in {', '.join(args.shards)}; pack or copy the shards again")
+    refuse_empty(samples, args.shards)
     print(f"{samples} samples in {len(shards)} shards")
 
 
@@ -255,7 +260,9 @@ def stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_stats(args: argparse.Namespace) -> None:
-    print(json.dumps(report.stats(expand_shards(args.shards, "shards"), args.probe), indent=2))
+    found = report.stats(expand_shards(args.shards, "shards"), args.probe)
+    refuse_empty(found["samples"], args.shards)
+    print(json.dumps(found, indent=2))
 
 
 def head_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +272,9 @@ def head_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_head(args: argparse.Namespace) -> None:
-    for line in report.head(expand_shards(args.shards, "shards"), args.count, args.sheet):
+    lines = report.head(expand_shards(args.shards, "shards"), args.count, args.sheet)
+    refuse_empty(len(lines), args.shards)
+    for line in lines:
         print(json.dumps(line, ensure_ascii=False))
 
 

@@ -107,7 +107,7 @@ def run_job(name: str, units: Sequence[Unit], work: Work, config: JobConfig) -> 
 
 
 def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
-    """Entries of all finished units; written to OUT once none is missing."""
+    """Entries of all finished units; written to OUT once none is missing. ConfigError if there is no sample in all."""
     shards, bad, samples, missing = [], [], 0, 0
     for unit in units:
         path = out / ".journal" / name / f"{unit.name}.json"
@@ -124,6 +124,10 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     else:
         _write_lines(out / f"manifest-{name}.jsonl", shards)
         _write_lines(out / f"bad-{name}.jsonl", bad)
+        if not samples:
+            raise ConfigError(
+                f"{name}: there is no usable sample; check the input" + (f", and {out}/bad-{name}.jsonl" if bad else "")
+            )
         print(f"{name}: {samples} samples in {len(shards)} shards, {len(bad)} left out, in {out}")
     return shards
 

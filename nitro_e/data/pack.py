@@ -125,10 +125,7 @@ def pack(units: Sequence[ListUnit | ArchiveUnit], job: JobConfig) -> list[dict]:
     """Write the shards of all units and their manifest; see jobs.run_job."""
     if not units:
         raise ConfigError("nothing to pack; check the input path")
-    shards = run_job("images", units, each(partial(pack_unit, out=job.out), job.processes), job)
-    if not shards and job.world == 1:
-        raise ConfigError(f"no sample could be packed; the reasons are in {job.out / 'bad-images.jsonl'}")
-    return shards
+    return run_job("images", units, each(partial(pack_unit, out=job.out), job.processes), job)
 
 
 def pack_unit(unit: ListUnit | ArchiveUnit, out: Path) -> Result:

@@ -6,20 +6,21 @@ DC-AE and E-MMDiT at 512 px scale with the number of pixels, Llama 3.2 1B with 1
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from nitro_e.config import Config, ConfigError, Ge, Gt
 from nitro_e.data.catalog import IMAGES
-from nitro_e.data.decode import decode_array, decode_image
+from nitro_e.data.decode import BadSample, decode_array, decode_image
 from nitro_e.data.index import BLOCK, shard_index
 from nitro_e.data.remote import local_path
 
@@ -39,17 +40,18 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
             there = index.rows[name]["offset"] > 0
             members[name] += int(there.sum())
             sizes[name] += int(index.rows[name]["size"][there].sum())
-        for _, content in _samples(path, probe):
+        for key, content in _samples(path, probe):
             if "txt" in content:
                 words.append(len(content["txt"].decode(errors="replace").split()))
-            if "npy" in content:
-                latent = decode_array(content["npy"]).astype(np.float64)
-                kinds[f"latent {latent.shape}"] += 1
-                moments.append((latent.mean(), latent.std()))
-            for name in set(IMAGES) & set(content):
-                with Image.open(io.BytesIO(content[name])) as image:
-                    sides.append(min(image.size))
-                    kinds[f"{image.format} {image.mode}"] += 1
+            with _readable(path, key):
+                if "npy" in content:
+                    latent = decode_array(content["npy"]).astype(np.float64)
+                    kinds[f"latent {latent.shape}"] += 1
+                    moments.append((latent.mean(), latent.std()))
+                for name in set(IMAGES) & set(content):
+                    with Image.open(io.BytesIO(content[name])) as image:
+                        sides.append(min(image.size))
+                        kinds[f"{image.format} {image.mode}"] += 1
     return {
         "shards": len(shards),
         "samples": samples,
@@ -76,13 +78,14 @@ def head(shards: Sequence[str], count: int, sheet: Path | None = None) -> list[d
                 "members": {name: len(c) for name, c in content.items()},
             }
             line["caption"] = content["txt"].decode(errors="replace") if "txt" in content else None
-            for name in content:
-                if name.endswith("npy"):
-                    array = decode_array(content[name])
-                    line[name] = f"{array.dtype} {array.shape}"
-            image = next((content[name] for name in IMAGES if name in content), None)
-            if image is not None and sheet is not None:
-                tiles.append(decode_image(image, 128).transpose(1, 2, 0))
+            with _readable(path, key):
+                for name in content:
+                    if name.endswith("npy"):
+                        array = decode_array(content[name])
+                        line[name] = f"{array.dtype} {array.shape}"
+                image = next((content[name] for name in IMAGES if name in content), None)
+                if image is not None and sheet is not None:
+                    tiles.append(decode_image(image, 128).transpose(1, 2, 0))
             found.append(line)
         if len(found) >= count:
             break
@@ -95,6 +98,17 @@ def head(shards: Sequence[str], count: int, sheet: Path | None = None) -> list[d
             canvas.paste(Image.fromarray(tile), (128 * (i % columns), 128 * (i // columns)))
         canvas.save(sheet)
     return found
+
+
+@contextlib.contextmanager
+def _readable(path: str, key: str) -> Iterator[None]:
+    """ConfigError for a sample that is not."""
+    try:
+        yield
+    except (BadSample, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{Path(path).name}:{key}: {error}; python tools/data.py verify --deep finds all such samples"
+        ) from None
 
 
 def _samples(path: str, count: int):
