@@ -34,7 +34,7 @@ engine: {steps: 2, save_every: 2, sample_every: 0, log_every: 1, precision: floa
 sampling: {resolution: 64, steps: 1}
 """
 
-# ---- train.py W/tiny.yaml --dry-run KEY=VALUE
+# ---- train.py W/tiny.yaml KEY=VALUE --dry-run
 
 FRACTIONS = (".nan", ".inf", "-.inf", "-1", "x", "[1]", "{a: 1}", "null", "1e400", "true")  # wrong for every real number
 COUNTS = (".nan", ".inf", "-1", "1.5", "x", "[1]", "null", "1e99", "010", "1:30")  # wrong for every whole one
@@ -224,7 +224,7 @@ RIGHT = {
 FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}  # answers "1 problems" and 1
 
 FEW = {  # at once, in this process
-    "train": [f"W/tiny.yaml --dry-run {words}" for words in (
+    "train": [f"W/tiny.yaml {words} --dry-run" for words in (
         "stage.optim.clip=.nan", "engine.keep_every=-1", "engine.steps=010", "name=../../evil", "model.preset=[1]",
         "data.shards=[W/zero.tar]",
     )] + ["W/recipes/latin.yaml", "W/recipes/deep.yaml", "W/recipes/section_twice.yaml"],
@@ -347,7 +347,7 @@ def wrong_lines() -> dict[str, list[str]]:
     overrides = [shlex.quote(override) for override in overrides]
     written = re.findall(r"""'[^']*'|"[^"]*"|\S+\{[^}]*\}|\S+""", OVERRIDES)
     overrides += [word if word[0] in "'\"" else shlex.quote(word) for word in written]
-    train = [f"W/tiny.yaml --dry-run {override}" for override in overrides]
+    train = [f"W/tiny.yaml {override} --dry-run" for override in overrides]
     train += [f"W/recipes/{name}.yaml" for name in RECIPES]
     train += ["", "W", "W/none.yaml", "/dev/null", DATA, "W/tiny.yaml --foo", "W/tiny.yaml run=W/binary.txt/x"]
     sample = [f"shapes --prompt 'a red circle' --steps 1 --out W/out {option}" for option in pairs(SAMPLE)]
