@@ -1,13 +1,19 @@
-"""Files behind names: a local folder or a hub repository, one line for what goes wrong with them; hashes of files and weights."""
+"""Files behind names: a local folder or a hub repository, one line for what goes wrong with them; writing and hashing weights."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
@@ -88,3 +94,44 @@ def add_tensors(digest: Any, name: str, value: nn.Module | Tensor) -> None:
     for key, tensor in tensors.items():
         digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` file with the permissions of any other new file; OSError if it cannot be written."""
+    with _os_errors(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(mode)  # safetensors leaves 0600, which hides published weights from colleagues
+
+
+def save_object(value: Any, path: Path) -> None:
+    """`torch.save` plain data and tensors; OSError if it cannot be written."""
+    with _os_errors(path), path.open("wb") as file:
+        torch.save(value, file)
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """A full disk is an OSError that names the file, also where the libraries raise kinds of their own.
+
+    safetensors raises SafetensorError with "(os error N)" in it, torch.save a RuntimeError about positions in the file
+    whose context is the OSError.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    except RuntimeError as error:
+        cause = error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno or errno.EIO, cause.strerror or str(cause), str(path)) from error
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        raise

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,13 +26,14 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from nitro_e import metrics
+from nitro_e import checkpoint, metrics
 from nitro_e.charts import Series, line_chart, number
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, flatten
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_WARNINGS = 50
 EMBED_AS_IS = 300_000  # bytes of a PNG; larger ones are embedded as JPEG
+SILENCE = 300  # seconds after which a run that should be training is not believed to be alive
 
 TITLES = {  # in the order of the page; names not here follow under their own name
     "loss": "Loss",
@@ -85,12 +87,20 @@ class Record:
         return _get(self.config, "engine.steps")
 
     def state(self) -> str:
-        """That of STATUS.json, or what the last step says."""
+        """That of STATUS.json, unless a run that should be training gives no sign of life; or what the last step says."""
+        if self.status.get("state") == "running" and self.silence() >= SILENCE:
+            return f"no sign of life for {duration(self.silence())}"
         if self.status.get("state"):
             return str(self.status["state"])
         if not self.rows:
             return "no steps recorded"
         return "done" if self.last_step == self.steps else "not finished"
+
+    def silence(self) -> float:
+        """Seconds since the run last wrote its status, a metric, or that one of its processes is there."""
+        signs = [self.status.get("time"), *(line.get("time") for line in self.lines[-1:])]
+        signs += [path.stat().st_mtime for path in self.folder.glob("processes/rank-*.json")]
+        return time.time() - max((sign for sign in signs if _is_number(sign)), default=0.0)
 
     def seconds(self) -> float:
         """Wall-clock time of all attempts, without the pauses between them."""
@@ -136,14 +146,10 @@ def read_record(folder: Path) -> Record:
             config = yaml.safe_load(text)
         except yaml.YAMLError:
             pass
-    try:
-        status = json.loads((folder / "STATUS.json").read_text())
-    except (OSError, ValueError):
-        status = {}
     return Record(
         folder=folder, rows=metrics.read(folder), lines=metrics.read_lines(folder),
         config=config if isinstance(config, dict) else None, config_text=text,
-        status=status if isinstance(status, dict) else {},
+        status=checkpoint.read_status(folder),
     )  # fmt: skip
 
 
@@ -180,7 +186,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
 def header(record: Record) -> str:
     state = record.state()
-    colour = {"done": "good", "running": "good", "failed": "bad"}.get(state, "fair")
+    colour = {"done": "good", "running": "good", "failed": "bad", "crashed": "bad"}.get(state, "fair")
     reason = (
         f"<p class='missing'>{escape(str(record.status['reason']))}</p>"
         if record.status.get("reason")
@@ -451,16 +457,6 @@ def spread(items: list, count: int) -> list:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -482,6 +478,10 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _event(line: dict[str, Any]) -> str:
+    if line["event"] == "config":
+        return "the config changed: " + "; ".join(
+            f"{key} was {was!r}, is {now!r}" for key, (was, now) in line["changed"].items()
+        )
     details = {key: value for key, value in line.items() if key not in (*NOT_METRICS, "event")}
     return str(details.get("message") or f"{line['event']} {json.dumps(details) if details else ''}")
 

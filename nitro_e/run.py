@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from nitro_e import checkpoint
 from nitro_e.components import (
@@ -21,7 +22,7 @@ from nitro_e.components import (
     codec_shape,
     text_shape,
 )  # fmt: skip
-from nitro_e.config import ConfigError, dump, to_dict
+from nitro_e.config import ConfigError, dump, flatten, load, to_dict
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
@@ -210,6 +211,7 @@ def build(config: RunConfig) -> Engine:
     """Load the components and put the stage on an engine, resumed if the run directory has a checkpoint."""
     accelerator = make_accelerator(config.engine)
     device = accelerator.device
+    refuse_other_architecture(config)
     codec = build_codec(config.components.codec, device)
     text = build_text_encoder(config.components.text, device)
     if text.width != config.model.text_width:
@@ -241,9 +243,58 @@ def build(config: RunConfig) -> Engine:
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),
         hooks=tuple(hooks),
     )  # fmt: skip
-    if accelerator.is_main_process:  # only now: the engine refuses the run directory of another experiment
-        (config.folder / "config.yaml").write_text(dump(config))
+    if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):
+        engine.changed = write_config(config)  # only now: the engine refuses the run directory of another experiment
     return engine
+
+
+def write_config(config: RunConfig) -> dict[str, list]:
+    """Write `config.yaml`. Returns what a resume changes in it, {key: [before, now]}, after printing it.
+
+    The config of the attempts before stays as `config.1.yaml`, `config.2.yaml`, ...
+    """
+    path = config.folder / "config.yaml"
+    changed = {}
+    if path.exists() and checkpoint.latest(config.folder) is not None:
+        before, now = config_at(path), flatten(to_dict(config))
+        changed = {
+            key: [before.get(key), now.get(key)]
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+    if changed:
+        number = 1
+        while (kept := path.with_name(f"config.{number}.yaml")).exists():
+            number += 1
+        path.rename(kept)
+        print(f"the config has changed since the last attempt (that one is kept as {kept.name}):")
+        for key, (was, now) in changed.items():
+            print(f"  {key} was {was!r}, is {now!r}")
+    path.write_text(dump(config))
+    return changed
+
+
+def config_at(path: Path) -> dict[str, Any]:
+    """The keys of a written config, `a.b` -> value, with today's defaults for those that it does not have."""
+    try:
+        return flatten(to_dict(load(RunConfig, path)))
+    except ConfigError:  # of a version with other keys
+        return flatten(yaml.safe_load(path.read_text()))
+
+
+def refuse_other_architecture(config: RunConfig) -> None:
+    """Before a resume: which keys of the model differ from those of its checkpoint."""
+    last = checkpoint.latest(config.folder)
+    if last is None or not (last / "model" / "config.json").is_file():
+        return  # nothing to resume, or damaged: the resume says so
+    before, now = architecture(read_config(last / "model")["model"]), architecture(config.model)
+    changed = "; ".join(
+        f"model.{key} was {before[key]!r}, is {now[key]!r}" for key in now if now[key] != before[key]
+    )
+    if changed:
+        raise ConfigError(
+            f"{last} has another architecture ({changed}); set it back, or give this experiment its own run directory: run=..."
+        )
 
 
 def build_model(config: RunConfig) -> EMMDiT:

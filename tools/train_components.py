@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from nitro_e import cli
 from nitro_e.config import ConfigError
-from nitro_e.data.writer import atomic_file
+from nitro_e.files import save_object
 from nitro_e.shapes import fit
 from nitro_e.shapes.pretrained import PRETRAINED
 
@@ -77,14 +78,13 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
             if time.monotonic() - saved_at > SAVE_EVERY or done == steps:
                 saved_at = time.monotonic()
                 out.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(state) as file:
-                    torch.save(
-                        {
-                            "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
-                            "seconds": seconds + saved_at - started,
-                        },
-                        file,
-                    )  # fmt: skip
+                reached = {
+                    "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
+                    "seconds": seconds + saved_at - started,
+                }  # fmt: skip
+                temporary = state.with_name(state.name + ".tmp")
+                save_object(reached, temporary)
+                os.replace(temporary, state)
     out.mkdir(parents=True, exist_ok=True)
     task.export(out)
     metrics = {

@@ -473,5 +473,5 @@ def identity(records: Records) -> Records:
 
 def ignore_interrupts(worker: int) -> None:
     """Ctrl-C and job managers signal the whole process group: the training process saves, then ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)

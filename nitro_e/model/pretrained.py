@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.files import save_tensors
 from nitro_e.model import released
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
 
@@ -31,7 +32,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "model.safetensors")
     config = {"format": FORMAT, "model": to_dict(model.config), "use": use or {}}
     if provenance:
         config["provenance"] = provenance

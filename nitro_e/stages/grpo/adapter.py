@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
+from nitro_e.files import save_tensors
 from nitro_e.model import EMMDiT
 from nitro_e.model.released import block_linears, read_lora
 from nitro_e.randomness import seed_of
@@ -156,7 +156,7 @@ def save_adapter(model: EMMDiT, folder: Path, base: str | None = None) -> None:
         config.target_modules
     )  # peft makes it a set, whose order changes from run to run
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
 def _read(folder: Path) -> tuple[int, float, dict[str, tuple[Tensor, Tensor]]]:
