@@ -1,6 +1,8 @@
 """Shared fixtures. Nothing in the tests reaches the network or the machine's wandb login."""
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 # The tests are small: more threads only wait for each other. Other processes inherit it, so that losses can be compared
@@ -23,6 +25,22 @@ torch.set_num_threads(1)
 def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture
+def disk_of():
+    """`with disk_of(n):` no file can grow past n bytes: a real error of the system at the write, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")
