@@ -141,7 +141,10 @@ def damage(folder: Path) -> str | None:
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """What `save` wrote. Raises ValueError if it is not that, OSError if it cannot be read."""
-    meta = json.loads((checkpoint / "meta.json").read_text())
+    try:
+        meta = json.loads((checkpoint / "meta.json").read_text())
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
         raise ValueError("is not the record of a checkpoint")
     written = meta.pop("sha256", None)  # absent in checkpoints of earlier versions

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from test_train import ROOT
+
+from tools import data as data_tool
+from tools import make_shapes
+
 RECIPE = ROOT / "configs" / "shapes" / "1_pretrain.yaml"
 SMALL = (
     "data.batch_size=4", "engine.save_every=2", "engine.log_every=1", "engine.sample_every=0", "engine.tracker=none",
@@ -14,15 +18,11 @@ SMALL = (
 
 def make_data(folder: Path, num: int = 64) -> None:
     """Images, latents, text embeddings and vision features in `folder/data/shapes`, where the recipe looks for them."""
-    out = "data/shapes"
-    encode = ["encode", f"{out}/shapes-train-*.tar", "--out", out, "--resolution", "64"]
-    encode += ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
-    for tool, arguments in (
-        ("make_shapes.py", [out, "--split", "train", "--num", str(num)]),
-        ("data.py", encode),
-    ):
-        command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    out = folder / "data" / "shapes"
+    components = ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
+    assert make_shapes.main([str(out), "--split", "train", "--num", str(num)]) == 0
+    encode = ["encode", f"{out}/shapes-train-*.tar", "--out", str(out), "--resolution", "64", "--workers", "0"]
+    assert data_tool.main([*encode, *components]) == 0
 
 
 def start(folder: Path, run: str, *overrides: str, log: Path | None = None) -> subprocess.Popen:

@@ -323,6 +323,55 @@ def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
     assert losses(run) == losses(clean)
 
 
+def test_a_checkpoint_without_its_record_is_damaged_and_not_overlooked(run, caplog):
+    train(run, steps=8)
+    (run / "checkpoints" / "step-0000008" / "meta.json").unlink()
+    assert checkpoint.latest_valid(run).name == "step-0000004"
+    assert "step-0000008 is damaged (meta.json" in caplog.text
+    (run / "checkpoints" / "step-0000004" / "meta.json").unlink()
+    with pytest.raises(TrainingError, match="every checkpoint of .* is damaged"):
+        train(run)
+
+
+def test_a_copy_under_another_step_is_damaged_and_training_ends(run, caplog):
+    """It was resumed from, and then saved again and again for ever, because it stayed the newest."""
+    train(run, steps=8)
+    shutil.copytree(run / "checkpoints" / "step-0000008", run / "checkpoints" / "step-0000099")
+    train(run)
+    assert "step-0000099 is damaged (meta.json: is of step 8)" in caplog.text
+    assert sorted(losses(run)) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_flipped_bit_of_the_record_goes_unnoticed(run, stride):
+    """Each either makes the checkpoint a damaged one, or leaves every value of the record as it was."""
+    train(run, steps=4)
+    folder = checkpoint.latest(run)
+    path, bad = folder / "meta.json", folder.with_name(f"bad-{folder.name}")
+    content, meta, found = path.read_bytes(), checkpoint.read_meta(folder), 0
+    for bit in range(0, 8 * len(content), stride):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        if checkpoint.latest_valid(run) is None:
+            bad.rename(folder)
+            found += 1
+        else:
+            now = checkpoint.read_meta(folder)
+            assert {key: now.get(key) for key in meta} == meta, bit
+    checked = len(range(0, 8 * len(content), stride))
+    print(f"{checked} flips: {found} damaged, {checked - found} harmless")
+    assert found > 0.9 * checked
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"step": 4, "files": 5}', "\xff", "[" * 10_000])
+def test_a_record_that_is_none_is_damage(run, text):
+    train(run, steps=4)
+    (checkpoint.latest(run) / "meta.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(TrainingError, match="every checkpoint of .* is damaged"):
+        train(run)
+
+
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_unnoticed(run):
     train(run, steps=4)
     for path in (run / "checkpoints").glob("step-*/trainer/model.pt"):

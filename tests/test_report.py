@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from nitro_e import charts
 from nitro_e.charts import Scale, Series, line_chart, nice_ticks, running_mean, thin_out
 from nitro_e.config import ConfigError
 from nitro_e.metrics import Metrics
+from nitro_e.parallel import Attendance
 from nitro_e.report import duration, read_record, spread, write_comparison, write_report
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -166,6 +169,26 @@ def test_damaged_files_do_not_stop_the_report(tmp_path):
     page = Page(write_report(folder).read_text())
     assert "step-0000200-samples.png cannot be read" in page.text["p"] and len(page.pictures()) == 2
     assert "not valid YAML" in page.text["p"] and "1 values not finite" in page.text["figcaption"]
+
+
+def test_a_run_that_was_killed_is_not_called_running(tmp_path):
+    """The newest of its status, its metrics and its processes' files counts: here their ages in seconds."""
+    run = make_run(tmp_path / "run")
+
+    def state(status: float, metrics: float, process: float) -> str:
+        now = time.time()
+        row = {"state": "running", "step": 3, "time": now - status}
+        (run / "STATUS.json").write_text(json.dumps(row))
+        line = {"attempt": 1, "time": now - metrics, "step": 3, "loss": 1.0}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        Attendance(run, 0, 1).sign(3)
+        os.utime(run / "processes" / "rank-0.json", (now - process, now - process))
+        return read_record(run).state()
+
+    for ages in ((10, 7200, 7200), (7200, 10, 7200), (7200, 7200, 10)):
+        assert state(*ages) == "running"
+    assert state(7200, 7200, 3601) == "no sign of life for 1 h 00 min"
+    assert "<em class='fair'>no sign of life" in write_report(run).read_text()
 
 
 def test_no_run_directory(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,10 +114,15 @@ def test_sigkill_and_the_same_command_again(recipe, tmp_path):
     assert {row["step"]: row["loss"] for row in metrics.read(run)} == expected
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_sigterm_saves_and_ends_well(recipe, tmp_path, whole_group):
-    """Also when its data workers get the signal too, as from a job manager: their death ended the run unsaved."""
-    run = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGQUIT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)]
+)
+def test_signals_save_and_end_well(recipe, tmp_path, number, whole_group):
+    """Also when its data workers get the signal too, as from a job manager: their death ended the run unsaved.
+
+    The log file of such a job has one plain line per report and no carriage returns.
+    """
+    run, log = tmp_path / "run", tmp_path / "log"
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -126,24 +132,22 @@ def test_sigterm_saves_and_ends_well(recipe, tmp_path, whole_group):
         "engine.save_every=100000",
         "data.workers=1",
     ]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped at step" in output
-    assert checkpoint.latest(run) is not None
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    process.wait(timeout=60)
+    text, status = log.read_text(), checkpoint.read_status(run)
+    assert process.returncode == 0 and "stopped at step" in text and "\r" not in text
+    assert checkpoint.read_meta(checkpoint.latest_valid(run))["step"] == status["step"] > 0
+    assert status["state"] == "preempted"
+    reports = [line for line in text.splitlines() if line.startswith("flow_matching ")]
+    form = r"flow_matching \d+/100000  loss \S+  grad_norm \S+  lr \S+  \S+ samples/s  \S+ GB  ETA .*"
+    assert len(reports) == len(metrics.read(run)) and all(re.fullmatch(form, line) for line in reports)
 
 
 def test_real_component_classes_and_repa(recipe, tmp_path):
@@ -309,6 +313,33 @@ def test_a_checkpoint_of_another_architecture_is_refused(recipe, tmp_path, capsy
     error = capsys.readouterr().err
     assert "model.groups was" in error and "is [1, 3, 1]" in error
     assert (run / "config.yaml").read_text() == before
+
+
+def test_a_changed_config_is_told_recorded_and_the_old_one_kept(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=3") == 0
+    before = (run / "config.yaml").read_text()
+    capsys.readouterr()
+    assert run_train(recipe, run, "stage.caption_dropout=0.4", "engine.ema={beta: 0.5}") == 0
+    told = capsys.readouterr().out
+    assert "stage.caption_dropout was 0.1, is 0.4" in told and "engine.ema.beta was 0.9, is 0.5" in told
+    (event,) = [row for row in metrics.read_events(run) if row["event"] == "config"]
+    assert event["step"] == 3 and event["changed"] == {
+        "engine.steps": [3, 6], "engine.ema.beta": [0.9, 0.5], "stage.caption_dropout": [0.1, 0.4],
+    }  # fmt: skip
+    assert (run / "config.1.yaml").read_text() == before
+    assert "caption_dropout: 0.4" in (run / "config.yaml").read_text()
+    assert "stage.caption_dropout was 0.1, is 0.4" in (run / "report.html").read_text()
+    assert run_train(recipe, run, "engine.steps=7", "stage.caption_dropout=0.4", "engine.ema={beta: 0.5}") == 0
+    assert (run / "config.2.yaml").is_file() and not (run / "config.3.yaml").exists()
+
+
+def test_published_weights_have_the_permissions_of_other_files(recipe, tmp_path):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=3") == 0
+    folder = checkpoint.model_folder(run)
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(run / "config.yaml").stat().st_mode}
 
 
 @pytest.mark.slow
