@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from nitro_e import cli
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, read_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +27,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="RUN_OR_FOLDER")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt", action="append", default=[], type=cli.text, help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="one prompt per line")
-    parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--negative-prompt", default="", type=cli.text)
+    parser.add_argument(
+        "--num-images", type=cli.whole(1, 10_000), default=1, metavar="N", help="pictures per prompt (default 1)"
+    )
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, metavar="N", help="of the first picture; the next ones count up"
+    )
     parser.add_argument("--steps", type=int, help="default: what the weights came with, as for the next ones")
     parser.add_argument(
         "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
@@ -42,8 +46,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
+    parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
+    parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
     parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -57,13 +61,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def draw(options: argparse.Namespace) -> None:
     """Sample, save and say where."""
     prompts = read_prompts(options)
-    for name in ("num_images", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
 
     import torch
 
-    from nitro_e.pipeline import TextToImage, image_grid
+    from nitro_e.pipeline import TextToImage, image_grid, save_png
 
     device = options.device or default_device(torch)
     dtype, components = (
@@ -97,11 +98,9 @@ def draw(options: argparse.Namespace) -> None:
             "model": options.source,
         }
         path = options.out / f"{index:04d}-{slug(prompt)}-{seed}.png"
-        picture.save(path, pnginfo=png_text(prompt, details))
+        save_png(picture, path, png_text(prompt, details))
     columns = options.num_images if options.num_images > 1 else min(8, len(pictures))
-    image_grid(pictures, columns).save(
-        options.out / "grid.png", pnginfo=png_text("\n".join(prompts), settings)
-    )
+    save_png(image_grid(pictures, columns), options.out / "grid.png", png_text("\n".join(prompts), settings))
     print(f"{len(pictures)} pictures and grid.png are in {options.out}/")
 
 
@@ -109,8 +108,8 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
         if not options.prompts_file.is_file():
-            raise ConfigError(f"--prompts-file '{options.prompts_file}' does not exist")
-        prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
+            raise ConfigError(f"--prompts-file '{options.prompts_file}' does not exist or is no file")
+        prompts += [line.strip() for line in read_text(options.prompts_file).splitlines() if line.strip()]
     if not prompts:
         raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')
     return prompts

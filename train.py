@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 data.batch_size=64"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, then exit")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow --dry-run
     logging.basicConfig(format="%(levelname)s: %(message)s")
     return cli.run(lambda: train(options))
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nitro_e.config import ConfigError, TrainingError, did_you_mean
+from nitro_e.config import ConfigError, TrainingError, did_you_mean, parse_json, read_text
 from nitro_e.files import sha256_of
 from nitro_e.shapes.pretrained import PRETRAINED
 
@@ -141,10 +141,7 @@ def damage(folder: Path) -> str | None:
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """What `save` wrote. Raises ValueError if it is not that, OSError if it cannot be read."""
-    try:
-        meta = json.loads((checkpoint / "meta.json").read_text())
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
+    meta = parse_json(read_text(checkpoint / "meta.json"), "it")
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
         raise ValueError("is not the record of a checkpoint")
     written = meta.pop("sha256", None)  # absent in checkpoints of earlier versions
@@ -171,8 +168,8 @@ def write_status(run: Path, state: str, step: int, **details: Any) -> None:
 def read_status(run: Path) -> dict[str, Any]:
     """What `STATUS.json` says; empty if there is none or it cannot be read."""
     try:
-        status = json.loads((run / "STATUS.json").read_text())
-    except (OSError, ValueError):
+        status = parse_json(read_text(run / "STATUS.json"), "STATUS.json")
+    except (OSError, ConfigError):
         return {}
     return status if isinstance(status, dict) else {}
 

@@ -1,17 +1,25 @@
-"""How every command of the project ends: 0, or one line on stderr and a code that scripts can tell apart."""
+"""How every command of the project takes its arguments, and how it ends: 0, or one line on stderr and a code that
+scripts can tell apart."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import ConfigError, TrainingError, check_characters
+
+Number = TypeVar("Number", int, float)
 
 
 def run(command: Callable[[], None]) -> int:
-    """Call `command` and return its exit code: 2 for what the user can mend, 3 for training that failed, 130 for Ctrl-C."""
+    """Call `command` and return its exit code: 2 for what the user can mend, 3 for training that failed, 130 for Ctrl-C.
+
+    Whatever else comes out of it is a bug, and shows its traceback.
+    """
     try:
         command()
     except ConfigError as error:
@@ -22,15 +30,32 @@ def run(command: Callable[[], None]) -> int:
         return 3
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.filename is None:
+    except OSError as error:  # no space, no permission, ...; writing to an open file does not say which one
+        named = f"{error.filename}: {error.strerror}" if error.filename is not None else " ".join(str(error).split())
+        print(f"error: {named}; mend that and run the same command again", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # no space, no permission, ...
+        print(
+            f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); "
+            "ask for less at a time (batch size, resolution, length) or use a larger machine",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch says so in an OutOfMemoryError on a GPU, in a plain RuntimeError on the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 def leave(code: int) -> NoReturn:
@@ -44,3 +69,67 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+# ---- types of arguments, for argparse
+
+
+def whole(least: int = 0, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A whole number within bounds; 1e6 is one."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            value = _float(text)
+            if not value.is_integer():  # not of infinity either
+                raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
+            number = int(value)
+        return _within(number, least, most, text)
+
+    return parse
+
+
+def real(least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """A finite number within bounds."""
+    return lambda text: _within(_float(text), least, most, text)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got '{text}'") from None
+
+
+def _within(number: Number, least: Number, most: Number, text: str) -> Number:
+    if not number >= least:  # so NaN too
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+    if number > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most:g}, got {text}")
+    return number
+
+
+seed = whole(0, 2**62)  # pictures count up from it
+
+
+def text(given: str) -> str:
+    """Words that can be encoded; a terminal or a script may pass bytes that are no UTF-8."""
+    try:
+        return check_characters(given, "text")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device(name: str) -> str:
+    """The name of a device that is there. Only this argument needs torch."""
+    import torch
+
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{name}' is no device; use cpu, cuda, cuda:1 or mps")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(match[2] or 0) >= counts[match[1]]:
+        there = ", ".join(f"{kind} ({count})" for kind, count in counts.items() if count)
+        raise argparse.ArgumentTypeError(f"'{name}' is not there; this machine has {there}")
+    return name

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
 from nitro_e import codec, files, text, vision
-from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.config import Config, ConfigError, Ge, Le, did_you_mean
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 from nitro_e.shapes.pretrained import PRETRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComponentConfig:
+class ComponentConfig(Config):
     """One frozen encoder. A bare string in YAML is its name."""
 
     SHORTHAND: ClassVar[str] = "name"
@@ -30,12 +30,11 @@ class ComponentConfig:
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
-    length: int | None = None  # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
+    length: Annotated[int, Ge(2), Le(8192)] | None = None  # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 2:
-            raise ConfigError(f"length must be at least 2, got {self.length}")
+        super().__post_init__()
         if self.path == "":
             raise ConfigError("path is empty; give a folder or a hub id, or leave it out")
 

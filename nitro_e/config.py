@@ -3,7 +3,12 @@
 Every config class is a frozen, keyword-only dataclass that lives beside the code it configures; this module
 only knows how to fill one from plain data and how to complain. There are no interpolations, no includes, no
 defaults outside the dataclasses, and no import paths in YAML, but for rewards of your own (nitro_e.rewards.registry).
-Nothing here imports torch.
+Nothing here imports torch. The text files that people write (YAML, JSON, prompts) are read here too.
+
+Bounds stand on the key's own line, and hold however the object is made (its class inherits from `Config`):
+    steps: Annotated[int, Ge(1)]
+    clip: Annotated[float, Gt(0), "a large value switches clipping off"]      # a string is the remedy
+Numbers are finite everywhere, and whole ones fit into 64 bits.
 
 A dataclass may declare two class variables that `from_dict` understands:
     PRESETS    name -> plain dict; `preset: NAME` in the data starts from that dict, other keys override it.
@@ -14,11 +19,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
+import math
+import operator
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import yaml
 
@@ -40,15 +50,188 @@ def did_you_mean(word: str, options: Sequence[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else f" (known: {', '.join(options) or 'none'})"
 
 
+# ---- bounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A limit of a number, declared in its annotation."""
+
+    limit: float
+    words: ClassVar[str]
+    holds: ClassVar[Callable[[Any, Any], bool]]
+
+
+class Ge(Bound):
+    words, holds = "at least", operator.ge
+
+
+class Gt(Bound):
+    words, holds = "above", operator.gt
+
+
+class Le(Bound):
+    words, holds = "at most", operator.le
+
+
+class Lt(Bound):
+    words, holds = "below", operator.lt
+
+
+Share = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0)]
+
+
+class Config:
+    """Base of the config dataclasses: every object, however it is made, keeps the bounds in its annotations.
+
+    A class with rules across its fields has a `__post_init__` of its own, which calls this one first."""
+
+    OPTIONS: ClassVar[bool] = False  # the fields are options of a command: messages call them --so
+
+    def __post_init__(self) -> None:
+        for name, hint in _annotations(type(self)).items():
+            where = f"--{name.replace('_', '-')}" if self.OPTIONS else name
+            check_bounds(hint, getattr(self, name), where)
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def check_bounds(hint: Any, value: Any, where: str, bounds: tuple = ()) -> None:
+    """ConfigError if a number in `value` is not finite, or outside the bounds that `hint` declares for it."""
+    while typing.get_origin(hint) is Annotated:
+        bounds, hint = (*hint.__metadata__, *bounds), hint.__origin__
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return
+    if origin in (Union, types.UnionType):
+        options = [arg for arg in args if arg is not type(None)]
+        check_bounds(options[0] if len(options) == 1 else Any, value, where, bounds)
+    elif isinstance(value, (tuple, list)):
+        hints = [Any] * len(value)
+        if origin is tuple:
+            hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        for index, (part, item) in enumerate(zip(hints, value)):
+            check_bounds(part, item, f"{where}[{index}]")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_bounds(args[1] if origin is dict else Any, item, f"{where}.{key}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_number(bounds, value, where)
+
+
+def _check_number(bounds: tuple, value: int | float, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, got {value}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} must fit into 64 bits, got a number of {value.bit_length()} bits")
+    remedy = "".join(f"; {hint}" for hint in bounds if isinstance(hint, str))
+    for bound in bounds:
+        if isinstance(bound, Bound) and not bound.holds(value, bound.limit):
+            raise ConfigError(f"{where} must be {bound.words} {bound.limit}, got {value}{remedy}")
+
+
+def check_file_name(name: str, where: str) -> None:
+    """ConfigError if `name` cannot be that of a folder of its own, inside the one it is put into."""
+    if (
+        not name.isprintable() or name != name.strip() or name.startswith(".")
+        or not 0 < len(name.encode(errors="replace")) <= 200 or set(name) & set("/\\")
+    ):  # fmt: skip
+        raise ConfigError(
+            f"{where} {name!r} cannot be a folder's name: use up to 200 letters, digits, '-', '_' and the like, "
+            "no '/' and no '.' in front"
+        )
+
+
+def check_characters(text: str, where: str) -> str:
+    """`text`; ConfigError if it has halves of characters, which neither files nor tokenizers take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: {text[error.start]!r} at character {error.start} is no character; write it as UTF-8"
+        ) from None
+    return text
+
+
+# ---- text files that people write
+
+
+def read_text(path: str | Path) -> str:
+    """What a UTF-8 file says; OSError comes through, which names the file itself."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not a UTF-8 text file (byte {error.start} is 0x{error.object[error.start]:02x}); "
+            "save it as UTF-8, or give another file"
+        ) from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """ConfigError, beginning with `where`, for what is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is not valid JSON: nested too deeply") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """ConfigError, beginning with `where`, for what is not YAML, and for YAML that is not what it looks like."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of dates such as 2024-13-45
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}; quote text") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is not valid YAML: nested too deeply") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses keys that are given twice, of which YAML would take the last, and numbers that are others in YAML 1.1."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, (key.tag, str(key.value))
+            if name in lines:
+                raise ConfigError(
+                    f"key '{key.value}' is given twice, on lines {lines[name]} and {line}; keep one"
+                )
+            lines[name] = line
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value
+        number = (
+            self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+        )
+        if ":" in text or re.fullmatch(r"[-+]?0[0-7_]+", text) and number != 0:
+            kind = "to the base of 60" if ":" in text else "octal"
+            raise ConfigError(f"{text} would be read as {number} ({kind}); write {number}, or quote the text")
+        return number
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_number)
+
+
+# ---- plain data and dataclasses
+
+
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file into `cls`, after applying `a.b=value` overrides (values are YAML too)."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file '{path}' does not exist; the recipes are under configs/")
-    try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"config file '{path}' does not exist or is no file; the recipes are under configs/")
+    data = parse_yaml(read_text(path), str(path)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
     for override in overrides:
@@ -72,10 +255,7 @@ def apply_override(data: dict, override: str) -> None:
                 )
             child = data[parent] = {}
         data = child
-    try:
-        data[leaf] = yaml.safe_load(value) if value else None
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{override}': '{value}' is not a YAML value; quote it") from None
+    data[leaf] = parse_yaml(value, f"override '{override}'") if value else None
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
@@ -104,9 +284,10 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         return cls(**values)
     except ConfigError as error:  # raised by __post_init__, which does not know where it stands
         message = str(error)
-        raise ConfigError(
-            f"{path}: {message}" if path and not message.startswith(path) else message
-        ) from None
+        if path and not message.startswith(path):
+            about_a_key = re.match(r"\w*", message)[0] in fields
+            message = f"{path}.{message}" if about_a_key else f"{path}: {message}"
+        raise ConfigError(message) from None
 
 
 def to_dict(config: Any) -> Any:
@@ -140,7 +321,7 @@ def _expand_preset(cls: type, data: dict, path: str) -> dict:
     if presets is None or "preset" not in data:
         return data
     name = data.pop("preset")
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise ConfigError(f"{path}.preset: unknown preset '{name}'" + did_you_mean(str(name), list(presets)))
     return _merge(presets[name], data)
 
@@ -191,11 +372,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and not isinstance(value, bool):
-        if isinstance(value, (int, float)):
-            return float(value)
         try:
             return float(value)  # PyYAML reads 1e-4 as a string
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif hint is int and not isinstance(value, bool):
         if isinstance(value, int):
@@ -208,7 +387,7 @@ def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
     elif hint is bool and isinstance(value, bool):
         return value
     elif hint is str and isinstance(value, str):
-        return value
+        return check_characters(value, where)
     raise ConfigError(f"{where}: expected {_type_name(hint)}, got {value!r}")
 
 
@@ -225,7 +404,7 @@ def _coerce_union(args: tuple, value: Any, where: str) -> Any:
             return value
         tags = {typing.get_args(typing.get_type_hints(option)["kind"])[0]: option for option in options}
         kind = value.get("kind") if isinstance(value, Mapping) else None
-        if kind not in tags:
+        if not isinstance(kind, str) or kind not in tags:
             raise ConfigError(f"{where}.kind: unknown kind {kind!r}" + did_you_mean(str(kind), list(tags)))
         return from_dict(tags[kind], value, where)
     for option in options:

@@ -16,14 +16,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge
 from nitro_e.files import save_tensors
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,12 @@ MAX_ERROR = 0.05  # of a synthesised profile, in L2 relative to the profile aske
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostHocEMAConfig:
+class PostHocEMAConfig(Config):
     sigma_rels: tuple[float, ...] = (0.05, 0.10)  # profiles that are tracked; two are enough
-    every: int = 1000  # steps between snapshots; 25 to 50 snapshots in a run give profiles to about 0.1 %
+    every: Annotated[int, Ge(1)] = 1000  # steps between snapshots; 25 to 50 snapshots in a run give profiles to about 0.1 %
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"every must be at least 1 step, got {self.every}")
+        super().__post_init__()
         if len(set(self.sigma_rels)) < 2:
             raise ConfigError(
                 f"sigma_rels: synthesis needs two different profiles, got {list(self.sigma_rels)}"

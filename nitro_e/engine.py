@@ -19,7 +19,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nitro_e import checkpoint
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, TrainingError
 from nitro_e.ema import FOLDER as SNAPSHOTS
 from nitro_e.ema import PostHocEMA, PostHocEMAConfig
 from nitro_e.files import save_object
@@ -59,21 +59,17 @@ class Hook:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMAConfig:
-    beta: float = 0.9999  # per step
-    warmup_power: float | None = (
+class EMAConfig(Config):
+    beta: Annotated[float, Gt(0), Lt(1)] = 0.9999  # per step
+    warmup_power: Annotated[float, Gt(0)] | None = (
         None  # early on, beta is 1 - step^-power (0.67 forgets a random start); None: off
     )
 
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise ConfigError(f"beta must be between 0 and 1, got {self.beta}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    steps: int  # optimiser steps
-    accumulate: int = 1  # micro-batches per process and step
+class EngineConfig(Config):
+    steps: Annotated[int, Ge(1)]  # optimiser steps
+    accumulate: Annotated[int, Ge(1), Le(1_000_000)] = 1  # micro-batches per process and step
     precision: Literal["float32", "bf16", "fp16"] = "bf16"  # of the forward pass; weights stay float32
     sharding: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False  # the blocks of the model
@@ -82,23 +78,17 @@ class EngineConfig:
     posthoc_ema: PostHocEMAConfig | None = (
         None  # snapshots from which tools/ema.py makes any average afterwards
     )
-    save_every: int = 1000
-    keep_last: int = 2  # newest checkpoints
-    keep_every: int = 0  # and those at multiples of this many steps; 0: none
-    max_failed_saves: int = 3  # in a row before giving up
-    max_skips: int = 5  # non-finite steps in a row before giving up
-    log_every: int = 20
-    sample_every: int = 1000  # steps between sample grids; 0: none
+    save_every: Annotated[int, Ge(1)] = 1000
+    keep_last: Annotated[int, Ge(2), "the newest one may turn out damaged"] = 2  # newest checkpoints
+    keep_every: Annotated[int, Ge(0)] = 0  # and those at multiples of this many steps; 0: none
+    max_failed_saves: Annotated[int, Ge(1)] = 3  # in a row before giving up
+    max_skips: Annotated[int, Ge(0)] = 5  # non-finite steps in a row before giving up
+    log_every: Annotated[int, Ge(1)] = 20
+    sample_every: Annotated[int, Ge(0)] = 1000  # steps between sample grids; 0: none
     tracker: Tracker = "wandb"  # a mirror of metrics.jsonl; wandb is offline where there is no login
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "save_every", "log_every", "max_failed_saves"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep_last < 2:
-            raise ConfigError(
-                f"keep_last must be at least 2, got {self.keep_last}: the newest one may turn out damaged"
-            )
+        super().__post_init__()
         if self.sharding == "fsdp" and self.precision == "fp16":
             raise ConfigError("sharding 'fsdp' has no loss scaler: use precision bf16 or float32")
 

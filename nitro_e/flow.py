@@ -8,12 +8,12 @@ Conventions (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206): t = 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Gt
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -47,20 +47,14 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimestepConfig:
+class TimestepConfig(Config):
     """How training times are drawn."""
 
     kind: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0  # of the logit; positive means more noise
-    std: float = 1.0
-    shift: float = 1.0  # see shift_time
+    std: Annotated[float, Gt(0)] = 1.0
+    shift: Annotated[float, Gt(0)] = 1.0  # see shift_time
     quantize: bool = False  # to the released grid 1/1000, 2/1000, ..., 1
-
-    def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ConfigError(f"std must be positive, got {self.std}")
-        if self.shift <= 0:
-            raise ConfigError(f"shift must be positive, got {self.shift}")
 
 
 def training_times(config: TimestepConfig, normal: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from nitro_e.config import ConfigError, parse_json
 from nitro_e.environment import environment
 
 log = logging.getLogger(__name__)
@@ -243,12 +244,12 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, "line")
+        except ConfigError:
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and type(row.get("step")) is int and type(row.get("attempt", 0)) is int:
             rows.append(row)
-        elif line:  # cut short by a kill
+        elif line:  # cut short by a kill, or damaged
             log.warning("%s: one unreadable line skipped: %.40s", path, line)
     return rows
 

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Config):
     """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = 3e-4  # of AdamW
-    muon_lr: float = 6e-3  # of Muon, scaled to match AdamW's RMS update
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-10
-    weight_decay: float = 0.03
-    warmup: int = 500  # steps of linear warm-up
-    decay: float = 0.0  # share of all steps, at the end, over which the rate falls linearly to zero
-    clip: float = 1.0  # largest gradient norm
+    lr: Annotated[float, Ge(0), Le(1000)] = 3e-4  # of AdamW
+    muon_lr: Annotated[float, Ge(0), Le(1000)] = 6e-3  # of Muon, scaled to match AdamW's RMS update
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
+    eps: Annotated[float, Ge(0)] = 1e-10
+    weight_decay: Annotated[float, Ge(0)] = 0.03
+    warmup: Annotated[int, Ge(0)] = 500  # steps of linear warm-up
+    decay: Share = 0.0  # share of all steps, at the end, over which the rate falls linearly to zero
+    clip: Annotated[float, Gt(0), "a large value switches clipping off"] = 1.0  # largest gradient norm
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.decay <= 1:
-            raise ConfigError(f"decay is a share of the steps, 0 to 1, got {self.decay}")
-        if self.clip <= 0:
-            raise ConfigError(
-                f"clip must be positive, got {self.clip} (use a large value to switch clipping off)"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
+        super().__post_init__()
         if self.kind == "muon" and not hasattr(torch.optim, "Muon"):
             raise ConfigError(f"kind 'muon' needs torch >= 2.9, this is {torch.__version__}; use kind: adamw")
 

@@ -11,13 +11,22 @@ Left out: weighting of prompts; `num` of each of several sources is the way to m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
-from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.config import (
+    Config,
+    ConfigError,
+    Ge,
+    Le,
+    Seed,
+    check_characters,
+    did_you_mean,
+    parse_json,
+    read_text,
+)
 from nitro_e.geneval import prompts as geneval
 from nitro_e.geneval.prompts import Objects
 from nitro_e.shapes import scenes
@@ -29,7 +38,7 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
+class PromptsConfig(Config):
     """Where prompts come from. A bare string in YAML is the source."""
 
     SHORTHAND: ClassVar[str] = "source"
@@ -37,10 +46,10 @@ class PromptsConfig:
     source: (
         str | tuple[str, ...]
     )  # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
-    num: int | None = (
+    num: Annotated[int, Ge(1), Le(10_000_000)] | None = (
         None  # of each source: to make (None = as in GENERATORS); of `geneval` and files the first
     )
-    seed: int = 0  # of the prompts that are made
+    seed: Seed = 0  # of the prompts that are made
     objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"
 
     @property
@@ -48,10 +57,9 @@ class PromptsConfig:
         return (self.source,) if isinstance(self.source, str) else self.source
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.objects != "all" and "geneval-train" not in self.sources:
             raise ConfigError(f"objects: '{self.source}' has no such option; leave it out")
-        if self.num is not None and self.num < 1:
-            raise ConfigError(f"num must be at least 1, got {self.num}")
         if not self.sources:
             raise ConfigError("source is empty; name one")
         for source in self.sources:
@@ -90,8 +98,8 @@ GENERATORS: dict[str, Generator] = {
 
 def _read(path: Path) -> list[dict]:
     if not path.is_file():
-        raise ConfigError(f"prompts: file '{path}' does not exist")
-    lines = [(number, line.strip()) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)]
+        raise ConfigError(f"prompts: file '{path}' does not exist or is no file")
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise ConfigError(f"prompts: file '{path}' is empty; give a prompt per line")
@@ -101,10 +109,8 @@ def _read(path: Path) -> list[dict]:
 
 
 def _record(line: str, where: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"prompts: {where} is not JSON ({error})") from None
+    record = parse_json(line, f"prompts: {where}")
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ConfigError(f'prompts: {where} has no "prompt"; write {{"prompt": "a photo of ..."}}')
+    check_characters(record["prompt"], f"prompts: {where}")
     return record

@@ -10,6 +10,7 @@ made from the files of the run directory alone; what is missing there is said in
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import io
 import json
@@ -23,12 +24,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from nitro_e import checkpoint, metrics
 from nitro_e.charts import Series, line_chart, number
-from nitro_e.config import ConfigError, flatten
+from nitro_e.config import ConfigError, flatten, parse_yaml
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_WARNINGS = 50
@@ -142,10 +142,8 @@ def read_record(folder: Path) -> Record:
     config, text = None, ""
     if (folder / "config.yaml").exists():
         text = (folder / "config.yaml").read_text(errors="replace")
-        try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError:
-            pass
+        with contextlib.suppress(ConfigError):
+            config = parse_yaml(text, "config.yaml")
     return Record(
         folder=folder, rows=metrics.read(folder), lines=metrics.read_lines(folder),
         config=config if isinstance(config, dict) else None, config_text=text,
@@ -524,8 +522,11 @@ def _time(seconds: float | None) -> str:
 
 def _write(path: Path, text: str) -> Path:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
     return path
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from nitro_e import checkpoint
 from nitro_e.components import (
@@ -22,7 +21,9 @@ from nitro_e.components import (
     codec_shape,
     text_shape,
 )  # fmt: skip
-from nitro_e.config import ConfigError, dump, flatten, load, to_dict
+from nitro_e.config import (
+    Config, ConfigError, Seed, check_file_name, dump, flatten, load, parse_yaml, read_text, to_dict
+)  # fmt: skip
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
@@ -41,7 +42,7 @@ from nitro_e.stages.grpo import GRPO, GRPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComponentsConfig:
+class ComponentsConfig(Config):
     """The frozen encoders."""
 
     codec: ComponentConfig
@@ -55,10 +56,10 @@ StageConfig = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Config):
     name: str
     run: str | None = None  # run directory; None: runs/NAME
-    seed: int = 0
+    seed: Seed = 0
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
     model: ModelConfig
     stage: StageConfig
@@ -70,6 +71,8 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None  # scores during training
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_file_name(self.name, "name")
         kind = self.stage_kind
         if kind.reads_data and self.data is None:
             raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads pictures")
@@ -279,7 +282,7 @@ def config_at(path: Path) -> dict[str, Any]:
     try:
         return flatten(to_dict(load(RunConfig, path)))
     except ConfigError:  # of a version with other keys
-        return flatten(yaml.safe_load(path.read_text()))
+        return flatten(parse_yaml(read_text(path), str(path)))
 
 
 def refuse_other_architecture(config: RunConfig) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nitro_e import flow
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.flow import TimeGrid, time_grid
 from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import seed_of
@@ -26,33 +26,26 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How a model wants to be sampled; stored with its weights, every value can be overridden when sampling."""
 
-    resolution: int = 512  # pixels per side
-    height: int | None = None  # pixels; None: resolution
-    width: int | None = None
-    steps: int = 20
-    guidance_scale: float = 4.5  # 0 or 1: no guidance
+    resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
+    height: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; None: resolution
+    width: Annotated[int, Ge(1), Le(65536)] | None = None
+    steps: Annotated[int, Ge(1), Le(10_000)] = 20
+    guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
     sampler: Literal["euler", "heun", "renoise"] = "euler"  # renoise: for weights distilled for it
     grid: TimeGrid = "released"
-    shift: float = 1.0  # > 1 spends more steps at high noise
+    shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     sigmas: tuple[
         tuple[float, ...], ...
     ] = ()  # of distilled weights, in place of grid and shift: the falling
     # times of every step count they were trained for, used as they are; the 0 at the end is implied
-    time_scale: float = 1.0  # the model is told time_scale * t
+    time_scale: Annotated[float, Gt(0)] = 1.0  # the model is told time_scale * t
     force: bool = False  # sample distilled weights in step counts they were not trained for
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        for name in ("resolution", "height", "width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("shift", "time_scale"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        super().__post_init__()
         for times in self.sigmas:
             check_sigmas(times)
         counts = [len(times) for times in self.sigmas]

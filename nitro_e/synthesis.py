@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, check_characters, read_text
 from nitro_e.data.captions import rows, value_at
 from nitro_e.data.decode import decode_array
 from nitro_e.data.encode import LARGEST, weights_digest
@@ -345,14 +345,16 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         prompts = [(prompt.text, {k: v for k, v in prompt.info.items() if k != "prompt"}) for prompt in made]
     elif path.suffix == ".txt":
         if not path.is_file():
-            raise ConfigError(f"--prompts '{path}' does not exist")
-        prompts = [(line.strip(), {}) for line in path.read_text().splitlines() if line.strip()]
+            raise ConfigError(f"--prompts '{path}' does not exist or is no file")
+        prompts = [(line.strip(), {}) for line in read_text(path).splitlines() if line.strip()]
     else:
         table = rows(path, (column,))
         prompts = [
             (str(value_at(row, column)).strip(), {k: v for k, v in row.items() if k != column})
             for row in table
         ]
+    for number, (prompt, _) in enumerate(prompts, 1):
+        check_characters(prompt, f"--prompts {path}: prompt {number}")
     empty = sum(not prompt for prompt, _ in prompts)
     if empty:
         print(f"{path}: {empty} of {len(prompts)} prompts are empty and left out", file=sys.stderr)

@@ -261,7 +261,7 @@ def test_config_survives_its_own_dump():
     "choices, message",
     [
         (dict(compression=[]), "position_reinforcement needs compression"),
-        (dict(compression=[1]), "a ratio must be 2 or more"),
+        (dict(compression=[1]), r"compression\[0\] must be at least 2"),
         (dict(compression=[2, 2]), "the ratios must differ"),
         (dict(compression=[8]), "compression ratio 8 needs a width that is a multiple of 64, not 16"),
         (
@@ -277,8 +277,8 @@ def test_config_survives_its_own_dump():
         (dict(gate_init="two"), "gate_init: 'two' is not one of"),
         (dict(heads=3), "width 16 is not a multiple of heads 3"),
         (dict(width=18, heads=2), "multiple of 4"),
-        (dict(mlp_ratio=0), "mlp_ratio must be positive"),
-        (dict(groups=[1, 1, 0]), "the last at least 1"),
+        (dict(mlp_ratio=0), "mlp_ratio must be above 0"),
+        (dict(groups=[1, 1, 0]), r"groups\[2\] must be at least 1"),
         (dict(groups=[1, 1]), "expected 3 values"),
         (dict(position_table=4), "position_table"),
     ],

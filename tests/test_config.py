@@ -1,13 +1,14 @@
 """Strict configuration: what is accepted, what is refused, and in which words."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 
 from nitro_e import config
-from nitro_e.config import ConfigError, apply_override, from_dict, to_dict
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, apply_override, from_dict, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,3 +156,199 @@ def test_every_field_of_every_config_is_read_somewhere():
             assert re.search(rf"\.{name}\b", source), f"{cls.__name__}.{name} is never read"
             pending += [arg for arg in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(arg)]
     assert to_dict(Optim()) == {"lr": 1e-3, "steps": 10}
+
+
+# ---- bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(Config):
+    steps: Annotated[int, Ge(1)] = 1
+    clip: Annotated[float, Gt(0), "a large value switches clipping off"] = 1.0
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], ...] = ()
+    length: Annotated[int, Ge(2), Le(8)] | None = None
+    weight: Annotated[Literal["auto"] | float, Gt(0)] = "auto"
+    options: dict[str, bool | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    inner: Bounded = field(default_factory=Bounded)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 2**63}, "steps must fit into 64 bits, got a number of 64 bits"),
+        ({"clip": 0.0}, "clip must be above 0, got 0.0; a large value switches clipping off"),
+        ({"clip": float("nan")}, "clip must be a finite number, got nan"),
+        ({"clip": float("inf")}, "clip must be a finite number, got inf"),
+        ({"betas": (0.5, 1.0)}, "betas[1] must be below 1, got 1.0"),
+        ({"length": 9}, "length must be at most 8, got 9"),
+        ({"weight": -1.0}, "weight must be above 0, got -1.0"),
+        ({"options": {"scale": float("nan")}}, "options.scale must be a finite number, got nan"),
+    ],
+)
+def test_bounds_hold_from_a_file_and_in_python(values, words):
+    with pytest.raises(ConfigError) as error:
+        Bounded(**values)
+    assert str(error.value) == words
+    with pytest.raises(ConfigError) as error:
+        from_dict(Around, {"inner": values})
+    assert str(error.value) == f"inner.{words}"
+
+
+def test_what_is_within_bounds_is_taken():
+    Bounded(steps=1, clip=1e-9, betas=(0.0, 0.999), length=None, weight=2.0, options={"a": True, "b": "x"})
+    assert from_dict(Bounded, {"length": 8, "weight": "auto"}).length == 8
+
+
+def config_classes() -> set[type]:
+    """Every dataclass of a recipe, and of a study."""
+    import dataclasses
+    import typing
+
+    from nitro_e.run import RunConfig
+
+    seen, pending = set(), [RunConfig]
+    while pending:
+        hint = pending.pop()
+        pending += typing.get_args(hint)
+        if dataclasses.is_dataclass(hint) and hint not in seen:
+            seen.add(hint)
+            pending += typing.get_type_hints(hint).values()
+    return seen
+
+
+def test_every_number_of_a_recipe_is_finite_and_has_bounds():
+    """Exceptions are what may be negative, and lists that a formula checks as a whole."""
+    import dataclasses
+    import typing
+
+    free = {"TimestepConfig.mean", "RewardConfig.weight", "RewardConfig.options", "InputConfig.odds"}
+    free |= {"SamplingConfig.sigmas", "InputConfig.sigmas", "PostHocEMAConfig.sigma_rels"}
+    classes = config_classes()
+    assert len(classes) > 30 and all(issubclass(cls, Config) for cls in classes)
+    for cls in classes:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for item in dataclasses.fields(cls):
+            written = str(hints[item.name])
+            number = re.search(r"\b(int|float)\b", written)
+            name = f"{cls.__name__}.{item.name}"
+            if not number or name in free:
+                continue
+            assert re.search(r"\b(Ge|Gt)\(", written), f"{name} has no lower bound"
+
+
+RECIPE = """
+name: toy
+model: {preset: micro-8, latent_channels: 24, text_width: 128}
+stage: {kind: flow_matching, optim: {warmup: 2}}
+data: {shards: [a.tar], batch_size: 4, resolution: 64}
+components: {codec: dct-f8c24, text: hash}
+engine: {steps: 6, ema: {beta: 0.9}}
+sampling: {resolution: 64, steps: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage.optim.lr=.inf", "stage.optim.lr must be a finite number, got inf"),
+        ("stage.optim.lr=1e6", "stage.optim.lr must be at most 1000, got 1000000.0"),
+        ("stage.optim.lr=-1", "stage.optim.lr must be at least 0, got -1.0"),
+        ("stage.optim.muon_lr=.nan", "stage.optim.muon_lr must be a finite number"),
+        ("stage.optim.clip=.nan", "stage.optim.clip must be a finite number"),
+        ("stage.optim.clip=0", "stage.optim.clip must be above 0, got 0.0; a large value switches clipping off"),
+        ("stage.optim.eps=.nan", "stage.optim.eps must be a finite number"),
+        ("stage.optim.weight_decay=.nan", "stage.optim.weight_decay must be a finite number"),
+        ("stage.optim.betas=[.nan, 0.9]", "stage.optim.betas[0] must be a finite number"),
+        ("stage.optim.warmup=1e99", "stage.optim.warmup must fit into 64 bits"),
+        ("stage.timesteps.mean=.nan", "stage.timesteps.mean must be a finite number"),
+        ("stage.timesteps.std=.nan", "stage.timesteps.std must be a finite number"),
+        ("engine.keep_every=-1", "engine.keep_every must be at least 0, got -1"),
+        ("engine.sample_every=-1", "engine.sample_every must be at least 0, got -1"),
+        ("engine.max_skips=-1", "engine.max_skips must be at least 0, got -1"),
+        ("engine.keep_last=1", "engine.keep_last must be at least 2, got 1; the newest one may turn out damaged"),
+        ("engine.ema.warmup_power=.nan", "engine.ema.warmup_power must be a finite number"),
+        ("engine.ema.warmup_power=-1", "engine.ema.warmup_power must be above 0"),
+        ("sampling.guidance_scale=.nan", "sampling.guidance_scale must be a finite number"),
+        ("sampling.guidance_scale=-5", "sampling.guidance_scale must be at least 0"),
+        ("sampling.steps=1e12", "sampling.steps must be at most 10000"),
+        ("sampling.shift=.nan", "sampling.shift must be a finite number"),
+        ("data.cache_gb=-1", "data.cache_gb must be above 0"),
+        ("data.max_bad_fraction=.nan", "data.max_bad_fraction must be a finite number"),
+        ("data.workers=100000", "data.workers must be at most 512"),
+        ("data.batch_size=1e12", "data.batch_size must be at most 65536"),
+        ("components.text={name: hash, length: 1e9}", "components.text.length must be at most 8192"),
+        ("model.mlp_ratio=1e30", "model.mlp_ratio must be at most 100"),
+        ("model.position_table=1e9", "model.position_table must be at most 1024"),
+        ("model.groups=[1000000, 1, 1]", "model.groups[0] must be at most 1000"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("seed=1e30", "seed must fit into 64 bits"),
+        ("engine.steps=010", "override 'engine.steps=010': 010 would be read as 8 (octal); write 8"),
+        ("engine.steps=1:30", "1:30 would be read as 90 (to the base of 60); write 90, or quote the text"),
+        ("engine.steps=2024-13-45", "is not valid YAML: month must be in 1..12"),
+        ("engine.steps=" + "9" * 5000, "engine.steps="),
+        ("engine.steps=1" + "0" * 400, "engine.steps must fit into 64 bits"),
+        ("stage.optim.lr=1" + "0" * 400, "stage.optim.lr: expected float"),
+        ("engine={steps: 3, steps: 4}", "key 'steps' is given twice, on lines 1 and 1; keep one"),
+        ("prompts=" + "[" * 3000, "is not valid YAML"),
+        ("stage.kind=[1]", "stage.kind: unknown kind [1]"),
+        ("model.preset=[1]", "model.preset: unknown preset '[1]'"),
+        ('prompts=["\\ud800"]', "prompts[0]: '\\ud800' at character 0 is no character"),
+        ("name=../../evil", "name '../../evil' cannot be a folder's name"),
+        ("name=..", "name '..' cannot be a folder's name"),
+        ("name=.hidden", "name '.hidden' cannot be a folder's name"),
+        ("name=a/b", "name 'a/b' cannot be a folder's name"),
+        ("name=''", "name '' cannot be a folder's name"),
+        ('name="x\\ny"', "name 'x\\ny' cannot be a folder's name"),
+        ("name=" + "a" * 201, "cannot be a folder's name: use up to 200 letters"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_a_recipe_must_not_say(tmp_path, override, words):
+    from nitro_e.run import RunConfig
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    config.load(RunConfig, path)
+    with pytest.raises(ConfigError) as error:
+        config.load(RunConfig, path, [override])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"name: a\nsizes: [1]\nname: b\n", "key 'name' is given twice, on lines 1 and 3; keep one"),
+        (b"name: a\noptim:\n  lr: 1\n  steps: 2\n  lr: 3\n", "key 'lr' is given twice, on lines 3 and 5"),
+        (b"name: a\noptim: {lr: 1, \"lr\": 2}\n", "key 'lr' is given twice"),
+        (b"name: a\noptim: {steps: 010}\n", "010 would be read as 8 (octal)"),
+        (b"name: a\noptim: {lr: 1:30.5}\n", "1:30.5 would be read as 90.5 (to the base of 60)"),
+        (b"name: \xff\n", "is not a UTF-8 text file (byte 6 is 0xff); save it as UTF-8"),
+        (b"name: a\x00\n", "is not valid YAML"),
+        (b"name: " + b"[" * 3000, "is not valid YAML: nested too deeply"),
+        (b"name: !!python/object/apply:os.system [true]\n", "is not valid YAML"),
+        (b"- name\n", "expected a mapping at the top, got list"),
+    ],
+)
+def test_what_a_file_must_not_hold(tmp_path, content, words):
+    path = tmp_path / "tree.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        config.load(Tree, path)
+    assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numbers_that_look_like_what_they_are(tmp_path):
+    path = tmp_path / "tree.yaml"
+    path.write_text("\ufeffname: '010'\nsizes: [0, 0x10, 1_000, -3]\noptim: {lr: 1e-4}\n", "utf-8")
+    tree = config.load(Tree, path)
+    assert (tree.name, tree.sizes, tree.optim.lr) == ("010", (0, 16, 1000, -3), 1e-4)
+    path.write_text(config.dump(tree))
+    assert config.load(Tree, path) == tree
+    path.write_text("base: &base {lr: 1, steps: 3}\nname: a\noptim: {<<: *base, lr: 2}\n")
+    with pytest.raises(ConfigError, match="unknown key 'base'"):  # merged keys are no duplicates
+        config.load(Tree, path)

@@ -112,9 +112,9 @@ def test_plan(capsys):
             "encode IN/*.tar --out OUT --codec dct-f8c24 --resolution 12 --workers 0",
             "not a multiple of the codec's stride 8",
         ),
-        ("encode IN/*.tar --out OUT --codec dct-f8c24 --batch-size 0", "--batch-size 0 must be at least 1"),
+        ("encode IN/*.tar --out OUT --codec dct-f8c24 --batch-size 0", "--batch-size must be at least 1, got 0"),
         ("verify IN/none.tar", "missing shards"),
-        ("plan --images 0", "must be greater than 0"),
+        ("plan --images 0", "--images must be at least 1, got 0"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(tmp_path, source, capsys, command, message):

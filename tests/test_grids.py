@@ -174,5 +174,5 @@ def test_wrong_sizes_name_the_nearest_in_pixels(pipeline):
         match="72x64 px: 9x8 tokens are not .* ratio 2; the nearest that work: 64x64 px, 128x64 px",
     ):
         pipeline(["a"], height=72)
-    with pytest.raises(ConfigError, match="height must be positive, got 0"):
+    with pytest.raises(ConfigError, match="height must be at least 1"):
         pipeline(["a"], height=0)

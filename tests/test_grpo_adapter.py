@@ -208,5 +208,5 @@ def test_models_without_a_released_format_have_adapters_too(tmp_path):
 
 def test_bad_adapters():
     for options in ({"rank": 0}, {"alpha": 0.0}):
-        with pytest.raises(ConfigError, match="positive"):
+        with pytest.raises(ConfigError, match="above 0|at least 1"):
             AdapterConfig(**options)

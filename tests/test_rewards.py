@@ -334,9 +334,9 @@ def test_only_ranked_rewards_are_ranked():
     "data, message",
     [
         ("geneva", r"unknown reward 'geneva', did you mean 'geneval'\?; yours: 'module:name'"),
-        ({"name": "shapes", "weight": math.inf}, "weight must be a number"),
+        ({"name": "shapes", "weight": math.inf}, "weight must be a finite number"),
         ({"name": "shapes", "batch_size": 0}, "batch_size must be at least 1"),
-        ({"name": "shapes", "timeout": 0}, "timeout must be positive"),
+        ({"name": "shapes", "timeout": 0}, "timeout must be above 0"),
         ({"name": "shapes", "device": "gpu"}, "device: 'gpu' is no device"),
         ({"name": "shapes", "path": "x"}, "path: reward 'shapes' has no path"),
         ({"name": "shapes", "dtype": "float16"}, "dtype: reward 'shapes' has no dtype"),

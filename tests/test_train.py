@@ -38,6 +38,14 @@ sampling: {resolution: 64, steps: 2, guidance_scale: 2.0}
 """
 
 
+def code_of(main, arguments) -> int:
+    """Of a command, however it ends: argparse leaves by SystemExit."""
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return error.code
+
+
 def png(colour, size=64) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(buffer, "PNG")
@@ -371,9 +379,14 @@ def test_sample_refuses_what_it_cannot_draw(recipe, tmp_path, capsys):
         (["--prompt", "x", "--steps", "0"], "steps must be at least 1"),
         (["--prompt", "x", "--sampler", "heunn"], "sampling.sampler: 'heunn' is not one of euler, heun"),
         (["--prompts-file", "missing.txt"], "does not exist"),
-        (["--prompt", "x", "--num-images", "0"], "--num-images must be at least 1"),
+        (["--prompt", "x", "--num-images", "0"], "--num-images: must be at least 1, got 0"),
+        (["--prompt", "x", "--guidance", "nan"], "sampling.guidance_scale must be a finite number, got nan"),
+        (["--prompt", "x", "--seed", "1e30"], "--seed: must be at most 4.61169e+18, got 1e30"),
+        (["--prompt", "x", "--device", "foo"], "--device: 'foo' is no device; use cpu, cuda, cuda:1 or mps"),
+        (["--prompt", "x", "--device", "meta"], "--device: 'meta' is no device"),
+        (["--prompt", "a \udcff circle"], "--prompt: text: '\\udcff' at character 2 is no character"),
     ):
-        assert sample.main([str(tmp_path / "run"), *arguments]) == 2
+        assert code_of(sample.main, [str(tmp_path / "run"), *arguments]) == 2
         assert words in capsys.readouterr().err
 
 

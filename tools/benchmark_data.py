@@ -191,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shards", type=int, default=8, help="of 1,000 samples each")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shards", type=cli.whole(1, 10_000), default=8, metavar="N", help="of 1,000 samples each")
+    parser.add_argument("--repeats", type=cli.whole(1), default=5, metavar="N")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)
 

@@ -165,10 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--presets", nargs="+", default=["micro-8", "tiny-8"], help="of ModelConfig")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=2, help=f"of {LOG_EVERY} steps, per variant and round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--batch", type=cli.whole(1, 65536), default=32, metavar="N")
+    parser.add_argument("--windows", type=cli.whole(1), default=2, metavar="N", help=f"of {LOG_EVERY} steps, per variant and round")
+    parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N")
+    parser.add_argument("--threads", type=cli.whole(1, 1024), default=1, metavar="N", help="of torch")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args(argv)
 

@@ -289,16 +289,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--preset", default="nitro-e-512", help=f"{', '.join(ModelConfig.PRESETS)} (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8 on a CPU, 1 8 32 256 on a GPU")
+    parser.add_argument("--batch", type=cli.whole(1, 65536), nargs="+", metavar="N", help="default: 1 8 on a CPU, 1 8 32 256 on a GPU")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--text-length", type=int, default=128)
+    parser.add_argument("--text-length", type=cli.whole(1, 8192), default=128, metavar="N")
     parser.add_argument("--train", action="store_true", help="the training step too")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile too; on a CPU minutes of compiling"
     )
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each variant in each round")
+    parser.add_argument("--threads", type=cli.whole(1, 1024), metavar="N", help="of the CPU (default: torch's choice)")
+    parser.add_argument("--rounds", type=cli.whole(1), default=5, metavar="N")
+    parser.add_argument("--seconds", type=cli.real(0), default=0.5, metavar="S", help="for each variant in each round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     options = parser.parse_args(arguments)
 

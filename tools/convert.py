@@ -14,7 +14,6 @@ released files carry is left out and reported: it serves training only.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -22,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 
 from nitro_e import checkpoint, cli, metrics
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig
-from nitro_e.config import ConfigError, to_dict
+from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
 from nitro_e.files import save_tensors
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import (
@@ -154,11 +152,14 @@ def provenance(path: Path) -> dict[str, Any] | None:
     """Of weights in a run directory: which step, trained how and on what; of a model folder, what it says itself."""
     run = path.parents[2] if (path.parent / "meta.json").is_file() else None
     if run is None or not (run / "config.yaml").is_file():
-        return json.loads((path / "config.json").read_text()).get("provenance") if path.is_dir() else None
+        if not path.is_dir():
+            return None
+        about = parse_json(read_text(path / "config.json"), str(path / "config.json"))
+        return about.get("provenance") if isinstance(about, dict) else None
     return {
         "weights": path.name,
         "step": checkpoint.step_of(path.parent),
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "config": parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml")),
         "environment": metrics.read_events(run)[0]["environment"],
     }
 

@@ -53,14 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
     codes: list[int | None] = []
-
-    def command() -> None:
-        try:
-            codes.append(args.run(args))
-        except OSError as error:  # no space left, no permission, ...
-            raise ConfigError(f"{error}; mend that and run the same command again") from None
-
-    return cli.run(command) or codes[0] or 0
+    return cli.run(lambda: codes.append(args.run(args))) or codes[0] or 0
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +137,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
     parser.add_argument(
-        "--grid", type=int, nargs=2, metavar=("H", "W"), help="of the vision features, without --codec"
+        "--grid", type=cli.whole(1, 1024), nargs=2, metavar=("H", "W"), help="of the vision features, without --codec"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the encoders"
@@ -153,7 +146,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", help="default: this rank's GPU, else the CPU")
+    parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
 
 
@@ -216,7 +209,7 @@ def make_job(args: argparse.Namespace) -> jobs.JobConfig:
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--deep", action="store_true", help="decode every image too")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=cli.whole(1, 512), default=1, metavar="N")
     parser.add_argument("--caption-key", default="caption")
     parser.add_argument("--report", type=Path, help="write all problems as JSON lines")
 
@@ -243,7 +236,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def index_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--force", action="store_true", help="scan again what has an index")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=cli.whole(1, 512), default=1, metavar="N")
 
 
 def run_index(args: argparse.Namespace) -> None:
@@ -251,12 +244,14 @@ def run_index(args: argparse.Namespace) -> None:
     work = jobs.each(partial(shard_index, force=args.force), args.processes)
     for _, index in tqdm(work(shards), total=len(shards), desc="index", unit="shard"):
         samples += len(index.rows)
+    if not samples:
+        raise ConfigError(f"there are no samples in {', '.join(args.shards)}; pack or copy the shards again")
     print(f"{samples} samples in {len(shards)} shards")
 
 
 def stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+")
-    parser.add_argument("--probe", type=int, default=16, help="samples per shard that are decoded")
+    parser.add_argument("--probe", type=cli.whole(), default=16, metavar="N", help="samples per shard that are decoded")
 
 
 def run_stats(args: argparse.Namespace) -> None:
@@ -265,7 +260,7 @@ def run_stats(args: argparse.Namespace) -> None:
 
 def head_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+")
-    parser.add_argument("-n", "--count", type=int, default=5)
+    parser.add_argument("-n", "--count", type=cli.whole(1), default=5, metavar="N")
     parser.add_argument("--sheet", type=Path, help="write their images side by side to this PNG")
 
 
@@ -277,8 +272,10 @@ def run_head(args: argparse.Namespace) -> None:
 def which_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config of a run: configs/*.yaml or RUN/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--world", type=int, default=1, help="training processes")
+    parser.add_argument("--step", type=cli.whole(0, 10**9), required=True, metavar="N")
+    parser.add_argument(
+        "--world", type=cli.whole(1, 100_000), default=1, metavar="N", help="training processes"
+    )
 
 
 def run_which(args: argparse.Namespace) -> None:
@@ -295,7 +292,7 @@ def run_which(args: argparse.Namespace) -> None:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(report.Plan):
-        kind = (lambda text: int(float(text))) if isinstance(field.default, int) else float
+        kind = cli.whole() if isinstance(field.default, int) else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
 
 

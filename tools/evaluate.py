@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", nargs="+", help="euler, heun")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="of the model")
-    parser.add_argument("--device", help="default: cuda, mps or cpu, the first there is")
+    parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
     parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
     parser.add_argument("--reward", action="append", default=[], help="for a file of prompts; several times")

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nitro_e import cli
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.data.writer import atomic_file, write_shard
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import SPLITS, TASKS, Scene, metadata, scene
@@ -55,9 +55,10 @@ def make_shards(
     """Write what is missing of `out/shapes-SPLIT-NNNNNN.tar` and return all paths. ConfigError for settings
     out of range, or other than those of the shards of this split that `out` already holds."""
     settings = {"num": num, "samples_per_shard": samples_per_shard, "seed": seed, "resolution": resolution}
-    for (key, value), least in zip(settings.items(), (1, 1, 0, 32)):
-        if value < least:
-            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
+    limits = ((1, 10**9), (1, 10**9), (0, 2**62), (32, 2048))
+    for (key, value), (least, most) in zip(settings.items(), limits):
+        if not least <= value <= most:
+            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least} and at most {most}")
     if len(set(tasks)) < len(tasks):
         raise ConfigError(f"--tasks {' '.join(tasks)}: names one twice; name each once")
     _check_manifest(out / f"shapes-{split}.json", settings | {"tasks": list(tasks)})
@@ -78,7 +79,8 @@ def make_shards(
 def _check_manifest(path: Path, settings: dict) -> None:
     """Remember the settings of a split's shards; refuse to mix two sets of them under one name."""
     if path.exists():
-        before = {"tasks": list(TASKS)} | json.loads(path.read_text())
+        before = parse_json(read_text(path), str(path))
+        before = {"tasks": list(TASKS)} | (before if isinstance(before, dict) else {})
         for key, value in settings.items():
             if before.get(key) != value:
                 raise ConfigError(

@@ -19,49 +19,51 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from nitro_e import cli
 from nitro_e.checkpoint import model_folder
-from nitro_e.config import ConfigError, TrainingError, load
+from nitro_e.config import Config, ConfigError, Ge, Seed, TrainingError, check_file_name, load
 
 ROOT = Path(__file__).parent.parent
 Setting = dict[str, bool | int | float | str]  # fields of SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class Variant(Config):
     recipe: str | None = None  # None: the base itself, untrained, an anchor
     set: tuple[str, ...] = ()  # overrides, as on train.py's command line
     settings: tuple[Setting, ...] = ()  # empty: those of the study
-    seeds: tuple[int, ...] = ()  # empty: those of the study
+    seeds: tuple[Seed, ...] = ()  # empty: those of the study
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.recipe is None and self.set:
             raise ConfigError("set: overrides need a recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Config):
     name: str
     base: str  # checkpoint that the variants start from (unless they say otherwise) and are compared with
     variants: dict[str, Variant]
     settings: tuple[Setting, ...]
     benchmark: str = "shapes"
-    num: int = 600  # prompts
-    seeds: tuple[int, ...] = (0,)
+    num: Annotated[int, Ge(1)] = 600  # prompts
+    seeds: tuple[Seed, ...] = (0,)
     reference: Setting = field(
         default_factory=dict
     )  # setting of the base for all differences; empty: the variant's own
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (self.name, *self.variants):
+            check_file_name(name, "name" if name == self.name else "variants")
         for name in ("variants", "settings", "seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; a study needs at least one")
-        if self.num < 1:
-            raise ConfigError(f"num must be at least 1, got {self.num}")
 
 
 @dataclass
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="a YAML file, see tools/studies")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="default: all")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="trainings at a time, one thread each if more than one"
+        "--jobs", type=cli.whole(1, 512), default=1, metavar="N", help="trainings at a time, one thread each if more than one"
     )
     parser.add_argument("--out", type=Path, help="default: outputs/NAME")
     options = parser.parse_args(arguments)
@@ -95,8 +97,6 @@ def study(options: argparse.Namespace) -> str:
         if name not in plan.variants:
             raise ConfigError(f"--only {name}: the study has {', '.join(plan.variants)}")
         check(plan, name)
-    if options.jobs < 1:
-        raise ConfigError(f"--jobs {options.jobs}: must be at least 1")
     jobs = [
         (name, seed)
         for name in chosen

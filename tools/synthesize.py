@@ -60,12 +60,16 @@ def main(argv: list[str] | None = None) -> int:
         help=f"text file with one per line, a table, or {', '.join(GENERATORS)}",
     )
     parser.add_argument("--prompt-column", default="prompt", help="of a table")
-    parser.add_argument("--limit", type=int, help="only so many prompts")
-    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="another one gives other pictures")
-    parser.add_argument("--negative-prompt", default="", help="ours only")
+    parser.add_argument("--limit", type=cli.whole(1), metavar="N", help="only so many prompts")
+    parser.add_argument(
+        "--per-prompt", type=cli.whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt"
+    )
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, metavar="N", help="another one gives other pictures"
+    )
+    parser.add_argument("--negative-prompt", default="", type=cli.text, help="ours only")
     parser.add_argument("--steps", type=int, help="default: what the weights came with")
-    parser.add_argument("--guidance", type=float, help="default: what the weights came with")
+    parser.add_argument("--guidance", type=cli.real(0), metavar="SCALE", help="default: what the weights came with")
     parser.add_argument("--sampler", choices=(*SAMPLERS, "renoise"), help="ours only")
     parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")
@@ -79,33 +83,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--trajectory", type=numbers, default=(), help="store the states at these times (ours only)"
     )
-    parser.add_argument("--max-abs", type=float, help="leave out latents with larger values")
+    parser.add_argument("--max-abs", type=cli.real(0), metavar="X", help="leave out latents with larger values")
     parser.add_argument("--std", type=numbers, metavar="LEAST,MOST", help="leave out latents outside")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--samples-per-shard", type=cli.whole(1), default=1000, metavar="N")
+    parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", help="default: this rank's GPU, else the CPU")
+    parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
     parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
     parser.add_argument("--overwrite", action="store_true", help="redo what was made with other settings")
     parser.add_argument("--max-bad-fraction", type=float, default=0.001)
     args = parser.parse_args(argv)
-
-    def command() -> None:
-        try:
-            run(args)
-        except OSError as error:  # no space left, no permission, ...
-            raise ConfigError(f"{error}; mend that and run the same command again") from None
-
-    return cli.run(command)
+    return cli.run(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
     job = JobConfig(out=args.out, rank=args.rank, world=args.world, overwrite=args.overwrite,
                     max_bad_fraction=args.max_bad_fraction)  # fmt: skip
-    if args.per_prompt < 1:
-        raise ConfigError(f"--per-prompt {args.per_prompt} must be at least 1")
     if args.std is not None and (len(args.std) != 2 or args.std[0] >= args.std[1]):
         raise ConfigError(f"--std {args.std}: expected two numbers, for example .6,1.6")
     jobs = read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit)
@@ -120,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    return tuple(cli.real(-1e30)(part) for part in text.split(","))
 
 
 def build_generator(args: argparse.Namespace) -> Generator:

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("component", choices=sorted(fit.COMPONENTS))
     parser.add_argument("--out", type=Path, help="folder of the result; default: the one in the package")
     parser.add_argument("--steps", type=int, help="default: as shipped")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
     args = parser.parse_args(argv)
     return cli.run(
         lambda: train(args.component, args.out or PRETRAINED / args.component, args.steps, args.seed)

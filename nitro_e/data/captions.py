@@ -14,6 +14,7 @@ import json
 import os
 import sqlite3
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,7 +42,9 @@ def rows(path: str | Path, columns: tuple[str, ...] | None = None) -> Iterator[d
     if not path.exists():
         raise ConfigError(f"captions '{path}' do not exist; check the path")
     first = True
-    for row in _read(path, columns):
+    for number, row in enumerate(_read(path, columns), 1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}: row {number} is a {type(row).__name__}, not an object with columns")
         if first and columns is not None:
             for column in columns:
                 if value_at(row, column) is None:
@@ -68,16 +71,19 @@ def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any
     if suffixes[-1:] == [".parquet"]:
         yield from _read_parquet(path, columns)
     elif suffixes[-1:] == [".tgz"] or suffixes[-2:] == [".tar", ".gz"]:
-        with tarfile.open(path, "r:gz") as tar:
-            for member in tar:
-                if member.isfile() and not Path(member.name).name.startswith("._"):
-                    text = io.TextIOWrapper(tar.extractfile(member), encoding="utf-8", newline="")
-                    yield from _read_text(text, Path(member.name).suffix.lower(), path)
+        try:
+            with tarfile.open(path, "r:gz") as tar:
+                for member in tar:
+                    if member.isfile() and not Path(member.name).name.startswith("._"):
+                        text = io.TextIOWrapper(tar.extractfile(member), encoding="utf-8", newline="")
+                        yield from _read_text(text, Path(member.name).suffix.lower(), path)
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ConfigError(f"{path}: damaged archive ({error}); download it again") from None
     else:
         packed = suffixes[-1:] == [".gz"]
         opener = gzip.open if packed else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
-            yield from _read_text(text, suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1], path)
+            yield from _read_text(text, "".join(suffixes[-2:-1] if packed else suffixes[-1:]), path)
 
 
 def _read_text(text: TextIO, suffix: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -95,9 +101,11 @@ def _read_text(text: TextIO, suffix: str, path: Path) -> Iterator[dict[str, Any]
                 head = text.readline()
         else:
             raise ConfigError(f"{path}: '{suffix}' is not a table; use .csv, .tsv, .jsonl, .json or .parquet")
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"{path}: not a valid {suffix} table (nested too deeply)") from None
+    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{path}: not a valid {suffix} table ({error}); mend or convert it") from None
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, read_text
 from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
 from nitro_e.data.remote import ShardCache, is_url, list_urls
 from nitro_e.data.writer import cache_folder, index_path
@@ -160,7 +160,7 @@ def _read_list(pattern: str, key: str) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
     return [
-        line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")
+        line.strip() for line in read_text(path).splitlines() if line.strip() and not line.startswith("#")
     ]
 
 

@@ -50,7 +50,7 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
 def decode_info(content: bytes) -> dict:
     try:
         info = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"json does not parse ({error})") from None
     if not isinstance(info, dict):
         raise BadSample(f"json is a {type(info).__name__}, not an object")

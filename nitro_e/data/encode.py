@@ -18,14 +18,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Le
 from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
 from nitro_e.data.dataset import ReadSpec, Records, TarDataset
 from nitro_e.data.decode import decode_array
@@ -41,20 +41,16 @@ LARGEST = 1e4  # a latent beyond this is a failure of the codec, not a picture
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(Config):
     """What is computed; part of every unit's fingerprint, except batch_size and workers."""
 
-    resolution: int = 512
+    OPTIONS: ClassVar[bool] = True
+
+    resolution: Annotated[int, Ge(1), Le(65536)] = 512
     text_format: Literal["padded", "ragged"] = "padded"
     caption_key: str = "caption"
-    batch_size: int = 32
-    workers: int = 2  # processes that decode images
-
-    def __post_init__(self):
-        for name, least in (("resolution", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} {getattr(self, name)} must be at least {least}")
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 32
+    workers: Annotated[int, Ge(0), Le(512)] = 2  # processes that decode images
 
 
 @dataclass

@@ -25,11 +25,11 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Le, Share, parse_json, read_text
 from nitro_e.data.index import Problem, ShardIndex, store_index
 from nitro_e.data.writer import atomic_file, index_path
 from nitro_e.files import sha256_of
@@ -54,21 +54,22 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(Config):
     """How the work is divided."""
 
+    OPTIONS: ClassVar[bool] = True
+
     out: Path
-    processes: int = 1  # on this machine, for this rank
-    rank: int = 0
-    world: int = 1
+    processes: Annotated[int, Ge(1), Le(512)] = 1  # on this machine, for this rank
+    rank: Annotated[int, Ge(0)] = 0
+    world: Annotated[int, Ge(1)] = 1
     overwrite: bool = False  # redo units whose input or options have changed
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: Share = 0.001
 
     def __post_init__(self):
-        if not 0 <= self.rank < self.world:
+        super().__post_init__()
+        if self.rank >= self.world:
             raise ConfigError(f"--rank {self.rank} is not between 0 and --world {self.world} - 1")
-        if self.processes < 1:
-            raise ConfigError(f"--processes {self.processes} must be at least 1")
 
 
 Work = Callable[[Sequence[Any]], Iterator[tuple[Any, Result]]]
@@ -111,7 +112,7 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     for unit in units:
         path = out / ".journal" / name / f"{unit.name}.json"
         if path.is_file():
-            entry = json.loads(path.read_text())
+            entry = _record(read_text(path), str(path), JOURNAL)
             shards += entry["shards"]
             bad += entry["bad"]
             samples += entry["samples"]
@@ -132,8 +133,8 @@ def read_manifests(folders: set[Path]) -> dict[Path, dict]:
     entries = {}
     for folder in sorted(folders):
         for manifest in sorted(folder.glob("manifest-*.jsonl")):
-            for line in manifest.read_text().splitlines():
-                entry = json.loads(line)
+            for number, line in enumerate(read_text(manifest).splitlines(), 1):
+                entry = _record(line, f"{manifest}:{number}", MANIFEST)
                 entries[(folder / entry["shard"]).resolve()] = {**entry, "manifest": manifest.name}
     return entries
 
@@ -152,6 +153,20 @@ def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
         "members": list(index.extensions),
         **extra,
     }
+
+
+def _record(text: str, where: str, types: dict[str, type]) -> dict:
+    """A line of a manifest or an entry of the journal, which only a damaged disk or a text editor makes another thing."""
+    record = parse_json(text, where)
+    if not isinstance(record, dict) or not all(type(record.get(key)) is kind for key, kind in types.items()):
+        raise ConfigError(
+            f"{where} is damaged: it has no {', '.join(types)}; copy it again, or delete it and make the shards again"
+        )
+    return record
+
+
+MANIFEST = {"shard": str, "bytes": int, "samples": int, "sha256": str}
+JOURNAL = {"fingerprint": str, "samples": int, "shards": list, "bad": list}
 
 
 def digest(*parts: Any) -> str:
@@ -210,7 +225,7 @@ def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
     path = journal / f"{unit.name}.json"
     if not path.is_file():
         return None
-    entry = json.loads(path.read_text())
+    entry = _record(read_text(path), str(path), JOURNAL)
     if entry["fingerprint"] != unit.fingerprint():
         if config.overwrite:
             _discard(path, config.out)
@@ -228,7 +243,7 @@ def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
 
 def _discard(path: Path, out: Path) -> None:
     """Delete a journal entry and the shards it speaks of, which a glob would still find."""
-    for shard in json.loads(path.read_text())["shards"]:
+    for shard in _record(read_text(path), str(path), JOURNAL)["shards"]:
         index_path(out / shard["shard"]).unlink(missing_ok=True)
         (out / shard["shard"]).unlink(missing_ok=True)
     path.unlink()

@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from PIL import Image
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Le, Seed, read_text
 from nitro_e.data.captions import CaptionTable, open_parquet, rows, stem, value_at
 from nitro_e.data.catalog import IMAGES, expand_shards
 from nitro_e.data.decode import BadSample, decode_caption, decode_info, to_rgb
@@ -44,25 +44,26 @@ LARGEST_KEPT = 4096  # bytes of json that are carried over from a source; SA-1B'
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig:
+class PackConfig(Config):
     """What goes into a sample; part of every unit's fingerprint."""
 
+    OPTIONS: ClassVar[bool] = True
+
     name: str = "sample"  # key prefix
-    samples_per_shard: int = 1000
-    resize: int | None = None  # shorter side, pixels: larger images are made smaller (JPEG 95)
-    min_side: int = 1  # images with a shorter side below are left out
+    samples_per_shard: Annotated[int, Ge(1)] = 1000
+    resize: Annotated[int, Ge(1), Le(65536)] | None = None  # shorter side, pixels: larger images are made smaller (JPEG 95)
+    min_side: Annotated[int, Ge(1)] = 1  # images with a shorter side below are left out
     caption_key: str = "caption"  # in json members
     image_column: str = "image"  # of tables and parquet
     caption_column: str = "caption"
-    shuffle: int | None = 0  # seed of the order of folders and tables; None keeps it
+    shuffle: Seed | None = 0  # seed of the order of folders and tables; None keeps it
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.name.isidentifier():
             raise ConfigError(
                 f"--name '{self.name}': use letters, digits and '_' (it becomes the start of every key)"
             )
-        if self.samples_per_shard < 1:
-            raise ConfigError(f"--samples-per-shard {self.samples_per_shard} must be at least 1")
 
 
 @dataclass
@@ -124,7 +125,10 @@ def pack(units: Sequence[ListUnit | ArchiveUnit], job: JobConfig) -> list[dict]:
     """Write the shards of all units and their manifest; see jobs.run_job."""
     if not units:
         raise ConfigError("nothing to pack; check the input path")
-    return run_job("images", units, each(partial(pack_unit, out=job.out), job.processes), job)
+    shards = run_job("images", units, each(partial(pack_unit, out=job.out), job.processes), job)
+    if not shards and job.world == 1:
+        raise ConfigError(f"no sample could be packed; the reasons are in {job.out / 'bad-images.jsonl'}")
+    return shards
 
 
 def pack_unit(unit: ListUnit | ArchiveUnit, out: Path) -> Result:
@@ -203,8 +207,8 @@ def _sidecar(path: Path) -> str:
         beside = path.with_suffix(suffix)
         if beside.is_file():
             try:
-                return beside.read_text()
-            except UnicodeDecodeError:
+                return read_text(beside)
+            except ConfigError:
                 raise BadSample("caption is not UTF-8") from None
     raise BadSample(f"no caption file {path.with_suffix('.txt').name} beside it")
 

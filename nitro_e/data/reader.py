@@ -17,16 +17,18 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Share, TrainingError
 from nitro_e.data.catalog import IMAGES, Catalog, Column, expand_shards, open_catalog
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
@@ -41,15 +43,15 @@ log = logging.getLogger("nitro_e.data")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Config):
     """One part of a mixture."""
 
     shards: tuple[str, ...]
-    weight: float | None = None  # its share of every 512 samples, relative to the others; 0 drops the source
+    weight: Annotated[float, Ge(0)] | None = None  # its share of every 512 samples, relative to the others; 0 drops the source
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """Where the samples are and how they are read; the seed of their order belongs to the run."""
 
     shards: tuple[str, ...] = ()  # webdataset tars: paths, globs, brace ranges
@@ -59,22 +61,18 @@ class DataConfig:
     reader: Literal["indexed", "stream"] = (
         "indexed"  # stream: no scan of all shards at the start, a weaker order
     )
-    batch_size: int = 32  # samples per process and micro-batch
-    resolution: int = 512  # pixels per side
-    workers: int = 2  # loader processes per training process; 0 reads in the training process
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 32  # samples per process and micro-batch
+    resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
+    workers: Annotated[int, Ge(0), Le(512)] = 2  # loader processes per training process; 0 reads in the training process
     caption_key: str = "caption"  # inside the json member, where there is no txt
     use_latents: bool = True  # stored ones, if the shards have them; False decodes images instead
-    max_bad_fraction: float = 0.001  # of the data set may be unusable
-    tolerate_shards: int = 0  # damaged tars that are left out, and reported, instead of being an error
+    max_bad_fraction: Share = 0.001  # of the data set may be unusable
+    tolerate_shards: Annotated[int, Ge(0)] = 0  # damaged tars that are left out, and reported, instead of being an error
     cache: str | None = None  # folder for shards behind URLs; None: $NITRO_E_CACHE or ~/.cache/nitro_e
-    cache_gb: float = 200.0  # its size
+    cache_gb: Annotated[float, Gt(0)] = 200.0  # its size
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("resolution", 1), ("workers", 0), ("tolerate_shards", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"data.{name}: {getattr(self, name)} must be at least {least}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"data.max_bad_fraction: {self.max_bad_fraction} must be between 0 and 1")
+        super().__post_init__()
         if self.shards and self.sources:
             raise ConfigError(
                 "data.shards and data.sources are both given; put the shards into a source of their own"
@@ -186,8 +184,13 @@ class Data:
         path = Path(column.paths[0]).parent / "null-text.npz" if column else None
         if path is None or not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as file:
-            return TextEmbedding(torch.from_numpy(file["tokens"])[None], torch.from_numpy(file["mask"])[None])
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return TextEmbedding(*(torch.from_numpy(file[name])[None] for name in ("tokens", "mask")))
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ConfigError(
+                f"{path} is damaged ({error}); encode the text again (tools/data.py encode --text ... --overwrite)"
+            ) from None
 
     def encoders(self) -> dict[str, dict]:
         """What made each column, from the manifest beside its first shard: {"latents": {"name": ...}}."""

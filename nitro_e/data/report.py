@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt
 from nitro_e.data.catalog import IMAGES
 from nitro_e.data.decode import decode_array, decode_image
 from nitro_e.data.index import BLOCK, shard_index
@@ -120,22 +121,19 @@ def _quantiles(values: list[int]) -> dict[str, float] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Config):
     """Assumptions of `plan_lines`."""
 
-    images: int = 25_000_000
-    resolution: int = 512
-    image_bytes: int = 69_000  # a 512 px JPEG
-    caption_bytes: int = 200
-    tokens: float = 66.0  # real tokens per caption, for ragged text
-    samples_trained: int = 307_000_000  # 150,000 steps of 2,048
-    tflops: float = 300.0  # sustained, per device
-    samples_per_second: float = 2370.0  # what training consumes
+    OPTIONS: ClassVar[bool] = True
 
-    def __post_init__(self):
-        for name in ("images", "resolution", "image_bytes", "tokens", "tflops"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be greater than 0")
+    images: Annotated[int, Ge(1)] = 25_000_000
+    resolution: Annotated[int, Ge(1)] = 512
+    image_bytes: Annotated[int, Ge(1)] = 69_000  # a 512 px JPEG
+    caption_bytes: Annotated[int, Ge(0)] = 200
+    tokens: Annotated[float, Gt(0)] = 66.0  # real tokens per caption, for ragged text
+    samples_trained: Annotated[int, Ge(0)] = 307_000_000  # 150,000 steps of 2,048
+    tflops: Annotated[float, Gt(0)] = 300.0  # sustained, per device
+    samples_per_second: Annotated[float, Gt(0)] = 2370.0  # what training consumes
 
 
 def member_bytes(size: float) -> float:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
-from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.config import ConfigError, did_you_mean, parse_yaml
 from nitro_e.geneval.rules import Detection
 from nitro_e.prompts import PromptsConfig
 from nitro_e.rewards import RewardConfig
@@ -58,8 +57,8 @@ def benchmark(
     num, per_prompt: prompts, and pictures of each, instead of the benchmark's; path: of the weights that judge;
     options: "key=value" of every reward.
     """
-    if per_prompt is not None and per_prompt < 1:
-        raise ConfigError(f"--per-prompt must be at least 1, got {per_prompt}")
+    if per_prompt is not None and not 1 <= per_prompt <= 10_000:
+        raise ConfigError(f"--per-prompt must be at least 1 and at most 10000, got {per_prompt}")
     if name in BENCHMARKS:
         if rewards:
             raise ConfigError(f"--reward: '{name}' has its own judge; rewards are for files of prompts")
@@ -87,7 +86,10 @@ def _option(text: str) -> tuple[str, bool | int | float | str]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--reward-option '{text}': expected KEY=VALUE")
-    return key, yaml.safe_load(value)
+    option = parse_yaml(value, f"--reward-option '{text}'")
+    if not isinstance(option, (bool, int, float, str)):
+        raise ConfigError(f"--reward-option '{text}': expected a number, true, false or text as the value")
+    return key, option
 
 
 def describe(objects: Sequence[Detection]) -> str:

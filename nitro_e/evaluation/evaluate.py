@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from nitro_e import report as html
 from nitro_e.checkpoint import model_folder
-from nitro_e.config import ConfigError, to_dict
+from nitro_e.config import Config, ConfigError, Ge, Le, Seed, parse_json, read_text, to_dict
 from nitro_e.environment import environment
 from nitro_e.evaluation import page, results, statistics
 from nitro_e.evaluation.benchmarks import Benchmark
@@ -45,11 +45,13 @@ from nitro_e.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Config):
     """What stays the same over checkpoints and settings."""
 
-    seed: int = 0  # of prompts and noise
-    batch_size: int = 64
+    OPTIONS: ClassVar[bool] = True
+
+    seed: Seed = 0  # of prompts and noise
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 64
     precision: str = "bf16"  # of the model's arithmetic: bf16 or float32
     device: str = "cpu"
     codec_path: str | None = None
@@ -140,8 +142,10 @@ def _evaluate_one(
     )
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.precision)
-    for values in itertools.product(*grid.values()):
-        sampling = pipeline.settings(**dict(zip(grid, values)))
+    settings_of = [
+        pipeline.settings(**dict(zip(grid, values))) for values in itertools.product(*grid.values())
+    ]  # all of them before the first picture: a wrong one shows at once
+    for sampling in settings_of:
         settings = {
             "weights": checkpoint["weights"], "sampling": to_dict(sampling), "precision": options.precision,
             "seed": options.seed,
@@ -169,7 +173,7 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
         "folder": str(folder),
         "sha256": sha256_of(folder / "model.safetensors"),
         "weights": weights_hash(pipeline.model, pipeline.codec, pipeline.text),  # codec and text encoder too
-        "step": json.loads(meta.read_text()).get("step") if meta.is_file() else None,
+        "step": parse_json(read_text(meta), str(meta)).get("step") if meta.is_file() else None,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
     }
 
@@ -302,5 +306,8 @@ def report(evaluation: Evaluation) -> str:
 
 def write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk

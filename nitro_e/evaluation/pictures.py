@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nitro_e.config import ConfigError, to_dict
+from nitro_e.config import ConfigError, parse_json, read_text, to_dict
 from nitro_e.evaluation.benchmarks import Benchmark, describe
-from nitro_e.pipeline import TextToImage, to_image
+from nitro_e.pipeline import TextToImage, save_png, to_image
 from nitro_e.prompts import Prompt
 from nitro_e.randomness import seed_of
 from nitro_e.rewards import Scorer
@@ -140,11 +140,11 @@ def _judge(
 
 
 def read_rows(path: Path) -> dict[tuple[int, int], Judged]:
-    """The judged pictures of a file by place; a last line cut short by a kill is left out."""
+    """The judged pictures of a file by place; damaged lines, such as a last one cut short by a kill, are left out."""
     rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            entry = json.loads(line)
+    for line in read_text(path).splitlines() if path.exists() else ():
+        with contextlib.suppress(ConfigError, KeyError, TypeError, AttributeError):
+            entry = parse_json(line, str(path))
             entry["scores"] = {
                 name: math.nan if value is None else value for name, value in entry["scores"].items()
             }
@@ -163,12 +163,6 @@ def append_rows(path: Path, rows: Sequence[Judged]) -> None:
             if file.read(1) != b"\n":  # cut short by a kill
                 file.write(b"\n")
         file.write(b"".join(json.dumps(row._asdict()).encode() + b"\n" for row in known))
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
 
 
 def read_pixels(path: Path) -> Tensor:

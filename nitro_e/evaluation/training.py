@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Le, Seed, Share
 from nitro_e.evaluation.pictures import Autocast, Judged, draw, noise_seeds
 from nitro_e.evaluation.results import summarize
 from nitro_e.interfaces import LatentCodec, TextEncoder
@@ -30,20 +30,18 @@ from nitro_e.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Config):
     """What is scored while training, and how often: before the first step, every so many, and after the last."""
 
     prompts: PromptsConfig
     rewards: tuple[RewardConfig, ...]  # weights do not matter here
-    every: int = 500  # steps
-    seed: int = 0  # of the noise
-    batch_size: int = 64
+    every: Annotated[int, Ge(1)] = 500  # steps
+    seed: Seed = 0  # of the noise
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 64
     sampling: SamplingConfig | None = None  # None: that of the run
 
     def __post_init__(self) -> None:
-        for name in ("every", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if not self.rewards:
             raise ConfigError("rewards is empty; name one, or leave evaluation out")
         build_rewards(self.rewards)  # their names and titles; loads nothing

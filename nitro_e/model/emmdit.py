@@ -14,21 +14,21 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import layers
 from nitro_e.model.layers import Grid, Region
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Config):
     """The architecture. Defaults are the released 512 px model (302,449,952 parameters)."""
 
     PRESETS: ClassVar[dict[str, dict]] = {
@@ -40,50 +40,37 @@ class ModelConfig:
         "micro-8": dict(width=48, heads=2, groups=(1, 2, 1), base_grid=8, attention=("full", "4x1", "2x2")),
     }
 
-    latent_channels: int = 32
-    text_width: int = 2048
-    patch_size: int = 1
-    width: int = 768
-    heads: int = 24
-    mlp_ratio: float = 3.0
-    groups: tuple[int, int, int] = (4, 16, 4)  # blocks before, inside and after the compressed part
-    compression: tuple[int, ...] = (2, 4)  # ratio of each path; () off, (2,) single path
+    latent_channels: Annotated[int, Ge(1), Le(65536)] = 32
+    text_width: Annotated[int, Ge(1), Le(65536)] = 2048
+    patch_size: Annotated[int, Ge(1), Le(256)] = 1
+    width: Annotated[int, Ge(1), Le(65536)] = 768
+    heads: Annotated[int, Ge(1), Le(65536)] = 24
+    mlp_ratio: Annotated[float, Gt(0), Le(100)] = 3.0
+    # blocks before, inside and after the compressed part
+    groups: tuple[
+        Annotated[int, Ge(0), Le(1000)], Annotated[int, Ge(0), Le(1000)], Annotated[int, Ge(1), Le(1000)]
+    ] = (4, 16, 4)
+    compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)  # ratio of each path; () off, (2,) single path
     position_reinforcement: bool = True
     modulation: Literal["affine", "single", "full"] = "affine"
     attention: tuple[str, ...] = ("full", "4x1", "4x4")  # ASA, tiled over all blocks; ("full",) off
     qk_norm: bool = True
     text_mask: Literal["none", "real"] = "none"  # released weights attend to padded positions too
     gate_init: Literal["random", "zero", "one"] = "random"  # mean of the gates at the start; released: random
-    base_grid: int = 16  # tokens per side of the training resolution
-    position_table: int = 96  # tokens per side of the largest grid
+    base_grid: Annotated[int, Ge(1), Le(1024)] = 16  # tokens per side of the training resolution
+    position_table: Annotated[int, Ge(1), Le(1024)] = 96  # tokens per side of the largest grid
 
     def __post_init__(self) -> None:
-        for name in (
-            "latent_channels",
-            "text_width",
-            "patch_size",
-            "width",
-            "heads",
-            "base_grid",
-            "position_table",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
             raise ConfigError(
                 f"width {self.width} is not a multiple of 4, which the 2-D position table needs"
             )
-        if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden < 1:
-            raise ConfigError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
-        if min(self.groups) < 0 or self.groups[2] < 1:
-            raise ConfigError(
-                f"groups {list(self.groups)}: counts must not be negative, and the last at least 1"
-            )
+        if self.mlp_hidden < 1:
+            raise ConfigError(f"mlp_ratio {self.mlp_ratio} leaves nothing of the MLP; choose a larger one")
         for ratio in self.compression:
-            if ratio < 2:
-                raise ConfigError(f"compression {list(self.compression)}: a ratio must be 2 or more")
             if self.width % ratio**2:
                 raise ConfigError(
                     f"compression ratio {ratio} needs a width that is a multiple of {ratio**2}, not {self.width}"

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.config import ConfigError, from_dict, parse_json, read_text, to_dict
 from nitro_e.files import save_tensors
 from nitro_e.model import released
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
@@ -85,10 +85,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} is not a model folder: it has no config.json; of a checkpoint, give model/ or ema/"
         )
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    data = parse_json(read_text(path), str(path))
     if not isinstance(data, dict) or data.get("format") != FORMAT or "model" not in data:
         found = data.get("format") if isinstance(data, dict) else data
         raise ConfigError(f"{path}: format {found!r} is not {FORMAT}; written by another program or version")

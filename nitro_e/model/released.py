@@ -8,7 +8,6 @@ both follow it, so a round trip is exact. Released tensors that are no parameter
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
 from nitro_e.model.layers import sincos_table
 
@@ -277,11 +276,9 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Tensor, Ten
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = parse_json(read_text(folder / "adapter_config.json"), f"{folder}/adapter_config.json")
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{folder} has no adapter_config.json: not a PEFT adapter folder") from None
-    except ValueError as error:
-        raise ConfigError(f"{folder}/adapter_config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         raise ConfigError(f"{folder}: peft_type is {kind!r}; only LORA can be merged")

@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, TrainingError
 from nitro_e.files import weights_hash
 from nitro_e.rewards import registry
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(Config):
     """One reward. A bare string in YAML is its name."""
 
     SHORTHAND: ClassVar[str] = "name"
@@ -47,19 +47,14 @@ class RewardConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None  # None = where training runs
     offload: bool = False  # keep the weights on the CPU between uses
-    batch_size: int = 16  # pictures at a time
-    timeout: float | None = None  # seconds per batch
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 16  # pictures at a time
+    timeout: Annotated[float, Gt(0)] | None = None  # seconds per batch
     options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of this reward
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise ConfigError(f"weight must be a number, got {self.weight}")
+        super().__post_init__()
         if self.device is not None:
             parse_device(self.device)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ConfigError(f"timeout must be positive, got {self.timeout}")
         given = {"path": self.path, "revision": self.revision}
         given |= {"dtype": self.dtype if self.dtype != "float32" else None}
         registry.check_options(self.name, self.options, {k: v for k, v in given.items() if v is not None})

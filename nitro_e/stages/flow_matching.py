@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e import flow
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, Ge, Gt, Le, Share
 from nitro_e.data import Data, Records
 from nitro_e.flow import TimestepConfig
 from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
@@ -22,31 +22,21 @@ from nitro_e.randomness import SlotRandom, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepaConfig:
+class RepaConfig(Config):
     """Representation alignment (REPA, arXiv 2410.06940)."""
 
-    weight: float = 0.5
-    tap: int = 4  # image tokens after this many blocks
-    width: int = 2048  # hidden width of the projector
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(
-                f"weight must be positive, got {self.weight}; to switch REPA off, set stage.repa: null"
-            )
+    weight: Annotated[float, Gt(0), "to switch REPA off: stage.repa: null"] = 0.5
+    tap: Annotated[int, Ge(1)] = 4  # image tokens after this many blocks
+    width: Annotated[int, Ge(1), Le(65536)] = 2048  # hidden width of the projector
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchingConfig:
+class FlowMatchingConfig(Config):
     kind: Literal["flow_matching"] = "flow_matching"
-    caption_dropout: float = 0.1  # share of captions replaced by "", for classifier-free guidance
+    caption_dropout: Share = 0.1  # share of captions replaced by "", for classifier-free guidance
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     repa: RepaConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout is a share, 0 to 1, got {self.caption_dropout}")
 
 
 class ProjectedModel(nn.Module):

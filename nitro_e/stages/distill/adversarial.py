@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nitro_e import flow
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Lt, Share
 from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.optim import OptimConfig
@@ -32,50 +32,43 @@ from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeTimesConfig:
+class JudgeTimesConfig(Config):
     """The times at which real and fake are compared: logit-normal ones are clipped to the range, uniform ones fill it."""
 
     times: TimestepConfig = field(default_factory=lambda: TimestepConfig(std=1.2))
-    least: float = 0.02
-    most: float = 0.98
+    least: Share = 0.02
+    most: Share = 0.98
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least < self.most <= 1:
-            raise ConfigError(f"least {self.least} and most {self.most} must rise within 0 to 1")
+        super().__post_init__()
+        if not self.least < self.most:
+            raise ConfigError(f"least {self.least} must be below most {self.most}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MisalignedConfig:
-    share: float = 0.5  # of the fake side of the loss
-    start: int = 1000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"share must be between 0 and 1, got {self.share}")
+class MisalignedConfig(Config):
+    share: Annotated[float, Gt(0), Lt(1)] = 0.5  # of the fake side of the loss
+    start: Annotated[int, Ge(0)] = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class R1Config:
-    sigma: float = 0.05
-    weight: float = 200.0  # weight * sigma^2 is the gamma of exact R1
-    every: int = 1  # steps; the weight is multiplied by it
-
-    def __post_init__(self) -> None:
-        if self.sigma <= 0 or self.weight <= 0 or self.every < 1:
-            raise ConfigError(f"sigma, weight and every must be positive, got {self}")
+class R1Config(Config):
+    sigma: Annotated[float, Gt(0)] = 0.05
+    weight: Annotated[float, Gt(0)] = 200.0  # weight * sigma^2 is the gamma of exact R1
+    every: Annotated[int, Ge(1)] = 1  # steps; the weight is multiplied by it
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialConfig:
+class AdversarialConfig(Config):
     loss: Kind = "hinge"
-    weight: Literal["auto"] | float = (
+    weight: Annotated[Literal["auto"] | float, Gt(0), "to switch off: adversarial: null"] = (
         "auto"  # auto: measured, then frozen, so that its gradient at the student's
     )
-    ratio: float = 1.0  # data is `ratio` times that of the other objectives
-    fallback: float = 0.5  # of auto, until something has been measured
-    start: int = 250  # the heads learn alone before
-    ramp: int = 250  # steps over which the weight then rises
-    taps: tuple[int, ...] | None = None  # blocks of the backbone; None: heads.default_taps
+    ratio: Annotated[float, Gt(0)] = 1.0  # data is `ratio` times that of the other objectives
+    fallback: Annotated[float, Gt(0)] = 0.5  # of auto, until something has been measured
+    start: Annotated[int, Ge(0)] = 250  # the heads learn alone before
+    ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises
+    taps: tuple[Annotated[int, Ge(0)], ...] | None = None  # blocks of the backbone; None: heads.default_taps
     heads: HeadConfig = field(default_factory=HeadConfig)
     pool: PoolConfig | None = None  # in place of one head per slot
     judge: JudgeTimesConfig = field(default_factory=JudgeTimesConfig)
@@ -83,7 +76,7 @@ class AdversarialConfig:
     share_noise: bool = False
     misaligned: MisalignedConfig | None = field(default_factory=MisalignedConfig)
     r1: R1Config | None = field(default_factory=R1Config)
-    null_text: float = 0.0  # share of samples that are judged without their prompt
+    null_text: Share = 0.0  # share of samples that are judged without their prompt
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-4, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=0, clip=1.0
@@ -91,14 +84,7 @@ class AdversarialConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.weight != "auto" and self.weight <= 0:
-            raise ConfigError(
-                f"weight must be positive or auto, got {self.weight}; to switch off: adversarial: null"
-            )
-        if min(self.start, self.ramp) < 0 or min(self.ratio, self.fallback) <= 0:
-            raise ConfigError("start and ramp must not be negative, ratio and fallback must be positive")
-        if not 0 <= self.null_text <= 1:
-            raise ConfigError(f"null_text is a share, 0 to 1, got {self.null_text}")
+        super().__post_init__()
         if self.loss == "relativistic" and not self.share_time:
             raise ConfigError(
                 "loss 'relativistic' compares real and fake of one sample: it needs share_time: true"

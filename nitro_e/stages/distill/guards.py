@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import Config, Ge, Gt, TrainingError
 from nitro_e.stages.distill.inputs import DistillBatch, Draft
 from nitro_e.stages.distill.objective import masked_mean
 
@@ -18,19 +18,15 @@ NAMES = ("gap", "std_ratio", "mean_drift")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardConfig:
+class GuardConfig(Config):
     """Limits that may be passed for `patience` steps in a row."""
 
-    gap: float = 4.0  # between the logits of real and fake, on held-out prompts
-    std_ratio: float = 0.05  # |std of the student's data / std of the teacher's - 1|
-    mean_drift: float = 0.05  # |mean of the student's data - mean of the teacher's|
-    start: int = 3000  # steps before which nothing counts
-    patience: int = 200
+    gap: Annotated[float, Gt(0)] = 4.0  # between the logits of real and fake, on held-out prompts
+    std_ratio: Annotated[float, Gt(0)] = 0.05  # |std of the student's data / std of the teacher's - 1|
+    mean_drift: Annotated[float, Gt(0)] = 0.05  # |mean of the student's data - mean of the teacher's|
+    start: Annotated[int, Ge(0)] = 3000  # steps before which nothing counts
+    patience: Annotated[int, Ge(1)] = 200
     action: Literal["stop", "warn"] = "stop"
-
-    def __post_init__(self) -> None:
-        if min(self.gap, self.std_ratio, self.mean_drift) <= 0 or self.patience < 1:
-            raise ConfigError(f"limits and patience must be positive, got {self}")
 
 
 def describe_draft(draft: Draft, batch: DistillBatch, sigmas: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Le
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.stages.distill.losses import Logits
@@ -92,14 +92,10 @@ class Backbone:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    width: int = 256  # hidden channels
+class HeadConfig(Config):
+    width: Annotated[int, Ge(1), Le(65536)] = 256  # hidden channels
     condition: Condition = "time+text"
     spectral_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ConfigError(f"width must be at least 1, got {self.width}")
 
 
 def norm_groups(width: int) -> int:

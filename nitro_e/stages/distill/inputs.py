@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nitro_e import flow
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.randomness import SlotRandom, seed_of
@@ -31,16 +31,15 @@ Sampler = Literal["euler", "renoise"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Config):
     """A share of the iterations, all samples of which are at one sigma, starts from the student's own states."""
 
-    share: float = 0.5  # from step `end` on
-    start: int = 1000  # the share rises from here
-    end: int = 3000
+    share: Annotated[float, Gt(0), Le(1)] = 0.5  # from step `end` on
+    start: Annotated[int, Ge(0)] = 1000  # the share rises from here
+    end: Annotated[int, Ge(0)] = 3000
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
+        super().__post_init__()
         if self.start > self.end:
             raise ConfigError(f"start {self.start} is after end {self.end}")
 
@@ -51,19 +50,15 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnywhereConfig:
+class AnywhereConfig(Config):
     """A share of the samples is at times that are no sigmas."""
 
-    share: float = 1.0
+    share: Annotated[float, Gt(0), Le(1)] = 1.0
     times: TimestepConfig = field(default_factory=TimestepConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputConfig:
+class InputConfig(Config):
     sigmas: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the student's times, falling
     odds: tuple[tuple[int, tuple[float, ...]], ...] = ()  # [from step, odds of each sigma] ...; empty: equal
     anywhere: AnywhereConfig | None = None
@@ -71,6 +66,7 @@ class InputConfig:
     rollout: RolloutConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sigmas(self.sigmas)
         for start, odds in self.odds:
             if len(odds) != len(self.sigmas) or min(odds) < 0 or sum(odds) <= 0:

@@ -13,36 +13,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Share
 from nitro_e.randomness import seed_of
 from nitro_e.stages.distill.heads import Features, full_precision, norm_groups
 from nitro_e.stages.distill.losses import Logits
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolConfig:
-    levels: tuple[float, ...] = (0.09, 0.41, 0.62, 0.80)  # times at which the heads judge
-    spread: float = 0.03  # around a level
-    copies: int = 15  # heads per level and slot
-    use: int = 4  # of them at work in an iteration
-    refresh: float = 0.01  # chance of every head to be made anew after an iteration
-    width: int = 128  # hidden channels
+class PoolConfig(Config):
+    levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = (0.09, 0.41, 0.62, 0.80)  # times at which the heads judge
+    spread: Share = 0.03  # around a level
+    copies: Annotated[int, Ge(2), Le(10_000)] = 15  # heads per level and slot
+    use: Annotated[int, Ge(2)] = 4  # of them at work in an iteration
+    refresh: Share = 0.01  # chance of every head to be made anew after an iteration
+    width: Annotated[int, Ge(1), Le(65536)] = 128  # hidden channels
 
     def __post_init__(self) -> None:
-        if not self.levels or not all(0 < level < 1 for level in self.levels):
-            raise ConfigError(f"levels must lie between 0 and 1, got {list(self.levels)}")
-        if self.use < 2 or self.use % 2 or self.use // 2 > self.copies // 2:
+        super().__post_init__()
+        if not self.levels:
+            raise ConfigError("levels is empty; name at least one time between 0 and 1")
+        if self.use % 2 or self.use // 2 > self.copies // 2:
             raise ConfigError(
                 f"use must be even and at most {self.copies // 2 * 2} with {self.copies} copies, half of which judge "
                 f"positions and half whole maps; got {self.use}"
             )
-        if not 0 <= self.refresh <= 1:
-            raise ConfigError(f"refresh is a chance, 0 to 1, got {self.refresh}")
 
 
 class HeadBank(nn.Module):

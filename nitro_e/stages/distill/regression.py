@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nitro_e import flow
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Share
 from nitro_e.flow import expand
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.randomness import SlotRandom
@@ -21,16 +21,17 @@ from nitro_e.stages.distill.objective import Shared
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecayConfig:
+class DecayConfig(Config):
     """A cosine from 1 to `floor` between two steps."""
 
-    start: int = 5000
-    end: int = 20000
-    floor: float = 0.1
+    start: Annotated[int, Ge(0)] = 5000
+    end: Annotated[int, Ge(1)] = 20000
+    floor: Share = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end or not 0 <= self.floor <= 1:
-            raise ConfigError(f"start must be before end and floor between 0 and 1, got {self}")
+        super().__post_init__()
+        if not self.start < self.end:
+            raise ConfigError(f"start {self.start} must be before end {self.end}")
 
     def factor(self, step: int) -> float:
         share = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
@@ -38,31 +39,23 @@ class DecayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(Config):
     """target `pair`: the teacher's picture; `teacher`: where its guided velocity points from the student's input.
 
     Either way the target carries the teacher's guidance. Plain data without it do not teach a student to do without.
     """
 
     target: Literal["pair", "teacher"] = "pair"
-    guidance_scale: float = 4.5  # of target `teacher`
+    guidance_scale: Annotated[float, Ge(0)] = 4.5  # of target `teacher`
     space: Literal["data", "velocity"] = "data"  # velocity: errors divided by t
     kind: Literal["smooth_l1", "mse"] = "smooth_l1"
-    beta: float = 1.0  # of smooth_l1
-    weight: float = 1.0
+    beta: Annotated[float, Gt(0)] = 1.0  # of smooth_l1
+    weight: Annotated[float, Gt(0), "to switch the objective off: diffusion: null"] = 1.0
     decay: DecayConfig | None = None
     on_rollout: bool = True
-    largest_time: float = (
+    largest_time: Annotated[float, Gt(0), Le(1)] = (
         1.0  # inputs above are left out; with fresh noise 0.5: beyond, the target is but a mean
     )
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0 or self.beta <= 0:
-            raise ConfigError(
-                "weight and beta must be positive; to switch the objective off: diffusion: null"
-            )
-        if not 0 < self.largest_time <= 1:
-            raise ConfigError(f"largest_time must be above 0 and at most 1, got {self.largest_time}")
 
 
 class Diffusion:
@@ -110,12 +103,8 @@ class Diffusion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReflowConfig:
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(f"weight must be positive, got {self.weight}; to switch it off: reflow: null")
+class ReflowConfig(Config):
+    weight: Annotated[float, Gt(0), "to switch it off: reflow: null"] = 1.0
 
 
 class Reflow:

@@ -14,12 +14,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Lt
 from nitro_e.data import Data, Records
 from nitro_e.interfaces import Denoiser, LatentCodec, Phase, TextEmbedding, TextEncoder
 from nitro_e.optim import OptimConfig
@@ -58,22 +58,22 @@ MEASUREMENTS = 16  # steps over which the weight `auto` is measured
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Config):
     PRESETS: ClassVar[dict[str, dict]] = PRESETS
 
     kind: Literal["distill"] = "distill"
     teacher: str  # run, checkpoint or model folder; the student starts from it too, unless init_from names other weights
     inputs: InputConfig = field(default_factory=InputConfig)
     sampler: Sampler = "euler"
-    time_scale: float = 1.0  # the student is told time_scale * t
+    time_scale: Annotated[float, Gt(0)] = 1.0  # the student is told time_scale * t
     sample_steps: tuple[
-        int, ...
+        Annotated[int, Ge(1)], ...
     ] = ()  # numbers of steps to be offered; empty: those whose times are among the sigmas
     diffusion: DiffusionConfig | None = None
     reflow: ReflowConfig | None = None
     adversarial: AdversarialConfig | None = None
     guards: GuardConfig | None = field(default_factory=GuardConfig)
-    heldout: float = 0.02  # share of the prompts that is only watched
+    heldout: Annotated[float, Ge(0), Lt(1)] = 0.02  # share of the prompts that is only watched
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-5, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=500, decay=0.2, clip=1.0
@@ -81,16 +81,13 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not any(getattr(self, name) for name in OBJECTIVES):
             raise ConfigError(f"nothing to learn from: set one of {', '.join(OBJECTIVES)}, or a preset")
-        if self.time_scale <= 0:
-            raise ConfigError(f"time_scale must be positive, got {self.time_scale}")
-        if not 0 <= self.heldout < 1:
-            raise ConfigError(f"heldout is a share below 1, got {self.heldout}")
         self.inputs.check_sampler(self.sampler)
         self._check_objectives()
         sigmas = len(self.inputs.sigmas)
-        wrong = [count for count in self.sample_steps if count < 1 or sigmas > 1 and sigmas % count]
+        wrong = [count for count in self.sample_steps if sigmas > 1 and sigmas % count]
         if wrong:
             raise ConfigError(
                 f"sample_steps: {wrong[0]} steps are not evenly spaced among the {sigmas} sigmas"

@@ -13,14 +13,14 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.files import save_tensors
 from nitro_e.model import EMMDiT
 from nitro_e.model.released import block_linears, read_lora
@@ -37,15 +37,11 @@ TARGETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    rank: int = 32
-    alpha: float = 64.0  # updates are scaled by alpha / rank
+class AdapterConfig(Config):
+    rank: Annotated[int, Ge(1), Le(65536)] = 32
+    alpha: Annotated[float, Gt(0)] = 64.0  # updates are scaled by alpha / rank
     targets: Literal["attention", "blocks"] = "attention"  # blocks: the MLPs too
     init_from: str | None = None  # a PEFT folder to go on from; it decides rank, alpha and targets
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ConfigError(f"rank and alpha must be positive, got {self.rank} and {self.alpha}")
 
 
 class Stacked(nn.ModuleList):

@@ -7,26 +7,22 @@ any statistic and its picture gets advantage 0 from that reward; so does a group
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, Gt
 
 EPSILON = 1e-4  # added to every standard deviation
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvantageConfig:
+class AdvantageConfig(Config):
     # What differences to the group's mean are divided by. within: their root mean square over the whole rollout, so that
     # every reward has unit scale; batch: the spread of all scores (Flow-GRPO); group: that of the group (GRPO)
     std: Literal["within", "batch", "group"] = "within"
-    clip: float = 5.0  # largest advantage
-
-    def __post_init__(self) -> None:
-        if self.clip <= 0:
-            raise ConfigError(f"clip must be positive, got {self.clip}")
+    clip: Annotated[float, Gt(0)] = 5.0  # largest advantage
 
 
 def advantages(scores: Tensor, weights: Tensor, config: AdvantageConfig) -> Tensor:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from nitro_e import flow
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt
 from nitro_e.stages.grpo.sde import Transitions
 
 KLKind = Literal["velocity", "gaussian", "gaussian_dt"]
@@ -24,25 +24,21 @@ StepWeight = Literal["none", "noise", "1/h"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLConfig:
+class KLConfig(Config):
     """The pull to the reference: beta times a KL per transition, or a mean squared velocity difference."""
 
     kind: KLKind = "velocity"  # gaussian: the exact KL of a transition; gaussian_dt: times h, as Flow-GRPO
-    beta: float = 1e-3  # 0: no reference is kept
+    beta: Annotated[float, Ge(0)] = 1e-3  # 0: no reference is kept
     units: KLKind | None = (
         None  # the kind that beta is given for, which is converted to `kind`; None: the same
     )
 
-    def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise ConfigError(f"beta must not be negative, got {self.beta}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedConfig:
+class ClippedConfig(Config):
     kind: Literal["clipped"] = "clipped"
-    clip_low: float = 3e-4  # the ratio is held in 1 - clip_low ... 1 + clip_high
-    clip_high: float = 3e-4
+    clip_low: Annotated[float, Gt(0), Lt(1)] = 3e-4  # the ratio is held in 1 - clip_low ... 1 + clip_high
+    clip_high: Annotated[float, Gt(0), Lt(1)] = 3e-4
     kl: KLConfig = field(default_factory=KLConfig)
     ratio_norm: bool = (
         False  # GRPO-Guard (arXiv 2510.22319): log-ratios without their bias, at one scale for all steps
@@ -51,27 +47,18 @@ class ClippedConfig:
         "none"  # noise: by std (TempFlow-GRPO, arXiv 2508.04324); mean 1 over the trained steps
     )
 
-    def __post_init__(self) -> None:
-        if not 0 < self.clip_low < 1 or not 0 < self.clip_high < 1:
-            raise ConfigError(
-                f"clip_low and clip_high must be in 0..1, got {self.clip_low}, {self.clip_high}"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
-class NFTConfig:
+class NFTConfig(Config):
     kind: Literal["nft"] = "nft"
-    beta: float = 1.0  # how far the two velocities reach from the old one to the new one
-    times: int = 9  # training times per picture: the first steps of the rollout's grid
+    beta: Annotated[float, Gt(0), Le(1)] = 1.0  # how far the two velocities reach from the old one to the new one
+    times: Annotated[int, Ge(1)] = 9  # training times per picture: the first steps of the rollout's grid
     kl: KLConfig = field(default_factory=lambda: KLConfig(beta=1e-4))
-    lag: float = 1e-3  # the policy that draws is an average: decay lag * rollout ...
-    max_lag: float = 0.5  # ... up to this
+    lag: Annotated[float, Ge(0)] = 1e-3  # the policy that draws is an average: decay lag * rollout ...
+    max_lag: Annotated[float, Ge(0), Lt(1)] = 0.5  # ... up to this
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta <= 1 or self.times < 1:
-            raise ConfigError(f"beta must be in 0..1 and times at least 1, got {self.beta}, {self.times}")
-        if not 0 <= self.max_lag < 1 or self.lag < 0:
-            raise ConfigError(f"lag must not be negative and max_lag in 0..1, got {self.lag}, {self.max_lag}")
+        super().__post_init__()
         if self.kl.kind != "velocity" or self.kl.units not in (None, "velocity"):
             raise ConfigError("kl.kind: nft has no transitions; use velocity")
 

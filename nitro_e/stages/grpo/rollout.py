@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, Ge, Gt, Le
 from nitro_e.flow import TimeGrid, time_grid
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.stages.grpo.losses import log_prob
@@ -19,21 +19,15 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    steps: int = 10  # of the sampler; fewer than for pictures that people see
+class RolloutConfig(Config):
+    steps: Annotated[int, Ge(1), Le(10_000)] = 10  # of the sampler; fewer than for pictures that people see
     grid: TimeGrid = "released"
-    shift: float = 1.0
-    guidance_scale: float = 4.5  # in the rollout and in the update; 0 or 1: none
+    shift: Annotated[float, Gt(0)] = 1.0
+    guidance_scale: Annotated[float, Ge(0)] = 4.5  # in the rollout and in the update; 0 or 1: none
     sde: SDEConfig = field(default_factory=SDEConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     shared_noise: bool = False  # one first noise per group; the SDE alone makes its pictures differ
-    batch_size: int = 64  # pictures at a time
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ConfigError(f"steps and batch_size must be positive, got {self.steps}, {self.batch_size}")
-        if self.guidance_scale < 0:
-            raise ConfigError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 64  # pictures at a time
 
     def schedule(self) -> Schedule:
         return Schedule(time_grid(self.steps, self.grid, self.shift), self.sde, self.window)

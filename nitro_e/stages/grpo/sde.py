@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.randomness import seed_of
 
 Kind = Literal["flow", "ancestral", "dance", "cps"]
@@ -34,14 +34,15 @@ MIN_STD = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SDEConfig:
+class SDEConfig(Config):
     kind: Kind = "flow"
-    noise: float | None = (
+    noise: Annotated[float, Gt(0), Le(10)] | None = (
         None  # a of flow, eta of the others; None: 0.7, 0.3 for dance, 0.8 for ancestral and cps
     )
 
     def __post_init__(self) -> None:
-        if self.noise is not None and not 0 < self.noise <= (1 if self.kind in ("ancestral", "cps") else 10):
+        super().__post_init__()
+        if self.noise is not None and self.noise > 1 and self.kind in ("ancestral", "cps"):
             raise ConfigError(f"noise {self.noise} is not a level of '{self.kind}'; an ODE needs no SDE")
 
     @property
@@ -50,18 +51,17 @@ class SDEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowConfig:
+class WindowConfig(Config):
     """Which steps are random and trained; the others are steps of the ODE (MixGRPO, arXiv 2507.21802)."""
 
     kind: Literal["fixed", "random", "slide"] = "fixed"  # random: a new place per rollout; slide: moves on
-    size: int = 6  # steps
-    start: int = 0  # first step that may be in the window ...
-    stop: int | None = None  # ... and one past the last; None: every step with enough noise
-    every: int = 25  # slide: rollouts until it moves by one step; at the end it starts over
+    size: Annotated[int, Ge(1)] = 6  # steps
+    start: Annotated[int, Ge(0)] = 0  # first step that may be in the window ...
+    stop: Annotated[int, Ge(1)] | None = None  # ... and one past the last; None: every step with enough noise
+    every: Annotated[int, Ge(1)] = 25  # slide: rollouts until it moves by one step; at the end it starts over
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.every < 1 or self.start < 0:
-            raise ConfigError(f"size and every must be at least 1 and start at least 0, got {self}")
+        super().__post_init__()
         if self.stop is not None and self.stop - self.start < self.size:
             raise ConfigError(
                 f"size {self.size} does not fit between start {self.start} and stop {self.stop}"

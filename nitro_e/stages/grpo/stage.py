@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e import flow
-from nitro_e.config import ConfigError, TrainingError, to_dict
+from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
 from nitro_e.optim import OptimConfig
 from nitro_e.prompts import Prompt, PromptsConfig
@@ -47,13 +47,13 @@ WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of it
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
+class GRPOConfig(Config):
     kind: Literal["grpo"] = "grpo"
     prompts: PromptsConfig
     rewards: tuple[RewardConfig, ...]  # those of weight 0 are watched: scored and logged, never trained on
-    groups: int = 48  # prompts per rollout
-    group_size: int = 24  # pictures per prompt
-    updates: int = 2  # optimiser steps per rollout
+    groups: Annotated[int, Ge(1), Le(65536)] = 48  # prompts per rollout
+    group_size: Annotated[int, Ge(2), Le(65536)] = 24  # pictures per prompt
+    updates: Annotated[int, Ge(1)] = 2  # optimiser steps per rollout
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     cfg_grad: Literal["both", "cond"] = (
         "both"  # of guided velocities: through both passes or the text's alone
@@ -66,10 +66,7 @@ class GRPOConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.groups < 1 or self.group_size < 2 or self.updates < 1:
-            raise ConfigError(
-                f"groups and updates must be at least 1 and group_size 2, got {self.groups}, {self.updates}, {self.group_size}"
-            )
+        super().__post_init__()
         if all(reward.watched for reward in self.rewards):
             raise ConfigError("rewards: none has a weight, so there is nothing to train on")
         if isinstance(self.algorithm, NFTConfig) and self.algorithm.times > self.rollout.steps:

@@ -1,0 +1,66 @@
+"""Run many command lines of one program, each in a fork of this process, which has imported it.
+
+python fuzz_server.py PROGRAM.py SCRATCH < lines of JSON lists of arguments > lines of [code, stderr]
+
+A line that takes longer than LIMIT seconds is killed; its code is null.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+LIMIT = 90
+
+
+def child(main, arguments: list[str], output: Path) -> None:
+    os.setsid()  # with its data workers in one group
+    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(sink, 2)
+    code = 1  # as Python's own for an exception that nothing catches
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+def wait(process: int) -> int | None:
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+def serve(program: Path, scratch: Path) -> None:
+    sys.path[:0] = [str(program.parent), str(program.parent.parent)]
+    main = importlib.import_module(program.stem).main
+    sys.argv = [str(program)]
+    output = scratch / f"{program.stem}.stderr"
+    for line in sys.stdin:
+        process = os.fork()
+        if process == 0:
+            child(main, json.loads(line), output)
+        code = wait(process)
+        print(json.dumps([code, output.read_text(errors="replace")]), flush=True)
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    serve(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))
