@@ -35,7 +35,6 @@ from nitro_e.data import encode, jobs, pack, report, verify
 from nitro_e.data.captions import CaptionTable
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import shard_index
-from nitro_e.data.reader import open_data
 
 LAYOUTS = ("folder", "table", "parquet", "webdataset", "img2dataset", "sa1b", "journeydb")
 
@@ -287,7 +286,7 @@ def run_which(args: argparse.Namespace) -> None:
     run = config.load(RunConfig, args.config, args.overrides)
     if run.data is None:
         raise ConfigError(f"{args.config}: stage.kind '{run.stage.kind}' reads no data")
-    data = open_data(run.data, need_pixels=run.components.vision is not None, seed=run.seed, stage=run.name)
+    data = run.stage_kind.open_data(run)
     batch = run.data.batch_size * run.engine.accumulate * args.world
     for key in data.keys(range(args.step * batch, (args.step + 1) * batch)):
         print(key)

@@ -37,6 +37,10 @@ KEEP_MERGED = 8
 PRIORITY = ("text", "features", "latents", "images", "")  # where a repeated member is taken from
 
 
+class MissingShards(ConfigError):
+    """Shards that are named are not there (yet)."""
+
+
 @dataclass(eq=False)
 class Column:
     """One tar per shard of the catalog, and one row per sample."""
@@ -121,7 +125,7 @@ class Catalog:
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
     """Paths, globs, brace ranges (`a-{000..012}.tar`, `{a,b}.tar`), URLs, `@list.txt` -> shards in order.
 
-    Raises ConfigError naming the files that are missing, or one that is listed twice. URLs are tried later.
+    Raises MissingShards naming the files, or ConfigError for one that is listed twice. URLs are tried later.
     """
     patterns = [line for pattern in patterns for line in _read_list(pattern, key)]
     if not patterns:
@@ -139,7 +143,7 @@ def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str
             missing += [] if found else [name]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ConfigError(
+        raise MissingShards(
             f"{key}: missing shards: {', '.join(missing[:5])}{more}; check the path or the range"
         )
     twice = (
@@ -158,7 +162,7 @@ def _read_list(pattern: str, key: str) -> list[str]:
         return [pattern]
     path = Path(pattern[1:])
     if not path.is_file():
-        raise ConfigError(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
+        raise MissingShards(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
     return [
         line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")
     ]
