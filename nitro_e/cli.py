@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from nitro_e.config import ConfigError, TrainingError
+from nitro_e.progress import quiet_libraries
 
 
 def run(command: Callable[[], None]) -> int:
     """Call `command` and return its exit code: 2 for what the user can mend, 3 for training that failed, 130 for Ctrl-C."""
+    quiet_libraries()
     try:
         command()
     except ConfigError as error:

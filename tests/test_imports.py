@@ -10,7 +10,8 @@ ALLOWED = {
     "config": set(),
     "randomness": set(),
     "interfaces": {"optim", "randomness"},  # for annotations only
-    "cli": {"config"},
+    "cli": {"config", "progress"},
+    "progress": set(),
     "flow": {"config"},
     "parallel": {"config"},
     "ema": {"config", "model.pretrained"},
@@ -24,8 +25,8 @@ ALLOWED = {
     "text": {"config", "interfaces"},
     "vision": {"config", "interfaces"},
     "components": {"config", "interfaces", "files", "codec", "text", "vision", "shapes.pretrained"},
-    "data": {"config", "interfaces", "files", "components", "randomness"},
-    "sampling": {"config", "interfaces", "flow", "randomness"},
+    "data": {"config", "interfaces", "files", "components", "progress", "randomness"},
+    "sampling": {"config", "interfaces", "flow", "progress", "randomness"},
     "checkpoint": {"config", "files", "model", "shapes.pretrained"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {
@@ -57,6 +58,7 @@ ALLOWED = {
         "interfaces",
         "model",
         "pipeline",
+        "progress",
         "prompts",
         "randomness",
     }
@@ -66,6 +68,7 @@ ALLOWED = {
         "data",
         "interfaces",
         "pipeline",
+        "progress",
         "prompts",
         "randomness",
         "sampling",
@@ -88,6 +91,7 @@ OWNERS = {
     "transformers": {"text", "shapes", "clip", "geneval", "rewards"},
     "timm": {"vision", "shapes"},
     "peft": {"stages"},
+    "tqdm": {"engine", "progress"},
     "webdataset": {"data"},
     "huggingface_hub": {"model", "files"},
 }

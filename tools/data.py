@@ -20,7 +20,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
 
 from nitro_e import cli, config
 from nitro_e.components import (
@@ -35,6 +34,7 @@ from nitro_e.data import encode, jobs, pack, report, verify
 from nitro_e.data.captions import CaptionTable
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import shard_index
+from nitro_e.progress import bar
 
 LAYOUTS = ("folder", "table", "parquet", "webdataset", "img2dataset", "sa1b", "journeydb")
 
@@ -248,7 +248,7 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
 def run_index(args: argparse.Namespace) -> None:
     shards, samples = expand_shards(args.shards, "shards"), 0
     work = jobs.each(partial(shard_index, force=args.force), args.processes)
-    for _, index in tqdm(work(shards), total=len(shards), desc="index", unit="shard"):
+    for _, index in bar(work(shards), total=len(shards), desc="index", unit="shard"):
         samples += len(index.rows)
     print(f"{samples} samples in {len(shards)} shards")
 

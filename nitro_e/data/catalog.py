@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nitro_e.config import ConfigError
 from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
 from nitro_e.data.remote import ShardCache, is_url, list_urls
 from nitro_e.data.writer import cache_folder, index_path
+from nitro_e.progress import bar
 
 log = logging.getLogger("nitro_e.data")
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -314,7 +314,7 @@ def _make_indices(paths: list[str], cache: ShardCache, progress: bool) -> None:
     with ThreadPoolExecutor(threads) as pool:
         made = pool.map(partial(_make_index, cache=cache), todo)
         for _ in (
-            tqdm(made, desc="index", total=len(todo), unit="shard") if progress and len(todo) > 20 else made
+            bar(made, desc="index", total=len(todo), unit="shard") if progress and len(todo) > 20 else made
         ):
             pass
 
