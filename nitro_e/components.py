@@ -79,6 +79,23 @@ def vision_width(config: ComponentConfig) -> int | None:
     return WEIGHTS[config.name].shape[0] if config.path is None else None
 
 
+def weights_source(kind: Literal["codec", "text", "vision"], config: ComponentConfig) -> str | None:
+    """The folder or the hub id of the weights, for people; None where there are none.
+
+    Nothing is loaded; ConfigError for an unknown name or a folder that does not exist.
+    """
+    _builder(kind, config, TABLES[kind])
+    if config.name not in WEIGHTS:
+        return None
+    default = WEIGHTS[config.name].source
+    if config.path is None and Path(default).is_dir():
+        return "the package"
+    source = files.resolve(
+        f"{kind} '{config.name}'", f"components.{kind}.path", config.path or default, config.revision
+    )
+    return source if Path(source).is_dir() else f"hub repository {source}"
+
+
 class Weights(NamedTuple):
     """Where a component's weights are if the config names no path, and what is known of them unread."""
 
@@ -129,6 +146,7 @@ CODECS: dict[str, Builder] = {
 }
 TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
 VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2, "shapes-vit": _dinov2}
+TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 
 
 def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -> Builder:

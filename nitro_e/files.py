@@ -29,15 +29,8 @@ def load(
 
     Only for the message: `what` is being loaded, the config's `key` (it ends in "path" if there is a revision) names the
     source, `repository` has the right files where source is a folder, and `give` tells how to name a folder."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        source = str(folder.resolve())
-        if revision is not None:
-            raise ConfigError(
-                f"{what}: {key.removesuffix('path')}revision: '{source}' is a folder; only hub ids have revisions"
-            )
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ConfigError(f"{what}: {key}: folder '{source}' does not exist")
+    source = resolve(what, key, source, revision)
+    folder = Path(source)
     try:
         return loader(source)
     except ModuleNotFoundError as error:
@@ -51,6 +44,20 @@ def load(
             remedy = f"download it with {download} and {give or f'set {key}: FOLDER'}"
         where = "folder" if folder.is_dir() else "hub repository"
         raise ConfigError(f"{what}: cannot load from {where} '{source}' ({reason}); {remedy}") from error
+
+
+def resolve(what: str, key: str, source: str, revision: str | None = None) -> str:
+    """The absolute path of a folder, or a hub id as it is; ConfigError for a folder that does not exist."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"{what}: {key.removesuffix('path')}revision: '{folder}' is a folder; only hub ids have revisions"
+            )
+        return str(folder.resolve())
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ConfigError(f"{what}: {key}: folder '{source}' does not exist")
+    return source
 
 
 def find(source: str, name: str, revision: str | None = None) -> Path | None:

@@ -12,7 +12,8 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from nitro_e import progress
 
 
 class Window:
@@ -63,8 +64,8 @@ class Progress:
 
     def __init__(self, name: str, step: int, steps: int, shown: bool) -> None:
         self.name, self.steps = name, steps
-        self.plain = shown and not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=step, desc=name, disable=self.plain or not shown)
+        self.plain = shown and not progress.watched()
+        self.bar = progress.bar(brief=True, total=steps, initial=step, desc=name, disable=not shown)
 
     def advance(self) -> None:
         self.bar.update()

@@ -17,7 +17,7 @@ from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
 from nitro_e.config import ConfigError, from_dict, to_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
-from nitro_e.model import EMMDiT
+from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.sampling import SamplingConfig, initial_noise, sample
@@ -138,16 +138,23 @@ class TextToImage:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
-        config, stride = self.model.config, self.codec.stride
-        unit = stride * config.patch_size  # pixels per token side
-        if height % unit or width % unit:
-            nearest = config.nearest_grids(round(height / unit), round(width / unit))
-            sizes = ", ".join(f"{rows * unit}x{columns * unit}" for rows, columns in nearest)
-            raise ConfigError(
-                f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px"
-            )
-        config.check_grid(height // unit, width // unit, self.text.length, pixels=unit)
-        return self.codec.channels, height // stride, width // stride
+        size = latent_size(self.model.config, self.codec.stride, self.text.length, height, width)
+        return self.codec.channels, *size
+
+
+def latent_size(
+    model: ModelConfig, stride: int, text_length: int, height: int, width: int
+) -> tuple[int, int]:
+    """(h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
+    unit = stride * model.patch_size  # pixels per token side
+    if height % unit or width % unit:
+        nearest = model.nearest_grids(round(height / unit), round(width / unit))
+        sizes = ", ".join(f"{rows * unit}x{columns * unit}" for rows, columns in nearest)
+        raise ConfigError(
+            f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px"
+        )
+    model.check_grid(height // unit, width // unit, text_length, pixels=unit)
+    return height // stride, width // stride
 
 
 def to_image(pixels: Tensor) -> Image.Image:

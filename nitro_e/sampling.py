@@ -8,18 +8,18 @@ States are float32 whatever the model computes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nitro_e import flow
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.flow import TimeGrid, time_grid
 from nitro_e.interfaces import Denoiser, TextEmbedding
+from nitro_e.progress import bar
 from nitro_e.randomness import seed_of
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -149,8 +149,9 @@ def renoise(
 SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
 
 
-def _steps(times: Tensor, progress: bool) -> tqdm:
-    return tqdm(list(zip(times[:-1], times[1:])), desc="sampling", leave=False, disable=not progress)
+def _steps(times: Tensor, progress: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    pairs = list(zip(times[:-1], times[1:]))
+    return bar(pairs, brief=True, desc="sampling", leave=False) if progress else pairs
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,8 @@ ALLOWED = {
     "config": set(),
     "randomness": set(),
     "interfaces": {"optim", "randomness"},  # for annotations only
-    "cli": {"config"},
+    "cli": {"config", "progress"},
+    "progress": set(),
     "flow": {"config"},
     "parallel": {"config"},
     "ema": {"config", "files"},
@@ -24,8 +25,8 @@ ALLOWED = {
     "text": {"config", "interfaces"},
     "vision": {"config", "interfaces"},
     "components": {"config", "interfaces", "files", "codec", "text", "vision", "shapes.pretrained"},
-    "data": {"config", "interfaces", "files", "components", "randomness"},
-    "sampling": {"config", "interfaces", "flow", "randomness"},
+    "data": {"config", "interfaces", "files", "components", "progress", "randomness"},
+    "sampling": {"config", "interfaces", "flow", "progress", "randomness"},
     "checkpoint": {"config", "files", "model", "shapes.pretrained"},
     "pipeline": {"config", "interfaces", "components", "model", "checkpoint", "sampling", "flow"},
     "stages": {
@@ -43,7 +44,7 @@ ALLOWED = {
     },
     "engine": {"config", "interfaces", "checkpoint", "model.pretrained", "metrics", "report"}
     | {"files", "meters", "optim", "randomness", "parallel", "ema"},
-    "meters": set(),
+    "meters": {"progress"},
     "files": {"config"},
     "clip": {"config"},
     "geneval": {"config", "interfaces", "files", "clip"},
@@ -59,6 +60,7 @@ ALLOWED = {
         "interfaces",
         "model",
         "pipeline",
+        "progress",
         "prompts",
         "randomness",
     }
@@ -68,6 +70,7 @@ ALLOWED = {
         "data",
         "interfaces",
         "pipeline",
+        "progress",
         "prompts",
         "randomness",
         "sampling",
@@ -90,6 +93,7 @@ OWNERS = {
     "transformers": {"text", "shapes", "clip", "geneval", "rewards"},
     "timm": {"vision", "shapes"},
     "peft": {"stages"},
+    "tqdm": {"progress"},
     "webdataset": {"data"},
     "huggingface_hub": {"model", "files"},
 }

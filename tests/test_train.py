@@ -171,6 +171,8 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
         "model.latent_channels=8", "model.text_width=32", "data.resolution=32", "sampling.resolution=32",
         "stage.repa={tap: 1, width: 16}", "engine.ema=null",
     ]  # fmt: skip
+    assert run_train(recipe, run, *options, "sampling.height=7") == 2  # the stride is in the codec's files
+    assert not (run / "metrics.jsonl").exists()
     assert run_train(recipe, run, *options) == 0
     rows = metrics.read(run)
     assert all(-1 <= row["repa_loss"] <= 1 for row in rows)
@@ -286,6 +288,12 @@ BAD = {
     "REPA alone": (["stage.repa={tap: 1}"], "REPA needs a vision encoder"),
     "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose 1 to 1 or 4 to 4"),
     "init_from": (["init_from=nowhere"], "'nowhere' does not exist"),
+    "height of the pictures": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
+    "width of the pictures": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),
+    "pictures that are scored": (
+        ["evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {resolution: 64, width: 7}}"],
+        "evaluation.sampling: 64x7 px",
+    ),
 }
 
 
@@ -399,3 +407,46 @@ def test_dry_run_tells_what_would_be_trained(recipe, tmp_path, capsys):
         and "toy-000000.tar:" in out
         and not (tmp_path / "run").exists()
     )
+
+
+RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    grpo = "grpo" in path.stem
+    override = "stage.prompts.num=50" if grpo else "data.batch_size=2"
+    assert train.main([str(path), override, "stage.optim.lr=1e-3", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "blocks inside" in told and "\ncodec  " in told and "\ncheckpoints  " in told
+    assert ("FLOP for the model" in told) == ("missing shards: " in told) == (not grpo)
+    assert ("each of 50 prompts" in told) == grpo and "first sample" not in told
+    assert ("runs/nitro" in told.partition("warning ")[2]) == ("nitro_e" in str(path) and "1_pre" not in path.name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["init_from=runs/nothing"], "init_from: 'runs/nothing' does not exist"),
+        (["init_from=shapes"], "'shapes', to start from, is another architecture: latent_channels 8 there, 24 here"),
+        (["data.shards=[nowhere/*.tar]"], "missing shards: nowhere/*.tar"),
+        (["data={sources: {a: {shards: [a.tar]}, b: {shards: [b.tar]}}, resolution: 64}"], "a.tar; check the path or the range; data.sources.b.shards: missing shards: b.tar"),
+        (["components.codec={name: dc-ae-f32c32, path: ./gone}"], "components.codec.path: folder './gone' does not"),
+        (["components.text={name: llama-3.2-1b, length: 16, path: ./gone}", "model.text_width=64"], "components.text.path: folder './gone' does not"),
+        (["engine.step=3"], "did you mean 'engine.steps'"),
+    ],
+)  # fmt: skip
+def test_dry_run_refuses_what_is_asked_for_and_not_there(recipe, tmp_path, capsys, overrides, words):
+    assert run_train(recipe, tmp_path / "run", *overrides, "--dry-run") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_dry_run_refuses_a_missing_teacher_of_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "configs/nitro_e_512/4_distill.yaml")
+    assert train.main([recipe, "stage.teacher=runs/gone", "--dry-run"]) == 2
+    assert "stage.teacher: 'runs/gone' does not exist" in capsys.readouterr().err
+    assert train.main([recipe, "sampling.width=1000", "--dry-run"]) == 2
+    assert "sampling: 512x1000 px: both sides must be multiples of 32" in capsys.readouterr().err

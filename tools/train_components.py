@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from nitro_e import cli
+from nitro_e import cli, progress
 from nitro_e.config import ConfigError
 from nitro_e.files import save_object
 from nitro_e.shapes import fit
@@ -62,7 +61,7 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
         optimizer.load_state_dict(saved["optimizer"])
         done, seconds = saved["step"], saved["seconds"]
     started = saved_at = time.monotonic()
-    with tqdm(total=steps, initial=done, desc=component, mininterval=1) as bar:
+    with progress.bar(total=steps, initial=done, desc=component, mininterval=1) as bar:
         while done < steps:
             for group in optimizer.param_groups:
                 group["lr"] = task.lr * min(1, (done + 1) / 100, 2 * (1 - done / steps))

@@ -15,13 +15,13 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from nitro_e.config import Config, ConfigError, Ge, Gt
 from nitro_e.data.catalog import IMAGES
 from nitro_e.data.decode import decode_array, decode_image
 from nitro_e.data.index import BLOCK, shard_index
 from nitro_e.data.remote import local_path
+from nitro_e.progress import bar
 
 # TFLOP per sample at 512 px, counted with torch's FlopCounterMode.
 DC_AE_ENCODE, LLAMA_TRUNK, DINOV2_FORWARD, TRAIN_STEP = 1.295, 0.251, 0.046, 0.241
@@ -32,7 +32,7 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
     """Counts over all shards; sizes, captions and latents from the first `probe` samples of each shard."""
     members, sizes, kinds = Counter(), Counter(), Counter()
     words, sides, moments, samples = [], [], [], 0
-    for path in tqdm(shards, desc="stats", unit="shard"):
+    for path in bar(shards, desc="stats", unit="shard"):
         index = shard_index(path)
         samples += len(index.rows)
         for name in index.extensions:
