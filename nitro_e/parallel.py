@@ -176,20 +176,19 @@ class Attendance:
     def _look(self, rank: int) -> str | None:
         try:
             row = json.loads(self._file(rank).read_text())
-            who = f"process {rank} (pid {row['pid']} on {row['host']})"
+            who = f"process {rank} (pid {row['pid']} on {row['host']}, last seen at step {row['step']})"
             behind = time.time() - row["time"]
             state = _state_of(row["pid"]) if row["host"] == platform.node() else None
-            step = row["step"]
         except FileNotFoundError:
             return f"process {rank} has left, or has not begun to train"
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if state in ("Z", "X", "gone"):
-            return f"{who} has died, after step {step}: killed, or out of memory"
+            return f"{who} has died: killed, or out of memory"
         if state == "T":
-            return f"{who} is stopped, since about step {step}: continue it (kill -CONT) or end it"
+            return f"{who} is stopped: continue it (kill -CONT) or end it"
         if behind > self.LATE:
-            return f"{who} has not been heard of for {behind:.0f} s, since step {step}: it hangs, or its host is lost"
+            return f"{who} has not been heard of for {behind:.0f} s: it hangs, or its host is lost"
         return None
 
     def _file(self, rank: int) -> Path:
