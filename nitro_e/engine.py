@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from nitro_e.config import ConfigError, TrainingError
 from nitro_e.ema import FOLDER as SNAPSHOTS
 from nitro_e.ema import PostHocEMA, PostHocEMAConfig
 from nitro_e.interfaces import Phase, Stage
-from nitro_e.metrics import Metrics, Tracker
+from nitro_e.metrics import Metrics, Tracker, WandBConfig
 from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.optim import build_optimizers, set_learning_rate
 from nitro_e.parallel import SHARDING, load_module_state, load_optimizer_state, module_state, optimizer_state
@@ -87,7 +87,8 @@ class EngineConfig:
     max_skips: int = 5  # non-finite steps in a row before giving up
     log_every: int = 20
     sample_every: int = 1000  # steps between sample grids; 0: none
-    tracker: Tracker = "wandb"  # a mirror of metrics.jsonl; wandb is offline where there is no login
+    tracker: Tracker = "auto"  # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
+    wandb: WandBConfig = field(default_factory=WandBConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "save_every", "log_every", "max_failed_saves"):
@@ -158,6 +159,7 @@ class Engine:
                 self.run_folder,
                 start_step=self.step,
                 tracker=self.config.tracker,
+                wandb=self.config.wandb,
                 config=self.record,
                 enabled=self.main,
             )
