@@ -14,7 +14,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -35,7 +35,7 @@ from nitro_e.ema import PostHocEMA, PostHocEMAConfig
 from nitro_e.files import save_object
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.meters import Progress, Window, memory_gb, peak_teraflops
-from nitro_e.metrics import Metrics, Tracker
+from nitro_e.metrics import Metrics, Tracker, WandBConfig
 from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.optim import build_optimizers, set_learning_rate
 from nitro_e.parallel import SHARDING, Attendance, load_module_state, load_optimizer_state, module_state, optimizer_state
@@ -85,7 +85,8 @@ class EngineConfig(Config):
     max_skips: Annotated[int, Ge(0)] = 5  # non-finite steps in a row before giving up
     log_every: Annotated[int, Ge(1)] = 20
     sample_every: Annotated[int, Ge(0)] = 1000  # steps between sample grids; 0: none
-    tracker: Tracker = "wandb"  # a mirror of metrics.jsonl; wandb is offline where there is no login
+    tracker: Tracker = "auto"  # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
+    wandb: WandBConfig = field(default_factory=WandBConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +154,7 @@ class Engine:
                 self.run_folder,
                 start_step=self.step,
                 tracker=self.config.tracker,
+                wandb=self.config.wandb,
                 config=self.record,
                 enabled=self.main,
             )

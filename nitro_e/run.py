@@ -30,6 +30,7 @@ from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
+from nitro_e.metrics import caption
 from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.pipeline import TextToImage, Use, image_grid, latent_size
@@ -433,7 +434,8 @@ def sample_grid_hook(
         training = model.training
         pictures = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
         model.train(training)
-        return {"samples": image_grid(pictures, columns=min(8, len(pictures)))}
+        columns = min(8, len(pictures))
+        return {"samples": caption(image_grid(pictures, columns), prompts, columns, pictures[0].size)}
 
     return Hook(config.engine.sample_every, run)
 

@@ -76,7 +76,13 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
     assert run_train(recipe, run, "engine.sample_every=3") == 0  # the same command goes on
     assert "resuming" in capsys.readouterr().out
     assert [row["step"] for row in metrics.read(run)] == [1, 2, 3, 4, 5, 6]
-    assert (run / "samples" / "step-0000006-samples.png").is_file() and (run / "config.yaml").is_file()
+    sheet = Image.open(run / "samples" / "step-0000006-samples.png")
+    captions = {f"a plain {name} square" for name in COLOURS}
+    drawn = json.loads(sheet.text["prompts"])  # the recipe names none: captions of the first batch
+    assert len(drawn) == 4 and set(drawn) <= captions and sheet.width == 4 * 64 + 3 * 2
+    report = (run / "report.html").read_text()
+    assert all(report.count(f"<figcaption>{caption}</figcaption>") >= drawn.count(caption) for caption in captions)
+    assert (run / "config.yaml").is_file()
     assert run_train(recipe, run) == 0  # nothing left to do
 
     out = tmp_path / "out"

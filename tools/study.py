@@ -143,7 +143,7 @@ def train(plan: Study, name: str, seed: int, alone: bool) -> None:
         return
     command = [sys.executable, str(ROOT / "train.py"), variant.recipe, f"run={folder}", f"name={plan.name}-{name}",
                f"seed={seed}", f"init_from={plan.base}", *variant.set]  # fmt: skip
-    environment = os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
+    environment = {"WANDB_RUN_GROUP": plan.name} | os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
