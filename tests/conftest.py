@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_hub import TinyHub
 
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, released
@@ -23,6 +24,23 @@ torch.set_num_threads(1)
 def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub on this machine, and an empty cache."""
+    from huggingface_hub import constants
+
+    hub = TinyHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    yield hub
+    hub.close()
 
 
 @pytest.fixture(scope="session")

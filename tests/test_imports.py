@@ -19,7 +19,7 @@ ALLOWED = {
     "environment": set(),
     "metrics": {"config", "environment"},
     "charts": set(),
-    "model": {"config", "interfaces"},
+    "model": {"config", "interfaces", "files"},
     "codec": {"config", "interfaces"},
     "text": {"config", "interfaces"},
     "vision": {"config", "interfaces"},
@@ -89,7 +89,7 @@ OWNERS = {
     "timm": {"vision", "shapes"},
     "peft": {"stages"},
     "webdataset": {"data"},
-    "huggingface_hub": {"model", "files"},
+    "huggingface_hub": {"files"},
 }
 
 
