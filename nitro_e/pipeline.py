@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
+from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, pinned
 from nitro_e.config import ConfigError, from_dict, to_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig
@@ -25,11 +25,18 @@ from nitro_e.sampling import SamplingConfig, initial_noise, sample
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Use:
-    """What sampling needs besides the weights; the `use` entry of a model folder's config.json."""
+    """What sampling needs besides the weights; the `use` entry of a model folder's config.json.
+
+    Hub repositories are named with their commit, so that later pictures come from the same files.
+    """
 
     codec: ComponentConfig
     text: ComponentConfig
     sampling: SamplingConfig
+
+    def __post_init__(self) -> None:
+        for part in ("codec", "text"):
+            object.__setattr__(self, part, pinned(getattr(self, part)))
 
 
 class TextToImage:
@@ -48,11 +55,13 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         codec_path: str | None = None,
         text_path: str | None = None,
+        allow_download: Collection[str] = (),
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
         codec_path, text_path: local folders or hub ids of the codec and the text encoder, instead of those that the
-        weights were trained with.
+        weights were trained with. allow_download: hub repositories that the weights may have fetched, besides the
+        project's default ones.
         """
         if Path(source).is_file():
             raise ConfigError(
@@ -60,8 +69,15 @@ class TextToImage:
             )
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
-        codec = dataclasses.replace(use.codec, path=codec_path or use.codec.path)
-        text = dataclasses.replace(use.text, path=text_path or use.text.path)
+        codec, text = use.codec, use.text
+        if codec_path is not None:
+            codec = dataclasses.replace(codec, path=codec_path, revision=None)
+        else:
+            check_download("codec", codec, allow_download)
+        if text_path is not None:
+            text = dataclasses.replace(text, path=text_path, revision=None)
+        else:
+            check_download("text", text, allow_download)
         model = load_pretrained(folder).to(device, dtype)
         return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
 

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_hub import TinyHub
 
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, released
@@ -41,6 +42,23 @@ def disk_of():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub on this machine, and an empty cache."""
+    from huggingface_hub import constants
+
+    hub = TinyHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    yield hub
+    hub.close()
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ OWNERS = {
     "peft": {"stages"},
     "tqdm": {"progress"},
     "webdataset": {"data"},
-    "huggingface_hub": {"model", "files"},
+    "huggingface_hub": {"files"},
 }
 
 

@@ -28,6 +28,7 @@ from nitro_e.components import (
     build_codec,
     build_text_encoder,
     build_vision_encoder,
+    pinned,
 )
 from nitro_e.config import ConfigError
 from nitro_e.data import encode, jobs, pack, report, verify
@@ -164,7 +165,8 @@ def run_encode(args: argparse.Namespace) -> None:
             dtype = "float32" if name not in WEIGHTS else args.dtype
             component = ComponentConfig(name=name, path=path or None, dtype=dtype, length=length)
             built[kind] = builder(component, device)
-            names[{"codec": "latents", "vision": "features"}.get(kind, kind)] = config.to_dict(component)
+            column = {"codec": "latents", "vision": "features"}.get(kind, kind)
+            names[column] = config.to_dict(pinned(component))
     encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
     options = encode.EncodeConfig(
         resolution=args.resolution,

@@ -56,6 +56,7 @@ class Options(Config):
     device: str = "cpu"
     codec_path: str | None = None
     text_path: str | None = None
+    allow_download: tuple[str, ...] = ()  # hub repositories that the weights may have fetched
     rejudge: bool = False
 
 
@@ -138,8 +139,9 @@ def _evaluate_one(
     options: Options, out: Path,
 ) -> Iterable[Result]:  # fmt: skip
     pipeline = TextToImage.from_pretrained(
-        source, options.device, codec_path=options.codec_path, text_path=options.text_path
-    )
+        source, options.device, codec_path=options.codec_path, text_path=options.text_path,
+        allow_download=options.allow_download,
+    )  # fmt: skip
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.precision)
     settings_of = [
