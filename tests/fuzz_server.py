@@ -1,6 +1,6 @@
-"""Run many command lines of one program, each in a fork of this process, which has imported it.
+"""Run many command lines of one program, each in a fork of this process, which has imported it and its libraries.
 
-python fuzz_server.py PROGRAM.py SCRATCH < lines of JSON lists of arguments > lines of [code, stderr]
+python fuzz_server.py PROGRAM.py SCRATCH < lines of JSON lists of arguments > lines of [code, seconds, stderr]
 
 A line that takes longer than LIMIT seconds is killed; its code is null.
 """
@@ -52,15 +52,20 @@ def serve(program: Path, scratch: Path) -> None:
     sys.argv = [str(program)]
     output = scratch / f"{program.stem}.stderr"
     for line in sys.stdin:
-        process = os.fork()
+        started, process = time.monotonic(), os.fork()
         if process == 0:
             child(main, json.loads(line), output)
         code = wait(process)
-        print(json.dumps([code, output.read_text(errors="replace")]), flush=True)
+        print(json.dumps([code, round(time.monotonic() - started, 1), output.read_text(errors="replace")]), flush=True)
 
 
 if __name__ == "__main__":
     import torch
 
+    import nitro_e.evaluation.evaluate
+    import nitro_e.run  # noqa: F401
+    from nitro_e.pipeline import TextToImage
+
     torch.set_num_threads(1)
+    TextToImage.from_pretrained("shapes")  # what commands import only when they need it
     serve(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))

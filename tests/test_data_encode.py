@@ -165,6 +165,10 @@ def test_stored_text_and_features_are_read(tmp_path, images, text_format):
     assert torch.equal(data.null_text().tokens[0], text.encode([""]).tokens[0].half())
     assert data.encoders()["text"]["format"] == text_format and "weights" in data.encoders()["latents"]
     assert opened(use_text=False).null_text() is None
+    for damaged in (b"", b"PK\x03\x04 not a zip", (tmp_path / "null-text.npz").read_bytes()[:-30]):
+        (tmp_path / "null-text.npz").write_bytes(damaged)
+        with pytest.raises(ConfigError, match="null-text.npz is damaged"):
+            data.null_text()
     if text_format == "padded":
         with pytest.raises(ConfigError, match=f"stored text has {text.length} tokens, the text encoder 99"):
             opened(text_length=99)

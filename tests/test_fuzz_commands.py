@@ -409,7 +409,7 @@ def test_hundreds_of_command_lines(folder):
         )  # fmt: skip
         ended = [json.loads(answer) for answer in server.stdout.splitlines()]
         assert len(ended) == len(lines), f"{program}: the server ended early"
-        for index, ((line, right), (code, stderr)) in enumerate(zip(lines, ended)):
+        for index, ((line, right), (code, seconds, stderr)) in enumerate(zip(lines, ended)):
             found = fault(code, stderr, right, program, line)
             if found is None and index % 20 == 0:
                 fresh += 1
@@ -418,6 +418,7 @@ def test_hundreds_of_command_lines(folder):
                     command, capture_output=True, text=True, errors="replace", env=environment(), cwd=folder, timeout=180
                 )
                 found = fault(again.returncode, again.stderr, right, program, line)
+            print(f"{program} {line[:100]!r}: {code} after {seconds} s")
             if found is not None:
                 faults.append(f"{program} {line}: {found}")
         count += len(lines)

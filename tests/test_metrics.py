@@ -124,6 +124,15 @@ def test_superseded_lines_and_a_truncated_last_line(tmp_path):
     )  # appended, never rewritten
 
 
+def test_damaged_lines_are_left_out_with_a_warning_each(tmp_path, caplog):
+    train(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    damaged = ['{"step": "3"}', '{"step": 3, "attempt": "x"}', "[3]", "[" * 100_000, "\x00"]
+    path.write_text(path.read_text() + "".join(line + "\n" for line in damaged))
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert caplog.text.count("one unreadable line skipped") == len(damaged)
+
+
 @pytest.mark.parametrize("tracker", ["auto", "none", "wandb", "wandb:offline", "tensorboard"])
 def test_the_record_is_the_same_whatever_the_tracker(tmp_path, fake, tracker):
     fake()

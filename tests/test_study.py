@@ -69,7 +69,7 @@ def test_a_failing_variant_is_named(plan, capsys):
         ({"variants": {"a": {"set": ["x=1"]}}}, "recipe"),
         (
             {"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": ["stage.groups=0"]}}},
-            "variants.a: stage: groups",
+            "variants.a: stage.groups",
         ),
         ({"variants": {"a": {"recipe": "nowhere.yaml"}}}, "variants.a: config file 'nowhere.yaml'"),
         ({"settings": []}, "settings is empty"),
