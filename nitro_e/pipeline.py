@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, pinned
-from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
-from nitro_e.sampling import SamplingConfig, initial_noise, sample
+from nitro_e.sampling import SamplingConfig, initial_noise, sample, with_overrides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,15 +125,7 @@ class TextToImage:
 
     def settings(self, **overrides: Any) -> SamplingConfig:
         """The defaults with some fields replaced; unknown or wrong ones raise ConfigError."""
-        given = {name: value for name, value in overrides.items() if value is not None}
-        settings = from_dict(SamplingConfig, {**to_dict(self.defaults), **given}, "sampling")
-        trained = self.defaults.sampler
-        if self.defaults.sigmas and settings.sampler != trained and not settings.force:
-            raise ConfigError(
-                f"these weights were distilled for sampler '{trained}', not '{settings.sampler}'; leave it out, "
-                "or insist with --force (force: true)"
-            )
-        return settings
+        return with_overrides(self.defaults, overrides)
 
     def _batch(
         self,

@@ -113,10 +113,7 @@ def evaluate(
     benchmark = dataclasses.replace(
         benchmark, prompts=dataclasses.replace(benchmark.prompts, seed=options.seed)
     )
-    prompts = load_prompts(benchmark.prompts)
-    scorer = build_rewards(benchmark.rewards, options.device)
-    scorer.check([prompt.info for prompt in prompts])
-    scorer.load()
+    prompts, scorer = prepare(benchmark, options.device)
     found = [
         list(_evaluate_one(benchmark, prompts, scorer, source, grid, options, out)) for source in sources
     ]
@@ -132,6 +129,15 @@ def evaluate(
     write(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
     write(out / "report.html", report(evaluation))
     return evaluation
+
+
+def prepare(benchmark: Benchmark, device: str) -> tuple[list[Prompt], Scorer]:
+    """The prompts and what judges them, its weights loaded; ConfigError for what is missing or does not fit."""
+    prompts = load_prompts(benchmark.prompts)
+    scorer = build_rewards(benchmark.rewards, device)
+    scorer.check([prompt.info for prompt in prompts])
+    scorer.load()
+    return prompts, scorer
 
 
 def _evaluate_one(
