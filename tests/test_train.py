@@ -257,7 +257,7 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
     assert run_train(recipe, second, f"init_from={first}@ema", "engine.steps=2") == 0
     (tmp_path / "gone").rename(first)
     assert run_train(recipe, tmp_path / "third", f"init_from={first}", "model.heads=4") == 2
-    assert "another architecture: heads 2 there, 4 here" in capsys.readouterr().err
+    assert "another architecture (model.heads was 2, is 4)" in capsys.readouterr().err
 
 
 def break_captions(folder: Path) -> None:
@@ -436,7 +436,7 @@ def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, mo
     "overrides, words",
     [
         (["init_from=runs/nothing"], "init_from: 'runs/nothing' does not exist"),
-        (["init_from=shapes"], "'shapes', to start from, is another architecture: latent_channels 8 there, 24 here"),
+        (["init_from=shapes"], "'shapes' is of another architecture (model.latent_channels was 8, is 24"),
         (["data.shards=[nowhere/*.tar]"], "missing shards: nowhere/*.tar"),
         (["data={sources: {a: {shards: [a.tar]}, b: {shards: [b.tar]}}, resolution: 64}"], "a.tar; check the path or the range; data.sources.b.shards: missing shards: b.tar"),
         (["components.codec={name: dc-ae-f32c32, path: ./gone}"], "components.codec.path: folder './gone' does not"),
