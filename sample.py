@@ -50,6 +50,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
     parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
+    parser.add_argument(
+        "--allow-download", action="append", default=[], metavar="REPO", help="a hub repository that the weights name"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument(
         "--compile", action="store_true", help="slower start, faster steps: for many pictures"
@@ -69,7 +72,7 @@ def draw(options: argparse.Namespace) -> None:
     device = options.device or default_device(torch)
     dtype, components = (
         getattr(torch, options.dtype),
-        {"codec_path": options.codec, "text_path": options.text},
+        {"codec_path": options.codec, "text_path": options.text, "allow_download": options.allow_download},
     )
     pipeline = TextToImage.from_pretrained(options.source, device, dtype, **components)
     if options.compile:

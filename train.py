@@ -35,7 +35,7 @@ def train(options: argparse.Namespace) -> None:
 
     config = load(RunConfig, options.config, options.overrides)
     if options.dry_run:
-        print(summary(config))
+        print(summary(config, options.overrides))
         return
     first = os.environ.get("RANK", "0") == "0"
     with checkpoint.lock(config.folder) if first else contextlib.nullcontext():

@@ -5,17 +5,19 @@
         model/   config.json  model.safetensors      EMMDiT.from_pretrained(...), TextToImage.from_pretrained(...)
         ema/     the same, when the run keeps an average
         trainer/ what a resume needs: module and optimiser of every phase, EMA counters
-        meta.json                                     written last: step, experiment, size and sha256 of every file
+        meta.json                                     written last: step, experiment, size and sha256 of every file, its own sha256
 
 A checkpoint is written to `step-N.tmp`, synced, renamed when complete, and only then are old ones pruned: a kill, a
 full disk or a power cut at any time leaves the previous one. A resume takes the newest whose hashes are right; one
-that is damaged is renamed to `bad-step-N` and named in a warning.
+that is damaged, or has lost its meta.json, is renamed to `bad-step-N` and named in a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nitro_e.config import ConfigError, TrainingError, did_you_mean
+from nitro_e.config import ConfigError, TrainingError, did_you_mean, parse_json, read_text
 from nitro_e.files import sha256_of
 from nitro_e.shapes.pretrained import PRETRAINED
 
@@ -49,9 +51,9 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
         temporary.mkdir(parents=True)
         write(temporary)
         files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
-        (temporary / "meta.json").write_text(
-            json.dumps({"step": step, **meta, "files": files}, indent=1) + "\n"
-        )
+        record = {"step": step, **meta, "files": files}
+        record["sha256"] = _digest(record)
+        (temporary / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if final.exists():  # only after a resume from an older step
@@ -96,7 +98,8 @@ def latest(run: Path) -> Path | None:
 
 def latest_valid(run: Path) -> Path | None:
     """The newest checkpoint whose files are what was written; damaged ones are renamed, with a warning."""
-    for folder in reversed(complete(run)):
+    folders = [path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name)]
+    for folder in sorted(folders, key=step_of, reverse=True):
         problem = damage(folder)
         if problem is None:
             return folder
@@ -123,8 +126,8 @@ def damage(folder: Path) -> str | None:
     """What differs from `meta.json`, or None."""
     try:
         files = read_meta(folder)["files"]
-    except (ValueError, KeyError):
-        return "meta.json is unreadable"
+    except (OSError, ValueError) as error:
+        return f"meta.json: {error}"
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
@@ -137,30 +140,85 @@ def damage(folder: Path) -> str | None:
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "meta.json").read_text())
+    """What `save` wrote. Raises ValueError if it is not that, OSError if it cannot be read."""
+    meta = parse_json(read_text(checkpoint / "meta.json"), "it")
+    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
+        raise ValueError("is not the record of a checkpoint")
+    written = meta.pop("sha256", None)  # absent in checkpoints of earlier versions
+    if written is not None and written != _digest(meta):
+        raise ValueError("has the wrong sha256")
+    if meta.get("step") != step_of(checkpoint):
+        raise ValueError(f"is of step {meta.get('step')!r}")
+    return meta
 
 
 def write_status(run: Path, state: str, step: int, **details: Any) -> None:
-    """`STATUS.json`, replaced atomically: running, preempted, done or failed. Job scripts decide by it."""
-    temporary = run / "STATUS.json.tmp"
-    temporary.write_text(
-        json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n"
-    )
-    temporary.rename(run / "STATUS.json")
+    """`STATUS.json`, replaced atomically: running, preempted, done, crashed or failed. Job scripts decide by it."""
+    path, temporary = run / "STATUS.json", run / "STATUS.json.tmp"
+    text = json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n"
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError:  # a full disk still lets what is there be written over
+        temporary.unlink(missing_ok=True)
+        with path.open("r+") as file:
+            file.write(text.rstrip("\n").ljust(path.stat().st_size - 1) + "\n")
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """What `STATUS.json` says; empty if there is none or it cannot be read."""
+    try:
+        status = parse_json(read_text(run / "STATUS.json"), "STATUS.json")
+    except (OSError, ConfigError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Only one job may train in a run directory; the kernel frees the lock however the job ends."""
+    """Only one job may train in a run directory; the kernel frees the lock however the job ends.
+
+    It is a record lock (POSIX), which belongs to this process alone: data workers, which outlive a killed job by some
+    seconds, do not inherit it. A directory that holds nothing else afterwards, of a refused config, is removed again.
+    """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = _is_at(file.fileno(), run / ".lock")  # not removed by another job just now
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            alone = False
+        if not alone:
             raise ConfigError(
                 f"another job is training in {run}; wait for it, stop it, or choose another run=..."
-            ) from None
-        yield
+            )
+        try:
+            yield
+        finally:
+            if os.path.isdir(run) and os.listdir(run) == [".lock"]:
+                (run / ".lock").unlink()
+                run.rmdir()
+
+
+class Presence:
+    """Tells whether a run directory is still the one that it was when this was made, also if it was made anew."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._handle = os.open(run, os.O_RDONLY)  # held open: its number cannot be given to another
+
+    def check(self) -> None:
+        """Raise TrainingError if the directory was deleted, moved or replaced."""
+        if not _is_at(self._handle, self.run):
+            raise TrainingError(
+                f"{self.run} was deleted, moved or replaced while this job trained in it; nothing more is written there. "
+                "Put it back and run the same command again, or begin anew"
+            )
+
+    def close(self) -> None:
+        os.close(self._handle)
 
 
 def model_folder(source: str | Path) -> Path:
@@ -189,6 +247,19 @@ def model_folder(source: str | Path) -> Path:
     if which not in options:
         raise ConfigError(f"{checkpoint} has no '{which}' weights; it has: {', '.join(options)}")
     return checkpoint / which
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """sha256 of plain data, however it is laid out in a file."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file or directory is the one that the path names now."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

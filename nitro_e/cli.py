@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from nitro_e.config import ConfigError, TrainingError, check_characters
+from nitro_e.progress import quiet_libraries
 
 Number = TypeVar("Number", int, float)
 
@@ -20,6 +21,7 @@ def run(command: Callable[[], None]) -> int:
 
     Whatever else comes out of it is a bug, and shows its traceback.
     """
+    quiet_libraries()
     try:
         command()
     except ConfigError as error:

@@ -81,31 +81,29 @@ def _resize(images: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
     return F.interpolate(images, tuple(size), mode="bicubic", align_corners=False, antialias=antialias)
 
 
-def load_clip(
-    source: str, dtype: torch.dtype, tokenizer: str | None = None, revision: str | None = None
-) -> CLIP:
-    """From a hub id or folder of transformers' format; the tokenizer may come from elsewhere."""
+def load_clip(folder: str, dtype: torch.dtype, tokenizer: Any = None) -> CLIP:
+    """From a folder of transformers' format; the tokenizer may come from elsewhere."""
     from transformers import CLIPModel
 
     model, report = CLIPModel.from_pretrained(
-        source, revision=revision, use_safetensors=True, output_loading_info=True
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     if report["missing_keys"]:
         raise ValueError(f"it is no CLIP: {len(report['missing_keys'])} weights are missing")
-    return CLIP(model.to(dtype), load_tokenizer(tokenizer or source, None if tokenizer else revision))
+    return CLIP(model.to(dtype), tokenizer or load_tokenizer(folder))
 
 
-def load_tokenizer(source: str, revision: str | None = None) -> Any:
+def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def from_open_clip(state: Mapping[str, Tensor], base: str, dtype: torch.dtype) -> CLIP:
-    """Weights of open_clip (ViT towers); `base`: hub id or folder of the config and tokenizer."""
+    """Weights of open_clip (ViT towers); `base`: folder of the config and tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
-    model = CLIPModel(CLIPConfig.from_pretrained(base))
+    model = CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True))
     model.load_state_dict(rename_open_clip(state))
     return CLIP(model.to(dtype), load_tokenizer(base))
 

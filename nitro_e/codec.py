@@ -20,6 +20,11 @@ from torch import Tensor
 from nitro_e.config import ConfigError
 
 DC_AE_REPOSITORY = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
+DC_AE_FILES = (
+    "config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json?",
+)
 DCT_SIZES = {"dct-f8c24": (8, 12, 6), "dct-f16c64": (16, 40, 12)}  # stride, luma, channels of each chroma
 
 # RGB to luma, blue and red difference (ITU-R BT.601); no JPEG offsets, because pixels are -1..1.
@@ -71,12 +76,12 @@ class AutoencoderDCCodec:
         return x.to(self.autoencoder.device, self.autoencoder.dtype)
 
 
-def load_autoencoder_dc(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
-    """An AutoencoderDC on the CPU from a hub id or a folder; safetensors only, all weights must be there."""
+def load_autoencoder_dc(folder: str, dtype: torch.dtype) -> Any:
+    """An AutoencoderDC on the CPU from a folder; safetensors only, all weights must be there."""
     from diffusers import AutoencoderDC
 
     autoencoder, report = AutoencoderDC.from_pretrained(
-        source, revision=revision, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        folder, local_files_only=True, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     if report["missing_keys"]:
         raise ConfigError(f"it is no AutoencoderDC: {len(report['missing_keys'])} weights are missing")

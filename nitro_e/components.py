@@ -7,8 +7,8 @@ or a local folder in `path`. `dct-*` and `hash` need neither files nor network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -54,6 +54,30 @@ def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "
     return _builder("vision", config, VISION_ENCODERS)(config, device)
 
 
+def pinned(config: ComponentConfig) -> ComponentConfig:
+    """The same with the commit of its hub repository as revision, as far as it is known: what to record."""
+    source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
+    if Path(source).is_dir() or not files.is_hub_id(source):
+        return config
+    return replace(config, revision=files.commit_of(source, config.revision))
+
+
+def check_download(kind: str, config: ComponentConfig, allowed: Collection[str]) -> None:
+    """ConfigError if weights would have a hub repository fetched that is neither the project's nor allowed.
+
+    The weights may be a stranger's. What is in the local cache already is not fetched."""
+    source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
+    if Path(source).expanduser().is_dir() or not files.is_hub_id(source) or source in allowed:
+        return
+    ours = source in files.REVISIONS and config.revision in (None, files.REVISIONS[source])
+    if not ours and files.cached_folder(source, config.revision) is None:
+        revision = f" at revision '{config.revision}'" if config.revision else ""
+        raise ConfigError(
+            f"use.{kind}: these weights ask for the hub repository '{source}'{revision}, which is none of the project's "
+            f"defaults; if you trust it, allow it: --allow-download {source} (in Python: allow_download=['{source}'])"
+        )
+
+
 def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
     """(channels, stride) without loading anything; None when only the files in `path` can tell."""
     _builder("codec", config, CODECS)
@@ -79,20 +103,39 @@ def vision_width(config: ComponentConfig) -> int | None:
     return WEIGHTS[config.name].shape[0] if config.path is None else None
 
 
+def weights_source(kind: Literal["codec", "text", "vision"], config: ComponentConfig) -> str | None:
+    """The folder or the hub id of the weights, for people; None where there are none.
+
+    Nothing is loaded; ConfigError for an unknown name or a folder that does not exist.
+    """
+    _builder(kind, config, TABLES[kind])
+    if config.name not in WEIGHTS:
+        return None
+    default = WEIGHTS[config.name].source
+    if config.path is None and Path(default).is_dir():
+        return "the package"
+    source = files.resolve(
+        f"{kind} '{config.name}'", f"components.{kind}.path", config.path or default, config.revision
+    )
+    return source if Path(source).is_dir() else f"hub repository {source}"
+
+
 class Weights(NamedTuple):
-    """Where a component's weights are if the config names no path, and what is known of them unread."""
+    """Where a component's weights are if the config names no path, their files, and what is known of them unread."""
 
     source: str  # hub id or folder
+    files: tuple[str, ...]  # of a hub repository, as `files.fetch` takes them
     shape: tuple[int, ...]  # codec: channels, stride; text: width, length; vision: width
 
 
+LLAMA_FILES = (*files.TRANSFORMER, *files.TOKENIZER)
 WEIGHTS = {
-    "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, (32, 32)),
-    "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, (2048, text.LLAMA_LENGTH)),
-    "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, (768,)),
-    "shapes-dc-ae": Weights(str(PRETRAINED / "codec"), (8, 8)),
-    "shapes-llama": Weights(str(PRETRAINED / "text"), (128, 16)),
-    "shapes-vit": Weights(str(PRETRAINED / "vision"), (128,)),
+    "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, codec.DC_AE_FILES, (32, 32)),
+    "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, LLAMA_FILES, (2048, text.LLAMA_LENGTH)),
+    "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "shapes-dc-ae": Weights(str(PRETRAINED / "codec"), codec.DC_AE_FILES, (8, 8)),
+    "shapes-llama": Weights(str(PRETRAINED / "text"), LLAMA_FILES, (128, 16)),
+    "shapes-vit": Weights(str(PRETRAINED / "vision"), files.TRANSFORMER, (128,)),
 }
 
 
@@ -129,6 +172,7 @@ CODECS: dict[str, Builder] = {
 }
 TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
 VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2, "shapes-vit": _dinov2}
+TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 
 
 def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -> Builder:
@@ -153,7 +197,7 @@ def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any
     default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
     return files.load(
         f"{kind} '{config.name}'", key, config.path or default,
-        lambda source: loader(source, getattr(torch, config.dtype), config.revision), config.revision,
+        lambda folder: loader(folder, getattr(torch, config.dtype)), WEIGHTS[config.name].files, config.revision,
         repository=None if Path(default).is_dir() else default,
         give=f"give the folder: {key}=FOLDER in training, --{kind} FOLDER to sample.py"
         " (gated repositories need `hf auth login` first)",

@@ -305,6 +305,17 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=110)
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: `a.b.c` -> value; lists are values."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
 def _expand_preset(cls: type, data: dict, path: str) -> dict:
     presets = getattr(cls, "PRESETS", None)
     if presets is None or "preset" not in data:

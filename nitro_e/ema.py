@@ -21,10 +21,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge
+from nitro_e.files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class PostHocEMA:
             path = self.folder / f"step-{self.step:07d}-{sigma_rel:.3f}.safetensors"
             try:
                 _write(state, path, {"step": str(self.step), "sigma_rel": repr(sigma_rel)})
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 self.failed += 1
                 log.error(
                     "snapshot %s could not be written (%s); training goes on, synthesis will be coarser",
@@ -256,7 +256,7 @@ def _write(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(state, temporary, metadata=metadata)
+        save_tensors(state, temporary, metadata)
         handle = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -12,13 +12,11 @@ import copy
 import logging
 import math
 import os
-import resource
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,21 +27,25 @@ from accelerate.utils import set_seed
 from ema_pytorch import EMA
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nitro_e import checkpoint
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, TrainingError
 from nitro_e.ema import FOLDER as SNAPSHOTS
 from nitro_e.ema import PostHocEMA, PostHocEMAConfig
+from nitro_e.files import save_object
 from nitro_e.interfaces import Phase, Stage
-from nitro_e.metrics import Metrics, Tracker
+from nitro_e.meters import Progress, Window, memory_gb, peak_teraflops
+from nitro_e.metrics import Metrics, Tracker, WandBConfig
 from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.optim import build_optimizers, set_learning_rate
-from nitro_e.parallel import SHARDING, load_module_state, load_optimizer_state, module_state, optimizer_state
+from nitro_e.parallel import SHARDING, Attendance, load_module_state, load_optimizer_state, module_state, optimizer_state
 from nitro_e.randomness import SlotRandom
 from nitro_e.report import write_report
 
 log = logging.getLogger(__name__)
+
+# They ask for a checkpoint and a clean end; torchrun forwards them all (docs/training.md).
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass
@@ -83,7 +85,8 @@ class EngineConfig(Config):
     max_skips: Annotated[int, Ge(0)] = 5  # non-finite steps in a row before giving up
     log_every: Annotated[int, Ge(1)] = 20
     sample_every: Annotated[int, Ge(0)] = 1000  # steps between sample grids; 0: none
-    tracker: Tracker = "wandb"  # a mirror of metrics.jsonl; wandb is offline where there is no login
+    tracker: Tracker = "auto"  # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
+    wandb: WandBConfig = field(default_factory=WandBConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +125,10 @@ class Engine:
         self.run_folder, self.seed, self.use, self.record, self.hooks = run, seed, use, record, hooks
         self.main = accelerator.is_main_process
         self.step = self.skipped = self.skipped_in_row = self.failed_saves = 0
-        self.stop_requested = False
+        self.saved_step: int | None = None
+        self.changed: dict[str, Any] = {}  # keys of the config since the last attempt: [before, now]
+        self.stop_requested = self.save_due = self.hooks_due = False
+        self.attendance = Attendance(run, accelerator.process_index, accelerator.num_processes)
         self.period = getattr(stage, "period", 1)
         set_seed(seed)  # for anything that draws from global state, dropout for one
         self.parallel = SHARDING[config.sharding](accelerator)
@@ -141,80 +147,110 @@ class Engine:
 
     def run(self) -> bool:
         """Train to the last step. False if a signal stopped it earlier (a checkpoint is written either way)."""
-        if self.step >= self.config.steps:
+        if self.step >= self.config.steps and not self.hooks_due:
             return True
         with self._signals():
             self.metrics = Metrics(
                 self.run_folder,
                 start_step=self.step,
                 tracker=self.config.tracker,
+                wandb=self.config.wandb,
                 config=self.record,
                 enabled=self.main,
             )
             if self.main and (notes := getattr(self.stage, "notes", dict)()):
                 self.metrics.event(self.step, "notes", **notes)
-            self._status("running")
+            if self.main and self.changed:
+                self.metrics.event(self.step, "config", changed=self.changed)
             try:
-                self._loop()
-                finished = self.step >= self.config.steps
-                self._status("done" if finished else "preempted")
-            except (ConfigError, TrainingError) as error:  # what comes again if the same is tried again
-                self._status("failed", reason=str(error))
-                raise
+                with self._outcome():
+                    self._loop()
             finally:
                 self.metrics.close()
+                self.attendance.leave()
                 self._write_report()
-            return finished
+            return self.step >= self.config.steps
+
+    @contextlib.contextmanager
+    def _outcome(self) -> Iterator[None]:
+        """Keep `STATUS.json` true, whatever ends the training."""
+        self.presence = checkpoint.Presence(self.run_folder)
+        self._status("running")
+        try:
+            yield
+        except (ConfigError, TrainingError) as error:  # what comes again if the same is tried again
+            self._status("failed", everywhere=True, reason=str(error))
+            raise
+        except KeyboardInterrupt:
+            self._status("preempted")
+            raise
+        except Exception as error:
+            lost = self.attendance.missing(error)
+            self._status("crashed", everywhere=True, reason=lost or f"{type(error).__name__}: {error}")
+            if lost is None:
+                raise
+            last = checkpoint.latest(self.run_folder)
+            raise TrainingError(
+                f"{lost}. Run the same command again: it continues from {last or 'the start'}"
+            ) from error
+        finally:
+            self.presence.close()
+        self._status("done" if self.step >= self.config.steps else "preempted")
 
     def _loop(self) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         stream = self.stage.batches(self.step, rank, world, self.config.accumulate)
-        interval = 1 if sys.stderr.isatty() else 30
-        bar = tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            desc=self.stage.name,
-            disable=not self.main,
-            mininterval=interval,
-        )
+        progress = Progress(self.stage.name, self.step, self.config.steps, shown=self.main)
         self._first_step = self.step
-        for hook in self.hooks:
-            if hook.every and hook.first and self.step == 0:
-                self._show(hook)
         self._window = Window(self.step)
-        while self.step < self.config.steps and (self.step % self.period or not self._must_stop()):
-            with self._window.waiting():
-                batches = list(islice(stream, self.config.accumulate))
-            done = [self.update(index, batches) for index in range(len(self.stage.phases))]
-            if all(done):
-                self.skipped_in_row = 0
-                if self.ema is not None:
-                    self.ema.update()
-                if self.posthoc is not None:
-                    self.posthoc.update(self.step + 1)
-            else:
-                self._count_skip(batches)
-            self.step += 1
-            bar.update()
+        with contextlib.closing(stream), contextlib.closing(progress):  # the first ends the data workers
+            if self.hooks_due or self.step == 0:
+                self._show(self._due())
+            while self.step < self.config.steps and not self._may_stop():
+                self._train_step(stream)
+                self.step += 1
+                self.attendance.sign(self.step)
+                progress.advance()
 
-            last = self.step == self.config.steps
-            if self.step % self.config.log_every == 0 or last:
-                self._report(bar)
-            with self._window.paused():
-                for hook in self.hooks:
-                    if hook.every and (self.step % hook.every == 0 or last):
-                        self._show(hook)
-                save_every = (
-                    self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
-                )
-                if self.step % save_every == 0 and self.step % self.period == 0:
-                    self.save()
-        while checkpoint.latest(self.run_folder) != checkpoint.folder_of(self.run_folder, self.step):
-            self.save()  # until it is there, or has failed too often
-        if self.posthoc is not None and self.posthoc.step % self.posthoc.every:
-            self.posthoc.snapshot()
-        stream.close()  # ends the data workers
-        bar.close()
+                last = self.step == self.config.steps
+                if self.step % self.config.log_every == 0 or last:
+                    progress.report(self.step, self._report())
+                with self._window.paused():
+                    due = self._due()
+                    self.hooks_due = bool(due)
+                    if self._must_save():
+                        self.save()
+                    self._show(due)
+            while self.saved_step != self.step:
+                self._refuse_streak()
+                self.save()  # until it is there, or has failed too often
+            if self.posthoc is not None and self.posthoc.step % self.posthoc.every:
+                self.posthoc.snapshot()
+
+    def _train_step(self, stream: Iterator[Any]) -> None:
+        """One optimiser step of every phase, and of the averages if none was skipped."""
+        with self._window.waiting():
+            batches = list(islice(stream, self.config.accumulate))
+        done = [self.update(index, batches) for index in range(len(self.stage.phases))]
+        if not all(done):
+            self._count_skip(batches)
+            return
+        self.skipped_in_row = 0
+        if self.ema is not None:
+            self.ema.update()
+        if self.posthoc is not None:
+            self.posthoc.update(self.step + 1)
+
+    def _may_stop(self) -> bool:
+        """Whether somebody asked for the end, at a step that can be saved. All processes agree."""
+        return not (self.step % self.period or self.skipped_in_row) and self._any(self.stop_requested)
+
+    def _must_save(self) -> bool:
+        """At every `save_every` steps and the last; what falls into a streak of skipped steps waits for its end."""
+        every = self.config.save_every if not self.failed_saves else max(self.config.save_every // 2, 1)
+        if self.step % every == 0 or self.step == self.config.steps:
+            self.save_due = True
+        return self.save_due and not self.step % self.period and not self.skipped_in_row
 
     def update(self, index: int, batches: list[Any]) -> bool:
         """One optimiser step of one phase over the micro-batches of this process; False if it had to be skipped."""
@@ -285,14 +321,27 @@ class Engine:
             raise TrainingError(
                 f"{self.skipped_in_row} steps in a row had a non-finite gradient, the last is step {self.step}; lower the "
                 f"learning rate or look at these samples: {', '.join(keys[:8])}. "
-                f"The last checkpoint is {checkpoint.latest(self.run_folder)}"
+                f"The last checkpoint is {checkpoint.latest(self.run_folder)}; if it fails at once from there, delete that "
+                "one to continue from the one before"
+            )
+
+    def _refuse_streak(self) -> None:
+        """A run does not end with skipped steps: nobody knows whether its weights are any good."""
+        if self.skipped_in_row:
+            raise TrainingError(
+                f"the last {self.skipped_in_row} of {self.config.steps} steps had a non-finite gradient and were skipped; "
+                f"the last checkpoint is {checkpoint.latest(self.run_folder)}. Look at the loss before it, lower the learning "
+                "rate, or set engine.steps so that it ends elsewhere"
             )
 
     # ---- telling
 
-    def _report(self, bar: tqdm) -> None:
+    def _report(self) -> dict[str, float]:
         """Average over processes and steps since the last report; the only place where metrics leave the device."""
-        values = self._window.averages(self.accelerator)
+        if self.main:
+            self.presence.check()
+        total = partial(self.accelerator.reduce, reduction="sum")
+        values = self._window.averages(self.accelerator.device, total)
         samples = self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
         per_second = samples * self._window.steps(self.step) / self._window.seconds
         teraflops = per_second * 3 * self.stage.forward_flops / 1e12  # backward costs two forwards
@@ -303,7 +352,7 @@ class Engine:
             "eta_seconds": (self.config.steps - self.step)
             * self._window.seconds
             / self._window.steps(self.step),
-            "memory_gb": _memory_gb(self.accelerator.device),
+            "memory_gb": memory_gb(self.accelerator.device),
             "skipped": self.skipped,
             "failed_saves": self.failed_saves,
             "bad_samples": self._sum(self.stage.bad_samples),
@@ -314,21 +363,42 @@ class Engine:
         if peak is not None:
             values["mfu"] = teraflops / (peak * self.accelerator.num_processes)
         self.metrics.write(self.step, {name: float(f"{value:.9g}") for name, value in values.items()})
-        bar.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}", "samples/s": f"{per_second:.0f}"})
         self._window = Window(self.step)
+        return values
 
-    def _show(self, hook: Hook) -> None:
-        model = self.published_model()
-        if self.main or hook.everywhere:
-            made = hook.run(model)  # metrics are written by the main process only
-            self.metrics.write(self.step, {k: v for k, v in made.items() if not isinstance(v, Image.Image)})
-            for name, image in made.items():
-                if isinstance(image, Image.Image):
-                    self.metrics.write_image(self.step, name, image)
+    def _due(self) -> list[Hook]:
+        """The hooks of this step; before the first step those that ask for it."""
+        used = [hook for hook in self.hooks if hook.every]
+        if self.step == 0:
+            return [hook for hook in used if hook.first]
+        return [hook for hook in used if self.step % hook.every == 0 or self.step == self.config.steps]
 
-    def _status(self, state: str, **details: Any) -> None:
-        if self.main:
+    def _show(self, due: Sequence[Hook]) -> None:
+        for hook in due:
+            model = self.published_model()
+            if self.main or hook.everywhere:
+                made = hook.run(model)  # metrics are written by the main process only
+                self.metrics.write(self.step, {k: v for k, v in made.items() if not isinstance(v, Image.Image)})
+                for name, image in made.items():
+                    if isinstance(image, Image.Image):
+                        self.metrics.write_image(self.step, name, image)
+        if due:
+            self.hooks_due = False
+            self._status("running")
+
+    def _status(self, state: str, everywhere: bool = False, **details: Any) -> None:
+        """Write `STATUS.json`; everywhere: from whichever process is the first to know, as the main one may be gone."""
+        if everywhere:
+            if checkpoint.read_status(self.run_folder).get("state") != "running":
+                return
+        elif not self.main:
+            return
+        if self.hooks_due:
+            details["hooks_due"] = True  # they come first when the run continues
+        try:
             checkpoint.write_status(self.run_folder, state, self.step, **details)
+        except OSError as error:
+            log.error("STATUS.json could not be written (%s); it should say: %s", error, state)
 
     def _write_report(self) -> None:
         if self.main:
@@ -341,7 +411,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and a clean end; a second Ctrl-C ends at once."""
+        """The signals of STOP ask for a checkpoint and a clean end, unless ignored (nohup); a second Ctrl-C ends at once."""
 
         def request(number: int, _frame: object) -> None:
             if self.stop_requested and number == signal.SIGINT:
@@ -351,7 +421,8 @@ class Engine:
         try:
             previous = {
                 number: signal.signal(number, request)
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+                for number in STOP
+                if signal.getsignal(number) is not signal.SIG_IGN
             }
         except ValueError:  # not in the main thread, where signals cannot be caught
             previous = {}
@@ -360,10 +431,6 @@ class Engine:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def _must_stop(self) -> bool:
-        """All processes stop at the same step, whichever of them was asked."""
-        return self._any(self.stop_requested)
 
     def _any(self, flag: bool) -> bool:
         """Whether any process says yes; every process must call it."""
@@ -412,8 +479,10 @@ class Engine:
     def save(self) -> None:
         """Write a checkpoint. A failure (a full disk) is counted and retried; training goes on from memory."""
         models, state = self._models(), self._state()  # every process takes part in gathering
-        failure = ""
+        self._refuse_non_finite(state)
+        failure, self.save_due = "", False
         if self.main:
+            self.presence.check()
             try:
                 checkpoint.save(
                     self.run_folder,
@@ -431,13 +500,28 @@ class Engine:
                 )
                 self.metrics.event(self.step, "warning", message=f"checkpoint could not be saved: {error}")
         if not self._any(bool(failure)):
-            self.failed_saves = 0
+            self.failed_saves, self.saved_step = 0, self.step
+            self._status("running")
             return
         self.failed_saves += 1
         if self.failed_saves >= self.config.max_failed_saves:
             raise TrainingError(
                 f"{self.failed_saves} checkpoints in a row could not be saved ({failure or 'see process 0'}); free space and "
                 f"run the same command again: it continues from {checkpoint.latest(self.run_folder)}"
+            )
+
+    def _refuse_non_finite(self, state: dict[str, Any]) -> None:
+        """Weights with NaN or infinity are never saved, and no older checkpoint is deleted for them."""
+        broken = [
+            name
+            for part in state.values()
+            for name, tensor in part.get("module", {}).items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} tensors are not finite after step {self.step}, such as {broken[0]}; nothing was saved. The last "
+                f"checkpoint is {checkpoint.latest(self.run_folder)}; lower the learning rate and continue from it"
             )
 
     def _state(self) -> dict[str, Any]:
@@ -480,7 +564,7 @@ class Engine:
                 extras(self._trained()[name], folder / name)
         (folder / "trainer").mkdir()
         for name, values in state.items():
-            torch.save(values, folder / "trainer" / f"{name}.pt")
+            save_object(values, folder / "trainer" / f"{name}.pt")
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resume to continue the same run."""
@@ -528,7 +612,9 @@ class Engine:
             self.posthoc.load_state_dict(self._saved(folder, "posthoc_ema"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._saved(folder, "loss_scaler"))
-        self.step, self.skipped = meta["step"], meta["skipped"]
+        self.step, self.saved_step, self.skipped = meta["step"], meta["step"], meta.get("skipped", 0)
+        status = checkpoint.read_status(self.run_folder)
+        self.hooks_due = self._any(self.main and status.get("hooks_due") is True and status.get("step") == self.step)
         if self.main:
             print(f"resuming {self.run_folder} at step {self.step}")
 
@@ -540,49 +626,6 @@ class Engine:
                 f"start a new run with init_from={folder}"
             )
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class Window:
-    """Sums of metrics since the last report, kept on the device, and where the time went."""
-
-    def __init__(self, since: int) -> None:
-        self.since, self.seconds_waiting, self._seconds_paused = since, 0.0, 0.0
-        self._started = time.perf_counter()
-        self.sums: dict[str, Tensor] = {}
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for batches: reading, and encoding what is not stored."""
-        start = time.perf_counter()
-        yield
-        self.seconds_waiting += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is no training: pictures and checkpoints."""
-        start = time.perf_counter()
-        yield
-        self._seconds_paused += time.perf_counter() - start
-
-    def add(self, prefix: str, logs: dict[str, Tensor]) -> None:
-        for name, pair in logs.items():
-            self.sums[prefix + name] = self.sums.get(prefix + name, 0) + pair
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started - self._seconds_paused
-
-    def steps(self, now: int) -> int:
-        return now - self.since
-
-    def averages(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes; names whose count is zero (an empty timestep bin) are left out."""
-        if not self.sums:
-            return {}
-        names = sorted(self.sums)
-        pairs = torch.stack([self.sums[name].to(accelerator.device, torch.float64) for name in names])
-        pairs = accelerator.reduce(pairs, "sum").cpu()
-        return {name: total / count for name, (total, count) in zip(names, pairs.tolist()) if count}
 
 
 @torch.no_grad()
@@ -602,23 +645,3 @@ def _sum_and_count(value: Tensor) -> Tensor:
 
 def _plain(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def _memory_gb(device: torch.device) -> float:
-    """Largest so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-# Dense bf16 peaks from the makers' data sheets.
-PEAK_TERAFLOPS = {"H200": 989, "H100": 989, "A100": 312, "MI300X": 1307, "L40S": 362, "RTX 4090": 165}
-
-
-def peak_teraflops(device: torch.device) -> float | None:
-    """Of the GPU; None where it is not known, the CPU included."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TERAFLOPS.items() if key in name), None)

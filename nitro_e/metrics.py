@@ -1,7 +1,7 @@
 """Where numbers and pictures of a run go: files in the run directory are the record, a tracker is a mirror that may fail.
 
     RUN/metrics.jsonl                  one line per report, each with its attempt, step and time; events are lines too
-    RUN/samples/step-0001000-NAME.png  pictures
+    RUN/samples/step-0001000-NAME.png  pictures; what was asked for is in the text entries `prompts` and `cells`
     RUN/wandb/ or RUN/tensorboard/     what the tracker keeps
 
 Lines are only ever appended. A resumed run starts a new attempt; lines of earlier attempts past the step where it
@@ -16,15 +16,17 @@ import logging
 import netrc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from nitro_e.config import ConfigError, parse_json
+from nitro_e.config import Config, ConfigError, parse_json
 from nitro_e.environment import environment
 
 log = logging.getLogger(__name__)
@@ -32,15 +34,27 @@ log = logging.getLogger(__name__)
 # auto: wandb with a login at hand, else tensorboard if installed, else none. WANDB_MODE is obeyed.
 Tracker = Literal["auto", "none", "wandb", "wandb:offline", "tensorboard"]
 MAX_FAILURES = 3
+PROMPTS, CELLS = "prompts", "cells"  # text entries of a captioned sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandBConfig(Config):
+    """Where runs are shown on Weights & Biases; what is not set here is taken from the environment variables."""
+
+    project: str | None = None  # None: $WANDB_PROJECT, or nitro-e
+    entity: str | None = None  # user or team; None: $WANDB_ENTITY, or the account's default
+    group: str | None = None  # of runs that belong together, such as seeds; None: $WANDB_RUN_GROUP, or none
+    tags: tuple[str, ...] = ()
 
 
 class Metrics:
     """Writer of one attempt of a run. Only the main process makes one that is `enabled`."""
 
     def __init__(
-        self, run: Path, *, start_step: int, config: dict[str, Any], enabled: bool, tracker: Tracker = "auto"
-    ) -> None:
-        self.run, self.enabled, self.step = run, enabled, start_step
+        self, run: Path, *, start_step: int, config: dict[str, Any], enabled: bool, tracker: Tracker = "auto",
+        wandb: WandBConfig = WandBConfig(),
+    ) -> None:  # fmt: skip
+        self.run, self.enabled, self.step, self.wandb = run, enabled, start_step, wandb
         self.failures, self.mirror = 0, None
         if not enabled:
             return
@@ -57,7 +71,7 @@ class Metrics:
             self._guard(lambda mirror: mirror.log(step, values))
 
     def write_image(self, step: int, name: str, image: Image.Image) -> Path:
-        """Save `samples/step-N-NAME.png`, then mirror it."""
+        """Save `samples/step-N-NAME.png` with its captions, if it has some (`caption`), then mirror it."""
         path = self.run / "samples" / f"step-{step:07d}-{name}.png"
         if self.enabled:
             try:
@@ -99,10 +113,10 @@ class Metrics:
         if kind == "tensorboard":
             self.mirror = self._attempt(lambda: TensorBoard(self.run, config, start_step=self.step))
             return
-        self.mirror = self._attempt(lambda: WandB(self.run, config, mode))
+        self.mirror = self._attempt(lambda: WandB(self.run, config, mode, self.wandb))
         if self.mirror is None and mode == "online":
             self._warn("wandb cannot be reached: offline; send it later with wandb sync")
-            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline"))
+            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline", self.wandb))
 
     def _guard(self, action: Callable[[Any], None]) -> None:
         if self.mirror is not None:
@@ -129,7 +143,7 @@ class Metrics:
 class WandB:
     """Mirror to Weights & Biases. The id is kept in the run directory, so a resumed run continues the same page."""
 
-    def __init__(self, run: Path, config: dict[str, Any], mode: str) -> None:
+    def __init__(self, run: Path, config: dict[str, Any], mode: str, place: WandBConfig) -> None:
         import wandb
 
         id_file = run / "wandb_id.txt"
@@ -140,7 +154,8 @@ class WandB:
             settings["finish_timeout"] = 60
         self.wandb = wandb
         self.page = wandb.init(
-            project="nitro-e", name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
+            project=place.project or os.environ.get("WANDB_PROJECT") or "nitro-e", entity=place.entity, group=place.group,
+            tags=list(place.tags) or None, name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
             mode=mode, dir=str(run), config=config, settings=wandb.Settings(**settings),
         )  # fmt: skip
         id_file.write_text(self.page.id)
@@ -150,7 +165,8 @@ class WandB:
         self.page.log({"step": step, **values})
 
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
-        self.page.log({"step": step, name: self.wandb.Image(image)})
+        captioned = [self.wandb.Image(cell, caption=prompt) for cell, prompt in cells(image)]
+        self.page.log({"step": step, name: captioned or self.wandb.Image(image)})
 
     def close(self) -> None:
         self.page.finish()
@@ -210,6 +226,31 @@ class _Lines:
         self._file.close()
 
 
+def caption(
+    sheet: Image.Image, prompts: Sequence[str], columns: int, size: tuple[int, int]
+) -> Image.Image:
+    """Write on a sheet of pictures of this (width, height) what each of them shows, row by row, as text entries."""
+    sheet.info[PROMPTS] = json.dumps(list(prompts))
+    sheet.info[CELLS] = json.dumps({"columns": columns, "size": size})
+    return sheet
+
+
+def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
+    """The pictures of a captioned sheet with their prompts; none of a sheet without captions."""
+    if PROMPTS not in sheet.info or CELLS not in sheet.info:
+        return []
+    prompts, layout = json.loads(sheet.info[PROMPTS]), json.loads(sheet.info[CELLS])
+    columns, (width, height) = layout["columns"], layout["size"]
+    rows = -(-len(prompts) // columns)
+    found = []
+    for index, prompt in enumerate(prompts):
+        row, column = divmod(index, columns)
+        left = column * (sheet.width - width) // max(columns - 1, 1)  # the gaps between pictures are equal
+        top = row * (sheet.height - height) // max(rows - 1, 1)
+        found.append((sheet.crop((left, top, left + width, top + height)), prompt))
+    return found
+
+
 def has_wandb_key() -> bool:
     """Whether a login is at hand, without asking anybody: the variable, or the netrc entry of `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
@@ -258,7 +299,11 @@ def _save_png(image: Image.Image, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        image.save(temporary, "PNG")
+        text = PngInfo()
+        for name in (PROMPTS, CELLS):
+            if name in image.info:
+                text.add_itxt(name, image.info[name])
+        image.save(temporary, "PNG", pnginfo=text)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

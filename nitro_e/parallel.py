@@ -1,4 +1,5 @@
-"""How a module is spread over processes: replicated (DDP) or sharded (FSDP2). Same numbers, same checkpoints.
+"""How a module is spread over processes: replicated (DDP) or sharded (FSDP2). Same numbers, same checkpoints. And who
+of the processes is missing when one of them has died.
 
 Both give and take whole tensors under the raw module's names, so a checkpoint does not show what wrote it. The 304M
 model needs no sharding (4.9 GB for weights, Adam and average); it is there for larger ones.
@@ -8,6 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import os
+import platform
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,3 +131,86 @@ def scatter(tensor: Tensor, like: Tensor) -> Tensor:
     return (
         distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
     )
+
+
+# ---- who is there
+
+
+class Attendance:
+    """A file per process, `RUN/processes/rank-N.json`, with host, process id, step and time.
+
+    When a collective fails, the processes that are left read there which one is missing: the backends do not say.
+    """
+
+    EVERY = 5.0  # seconds between signatures
+    LATE = 20.0  # seconds behind this process: as good as missing
+
+    def __init__(self, run: Path, rank: int, world: int) -> None:
+        self.folder, self.rank, self.world = run / "processes", rank, world
+        self._signed = -self.EVERY
+
+    def sign(self, step: int) -> None:
+        """Say that this process has reached `step`; at most every few seconds, so it may be called at every step."""
+        if time.monotonic() - self._signed < self.EVERY:
+            return
+        self._signed = time.monotonic()
+        row = {"host": platform.node(), "pid": os.getpid(), "step": step, "time": round(time.time(), 1)}
+        with contextlib.suppress(OSError):  # a full disk: saving reports it
+            self.folder.mkdir(exist_ok=True)
+            self._file(self.rank).write_text(json.dumps(row) + "\n")
+
+    def leave(self) -> None:
+        """Take the file away, at the end."""
+        with contextlib.suppress(OSError):
+            self._file(self.rank).unlink(missing_ok=True)
+            self.folder.rmdir()  # by the last one
+
+    def missing(self, error: Exception) -> str | None:
+        """Which processes are missing, if `error` is of a collective that one of them did not answer; else None."""
+        if self.world == 1 or not _is_of_collective(error):
+            return None
+        found = [self._look(rank) for rank in range(self.world) if rank != self.rank]
+        named = "; ".join(line for line in found if line)
+        return named or f"a process has left ({_first_line(error)}); its own message says why"
+
+    def _look(self, rank: int) -> str | None:
+        try:
+            row = json.loads(self._file(rank).read_text())
+            who = f"process {rank} (pid {row['pid']} on {row['host']}, last seen at step {row['step']})"
+            behind = time.time() - row["time"]
+            state = _state_of(row["pid"]) if row["host"] == platform.node() else None
+        except FileNotFoundError:
+            return f"process {rank} has left, or has not begun to train"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if state in ("Z", "X", "gone"):
+            return f"{who} has died: killed, or out of memory"
+        if state == "T":
+            return f"{who} is stopped: continue it (kill -CONT) or end it"
+        if behind > self.LATE:
+            return f"{who} has not been heard of for {behind:.0f} s: it hangs, or its host is lost"
+        return None
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
+
+
+def _is_of_collective(error: Exception) -> bool:
+    """NCCL's errors have a class; gloo's are plain RuntimeErrors that name its source files."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def _state_of(pid: int) -> str | None:
+    """R, S, T (stopped), Z, ... of a process on this host, or "gone"; None where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        return None
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,29 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
-from nitro_e.config import ConfigError, from_dict, to_dict
+from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, pinned
+from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
-from nitro_e.model import EMMDiT
+from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
-from nitro_e.sampling import SamplingConfig, initial_noise, sample
+from nitro_e.sampling import SamplingConfig, initial_noise, sample, with_overrides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Use:
-    """What sampling needs besides the weights; the `use` entry of a model folder's config.json."""
+    """What sampling needs besides the weights; the `use` entry of a model folder's config.json.
+
+    Hub repositories are named with their commit, so that later pictures come from the same files.
+    """
 
     codec: ComponentConfig
     text: ComponentConfig
     sampling: SamplingConfig
+
+    def __post_init__(self) -> None:
+        for part in ("codec", "text"):
+            object.__setattr__(self, part, pinned(getattr(self, part)))
 
 
 class TextToImage:
@@ -48,11 +55,13 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         codec_path: str | None = None,
         text_path: str | None = None,
+        allow_download: Collection[str] = (),
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
         codec_path, text_path: local folders or hub ids of the codec and the text encoder, instead of those that the
-        weights were trained with.
+        weights were trained with. allow_download: hub repositories that the weights may have fetched, besides the
+        project's default ones.
         """
         if Path(source).is_file():
             raise ConfigError(
@@ -60,8 +69,15 @@ class TextToImage:
             )
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
-        codec = dataclasses.replace(use.codec, path=codec_path or use.codec.path)
-        text = dataclasses.replace(use.text, path=text_path or use.text.path)
+        codec, text = use.codec, use.text
+        if codec_path is not None:
+            codec = dataclasses.replace(codec, path=codec_path, revision=None)
+        else:
+            check_download("codec", codec, allow_download)
+        if text_path is not None:
+            text = dataclasses.replace(text, path=text_path, revision=None)
+        else:
+            check_download("text", text, allow_download)
         model = load_pretrained(folder).to(device, dtype)
         return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
 
@@ -109,15 +125,7 @@ class TextToImage:
 
     def settings(self, **overrides: Any) -> SamplingConfig:
         """The defaults with some fields replaced; unknown or wrong ones raise ConfigError."""
-        given = {name: value for name, value in overrides.items() if value is not None}
-        settings = from_dict(SamplingConfig, {**to_dict(self.defaults), **given}, "sampling")
-        trained = self.defaults.sampler
-        if self.defaults.sigmas and settings.sampler != trained and not settings.force:
-            raise ConfigError(
-                f"these weights were distilled for sampler '{trained}', not '{settings.sampler}'; leave it out, "
-                "or insist with --force (force: true)"
-            )
-        return settings
+        return with_overrides(self.defaults, overrides)
 
     def _batch(
         self,
@@ -138,16 +146,23 @@ class TextToImage:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
-        config, stride = self.model.config, self.codec.stride
-        unit = stride * config.patch_size  # pixels per token side
-        if height % unit or width % unit:
-            nearest = config.nearest_grids(round(height / unit), round(width / unit))
-            sizes = ", ".join(f"{rows * unit}x{columns * unit}" for rows, columns in nearest)
-            raise ConfigError(
-                f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px"
-            )
-        config.check_grid(height // unit, width // unit, self.text.length, pixels=unit)
-        return self.codec.channels, height // stride, width // stride
+        size = latent_size(self.model.config, self.codec.stride, self.text.length, height, width)
+        return self.codec.channels, *size
+
+
+def latent_size(
+    model: ModelConfig, stride: int, text_length: int, height: int, width: int
+) -> tuple[int, int]:
+    """(h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
+    unit = stride * model.patch_size  # pixels per token side
+    if height % unit or width % unit:
+        nearest = model.nearest_grids(round(height / unit), round(width / unit))
+        sizes = ", ".join(f"{rows * unit}x{columns * unit}" for rows, columns in nearest)
+        raise ConfigError(
+            f"{height}x{width} px: both sides must be multiples of {unit}; the nearest that work: {sizes} px"
+        )
+    model.check_grid(height // unit, width // unit, text_length, pixels=unit)
+    return height // stride, width // stride
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,13 +26,14 @@ from typing import Any
 
 from PIL import Image
 
-from nitro_e import metrics
+from nitro_e import checkpoint, metrics
 from nitro_e.charts import Series, line_chart, number
-from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text
+from nitro_e.config import ConfigError, flatten, parse_yaml
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_WARNINGS = 50
-EMBED_AS_IS = 300_000  # bytes of a PNG; larger ones are embedded as JPEG
+EMBED_AS_IS = 300_000  # bytes of a sheet as PNG; larger ones are embedded as JPEG
+SILENCE = 300  # seconds after which a run that should be training is not believed to be alive
 
 TITLES = {  # in the order of the page; names not here follow under their own name
     "loss": "Loss",
@@ -85,12 +87,20 @@ class Record:
         return _get(self.config, "engine.steps")
 
     def state(self) -> str:
-        """That of STATUS.json, or what the last step says."""
+        """That of STATUS.json, unless a run that should be training gives no sign of life; or what the last step says."""
+        if self.status.get("state") == "running" and self.silence() >= SILENCE:
+            return f"no sign of life for {duration(self.silence())}"
         if self.status.get("state"):
             return str(self.status["state"])
         if not self.rows:
             return "no steps recorded"
         return "done" if self.last_step == self.steps else "not finished"
+
+    def silence(self) -> float:
+        """Seconds since the run last wrote its status, a metric, or that one of its processes is there."""
+        signs = [self.status.get("time"), *(line.get("time") for line in self.lines[-1:])]
+        signs += [path.stat().st_mtime for path in self.folder.glob("processes/rank-*.json")]
+        return time.time() - max((sign for sign in signs if _is_number(sign)), default=0.0)
 
     def seconds(self) -> float:
         """Wall-clock time of all attempts, without the pauses between them."""
@@ -134,14 +144,10 @@ def read_record(folder: Path) -> Record:
         text = (folder / "config.yaml").read_text(errors="replace")
         with contextlib.suppress(ConfigError):
             config = parse_yaml(text, "config.yaml")
-    try:
-        status = parse_json(read_text(folder / "STATUS.json"), "STATUS.json")
-    except (OSError, ConfigError):
-        status = {}
     return Record(
         folder=folder, rows=metrics.read(folder), lines=metrics.read_lines(folder),
         config=config if isinstance(config, dict) else None, config_text=text,
-        status=status if isinstance(status, dict) else {},
+        status=checkpoint.read_status(folder),
     )  # fmt: skip
 
 
@@ -178,7 +184,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
 def header(record: Record) -> str:
     state = record.state()
-    colour = {"done": "good", "running": "good", "failed": "bad"}.get(state, "fair")
+    colour = {"done": "good", "running": "good", "failed": "bad", "crashed": "bad"}.get(state, "fair")
     reason = (
         f"<p class='missing'>{escape(str(record.status['reason']))}</p>"
         if record.status.get("reason")
@@ -304,27 +310,40 @@ def samples(record: Record) -> str:
                 f"<p class='note'>{len(shown)} of {len(files)} '{escape(name)}' grids; all are in samples/.</p>"
             )
         parts += [picture(path, f"{name}, step {step:,}") for step, path in shown]
-    prompts = (record.config or {}).get("prompts") or []
-    if prompts:
-        items = "".join(f"<li>{escape(str(prompt))}</li>" for prompt in prompts)
-        parts.append(f"<details><summary>Prompts, in reading order</summary><ol>{items}</ol></details>")
     return "".join(parts)
 
 
 def picture(path: Path, caption: str) -> str:
+    """A sheet of pictures, each with its prompt if the file says what was asked for."""
     try:
-        data, kind = path.read_bytes(), "png"
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(path) as image:
             image.load()
-            if len(data) > EMBED_AS_IS:
-                image.thumbnail((2048, 2048))
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "JPEG", quality=88)
-                data, kind = buffer.getvalue(), "jpeg"
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for broken PNGs
-        return _missing(f"{path.name} cannot be read: {error}")
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f"<figure><figcaption>{escape(caption)}</figcaption><img alt='{escape(caption)}' src='{source}'></figure>"
+            captioned = metrics.cells(image)
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
+        return _missing(f"{path.name} cannot be read: {error}")  # PIL raises SyntaxError for broken PNGs
+    if captioned:
+        limit = EMBED_AS_IS // len(captioned)
+        body = "".join(
+            f"<figure>{_embedded(cell, prompt, limit)}<figcaption>{escape(prompt)}</figcaption></figure>"
+            for cell, prompt in captioned
+        )
+        small = captioned[0][0].width < 128
+        body = f"<div class='cells{' small' if small else ''}'>{body}</div>"
+    else:
+        body = _embedded(image, caption, EMBED_AS_IS)
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{body}</figure>"
+
+
+def _embedded(image: Image.Image, description: str, limit: int) -> str:
+    """As PNG, or as JPEG if that is more than `limit` bytes."""
+    buffer, kind = io.BytesIO(), "png"
+    image.save(buffer, "PNG")
+    if buffer.tell() > limit:
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.thumbnail((2048, 2048))
+        image.convert("RGB").save(buffer, "JPEG", quality=88)
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"<img alt='{escape(description)}' src='{source}'>"
 
 
 def history(record: Record) -> str:
@@ -449,16 +468,6 @@ def spread(items: list, count: int) -> list:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -480,6 +489,10 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _event(line: dict[str, Any]) -> str:
+    if line["event"] == "config":
+        return "the config changed: " + "; ".join(
+            f"{key} was {was!r}, is {now!r}" for key, (was, now) in line["changed"].items()
+        )
     details = {key: value for key, value in line.items() if key not in (*NOT_METRICS, "event")}
     return str(details.get("message") or f"{line['event']} {json.dumps(details) if details else ''}")
 
@@ -555,6 +568,9 @@ small, .note { color: #5b6675; font-weight: 400; font-size: 13px; } .note { marg
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, max-content)); gap: 14px; }
 .card { max-width: 300px; border-top: 4px solid; padding-top: 6px; } .card div { display: flex; gap: 6px; }
 .card img { width: 132px; image-rendering: pixelated; } .card.right { border-color: #1f9d55; } .card.wrong { border-color: #d64545; }
+.cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 10px; margin: 6px 0 18px; }
+.cells figure { margin: 0; } .cells img { width: 100%; } .small img { image-rendering: pixelated; }
+.cells figcaption { font-weight: 400; font-size: 13px; margin-top: 4px; overflow-wrap: anywhere; }
 .card figcaption { font-weight: 500; font-size: 13px; margin-top: 4px; } .card em { font-style: normal; padding: 1px 5px; border-radius: 4px; }
 img { max-width: 100%; height: auto; display: block; border-radius: 6px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,18 +20,22 @@ from nitro_e.components import (
     build_vision_encoder,
     codec_shape,
     text_shape,
+    weights_source,
 )  # fmt: skip
-from nitro_e.config import Config, ConfigError, Seed, Share, check_file_name, dump, to_dict
-from nitro_e.data import Data, DataConfig, Records, open_data
+from nitro_e.config import (
+    Config, ConfigError, Seed, check_file_name, dump, flatten, load, parse_yaml, read_text, to_dict
+)  # fmt: skip
+from nitro_e.data import Data, DataConfig, MissingShards, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
+from nitro_e.metrics import caption
 from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained, read_config
-from nitro_e.pipeline import TextToImage, Use, image_grid
+from nitro_e.pipeline import TextToImage, Use, image_grid, latent_size
 from nitro_e.prompts import load_prompts
-from nitro_e.randomness import seed_of
+from nitro_e.randomness import seeded
 from nitro_e.rewards import build_rewards
 from nitro_e.sampling import SamplingConfig
 from nitro_e.stages.distill import DistillConfig, DistillRun
@@ -72,9 +76,9 @@ class RunConfig(Config):
         super().__post_init__()
         check_file_name(self.name, "name")
         kind = self.stage_kind
-        if kind.reads_data and self.data is None:
+        if kind.open_data is not None and self.data is None:
             raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads pictures")
-        if not kind.reads_data and self.data is not None:
+        if kind.open_data is None and self.data is not None:
             raise ConfigError(f"data: stage.kind '{self.stage.kind}' reads no pictures; leave data out")
         if self.data is not None and self.sampling.resolution != self.data.resolution:
             raise ConfigError(
@@ -114,12 +118,15 @@ class RunConfig(Config):
             raise ConfigError(
                 f"model.latent_channels is {self.model.latent_channels}, but '{self.components.codec.name}' has {channels}"
             )
-        side, rest = divmod(self.resolution, stride)
-        if rest:
-            raise ConfigError(
-                f"sampling.resolution {self.resolution} is not a multiple of the codec's stride {stride}"
-            )
-        self.model.check_grid(*self.model.latent_grid(side, side), text_length)
+        sizes = {"sampling.resolution": (self.resolution, self.resolution)}
+        sizes["sampling"] = self.published_sampling.size
+        if self.evaluation is not None and self.evaluation.sampling is not None:
+            sizes["evaluation.sampling"] = self.evaluation.sampling.size
+        for key, size in sizes.items():  # a size that cannot be drawn would end the run at its first picture
+            try:
+                latent_size(self.model, stride, text_length, *size)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from None
 
     @property
     def folder(self) -> Path:
@@ -142,16 +149,29 @@ class Parts(NamedTuple):
 class StageKind(NamedTuple):
     """What differs between the stages when a run is put together."""
 
-    reads_data: bool
+    open_data: Callable[[RunConfig], Data] | None  # None: the stage reads none
     check: Callable[[RunConfig], None]  # rules across the whole configuration
     build: Callable[[RunConfig, Parts], tuple[Stage, Sequence[str]]]  # and prompts to show by default
-    facts: Callable[[RunConfig, int, float], list[str]]  # of (processes, FLOPs) for the summary
+    facts: Callable[[RunConfig, Data | None, int, float], list[str]]  # of (processes, FLOPs) for the summary
     sampling: Callable[[RunConfig], SamplingConfig] = lambda config: config.sampling
     further_copies: Callable[[RunConfig], int] = lambda config: 0  # of the model's size, in a checkpoint
 
 
-def summary(config: RunConfig) -> str:
-    """The resolved config and what follows from it, without loading weights of components."""
+def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
+    """The resolved config and what follows from it, without loading weights of components.
+
+    given: the overrides of the command line. What they name must be there; shards of the recipe, or runs of the stages
+    before it, may still be missing and are warned of, without the lines that depend on them.
+    """
+    sources, warnings = first_weights(config, given)
+    data = None
+    if config.stage_kind.open_data is not None:
+        try:
+            data = config.stage_kind.open_data(config)
+        except MissingShards as error:
+            if is_given("data.shards", given) or is_given("data.sources", given):
+                raise
+            warnings.append(f"{error}; the lines that depend on the data are left out")
     world = int(os.environ.get("WORLD_SIZE", 1))
     shape, (_, text_length) = codec_shape(config.components.codec), text_shape(config.components.text)
     grid = None if shape is None else token_grid(config, shape[1])
@@ -172,11 +192,65 @@ def summary(config: RunConfig) -> str:
         "",
         f"steps                {steps:,}; learning rate {optim.lr:g} after {optim.warmup} steps of warm-up"
         + (f", falling over the last {optim.decay:.0%}" if optim.decay else ""),
-        *config.stage_kind.facts(config, world, total.flops),
+        *config.stage_kind.facts(config, data, world, total.flops),
+        *sources,
+        *component_facts(config.components),
+        *evaluation_facts(config),
         f"checkpoints          {kept} kept, about {gigabytes:.2f} GB each",
         f"run directory        {config.folder}",
+        *(f"warning              {warning}" for warning in warnings),
     ]
     return "\n".join(lines)
+
+
+def is_given(key: str, given: Sequence[str]) -> bool:
+    """Whether overrides set this key, a part of it or what it is a part of."""
+    names = [override.partition("=")[0] for override in given]
+    return any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in names)
+
+
+def evaluation_facts(config: RunConfig) -> list[str]:
+    if config.evaluation is None:
+        return []
+    prompts, every = load_prompts(config.evaluation.prompts), config.evaluation.every
+    return [f"evaluation           {len(prompts):,} prompts, every {every:,} steps"]
+
+
+def component_facts(components: ComponentsConfig) -> list[str]:
+    """Where the weights of the encoders come from; ConfigError for a folder that does not exist."""
+    lines = []
+    for kind in ("codec", "text", "vision"):
+        component = getattr(components, kind)
+        if component is not None:
+            source = weights_source(kind, component)
+            lines.append(f"{kind:<20} {component.name}" + (f" from {source}" if source else ""))
+    return lines
+
+
+def first_weights(config: RunConfig, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Lines about the weights to begin with, and warnings; ConfigError for such that are not there or do not fit.
+
+    Recipes name the run of the stage before theirs: while that is not trained it is only warned of, unless it is `given`.
+    """
+    teacher = getattr(config.stage, "teacher", None)
+    sources = {} if teacher is None else {"stage.teacher": teacher}
+    if config.init_from is not None and checkpoint.latest(config.folder) is None:
+        sources["init_from"] = config.init_from
+    lines, warnings = [], []
+    for key, source in sources.items():
+        run = Path(source.partition("@")[0])
+        try:
+            folder = checkpoint.model_folder(source)
+        except ConfigError as error:
+            trained = run.parts[:1] != ("runs",) or checkpoint.latest(run) is not None
+            if trained or is_given(key, given):
+                raise ConfigError(f"{key}: {error}") from None
+            warnings.append(f"{key}: {error}")
+            continue
+        if key == "init_from" or config.init_from is None:
+            check_architecture(source, read_config(folder)["model"], config.model)
+        lines.append(f"{key:<20} {folder}")
+    return lines, warnings
 
 
 def open_run_data(
@@ -212,6 +286,7 @@ def build(config: RunConfig) -> Engine:
     """Load the components and put the stage on an engine, resumed if the run directory has a checkpoint."""
     accelerator = make_accelerator(config.engine)
     device = accelerator.device
+    refuse_other_architecture(config)
     codec = build_codec(config.components.codec, device)
     text = build_text_encoder(config.components.text, device)
     if text.width != config.model.text_width:
@@ -243,9 +318,52 @@ def build(config: RunConfig) -> Engine:
         config.engine, stage, accelerator, run=config.folder, seed=config.seed, use=to_dict(use), record=to_dict(config),
         hooks=tuple(hooks),
     )  # fmt: skip
-    if accelerator.is_main_process:  # only now: the engine refuses the run directory of another experiment
-        (config.folder / "config.yaml").write_text(dump(config))
+    if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):
+        engine.changed = write_config(config)  # only now: the engine refuses the run directory of another experiment
     return engine
+
+
+def write_config(config: RunConfig) -> dict[str, list]:
+    """Write `config.yaml`. Returns what a resume changes in it, {key: [before, now]}, after printing it.
+
+    The config of the attempts before stays as `config.1.yaml`, `config.2.yaml`, ...
+    """
+    path = config.folder / "config.yaml"
+    changed = {}
+    if path.exists() and checkpoint.latest(config.folder) is not None:
+        before, now = config_at(path), flatten(to_dict(config))
+        changed = {
+            key: [before.get(key), now.get(key)]
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+    if changed:
+        number = 1
+        while (kept := path.with_name(f"config.{number}.yaml")).exists():
+            number += 1
+        path.rename(kept)
+        print(f"the config has changed since the last attempt (that one is kept as {kept.name}):")
+        for key, (was, now) in changed.items():
+            print(f"  {key} was {was!r}, is {now!r}")
+    path.write_text(dump(config))
+    return changed
+
+
+def config_at(path: Path) -> dict[str, Any]:
+    """The keys of a written config, `a.b` -> value, with today's defaults for those that it does not have."""
+    try:
+        return flatten(to_dict(load(RunConfig, path)))
+    except ConfigError:  # of a version with other keys
+        return flatten(parse_yaml(read_text(path), str(path)))
+
+
+def refuse_other_architecture(config: RunConfig) -> None:
+    """Before a resume: which keys of the model differ from those of its checkpoint."""
+    last = checkpoint.latest(config.folder)
+    if last is None or not (last / "model" / "config.json").is_file():
+        return  # nothing to resume, or damaged: the resume says so
+    remedy = "set it back, or give this experiment its own run directory: run=..."
+    check_architecture(str(last), read_config(last / "model")["model"], config.model, remedy)
 
 
 def build_model(config: RunConfig) -> EMMDiT:
@@ -255,19 +373,24 @@ def build_model(config: RunConfig) -> EMMDiT:
     """
     first = config.init_from or getattr(config.stage, "teacher", None)
     if first is None or checkpoint.latest(config.folder) is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(config.seed, "initial weights") % 2**32)
+        with seeded(config.seed, "initial weights"):
             return EMMDiT(config.model)
     source = load_pretrained(checkpoint.model_folder(first)).float()
-    theirs, ours = architecture(source.config), architecture(config.model)
-    if theirs != ours:
-        different = ", ".join(
-            f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]
-        )
-        raise ConfigError(f"'{first}', to start from, is another architecture: {different}")
+    check_architecture(first, source.config, config.model)
     model = EMMDiT(config.model)
     model.load_state_dict(source.state_dict())
     return model
+
+
+def check_architecture(
+    source: str, theirs: ModelConfig, ours: ModelConfig,
+    remedy: str = "give the same keys here, or other weights to start from",
+) -> None:  # fmt: skip
+    """ConfigError if a model of `ours` cannot have the weights of `source`, a model of `theirs`: which keys differ."""
+    was, now = architecture(theirs), architecture(ours)
+    changed = [f"model.{key} was {was[key]!r}, is {now[key]!r}" for key in now if now[key] != was[key]]
+    if changed:
+        raise ConfigError(f"'{source}' is of another architecture ({'; '.join(changed)}); {remedy}")
 
 
 def architecture(config: ModelConfig) -> dict:
@@ -311,7 +434,8 @@ def sample_grid_hook(
         training = model.training
         pictures = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
         model.train(training)
-        return {"samples": image_grid(pictures, columns=min(8, len(pictures)))}
+        columns = min(8, len(pictures))
+        return {"samples": caption(image_grid(pictures, columns), prompts, columns, pictures[0].size)}
 
     return Hook(config.engine.sample_every, run)
 
@@ -341,24 +465,24 @@ def build_flow_matching(config: RunConfig, parts: Parts) -> tuple[Stage, Sequenc
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     vision = config.components.vision and build_vision_encoder(config.components.vision, parts.device)
     stage = FlowMatching(
-        config.stage, parts.model, data, parts.codec, parts.text, vision, parts.device, parts.flops
+        config.stage, parts.model, data, parts.codec, parts.text, vision, config.seed, parts.device, parts.flops
     )
     return stage, config.prompts or first_records(data).prompts[:8]
 
 
-def flow_matching_facts(config: RunConfig, world: int, flops: float) -> list[str]:
-    return data_facts(config, open_run_data(config), world, flops)
-
-
-def data_facts(config: RunConfig, data: Data, world: int, flops: float) -> list[str]:
+def data_facts(config: RunConfig, data: Data | None, world: int, flops: float) -> list[str]:
     batch = config.data.batch_size * config.engine.accumulate * world
     samples = batch * config.engine.steps
-    return [
+    lines = [
         f"global batch         {batch} = {config.data.batch_size} x {config.engine.accumulate} (accumulate) x {world} (processes)",
-        f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
         f"compute              {3 * flops * samples:.2e} FLOP for the model (forward and backward)",
-        f"first sample         {first_sample(data)}",
     ]
+    if data is not None:
+        lines += [
+            f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
+            f"first sample         {first_sample(data)}",
+        ]
+    return lines
 
 
 # ---- stage 3: GRPO
@@ -408,7 +532,7 @@ def grpo_copies(config: RunConfig) -> int:
     return reference + (algorithm.kind == "nft")
 
 
-def grpo_facts(config: RunConfig, world: int, flops: float) -> list[str]:
+def grpo_facts(config: RunConfig, data: None, world: int, flops: float) -> list[str]:
     stage = config.stage
     layout, pool = stage.layout(world, config.engine.accumulate), load_prompts(stage.prompts)
     rollouts, pictures = config.engine.steps // stage.updates, stage.groups * stage.group_size
@@ -480,17 +604,16 @@ def build_distill(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]
     return stage, config.prompts or first_records(data).prompts[:8]
 
 
-def distill_facts(config: RunConfig, world: int, flops: float) -> list[str]:
+def distill_facts(config: RunConfig, data: Data | None, world: int, flops: float) -> list[str]:
     offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
     return [
-        *data_facts(config, open_pairs(config), world, flops),
+        *data_facts(config, data, world, flops),
         f"student              {offered} steps of {config.stage.sampler}",
-        f"teacher              {checkpoint.model_folder(config.stage.teacher)}",
     ]
 
 
 KINDS = {
-    "flow_matching": StageKind(True, check_flow_matching, build_flow_matching, flow_matching_facts),
-    "grpo": StageKind(False, check_grpo, build_grpo, grpo_facts, further_copies=grpo_copies),
-    "distill": StageKind(True, check_distill, build_distill, distill_facts, distill_sampling),
+    "flow_matching": StageKind(open_run_data, check_flow_matching, build_flow_matching, data_facts),
+    "grpo": StageKind(None, check_grpo, build_grpo, grpo_facts, further_copies=grpo_copies),
+    "distill": StageKind(open_pairs, check_distill, build_distill, distill_facts, distill_sampling),
 }

@@ -8,18 +8,18 @@ States are float32 whatever the model computes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nitro_e import flow
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, from_dict, to_dict
 from nitro_e.flow import TimeGrid, time_grid
 from nitro_e.interfaces import Denoiser, TextEmbedding
+from nitro_e.progress import bar
 from nitro_e.randomness import seed_of
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -68,6 +68,18 @@ class SamplingConfig(Config):
             if len(times) == self.steps:
                 return torch.tensor([*times, 0.0])
         return time_grid(self.steps, "linear" if self.sigmas else self.grid, self.shift)
+
+
+def with_overrides(defaults: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
+    """The settings that weights came with, some fields replaced; None keeps one. ConfigError for unknown or wrong ones."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    settings = from_dict(SamplingConfig, {**to_dict(defaults), **given}, "sampling")
+    if defaults.sigmas and settings.sampler != defaults.sampler and not settings.force:
+        raise ConfigError(
+            f"these weights were distilled for sampler '{defaults.sampler}', not '{settings.sampler}'; leave it out, "
+            "or insist with --force (force: true)"
+        )
+    return settings
 
 
 def check_sigmas(times: Sequence[float]) -> None:
@@ -149,8 +161,9 @@ def renoise(
 SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
 
 
-def _steps(times: Tensor, progress: bool) -> tqdm:
-    return tqdm(list(zip(times[:-1], times[1:])), desc="sampling", leave=False, disable=not progress)
+def _steps(times: Tensor, progress: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    pairs = list(zip(times[:-1], times[1:]))
+    return bar(pairs, brief=True, desc="sampling", leave=False) if progress else pairs
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

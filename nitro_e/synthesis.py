@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nitro_e import progress
 from nitro_e.config import ConfigError, check_characters, read_text
 from nitro_e.data.captions import rows, value_at
 from nitro_e.data.decode import decode_array
@@ -152,7 +153,10 @@ class DiffusersGenerator:
         self, name: str, device: str, dtype: str, settings: dict[str, Any], codec: LatentCodec | None
     ):
         from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
 
+        if not progress.watched():
+            logging.disable_progress_bar()
         try:
             pipeline = DiffusionPipeline.from_pretrained(
                 name, torch_dtype=getattr(torch, dtype), use_safetensors=True

@@ -84,13 +84,13 @@ class LlamaText:
         return TextEmbedding(tokens.float(), mask.bool())
 
 
-def load_llama(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) on the CPU from a hub id or folder; safetensors only, nothing may be missing."""
+def load_llama(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) on the CPU from a folder; safetensors only, nothing may be missing."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model, report = AutoModel.from_pretrained(
-        source, revision=revision, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
     if report["missing_keys"]:
         raise ConfigError(

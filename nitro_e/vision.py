@@ -7,7 +7,6 @@ Left out: gradients; the encoder is frozen.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +44,9 @@ def patch_tokens(vit: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens[:, vit.num_prefix_tokens :]
 
 
-def load_dinov2(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
-    """A timm vision transformer without head, for any image size, on the CPU, from a hub id or a folder."""
+def load_dinov2(folder: str, dtype: torch.dtype) -> Any:
+    """A timm vision transformer without head, for any image size, on the CPU, from a folder."""
     import timm
 
-    if Path(source).is_dir():
-        name = f"local-dir:{source}"
-    else:
-        name = f"hf-hub:{source}" + (f"@{revision}" if revision else "")
+    name = f"local-dir:{folder}"
     return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True).to(dtype)

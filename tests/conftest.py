@@ -1,6 +1,8 @@
 """Shared fixtures. Nothing in the tests reaches the network or the machine's wandb login."""
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 # The tests are small: more threads only wait for each other. Other processes inherit it, so that losses can be compared
@@ -10,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_hub import TinyHub
 
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, released
@@ -23,6 +26,39 @@ torch.set_num_threads(1)
 def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture
+def disk_of():
+    """`with disk_of(n):` no file can grow past n bytes: a real error of the system at the write, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub on this machine, and an empty cache."""
+    from huggingface_hub import constants
+
+    hub = TinyHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    yield hub
+    hub.close()
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,26 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
     assert capsys.readouterr().out.split() == data.keys(range(24, 32))
 
 
+def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
+    """With a vision encoder in the recipe it looked for images, although the features are stored."""
+    from nitro_e.config import load
+    from nitro_e.run import RunConfig, open_run_data
+    from tools.make_shapes import make_shards
+
+    make_shards(tmp_path, "train", 12)
+    encode = ["encode", f"{tmp_path}/shapes-train-*.tar", "--out", str(tmp_path), "--resolution", "64", "--workers", "0"]
+    encoders = ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
+    assert tool.main([*encode, *encoders]) == 0
+    capsys.readouterr()
+    columns = ", ".join(f"{tmp_path}/{name}-*.tar" for name in ("latents", "text", "features"))
+    recipe, overrides = ROOT / "configs/shapes/1_pretrain.yaml", [f"data.shards=[{columns}]", "data.batch_size=4"]
+    assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0
+    data = open_run_data(load(RunConfig, recipe, overrides))
+    records = data.records(3)
+    assert capsys.readouterr().out.split() == next(records).keys
+    records.close()
+
+
 def test_plan(capsys):
     assert tool.main(["plan", "--images", "25e6"]) == 0
     out = capsys.readouterr().out

@@ -96,10 +96,27 @@ def test_nan_on_one_process_skips_the_step_on_both(tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 
-def test_a_process_that_dies_ends_the_job_with_an_error(tmp_path):
-    done = launch(tmp_path / "run", 2, fault="dies")
+def test_a_process_that_dies_is_named_and_the_job_may_be_tried_again(tmp_path):
+    run = tmp_path / "run"
+    done = launch(run, 2, fault="dies")
     assert done.returncode != 0
-    assert checkpoint.read_meta(checkpoint.latest(tmp_path / "run"))["step"] == 4
+    assert checkpoint.read_meta(checkpoint.latest(run))["step"] == 4
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("training stopped")]
+    assert "process 1 (pid" in line and "has died" in line and "step-0000004" in line
+    status = checkpoint.read_status(run)
+    assert status["state"] == "crashed" and "process 1" in status["reason"]
+    done = launch(run, 2, batch_size=8)
+    assert done.returncode == 0 and checkpoint.read_status(run)["state"] == "done", done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_is_named(tmp_path):
+    """It takes the minute after which processes give up on each other."""
+    run = tmp_path / "run"
+    done = launch(run, 2, fault="stops")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("training stopped")]
+    assert "process 1 (pid" in line and "is stopped" in line
+    assert checkpoint.read_status(run)["state"] == "crashed"
 
 
 def test_sharding_needs_several_processes(tmp_path):

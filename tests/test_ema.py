@@ -1,6 +1,5 @@
 """Post-hoc EMA against closed forms, numeric integration and directly tracked averages."""
 
-import errno
 import re
 import sys
 from pathlib import Path
@@ -232,17 +231,12 @@ def test_snapshots_are_half_precision_with_an_exact_step_and_what_overflows_is_k
     Walk(size=4).load_state_dict(state)
 
 
-def test_a_snapshot_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, caplog):
-    def full(state, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    walk = Walk(size=4)
+def test_a_snapshot_that_cannot_be_written_stops_nothing(tmp_path, disk_of, caplog):
+    walk = Walk(size=40_000)
     tracker = track(PostHocEMA(walk, folder=tmp_path, every=10), walk, 1, 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(ema, "save_file", full)
+    with disk_of(50_000):
         track(tracker, walk, 11, 20)
-    assert tracker.failed == 2 and "No space left" in caplog.text
+    assert tracker.failed == 2 and "File too large" in caplog.text
     (tmp_path / "step-0000015-0.050.safetensors").write_bytes(b"not a file of weights")
     assert [s.step for s in list_snapshots(tmp_path)] == [10, 10] and "not readable" in caplog.text
     assert not list(tmp_path.glob("*.tmp"))

@@ -1,6 +1,12 @@
 """The engine on a two-layer net: resume, accumulation, averages, learning rate, non-finite steps."""
 
+import contextlib
 import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +15,8 @@ from torch import nn
 
 from nitro_e import checkpoint, engine, metrics
 from nitro_e.config import ConfigError, TrainingError
-from nitro_e.engine import EMAConfig, Engine, EngineConfig, make_accelerator
+from nitro_e.engine import EMAConfig, Engine, EngineConfig, Hook, make_accelerator
+from nitro_e.files import save_object
 from nitro_e.interfaces import Phase
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.optim import OptimConfig, build_optimizers
@@ -66,7 +73,7 @@ class ToyStage:
         return published
 
 
-def train(run, stage=None, stop=None, **options) -> Engine:
+def train(run, stage=None, stop=None, hooks=(), **options) -> Engine:
     options = {
         "steps": 12,
         "save_every": 4,
@@ -77,7 +84,7 @@ def train(run, stage=None, stop=None, **options) -> Engine:
     }
     config = EngineConfig(**options)
     trainer = Engine(
-        config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={}
+        config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={}, hooks=hooks
     )
     if stop is not None:  # as if SIGTERM came during step `stop`
         original, trainer.update = trainer.update, None
@@ -177,21 +184,111 @@ def test_too_many_non_finite_steps_stop_with_the_keys(run):
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
 
 
+def test_an_explosion_leaves_the_checkpoints_before_it(run):
+    """Weights of 1e37 end in skipped steps: what was kept stays as it was, and the same run goes on well from there."""
+    train(run, steps=20, save_every=2)
+    kept = {path: path.read_bytes() for path in run.glob("checkpoints/*/*/*")}
+    with pytest.raises(TrainingError, match="steps in a row had a non-finite gradient"):
+        stage = ToyStage()
+        stage.phases[0].after_step = lambda optimizers: stage.model[2].weight.data.mul_(1e38)
+        train(run, stage, steps=40, save_every=2)
+    assert {path: path.read_bytes() for path in run.glob("checkpoints/*/*/*")} == kept
+    assert train(run, steps=24, save_every=2).step == 24
+
+
+def test_a_run_does_not_end_in_skipped_steps(run):
+    with pytest.raises(TrainingError, match="the last 2 of 12 steps"):
+        train(run, ToyStage(poison=(10, 11)))
+    assert checkpoint.latest(run).name == "step-0000008"
+    assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
+
+
+def test_a_save_that_falls_into_skipped_steps_comes_after_them(run):
+    train(run, ToyStage(poison=(3, 4)), keep_last=9)
+    assert [path.name[-2:] for path in checkpoint.complete(run)] == ["06", "08", "12"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(run, value):
+    train(run, steps=4)
+    stage = ToyStage()
+    original = stage.loss
+
+    def loss(net, batch, rng):
+        if stage.steps == 7:
+            stage.model[2].bias.data[0] = value  # as a broken kernel would; the gradient of a zero loss stays finite
+        stage.steps += 1
+        return (original(net, batch, rng)[0] if stage.steps < 8 else sum(p.sum() for p in net.parameters()) * 0.0), {}
+
+    stage.steps = 4
+    stage.loss = loss
+    stage.phases = (Phase("model", stage.model, loss, OptimConfig(lr=1e-2, warmup=2)),)
+    with pytest.raises(TrainingError, match="1 tensors are not finite after step 8, such as 2.bias"):
+        train(run, stage, steps=8)
+    assert checkpoint.latest(run).name == "step-0000004"
+
+
+def test_the_status_has_the_step_and_time_of_every_save(run):
+    seen = []
+    hook = Hook(1, lambda model: seen.append(json.loads((run / "STATUS.json").read_text())) or {})
+    began = time.time()
+    train(run, hooks=(hook,), save_every=4)
+    assert [status["step"] for status in seen if status.get("hooks_due")] == [4, 8, 12]
+    assert all(status["state"] == "running" and status["time"] >= began - 1 for status in seen)
+    assert checkpoint.read_status(run)["state"] == "done"
+
+
+def test_images_come_after_the_save_and_again_if_they_failed(run):
+    """What goes wrong while drawing costs no step; the same command draws what is missing, then goes on."""
+    drawn = []
+
+    def fails_once(model):
+        drawn.append(checkpoint.latest(run).name)
+        if len(drawn) == 1:
+            raise ConfigError("sampling.height 7")
+        return {}
+
+    for _ in range(2):
+        with contextlib.suppress(ConfigError):
+            train(run, hooks=(Hook(8, fails_once),))
+    assert drawn == ["step-0000008", "step-0000008", "step-0000012"]
+    assert sorted(losses(run)) == list(range(1, 13))
+    train(run, hooks=(Hook(8, fails_once),))
+    assert len(drawn) == 3  # nothing left to do
+
+
+def test_a_run_directory_deleted_under_a_run_ends_it(run):
+    def delete(model):
+        shutil.rmtree(run)
+        run.mkdir()
+        return {}
+
+    with pytest.raises(TrainingError, match="was deleted, moved or replaced"):
+        train(run, hooks=(Hook(5, delete),))
+    assert not list(run.glob("checkpoints/*"))
+
+
 def test_only_the_newest_checkpoints_stay(run):
     train(run, steps=20, keep_last=2)
     assert [path.name for path in checkpoint.complete(run)] == ["step-0000016", "step-0000020"]
 
 
-def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch):
-    """Two failed saves are counted and retried, the old checkpoint stays, nothing half-written is left; then it works."""
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
+def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch, disk_of, file):
+    """Two saves that the system cuts short, each library in its own way, are counted and retried; then it works."""
     write, failures = engine.Engine._write, []
 
     def fails_twice(self, folder, models, state):
+        limit = contextlib.nullcontext()
         if self.step > 4 and len(failures) < 2:
-            (folder / "model").mkdir()
             failures.append(checkpoint.latest(run).name)
-            raise OSError(28, "No space left on device")
-        write(self, folder, models, state)
+            limit = disk_of(1000)
+            if file == "model.pt":  # the published weights are larger than those of the trainer: leave them out
+                (folder / "trainer").mkdir()
+                with limit:
+                    save_object(state, folder / "trainer" / file)
+        with limit:
+            write(self, folder, models, state)
 
     monkeypatch.setattr(engine.Engine, "_write", fails_twice)
     trainer = train(run, steps=16)
@@ -201,17 +298,16 @@ def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch):
     assert max(row["failed_saves"] for row in metrics.read(run)) == 2
 
 
-def test_a_disk_that_stays_full_stops_with_a_reason(run, monkeypatch):
+def test_a_disk_that_stays_full_stops_with_a_reason(run, disk_of):
+    """The checkpoint before it stays whole, and STATUS.json tells the end although nothing new can be written."""
     train(run, steps=4)
-
-    def dies(self, folder, models, state):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(engine.Engine, "_write", dies)
-    with pytest.raises(TrainingError, match="3 checkpoints in a row could not be saved"):
+    with disk_of(5000), pytest.raises(TrainingError, match="3 checkpoints in a row .* File too large"):
         train(run, steps=40)
-    assert checkpoint.latest(run).name == "step-0000004"
+    assert checkpoint.latest_valid(run).name == "step-0000004"
+    assert not list((run / "checkpoints").glob("*.tmp"))
     assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
+    train(run, steps=40)
+    assert json.loads((run / "STATUS.json").read_text())["state"] == "done"
 
 
 def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
@@ -227,6 +323,55 @@ def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
     assert "step-0000008" in caplog.text and "wrong sha256" in caplog.text
     assert (run / "checkpoints" / "bad-step-0000008").is_dir()
     assert losses(run) == losses(clean)
+
+
+def test_a_checkpoint_without_its_record_is_damaged_and_not_overlooked(run, caplog):
+    train(run, steps=8)
+    (run / "checkpoints" / "step-0000008" / "meta.json").unlink()
+    assert checkpoint.latest_valid(run).name == "step-0000004"
+    assert "step-0000008 is damaged (meta.json" in caplog.text
+    (run / "checkpoints" / "step-0000004" / "meta.json").unlink()
+    with pytest.raises(TrainingError, match="every checkpoint of .* is damaged"):
+        train(run)
+
+
+def test_a_copy_under_another_step_is_damaged_and_training_ends(run, caplog):
+    """It was resumed from, and then saved again and again for ever, because it stayed the newest."""
+    train(run, steps=8)
+    shutil.copytree(run / "checkpoints" / "step-0000008", run / "checkpoints" / "step-0000099")
+    train(run)
+    assert "step-0000099 is damaged (meta.json: is of step 8)" in caplog.text
+    assert sorted(losses(run)) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_flipped_bit_of_the_record_goes_unnoticed(run, stride):
+    """Each either makes the checkpoint a damaged one, or leaves every value of the record as it was."""
+    train(run, steps=4)
+    folder = checkpoint.latest(run)
+    path, bad = folder / "meta.json", folder.with_name(f"bad-{folder.name}")
+    content, meta, found = path.read_bytes(), checkpoint.read_meta(folder), 0
+    for bit in range(0, 8 * len(content), stride):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        if checkpoint.latest_valid(run) is None:
+            bad.rename(folder)
+            found += 1
+        else:
+            now = checkpoint.read_meta(folder)
+            assert {key: now.get(key) for key in meta} == meta, bit
+    checked = len(range(0, 8 * len(content), stride))
+    print(f"{checked} flips: {found} damaged, {checked - found} harmless")
+    assert found > 0.9 * checked
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"step": 4, "files": 5}', "\xff", "[" * 10_000])
+def test_a_record_that_is_none_is_damage(run, text):
+    train(run, steps=4)
+    (checkpoint.latest(run) / "meta.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(TrainingError, match="every checkpoint of .* is damaged"):
+        train(run)
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_unnoticed(run):
@@ -255,10 +400,32 @@ def test_milestones_stay(run):
 
 
 def test_two_jobs_cannot_train_in_one_run_directory(run):
-    with checkpoint.lock(run), pytest.raises(ConfigError, match="another job"), checkpoint.lock(run):
-        pass
-    with checkpoint.lock(run):  # free again
-        pass
+    """A second process is refused, until the first has ended; a child that it left behind does not hold the lock."""
+    code = f"import pathlib; from nitro_e.checkpoint import lock\nwith lock(pathlib.Path({str(run)!r})): pass"
+
+    def other_job() -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+
+    (run / "config.yaml").touch()
+    with checkpoint.lock(run):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        assert "another job is training" in other_job()
+    try:
+        assert child.is_alive() and other_job() == ""
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_refused_config_leaves_no_run_directory(run):
+    with pytest.raises(ConfigError), checkpoint.lock(run):
+        raise ConfigError("refused")
+    assert not run.exists()
+    with pytest.raises(ConfigError), checkpoint.lock(run):
+        (run / "metrics.jsonl").touch()
+        raise ConfigError("refused")
+    assert run.exists()
 
 
 def test_a_parameter_that_no_loss_reaches_is_named(run):

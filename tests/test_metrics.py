@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from nitro_e import metrics
+from nitro_e.engine import EngineConfig
 from nitro_e.metrics import Metrics
 
 
@@ -141,6 +142,49 @@ def test_the_record_is_the_same_whatever_the_tracker(tmp_path, fake, tracker):
     ]
 
 
+def sheet(prompts, columns=3, size=(6, 4), gap=2) -> Image.Image:
+    """Pictures of one colour each, with their prompts."""
+    rows = -(-len(prompts) // columns)
+    image = Image.new("RGB", (columns * (size[0] + gap) - gap, rows * (size[1] + gap) - gap), "white")
+    for index in range(len(prompts)):
+        place = (index % columns * (size[0] + gap), index // columns * (size[1] + gap))
+        image.paste(Image.new("RGB", size, (index, 0, 0)), place)
+    return metrics.caption(image, prompts, columns, size)
+
+
+def test_a_sheet_keeps_the_prompt_of_every_picture(tmp_path, fake):
+    """In the PNG itself; wandb gets each picture with its caption."""
+    wandb = fake()
+    prompts = ["a red circle", "<b> & 'ümlaut'", "", "line\nbreak", "last"]
+    writer = make(tmp_path, "wandb:offline")
+    path = writer.write_image(3, "samples", sheet(prompts))
+    writer.close()
+    found = metrics.cells(Image.open(path))
+    assert [prompt for _, prompt in found] == prompts == json.loads(Image.open(path).text["prompts"])
+    assert [cell.getcolors() for cell, _ in found] == [[(24, (index, 0, 0))] for index in range(5)]
+    images = [(args, options) for name, args, options in wandb.calls if name == "Image"]
+    assert [options["caption"] for _, options in images] == prompts
+    assert [args[0].size for args, _ in images] == [(6, 4)] * 5
+    assert metrics.cells(sheet(["one"], columns=1))[0][0].size == (6, 4)
+    assert metrics.cells(Image.new("RGB", (6, 4))) == []
+
+
+def test_where_wandb_shows_a_run(tmp_path, fake, monkeypatch):
+    """As configured; what the recipe leaves open is up to the environment."""
+    wandb, names = fake(), ("project", "entity", "group", "tags")
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_TAGS"):
+        monkeypatch.delenv(name, raising=False)
+    chosen = metrics.WandBConfig(project="mine", entity="lab", group="seeds", tags=("a", "b"))
+    make(tmp_path, "wandb:offline").close()
+    make(tmp_path, "wandb:offline", wandb=chosen).close()
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    make(tmp_path, "wandb:offline").close()
+    make(tmp_path, "wandb:offline", wandb=chosen).close()
+    given = [[options[name] for name in names] for call, _, options in wandb.calls if call == "init"]
+    mine = ["mine", "lab", "seeds", ["a", "b"]]
+    assert given == [["nitro-e", None, None, None], mine, ["theirs", None, None, None], mine]
+
+
 def test_auto_prefers_wandb_with_a_key_then_tensorboard(tmp_path, fake, monkeypatch):
     pytest.importorskip("tensorboard")
     wandb = fake()
@@ -208,11 +252,16 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     assert len(rows(tmp_path)) == 6 and len(metrics.read_events(tmp_path)) == 2
 
 
-def test_wandb_offline_for_real(tmp_path):
+def test_wandb_offline_for_real(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    writer = make(tmp_path, "wandb")
-    assert writer.mirror.page.settings._offline
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "seeds")
+    writer = make(tmp_path, "wandb", wandb=metrics.WandBConfig(entity="lab", tags=("x",)))
+    page = writer.mirror.page
+    assert page.settings._offline and (page.project, page.group) == ("theirs", "seeds")
+    assert (page.entity, page.tags) == ("lab", ("x",))
     writer.write(1, {"loss": 0.5})
+    writer.write_image(1, "captioned", sheet(["one", "two"]))
     writer.write_image(1, "samples", Image.new("RGB", (8, 4)))
     writer.close()
     assert writer.failures == 0 and list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
@@ -289,3 +338,12 @@ def test_pictures_reach_the_disk_before_the_tracker(tmp_path):
     writer.mirror = Mirror()
     writer.write_image(3, "samples", Image.new("RGB", (4, 4)))
     assert writer.failures == 0
+
+
+def test_a_user_without_an_account_is_not_warned(tmp_path):
+    """The default tracker was wandb, which warned at every run."""
+    default = EngineConfig(steps=1)
+    writer = make(tmp_path, default.tracker, wandb=default.wandb)
+    assert not isinstance(writer.mirror, metrics.WandB)
+    writer.close()
+    assert [row["event"] for row in metrics.read_events(tmp_path)] == ["start"]

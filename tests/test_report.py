@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from PIL import Image
 from nitro_e import charts
 from nitro_e.charts import Scale, Series, line_chart, nice_ticks, running_mean, thin_out
 from nitro_e.config import ConfigError
-from nitro_e.metrics import Metrics
+from nitro_e.metrics import Metrics, caption
+from nitro_e.parallel import Attendance
 from nitro_e.report import duration, read_record, spread, write_comparison, write_report
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -88,7 +91,6 @@ def make_run(
     writer.close()
     config = {
         "name": name or folder.name, "stage": {"kind": "flow_matching", "optim": {"lr": lr}}, "engine": {"steps": steps},
-        "prompts": ["a red <b>circle</b> & more"],
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "STATUS.json").write_text(json.dumps({"state": "done", "step": steps}))
@@ -117,9 +119,27 @@ def test_the_report_is_valid_self_contained_and_complete(tmp_path):
     ]  # fmt: skip
     assert [picture.getpixel((0, 0)) for picture in page.pictures()] == [(10, 0, 0), (20, 0, 0), (30, 0, 0)]
     assert "300 of 300" in page.text["header"] and "done" in page.text["h1"] and "mine" in page.text["h1"]
-    assert "the disk <is> nearly full" in page.text["li"] and "a red <b>circle</b> & more" in page.text["li"]
+    assert "the disk <is> nearly full" in page.text["li"]
     assert "kind: flow_matching" in page.text["pre"]
     assert re.search(r"torch \d", page.text["td"]) and sys.argv[0].split("/")[-1] in page.text["td"]
+
+
+def test_every_picture_of_a_grid_has_its_prompt(tmp_path):
+    """As drawn, whatever the recipe lists: prompts of the data were nowhere to be seen."""
+    folder, prompts = make_run(tmp_path / "mine"), ["a red <b>circle</b> & more", "' onload='x", "blue"]
+    sheet = Image.new("RGB", (34, 34))
+    for index, place in enumerate([(0, 0), (18, 0), (0, 18)]):
+        sheet.paste((index + 1, 0, 0), (*place, place[0] + 16, place[1] + 16))
+    writer = Metrics(folder, start_step=300, config={}, enabled=True, tracker="none")
+    writer.write_image(400, "samples", caption(sheet, prompts, 2, (16, 16)))
+    writer.close()
+    text = write_report(folder).read_text()
+    assert_self_contained(text)
+    page = Page(text)
+    assert [picture.getcolors() for picture in page.pictures()[3:]] == [[(256, (i, 0, 0))] for i in (1, 2, 3)]
+    captions = page.text["figcaption"]
+    assert captions.endswith("samples, step 400" + "".join(prompts))
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")][3:] == prompts
 
 
 def test_every_metric_is_drawn(tmp_path):
@@ -166,6 +186,26 @@ def test_damaged_files_do_not_stop_the_report(tmp_path):
     page = Page(write_report(folder).read_text())
     assert "step-0000200-samples.png cannot be read" in page.text["p"] and len(page.pictures()) == 2
     assert "not valid YAML" in page.text["p"] and "1 values not finite" in page.text["figcaption"]
+
+
+def test_a_run_that_was_killed_is_not_called_running(tmp_path):
+    """The newest of its status, its metrics and its processes' files counts: here their ages in seconds."""
+    run = make_run(tmp_path / "run")
+
+    def state(status: float, metrics: float, process: float) -> str:
+        now = time.time()
+        row = {"state": "running", "step": 3, "time": now - status}
+        (run / "STATUS.json").write_text(json.dumps(row))
+        line = {"attempt": 1, "time": now - metrics, "step": 3, "loss": 1.0}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        Attendance(run, 0, 1).sign(3)
+        os.utime(run / "processes" / "rank-0.json", (now - process, now - process))
+        return read_record(run).state()
+
+    for ages in ((10, 7200, 7200), (7200, 10, 7200), (7200, 7200, 10)):
+        assert state(*ages) == "running"
+    assert state(7200, 7200, 3601) == "no sign of life for 1 h 00 min"
+    assert "<em class='fair'>no sign of life" in write_report(run).read_text()
 
 
 def test_no_run_directory(tmp_path, capsys):

@@ -27,6 +27,7 @@ from nitro_e.geneval.detector import Detector, Found, select
 from nitro_e.geneval.judge import GenEvalJudge, crop
 from nitro_e.geneval.requests import CLASSES, COLORS
 from nitro_e.geneval.rules import Detection
+from nitro_e.files import REVISIONS
 from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.rewards.scorer import quantize
 
@@ -291,8 +292,9 @@ def test_default_hub_ids_from_a_cache_without_network(folder, tmp_path):
     for name, source in repositories.items():
         cached = tmp_path / f"models--{name.replace('/', '--')}"
         (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(folder / source, cached / "snapshots" / ("0" * 40))
+        commit = REVISIONS[name] or "0" * 40
+        (cached / "refs" / "main").write_text(commit)
+        shutil.copytree(folder / source, cached / "snapshots" / commit)
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FROM_HUB],
@@ -305,7 +307,8 @@ def test_default_hub_ids_from_a_cache_without_network(folder, tmp_path):
     (error,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
     assert "reward 'imagereward': cannot load from hub repository 'zai-org/ImageReward'" in error
     assert error.endswith(
-        "download it with `hf download zai-org/ImageReward --local-dir FOLDER` and set path: FOLDER"
+        "download it with `hf download zai-org/ImageReward --revision 5736be03b2652728fb87788c9797b0570450ab72 "
+        "--local-dir FOLDER` and set path: FOLDER"
     )
 
 

@@ -113,6 +113,8 @@ def test_an_older_torchrun_is_launched_without_the_options_it_lacks(submit, tmp_
         ("failed", 3, "RUNNING", "0", 3, False),
         ("running", 137, "RUNNING", "3", 0, True),  # killed without notice
         ("running", 137, "RUNNING", "20", 1, False),
+        ("crashed", 1, "RUNNING", "3", 0, True),  # a process was lost
+        ("crashed", 1, "RUNNING", "20", 1, False),
     ],
 )
 def test_the_status_decides(submit, state, code, job, restarts, expected_code, requeued):

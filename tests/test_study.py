@@ -56,11 +56,11 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
 
 
 def test_a_failing_variant_is_named(plan, capsys):
-    plan["variants"]["grpo"]["set"] = [*SMALL, "model.width=96"]  # not that of the base
+    plan["variants"]["grpo"]["set"] = [*SMALL, "engine.precision=fp16"]  # which a CPU cannot
     Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [3]}))
     assert tool.main(["study.yaml"]) != 0
     error = capsys.readouterr().err
-    assert "grpo, seed 3" in error and "width" in error
+    assert "grpo, seed 3" in error and "fp16" in error
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,15 @@ def test_a_failing_variant_is_named(plan, capsys):
         ),
         ({"variants": {"a": {"recipe": "nowhere.yaml"}}}, "variants.a: config file 'nowhere.yaml'"),
         ({"settings": []}, "settings is empty"),
+        ({"benchmark": "shape"}, "benchmark: unknown benchmark 'shape', did you mean 'shapes'?"),
+        ({"benchmark": "prompts.txt"}, "benchmark: 'prompts.txt' is a file of prompts"),
+        ({"settings": [{"step": 2}]}, "variants.base: unknown key 'sampling.step', did you mean 'sampling.steps'?"),
+        ({"settings": [{"steps": 2, "height": 7}]}, "variants.base: 7x64 px: both sides must be multiples of 8"),
+        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": SMALL, "settings": [{"steps": 0}]}}}, "variants.a: sampling.steps must be at least 1"),
+        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "model.width=96"]}}}, "variants.a: 'BASE' is of another architecture (model.width was 48, is 96)"),
+        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "init_from=runs/gone"]}}}, "variants.a: init_from: 'runs/gone' does not exist"),
+        ({"variants": {"a": {"recipe": str(ROOT / "configs/shapes/2_finetune.yaml"), "set": ["model.preset=micro-8"]}}}, "variants.a: data.shards: missing shards: data/shapes"),
+        ({"reference": {"sampler": "euller"}}, "base: sampling.sampler: 'euller'"),
         ({"seed": [1]}, "seeds"),
         ({"base": "nowhere"}, "'nowhere' does not exist"),
     ],
@@ -80,7 +89,8 @@ def test_a_failing_variant_is_named(plan, capsys):
 def test_a_wrong_study_is_refused_at_once(plan, capsys, change, message):
     Path("study.yaml").write_text(yaml.safe_dump(plan | change))
     assert tool.main(["study.yaml"]) == 2
-    assert message in capsys.readouterr().err
+    assert message.replace("BASE", plan["base"]) in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_studies_load():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,13 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
     assert run_train(recipe, run, "engine.sample_every=3") == 0  # the same command goes on
     assert "resuming" in capsys.readouterr().out
     assert [row["step"] for row in metrics.read(run)] == [1, 2, 3, 4, 5, 6]
-    assert (run / "samples" / "step-0000006-samples.png").is_file() and (run / "config.yaml").is_file()
+    sheet = Image.open(run / "samples" / "step-0000006-samples.png")
+    captions = {f"a plain {name} square" for name in COLOURS}
+    drawn = json.loads(sheet.text["prompts"])  # the recipe names none: captions of the first batch
+    assert len(drawn) == 4 and set(drawn) <= captions and sheet.width == 4 * 64 + 3 * 2
+    report = (run / "report.html").read_text()
+    assert all(report.count(f"<figcaption>{caption}</figcaption>") >= drawn.count(caption) for caption in captions)
+    assert (run / "config.yaml").is_file()
     assert run_train(recipe, run) == 0  # nothing left to do
 
     out = tmp_path / "out"
@@ -121,10 +128,15 @@ def test_sigkill_and_the_same_command_again(recipe, tmp_path):
     assert {row["step"]: row["loss"] for row in metrics.read(run)} == expected
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_sigterm_saves_and_ends_well(recipe, tmp_path, whole_group):
-    """Also when its data workers get the signal too, as from a job manager: their death ended the run unsaved."""
-    run = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGQUIT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)]
+)
+def test_signals_save_and_end_well(recipe, tmp_path, number, whole_group):
+    """Also when its data workers get the signal too, as from a job manager: their death ended the run unsaved.
+
+    The log file of such a job has one plain line per report and no carriage returns.
+    """
+    run, log = tmp_path / "run", tmp_path / "log"
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -134,38 +146,22 @@ def test_sigterm_saves_and_ends_well(recipe, tmp_path, whole_group):
         "engine.save_every=100000",
         "data.workers=1",
     ]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(1)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped at step" in output
-    assert checkpoint.latest(run) is not None
-
-
-def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run_train(recipe, one, "data.batch_size=8") == 0
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), str(recipe),
-        f"run={two}", "data.batch_size=4",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(metrics.read(one), metrics.read(two), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    process.wait(timeout=60)
+    text, status = log.read_text(), checkpoint.read_status(run)
+    assert process.returncode == 0 and "stopped at step" in text and "\r" not in text
+    assert checkpoint.read_meta(checkpoint.latest_valid(run))["step"] == status["step"] > 0
+    assert status["state"] == "preempted"
+    reports = [line for line in text.splitlines() if line.startswith("flow_matching ")]
+    form = r"flow_matching \d+/100000  loss \S+  grad_norm \S+  lr \S+  \S+ samples/s  \S+ GB  ETA .*"
+    assert len(reports) == len(metrics.read(run)) and all(re.fullmatch(form, line) for line in reports)
 
 
 def test_real_component_classes_and_repa(recipe, tmp_path):
@@ -181,6 +177,8 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
         "model.latent_channels=8", "model.text_width=32", "data.resolution=32", "sampling.resolution=32",
         "stage.repa={tap: 1, width: 16}", "engine.ema=null",
     ]  # fmt: skip
+    assert run_train(recipe, run, *options, "sampling.height=7") == 2  # the stride is in the codec's files
+    assert not (run / "metrics.jsonl").exists()
     assert run_train(recipe, run, *options) == 0
     rows = metrics.read(run)
     assert all(-1 <= row["repa_loss"] <= 1 for row in rows)
@@ -259,7 +257,7 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
     assert run_train(recipe, second, f"init_from={first}@ema", "engine.steps=2") == 0
     (tmp_path / "gone").rename(first)
     assert run_train(recipe, tmp_path / "third", f"init_from={first}", "model.heads=4") == 2
-    assert "another architecture: heads 2 there, 4 here" in capsys.readouterr().err
+    assert "another architecture (model.heads was 2, is 4)" in capsys.readouterr().err
 
 
 def break_captions(folder: Path) -> None:
@@ -296,6 +294,12 @@ BAD = {
     "REPA alone": (["stage.repa={tap: 1}"], "REPA needs a vision encoder"),
     "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose 1 to 1 or 4 to 4"),
     "init_from": (["init_from=nowhere"], "'nowhere' does not exist"),
+    "height of the pictures": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
+    "width of the pictures": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),
+    "pictures that are scored": (
+        ["evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {resolution: 64, width: 7}}"],
+        "evaluation.sampling: 64x7 px",
+    ),
 }
 
 
@@ -328,8 +332,36 @@ def test_a_checkpoint_of_another_architecture_is_refused(recipe, tmp_path, capsy
     assert run_train(recipe, run) == 0
     before = (run / "config.yaml").read_text()
     assert run_train(recipe, run, "model.groups=[1, 3, 1]", "engine.steps=9") == 2
-    assert "of another architecture" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "model.groups was" in error and "is [1, 3, 1]" in error
     assert (run / "config.yaml").read_text() == before
+
+
+def test_a_changed_config_is_told_recorded_and_the_old_one_kept(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=3") == 0
+    before = (run / "config.yaml").read_text()
+    capsys.readouterr()
+    assert run_train(recipe, run, "stage.caption_dropout=0.4", "engine.ema={beta: 0.5}") == 0
+    told = capsys.readouterr().out
+    assert "stage.caption_dropout was 0.1, is 0.4" in told and "engine.ema.beta was 0.9, is 0.5" in told
+    (event,) = [row for row in metrics.read_events(run) if row["event"] == "config"]
+    assert event["step"] == 3 and event["changed"] == {
+        "engine.steps": [3, 6], "engine.ema.beta": [0.9, 0.5], "stage.caption_dropout": [0.1, 0.4],
+    }  # fmt: skip
+    assert (run / "config.1.yaml").read_text() == before
+    assert "caption_dropout: 0.4" in (run / "config.yaml").read_text()
+    assert "stage.caption_dropout was 0.1, is 0.4" in (run / "report.html").read_text()
+    assert run_train(recipe, run, "engine.steps=7", "stage.caption_dropout=0.4", "engine.ema={beta: 0.5}") == 0
+    assert (run / "config.2.yaml").is_file() and not (run / "config.3.yaml").exists()
+
+
+def test_published_weights_have_the_permissions_of_other_files(recipe, tmp_path):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=3") == 0
+    folder = checkpoint.model_folder(run)
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(run / "config.yaml").stat().st_mode}
 
 
 @pytest.mark.slow
@@ -381,3 +413,46 @@ def test_dry_run_tells_what_would_be_trained(recipe, tmp_path, capsys):
         and "toy-000000.tar:" in out
         and not (tmp_path / "run").exists()
     )
+
+
+RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    grpo = "grpo" in path.stem
+    override = "stage.prompts.num=50" if grpo else "data.batch_size=2"
+    assert train.main([str(path), override, "stage.optim.lr=1e-3", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "blocks inside" in told and "\ncodec  " in told and "\ncheckpoints  " in told
+    assert ("FLOP for the model" in told) == ("missing shards: " in told) == (not grpo)
+    assert ("each of 50 prompts" in told) == grpo and "first sample" not in told
+    assert ("runs/nitro" in told.partition("warning ")[2]) == ("nitro_e" in str(path) and "1_pre" not in path.name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["init_from=runs/nothing"], "init_from: 'runs/nothing' does not exist"),
+        (["init_from=shapes"], "'shapes' is of another architecture (model.latent_channels was 8, is 24"),
+        (["data.shards=[nowhere/*.tar]"], "missing shards: nowhere/*.tar"),
+        (["data={sources: {a: {shards: [a.tar]}, b: {shards: [b.tar]}}, resolution: 64}"], "a.tar; check the path or the range; data.sources.b.shards: missing shards: b.tar"),
+        (["components.codec={name: dc-ae-f32c32, path: ./gone}"], "components.codec.path: folder './gone' does not"),
+        (["components.text={name: llama-3.2-1b, length: 16, path: ./gone}", "model.text_width=64"], "components.text.path: folder './gone' does not"),
+        (["engine.step=3"], "did you mean 'engine.steps'"),
+    ],
+)  # fmt: skip
+def test_dry_run_refuses_what_is_asked_for_and_not_there(recipe, tmp_path, capsys, overrides, words):
+    assert run_train(recipe, tmp_path / "run", *overrides, "--dry-run") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_dry_run_refuses_a_missing_teacher_of_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "configs/nitro_e_512/4_distill.yaml")
+    assert train.main([recipe, "stage.teacher=runs/gone", "--dry-run"]) == 2
+    assert "stage.teacher: 'runs/gone' does not exist" in capsys.readouterr().err
+    assert train.main([recipe, "sampling.width=1000", "--dry-run"]) == 2
+    assert "sampling: 512x1000 px: both sides must be multiples of 32" in capsys.readouterr().err

@@ -36,7 +36,9 @@ class FaultyStage(ToyStage):
                 elif self.fault == "sigusr1":
                     os.kill(os.getpid(), signal.SIGUSR1)
                 elif self.fault == "dies":
-                    os._exit(17)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif self.fault == "stops":
+                    os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(self.pause)
             yield batch
 

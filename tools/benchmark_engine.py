@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nitro_e import cli, flow
 from nitro_e.config import from_dict
@@ -31,6 +30,7 @@ from nitro_e.engine import Engine, EngineConfig, make_accelerator
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.optim import OptimConfig
+from nitro_e.progress import bar
 from nitro_e.randomness import SlotRandom
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 
@@ -136,7 +136,7 @@ def measure(preset: str, batch_size: int, windows: int, rounds: int) -> dict[str
     """{variant: {"wall", "cpu": best milliseconds per step}}"""
     config = from_dict(ModelConfig, {"preset": preset, "latent_channels": 24, "text_width": 128})
     best = {name: {"wall": float("inf"), "cpu": float("inf")} for name in VARIANTS}
-    for _ in tqdm(range(rounds), desc=preset, disable=None):
+    for _ in bar(range(rounds), desc=preset, brief=True):
         for name, loop in VARIANTS.items():
             torch.manual_seed(0)
             clock = loop(EMMDiT(config), make_batch(config, batch_size), (windows + 1) * LOG_EVERY + 1)

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nitro_e import cli
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe, released
 from nitro_e.model.packing import pack_for_cpu
+from nitro_e.progress import bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from plain_emmdit import PlainEMMDiT  # noqa: E402
@@ -138,7 +138,7 @@ class Bench:
         task, passes = ("training", 3) if train else ("forward", 1)
         arguments = self.inputs(batch)
         calls = {name: _call(variant, arguments, train) for name, variant in variants.items()}
-        first = tqdm(calls.items(), desc=f"{task}, batch {batch}, first calls", leave=False)
+        first = bar(calls.items(), brief=True, desc=f"{task}, batch {batch}, first calls", leave=False)
         outputs = {name: call().float().clone() for name, call in first}
         product = _matmul(self.dtype, self.device)
         best = _interleave(
@@ -199,7 +199,7 @@ def _interleave(
 ) -> dict[str, float]:
     """Best seconds of one call of each; in every round each is called for about `seconds`."""
     best = {name: _timed(call, 1, device) for name, call in calls.items()}
-    for _ in tqdm(range(rounds), desc=name, leave=False):
+    for _ in bar(range(rounds), brief=True, desc=name, leave=False):
         for key, call in calls.items():
             count = max(1, round(seconds / best[key]))
             best[key] = min(best[key], _timed(call, count, device))

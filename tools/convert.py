@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from nitro_e import checkpoint, cli, metrics
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig
 from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
+from nitro_e.files import save_tensors
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import (
     load_pretrained,
@@ -137,7 +137,7 @@ def use_of_released(name: str, model: EMMDiT) -> dict[str, Any]:
 
 def write_file(model: EMMDiT, out: Path) -> None:
     temporary = out.with_name(out.name + ".tmp")
-    save_file(released.to_released(model), temporary, metadata={"format": "pt"})
+    save_tensors(released.to_released(model), temporary)
     os.replace(temporary, out)
 
 

@@ -20,7 +20,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
 
 from nitro_e import cli, config
 from nitro_e.components import (
@@ -29,13 +28,14 @@ from nitro_e.components import (
     build_codec,
     build_text_encoder,
     build_vision_encoder,
+    pinned,
 )
 from nitro_e.config import ConfigError
 from nitro_e.data import encode, jobs, pack, report, verify
 from nitro_e.data.captions import CaptionTable
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import shard_index
-from nitro_e.data.reader import open_data
+from nitro_e.progress import bar
 
 LAYOUTS = ("folder", "table", "parquet", "webdataset", "img2dataset", "sa1b", "journeydb")
 
@@ -165,7 +165,8 @@ def run_encode(args: argparse.Namespace) -> None:
             dtype = "float32" if name not in WEIGHTS else args.dtype
             component = ComponentConfig(name=name, path=path or None, dtype=dtype, length=length)
             built[kind] = builder(component, device)
-            names[{"codec": "latents", "vision": "features"}.get(kind, kind)] = config.to_dict(component)
+            column = {"codec": "latents", "vision": "features"}.get(kind, kind)
+            names[column] = config.to_dict(pinned(component))
     encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
     options = encode.EncodeConfig(
         resolution=args.resolution,
@@ -248,7 +249,7 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
 def run_index(args: argparse.Namespace) -> None:
     shards, samples = expand_shards(args.shards, "shards"), 0
     work = jobs.each(partial(shard_index, force=args.force), args.processes)
-    for _, index in tqdm(work(shards), total=len(shards), desc="index", unit="shard"):
+    for _, index in bar(work(shards), total=len(shards), desc="index", unit="shard"):
         samples += len(index.rows)
     refuse_empty(samples, args.shards)
     print(f"{samples} samples in {len(shards)} shards")
@@ -293,7 +294,7 @@ def run_which(args: argparse.Namespace) -> None:
     run = config.load(RunConfig, args.config, args.overrides)
     if run.data is None:
         raise ConfigError(f"{args.config}: stage.kind '{run.stage.kind}' reads no data")
-    data = open_data(run.data, need_pixels=run.components.vision is not None, seed=run.seed, stage=run.name)
+    data = run.stage_kind.open_data(run)
     batch = run.data.batch_size * run.engine.accumulate * args.world
     for key in data.keys(range(args.step * batch, (args.step + 1) * batch)):
         print(key)

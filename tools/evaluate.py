@@ -42,6 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
     parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
     parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
+    parser.add_argument(
+        "--allow-download", action="append", default=[], metavar="REPO", help="a hub repository that the weights name"
+    )
     parser.add_argument("--reward", action="append", default=[], help="for a file of prompts; several times")
     parser.add_argument(
         "--reward-path", metavar="FOLDER", help="the judge's weights, a local folder or hub id"
@@ -70,7 +73,7 @@ def command(options: argparse.Namespace) -> None:
         Options(
             seed=options.seed, batch_size=options.batch_size, precision=options.precision,
             device=options.device or default_device(), codec_path=options.codec, text_path=options.text,
-            rejudge=options.rejudge,
+            allow_download=tuple(options.allow_download), rejudge=options.rejudge,
         ),
         out,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nitro_e import cli
 from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.data.writer import atomic_file, write_shard
+from nitro_e.progress import bar
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import SPLITS, TASKS, Scene, metadata, scene
 
@@ -65,7 +66,7 @@ def make_shards(
     pick = partial(_pick, seed, split, tasks)
     _write_sheet(out / f"shapes-{split}.png", pick, resolution)
     paths = []
-    with tqdm(total=num, unit="img", desc=split) as progress:
+    with bar(total=num, unit="img", desc=split) as progress:
         for first in range(0, num, samples_per_shard):
             indices = range(first, min(first + samples_per_shard, num))
             paths.append(out / f"shapes-{split}-{first // samples_per_shard:06d}.tar")

@@ -5,7 +5,8 @@
 #
 # SLURM warns five minutes before the time limit; every process then saves at the same step and ends, and the job puts
 # itself back in the queue. RUN/STATUS.json decides: done ends, failed ends with an error, preempted continues. A job
-# that was killed without notice (node failure, out of memory) continues at most MAX_KILLS times. scancel ends it.
+# that crashed or was killed without notice (a process or node lost, out of memory) continues at most MAX_KILLS times.
+# scancel ends it.
 # Adapt the lines below to your cluster. PYTHON, GPUS (per node), PORT and MAX_KILLS may be set in the environment.
 #
 #SBATCH --job-name=nitro-e
@@ -68,9 +69,9 @@ echo "$run: $state at step $(field "$now" step)"
 case $state in
 done) exit 0 ;;
 preempted) ;;
-running)
+running | crashed)
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_KILLS:-20})); then
-        echo "killed without notice and restarted $SLURM_RESTART_COUNT times already: giving up" >&2
+        echo "$state without notice and restarted $SLURM_RESTART_COUNT times already: giving up" >&2
         exit 1
     fi
     ;;

@@ -11,11 +11,13 @@ the same command goes on after an interruption, and adds what is new in the file
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,8 @@ import numpy as np
 
 from nitro_e import cli
 from nitro_e.checkpoint import model_folder
-from nitro_e.config import Config, ConfigError, Ge, Seed, TrainingError, check_file_name, load
+from nitro_e.config import Config, ConfigError, Ge, Seed, TrainingError, check_file_name, from_dict, load
+from nitro_e.model.pretrained import read_config
 
 ROOT = Path(__file__).parent.parent
 Setting = dict[str, bool | int | float | str]  # fields of SamplingConfig
@@ -96,7 +99,7 @@ def study(options: argparse.Namespace) -> str:
     for name in chosen:
         if name not in plan.variants:
             raise ConfigError(f"--only {name}: the study has {', '.join(plan.variants)}")
-        check(plan, name)
+    check(plan, chosen)
     jobs = [
         (name, seed)
         for name in chosen
@@ -114,17 +117,67 @@ def study(options: argparse.Namespace) -> str:
     return f"{text}\n\n{out / 'table.md'}, {out / 'results.json'}; pictures under {out}"
 
 
-def check(plan: Study, name: str) -> None:
-    """Refuse what can be known to be wrong of a variant before anything is trained."""
-    from nitro_e.run import RunConfig
+def check(plan: Study, chosen: Sequence[str]) -> None:
+    """Refuse what can be known to be wrong before anything is trained: what judges, weights, data, keys, settings."""
+    from nitro_e.evaluation.evaluate import prepare
+    from nitro_e.pipeline import Use
+    from nitro_e.run import RunConfig, first_weights
 
-    model_folder(plan.base)
-    variant = plan.variants[name]
-    if variant.recipe is not None:
-        try:
-            load(RunConfig, variant.recipe, variant.set)
-        except ConfigError as error:
-            raise ConfigError(f"variants.{name}: {error}") from None
+    prepare(judged(plan), "cpu")
+    base = read_config(model_folder(plan.base))
+    use = from_dict(Use, base["use"], "use")
+    for name in chosen:
+        variant = plan.variants[name]
+        settings = variant.settings or plan.settings
+        with said_of(f"variants.{name}"):
+            if variant.recipe is None:
+                check_settings(settings, use.sampling, base["model"], use)
+                continue
+            overrides = overrides_of(plan, name, seeds_of(plan, variant)[0])
+            config = load(RunConfig, variant.recipe, overrides)
+            first_weights(config, overrides)
+            if config.data is not None:
+                config.data.expand()
+            check_settings(settings, config.published_sampling, config.model, config.components)
+    with said_of("base"):  # scored at the same settings
+        every = [setting for name in chosen for setting in plan.variants[name].settings or plan.settings]
+        check_settings([plan.reference] if plan.reference else every, use.sampling, base["model"], use)
+
+
+@contextlib.contextmanager
+def said_of(part: str) -> Iterator[None]:
+    """Name the part of the study that an error is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{part}: {error}") from None
+
+
+def check_settings(settings: Sequence[Setting], defaults: Any, model: Any, components: Any) -> None:
+    """ConfigError for settings that these weights cannot be sampled with."""
+    from nitro_e.components import codec_shape, text_shape
+    from nitro_e.pipeline import latent_size
+    from nitro_e.sampling import with_overrides
+
+    shape, (_, text_length) = codec_shape(components.codec), text_shape(components.text)
+    for setting in settings:
+        sampling = with_overrides(defaults, setting)
+        if shape is not None:
+            latent_size(model, shape[1], text_length, *sampling.size)
+
+
+def judged(plan: Study) -> Any:
+    """The benchmark of the study."""
+    from nitro_e.evaluation.benchmarks import benchmark
+
+    with said_of("benchmark"):
+        return benchmark(plan.benchmark, plan.num, None)
+
+
+def overrides_of(plan: Study, name: str, seed: int) -> list[str]:
+    """Of the variant's recipe."""
+    own = [f"run={folder_of(plan, name, seed)}", f"name={plan.name}-{name}", f"seed={seed}"]
+    return [*own, f"init_from={plan.base}", *plan.variants[name].set]
 
 
 def seeds_of(plan: Study, variant: Variant) -> tuple[int, ...]:
@@ -141,9 +194,8 @@ def train(plan: Study, name: str, seed: int, alone: bool) -> None:
     status, spent = folder / "STATUS.json", folder / "cpu_seconds.json"
     if status.exists() and spent.exists() and json.loads(status.read_text())["state"] == "done":
         return
-    command = [sys.executable, str(ROOT / "train.py"), variant.recipe, f"run={folder}", f"name={plan.name}-{name}",
-               f"seed={seed}", f"init_from={plan.base}", *variant.set]  # fmt: skip
-    environment = os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, str(ROOT / "train.py"), variant.recipe, *overrides_of(plan, name, seed)]
+    environment = {"WANDB_RUN_GROUP": plan.name} | os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -158,11 +210,10 @@ def train(plan: Study, name: str, seed: int, alone: bool) -> None:
 
 def score(plan: Study, name: str, out: Path) -> list[Row]:
     """The rows of one variant, a setting each."""
-    from nitro_e.evaluation.benchmarks import benchmark
     from nitro_e.evaluation.evaluate import Options, default_device, evaluate
 
     variant, rows = plan.variants[name], []
-    chosen, options = benchmark(plan.benchmark, plan.num, None), Options(device=default_device())
+    chosen, options = judged(plan), Options(device=default_device())
     trained = variant.recipe is not None
     for setting in variant.settings or plan.settings:
         row = Row(name, ", ".join(f"{key} {value}" for key, value in setting.items()), [], [], [])

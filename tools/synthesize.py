@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--codec", help="diffusers only: name or name=folder; stores the latents of the pictures"
     )
+    parser.add_argument(
+        "--allow-download", action="append", default=[], metavar="REPO", help="a hub repository that our weights name"
+    )
     parser.add_argument("--images", action="store_true", help="store the pictures too (diffusers: always)")
     parser.add_argument(
         "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
@@ -135,7 +138,9 @@ def build_generator(args: argparse.Namespace) -> Generator:
         return DiffusersGenerator(args.source.removeprefix("diffusers:"), device, args.dtype, settings, codec)
     if args.codec:
         raise ConfigError("--codec is for diffusers pipelines; our checkpoints know theirs")
-    pipeline = TextToImage.from_pretrained(args.source, device, getattr(torch, args.dtype))
+    pipeline = TextToImage.from_pretrained(
+        args.source, device, getattr(torch, args.dtype), allow_download=args.allow_download
+    )
     settings = pipeline.settings(
         steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution,
         grid=args.grid,

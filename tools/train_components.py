@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from nitro_e import cli
+from nitro_e import cli, progress
 from nitro_e.config import ConfigError
-from nitro_e.data.writer import atomic_file
+from nitro_e.files import save_object
 from nitro_e.shapes import fit
 from nitro_e.shapes.pretrained import PRETRAINED
 
@@ -61,7 +61,7 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
         optimizer.load_state_dict(saved["optimizer"])
         done, seconds = saved["step"], saved["seconds"]
     started = saved_at = time.monotonic()
-    with tqdm(total=steps, initial=done, desc=component, mininterval=1) as bar:
+    with progress.bar(total=steps, initial=done, desc=component, mininterval=1) as bar:
         while done < steps:
             for group in optimizer.param_groups:
                 group["lr"] = task.lr * min(1, (done + 1) / 100, 2 * (1 - done / steps))
@@ -77,14 +77,13 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
             if time.monotonic() - saved_at > SAVE_EVERY or done == steps:
                 saved_at = time.monotonic()
                 out.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(state) as file:
-                    torch.save(
-                        {
-                            "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
-                            "seconds": seconds + saved_at - started,
-                        },
-                        file,
-                    )  # fmt: skip
+                reached = {
+                    "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
+                    "seconds": seconds + saved_at - started,
+                }  # fmt: skip
+                temporary = state.with_name(state.name + ".tmp")
+                save_object(reached, temporary)
+                os.replace(temporary, state)
     out.mkdir(parents=True, exist_ok=True)
     task.export(out)
     metrics = {

@@ -1,5 +1,6 @@
 """Captioned images and latents in webdataset tars: writing, indexing, an exact order, reading."""
 
+from nitro_e.data.catalog import MissingShards
 from nitro_e.data.dataset import BadDataError, Records
 from nitro_e.data.reader import Data, DataConfig, SourceConfig, open_data
 from nitro_e.data.writer import write_shard, write_shards
@@ -8,6 +9,7 @@ __all__ = [
     "BadDataError",
     "Data",
     "DataConfig",
+    "MissingShards",
     "Records",
     "SourceConfig",
     "open_data",

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
 
 from nitro_e.config import ConfigError, did_you_mean
 from nitro_e.data.index import Problem
 from nitro_e.data.jobs import digest
 from nitro_e.files import sha256_of
+from nitro_e.progress import bar
 
 csv.field_size_limit(1 << 24)
 
@@ -183,7 +183,7 @@ def _fill(path: Path, source: Path, id_column: str, caption_column: str) -> None
     connection.execute("PRAGMA journal_mode = OFF")
     connection.execute("CREATE TABLE captions (id TEXT PRIMARY KEY, caption TEXT) WITHOUT ROWID")
     connection.execute("CREATE TABLE duplicates (id TEXT)")
-    for row in tqdm(rows(source, (id_column, caption_column)), desc="captions", unit="row"):
+    for row in bar(rows(source, (id_column, caption_column)), desc="captions", unit="row"):
         key, caption = stem(str(value_at(row, id_column))), value_at(row, caption_column)
         if caption is None:
             continue

@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nitro_e.config import ConfigError, read_text
 from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
 from nitro_e.data.remote import ShardCache, is_url, list_urls
 from nitro_e.data.writer import cache_folder, index_path
+from nitro_e.progress import bar
 
 log = logging.getLogger("nitro_e.data")
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -35,6 +35,10 @@ COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
 MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
 KEEP_MERGED = 8
 PRIORITY = ("text", "features", "latents", "images", "")  # where a repeated member is taken from
+
+
+class MissingShards(ConfigError):
+    """Shards that are named are not there (yet)."""
 
 
 @dataclass(eq=False)
@@ -121,7 +125,7 @@ class Catalog:
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
     """Paths, globs, brace ranges (`a-{000..012}.tar`, `{a,b}.tar`), URLs, `@list.txt` -> shards in order.
 
-    Raises ConfigError naming the files that are missing, or one that is listed twice. URLs are tried later.
+    Raises MissingShards naming the files, or ConfigError for one that is listed twice. URLs are tried later.
     """
     patterns = [line for pattern in patterns for line in _read_list(pattern, key)]
     if not patterns:
@@ -139,7 +143,7 @@ def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str
             missing += [] if found else [name]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ConfigError(
+        raise MissingShards(
             f"{key}: missing shards: {', '.join(missing[:5])}{more}; check the path or the range"
         )
     twice = (
@@ -158,7 +162,7 @@ def _read_list(pattern: str, key: str) -> list[str]:
         return [pattern]
     path = Path(pattern[1:])
     if not path.is_file():
-        raise ConfigError(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
+        raise MissingShards(f"{key}: list '{path}' does not exist; write one shard or pattern per line")
     return [
         line.strip() for line in read_text(path).splitlines() if line.strip() and not line.startswith("#")
     ]
@@ -310,7 +314,7 @@ def _make_indices(paths: list[str], cache: ShardCache, progress: bool) -> None:
     with ThreadPoolExecutor(threads) as pool:
         made = pool.map(partial(_make_index, cache=cache), todo)
         for _ in (
-            tqdm(made, desc="index", total=len(todo), unit="shard") if progress and len(todo) > 20 else made
+            bar(made, desc="index", total=len(todo), unit="shard") if progress and len(todo) > 20 else made
         ):
             pass
 

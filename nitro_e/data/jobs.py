@@ -27,12 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
-from tqdm import tqdm
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Share, parse_json, read_text
 from nitro_e.data.index import Problem, ShardIndex, store_index
 from nitro_e.data.writer import atomic_file, index_path
 from nitro_e.files import sha256_of
+from nitro_e.progress import bar
 
 ALLOWED = 10  # bad samples that never stop a job, however small it is
 
@@ -93,7 +93,7 @@ def run_job(name: str, units: Sequence[Unit], work: Work, config: JobConfig) -> 
     todo = [unit for unit in mine if unit.name not in done]
     samples = sum(entry["samples"] for entry in done.values())
     bad = sum(len(entry["bad"]) for entry in done.values())
-    progress = tqdm(total=len(mine), initial=len(done), desc=name, unit="unit")
+    progress = bar(total=len(mine), initial=len(done), desc=name, unit="unit")
     with progress, closing(work(todo)) as results:
         for unit, result in results:
             samples, bad = samples + result.samples, bad + len(result.bad)

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Share, TrainingError
-from nitro_e.data.catalog import IMAGES, Catalog, Column, expand_shards, open_catalog
+from nitro_e.data.catalog import IMAGES, Catalog, Column, MissingShards, expand_shards, open_catalog
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
 from nitro_e.data.index import Problem
@@ -90,13 +90,19 @@ class DataConfig(Config):
         return None if not weights or None in weights else weights
 
     def expand(self) -> list[list[str]]:
-        """Files of each source; none for a source of weight 0. Raises ConfigError naming missing ones."""
+        """Files of each source; none for a source of weight 0. Raises MissingShards naming those of all sources."""
         if not self.sources:
             return [expand_shards(self.shards)]
-        return [
-            [] if source.weight == 0 else expand_shards(source.shards, f"data.sources.{name}.shards")
-            for name, source in self.sources.items()
-        ]
+        found, missing = [], []
+        for name, source in self.sources.items():
+            try:
+                dropped = source.weight == 0
+                found.append([] if dropped else expand_shards(source.shards, f"data.sources.{name}.shards"))
+            except MissingShards as error:
+                missing.append(str(error))
+        if missing:
+            raise MissingShards("; ".join(missing))
+        return found
 
 
 class StepSampler(Sampler):
@@ -476,5 +482,5 @@ def identity(records: Records) -> Records:
 
 def ignore_interrupts(worker: int) -> None:
     """Ctrl-C and job managers signal the whole process group: the training process saves, then ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)

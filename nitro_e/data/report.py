@@ -16,13 +16,13 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from nitro_e.config import Config, ConfigError, Ge, Gt
 from nitro_e.data.catalog import IMAGES
 from nitro_e.data.decode import BadSample, decode_array, decode_image
 from nitro_e.data.index import BLOCK, shard_index
 from nitro_e.data.remote import local_path
+from nitro_e.progress import bar
 
 # TFLOP per sample at 512 px, counted with torch's FlopCounterMode.
 DC_AE_ENCODE, LLAMA_TRUNK, DINOV2_FORWARD, TRAIN_STEP = 1.295, 0.251, 0.046, 0.241
@@ -33,7 +33,7 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
     """Counts over all shards; sizes, captions and latents from the first `probe` samples of each shard."""
     members, sizes, kinds = Counter(), Counter(), Counter()
     words, sides, moments, samples = [], [], [], 0
-    for path in tqdm(shards, desc="stats", unit="shard"):
+    for path in bar(shards, desc="stats", unit="shard"):
         index = shard_index(path)
         samples += len(index.rows)
         for name in index.extensions:
@@ -48,7 +48,7 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
                     latent = decode_array(content["npy"]).astype(np.float64)
                     kinds[f"latent {latent.shape}"] += 1
                     moments.append((latent.mean(), latent.std()))
-                for name in set(IMAGES) & set(content):
+                for name in (name for name in IMAGES if name in content):
                     with Image.open(io.BytesIO(content[name])) as image:
                         sides.append(min(image.size))
                         kinds[f"{image.format} {image.mode}"] += 1

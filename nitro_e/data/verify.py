@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, group_columns
@@ -29,6 +28,7 @@ from nitro_e.data.jobs import each, read_manifests
 from nitro_e.data.remote import local_path
 from nitro_e.data.writer import index_path
 from nitro_e.files import sha256_of
+from nitro_e.progress import bar
 
 
 @dataclass
@@ -59,7 +59,7 @@ def verify(
     manifests = read_manifests({Path(path).parent for path in shards})
     check = partial(check_shard, entries=manifests, deep=deep, caption_key=caption_key)
     found: dict[str, Checked] = {}
-    with tqdm(total=len(shards), desc="verify", unit="shard") as progress:
+    with bar(total=len(shards), desc="verify", unit="shard") as progress:
         for path, checked in each(check, processes)(shards):
             found[path] = checked
             report.samples += checked.samples

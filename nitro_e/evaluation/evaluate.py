@@ -56,6 +56,7 @@ class Options(Config):
     device: str = "cpu"
     codec_path: str | None = None
     text_path: str | None = None
+    allow_download: tuple[str, ...] = ()  # hub repositories that the weights may have fetched
     rejudge: bool = False
 
 
@@ -112,10 +113,7 @@ def evaluate(
     benchmark = dataclasses.replace(
         benchmark, prompts=dataclasses.replace(benchmark.prompts, seed=options.seed)
     )
-    prompts = load_prompts(benchmark.prompts)
-    scorer = build_rewards(benchmark.rewards, options.device)
-    scorer.check([prompt.info for prompt in prompts])
-    scorer.load()
+    prompts, scorer = prepare(benchmark, options.device)
     found = [
         list(_evaluate_one(benchmark, prompts, scorer, source, grid, options, out)) for source in sources
     ]
@@ -133,13 +131,23 @@ def evaluate(
     return evaluation
 
 
+def prepare(benchmark: Benchmark, device: str) -> tuple[list[Prompt], Scorer]:
+    """The prompts and what judges them, its weights loaded; ConfigError for what is missing or does not fit."""
+    prompts = load_prompts(benchmark.prompts)
+    scorer = build_rewards(benchmark.rewards, device)
+    scorer.check([prompt.info for prompt in prompts])
+    scorer.load()
+    return prompts, scorer
+
+
 def _evaluate_one(
     benchmark: Benchmark, prompts: list[Prompt], scorer: Scorer, source: str, grid: dict[str, Sequence[Any]],
     options: Options, out: Path,
 ) -> Iterable[Result]:  # fmt: skip
     pipeline = TextToImage.from_pretrained(
-        source, options.device, codec_path=options.codec_path, text_path=options.text_path
-    )
+        source, options.device, codec_path=options.codec_path, text_path=options.text_path,
+        allow_download=options.allow_download,
+    )  # fmt: skip
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.precision)
     settings_of = [

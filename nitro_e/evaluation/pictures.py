@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from nitro_e import progress
 from nitro_e.config import ConfigError, parse_json, read_text, to_dict
 from nitro_e.evaluation.benchmarks import Benchmark, describe
 from nitro_e.pipeline import TextToImage, save_png, to_image
@@ -76,7 +76,7 @@ def collect(
     places = [(index, number) for index in range(len(prompts)) for number in range(benchmark.per_prompt)]
     done = {place: row for place, row in read_rows(record).items() if _is_of(row, place, prompts)}
     missing = [place for place in places if place not in done]
-    with tqdm(total=len(places), initial=len(places) - len(missing), desc=title, unit="img") as bar:
+    with progress.bar(total=len(places), initial=len(places) - len(missing), desc=title, unit="img") as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             chosen = [prompts[index] for index, _ in batch]

@@ -17,9 +17,9 @@ from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from nitro_e.config import Config, ConfigError, Ge, Le, Seed, Share
+from nitro_e import progress
+from nitro_e.config import Config, ConfigError, Ge, Le, Seed
 from nitro_e.evaluation.pictures import Autocast, Judged, draw, noise_seeds
 from nitro_e.evaluation.results import summarize
 from nitro_e.interfaces import LatentCodec, TextEncoder
@@ -93,9 +93,8 @@ class Evaluator:
         """(prompts, rewards) float32: the scores of this process's prompts, zero for those of the others."""
         mine = range(len(self.prompts))[self.share.rank :: self.share.world]
         values = torch.zeros(len(self.prompts), len(self.scorer.names))
-        with tqdm(
-            total=len(mine), desc="evaluation", unit="img", leave=False, disable=self.share.rank > 0
-        ) as bar:
+        options = {"unit": "img", "leave": False, "disable": self.share.rank > 0}
+        with progress.bar(total=len(mine), desc="evaluation", brief=True, **options) as bar:
             for start in range(0, len(mine), self.config.batch_size):
                 batch = mine[start : start + self.config.batch_size]
                 texts, info = zip(*(self.prompts[index] for index in batch))

@@ -107,11 +107,11 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
     return (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
 
 
-def load_detector(source: str, revision: str | None = None) -> Detector:
-    """From a hub id, or from a folder of transformers' format or with OpenMMLab's checkpoint."""
+def load_detector(folder: str, name: str | None = None) -> Detector:
+    """From a folder of transformers' format or with OpenMMLab's checkpoint; `name`: its `source`, if not the folder."""
     from transformers import Mask2FormerForUniversalSegmentation, logging
 
-    file = openmmlab.find(source)
+    file = openmmlab.find(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it reports what is checked below
     try:
@@ -119,11 +119,11 @@ def load_detector(source: str, revision: str | None = None) -> Detector:
             model, report = openmmlab.load(file)
         else:
             model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
-                source, revision=revision, use_safetensors=True, output_loading_info=True
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     finally:
         logging.set_verbosity(verbosity)
     missing = [key for key in report["missing_keys"] if not re.search(UNUSED, key)]
     if missing or report["mismatched_keys"]:
         raise ValueError(f"it is no Mask2Former: {len(missing)} weights are missing")
-    return Detector(model, file.stem if file is not None else source)
+    return Detector(model, file.stem if file is not None else name or folder)

@@ -8,6 +8,7 @@ shown to CLIP alone, on gray; the nearest of ten color names wins, each the mean
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,16 @@ def crop(image: Tensor, mask: Tensor, box: Sequence[float]) -> Tensor:
 
 def load_judge(detector: str = MASK2FORMER, clip: str = CLIP_L, revision: str | None = None) -> GenEvalJudge:
     """Detector and color classifier from hub ids or folders; ConfigError if they cannot be loaded."""
+
+    def load(folder: str) -> Detector:
+        is_folder = Path(detector).expanduser().is_dir()
+        return load_detector(folder, None if is_folder else f"{detector} at {Path(folder).name}")
+
     return GenEvalJudge(
+        files.load("geneval's detector", "path", detector, load, files.TRANSFORMER, revision),
         files.load(
-            "geneval's detector", "path", detector, lambda source: load_detector(source, revision), revision
+            *("geneval's colors", "options.clip", clip),
+            lambda folder: load_clip(folder, torch.float32),
+            (*files.TRANSFORMER, *files.TOKENIZER),
         ),
-        files.load("geneval's colors", "options.clip", clip, lambda source: load_clip(source, torch.float32)),
     )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nitro_e.config import ConfigError, from_dict, parse_json, read_text, to_dict
+from nitro_e.files import fetch, is_hub_id, save_tensors
 from nitro_e.model import released
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
 
@@ -31,7 +31,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "model.safetensors")
     config = {"format": FORMAT, "model": to_dict(model.config), "use": use or {}}
     if provenance:
         config["provenance"] = provenance
@@ -150,37 +150,30 @@ def locate(source: str | Path, file: str | None = None) -> Path:
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
         return path
-    if not _is_hub_id(source):
+    if not is_hub_id(source):
         raise ConfigError(f"'{source}' is neither a folder or file here nor a hub id such as amd/Nitro-E")
     if file is not None:
-        return _download(str(source), file)
-    _download(str(source), "model.safetensors")
-    return _download(str(source), "config.json").parent
+        return _download(str(source), file) / file
+    return _download(str(source), "model.safetensors", "config.json")
 
 
 def locate_lora(lora: str | Path, source: str | Path) -> Path:
     """The local adapter folder meant by `lora`, downloaded if it is a folder of the hub repository `source`."""
     if Path(lora).is_dir():
         return Path(lora)
-    if Path(source).exists() or not _is_hub_id(source):
+    if Path(source).exists() or not is_hub_id(source):
         raise ConfigError(f"lora '{lora}' is not a folder")
-    _download(str(source), f"{lora}/adapter_model.safetensors")
-    return _download(str(source), f"{lora}/adapter_config.json").parent
+    return _download(str(source), f"{lora}/adapter_model.safetensors", f"{lora}/adapter_config.json") / lora
 
 
-def _is_hub_id(source: str | Path) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII) is not None
-
-
-def _download(repository: str, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
+def _download(repository: str, *names: str) -> Path:
+    """The folder that holds these files of a hub repository."""
     try:
-        return Path(hf_hub_download(repository, name))
+        return fetch(repository, names)
     except Exception as error:  # the hub raises many kinds: no network, no such repository, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"'{repository}' is not here, and the hub gives no '{name}' of that repository: {reason}"
+            f"'{repository}' is not here, and the hub gives no '{names[0]}' of that repository: {reason}"
         ) from None
 
 

@@ -9,6 +9,7 @@ predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from nitro_e.clip import (
     fit_short_side,
     from_open_clip,
     load_clip,
+    load_tokenizer,
 )
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+HPSV2_FILES = (f"{HPSV2_FILE}|model*.safetensors", "model.safetensors.index.json?", "config.json?")
 STRAIGHT = str.maketrans("‘’“”", "''\"\"")  # open_clip's tokenizer does it
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
@@ -40,7 +43,8 @@ class CLIPScore(nn.Module):
         super().__init__()
         self.clip = files.load(
             *("reward 'clipscore'", "path", path or CLIP_L),
-            lambda source: load_clip(source, dtype, None, revision),
+            lambda folder: load_clip(folder, dtype),
+            (*files.TRANSFORMER, *files.TOKENIZER),
             revision,
         )
 
@@ -59,9 +63,12 @@ class PickScore(nn.Module):
         tokenizer: str = CLIP_H,
     ) -> None:
         super().__init__()
+        what = "reward 'pickscore'"
+        words = files.load(what, "options.tokenizer", tokenizer, load_tokenizer, files.TOKENIZER)
         self.clip = files.load(
-            *("reward 'pickscore'", "path", path or PICKSCORE),
-            lambda source: load_clip(source, dtype, tokenizer, revision),
+            *(what, "path", path or PICKSCORE),
+            lambda folder: load_clip(folder, dtype, words),
+            files.TRANSFORMER,
             revision,
         )
 
@@ -84,15 +91,19 @@ class HPSv2(nn.Module):
         antialias: bool = True,
     ) -> None:
         super().__init__()
+        what = "reward 'hpsv2.1'"
 
-        def load(source: str) -> CLIP:
-            file = files.find(source, HPSV2_FILE, revision)
-            if file is None:
-                return load_clip(source, dtype, base, revision)
+        def load(folder: str, base: str) -> CLIP:
+            file = Path(folder) / HPSV2_FILE
+            if not file.is_file():
+                return load_clip(folder, dtype, load_tokenizer(base))
             state = torch.load(file, map_location="cpu", weights_only=True)
             return from_open_clip(state["state_dict"], base, dtype)
 
-        self.clip = files.load("reward 'hpsv2.1'", "path", path or HPSV2, load, revision)
+        base = files.load(what, "options.base", base, str, files.TOKENIZER)
+        self.clip = files.load(
+            what, "path", path or HPSV2, lambda folder: load(folder, base), HPSV2_FILES, revision
+        )
         self.antialias = antialias
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
@@ -112,9 +123,9 @@ class Aesthetic(nn.Module):
     ) -> None:
         super().__init__()
 
-        def load(source: str) -> nn.Module:
-            found = (files.find(source, name, revision) for name in AESTHETIC_FILES)
-            file = next((file for file in found if file is not None), None)
+        def load(folder: str) -> nn.Module:
+            found = (Path(folder) / name for name in AESTHETIC_FILES)
+            file = next((file for file in found if file.is_file()), None)
             if file is None:
                 raise FileNotFoundError(f"there is neither {' nor '.join(AESTHETIC_FILES)}")
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -122,10 +133,13 @@ class Aesthetic(nn.Module):
             head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
             return head
 
-        self.head = files.load("reward 'aesthetic'", "path", path or AESTHETIC, load, revision).eval()
+        what, wanted = "reward 'aesthetic'", ("|".join(AESTHETIC_FILES),)
+        self.head = files.load(what, "path", path or AESTHETIC, load, wanted, revision).eval()
         self.head.requires_grad_(False)
         self.clip = files.load(
-            "reward 'aesthetic'", "options.clip", clip, lambda source: load_clip(source, dtype)
+            *(what, "options.clip", clip),
+            lambda folder: load_clip(folder, dtype),
+            (*files.TRANSFORMER, *files.TOKENIZER),
         )
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:

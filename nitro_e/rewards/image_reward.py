@@ -43,9 +43,9 @@ class ImageReward(nn.Module):
         super().__init__()
         what = "reward 'imagereward'"
         self.vision, self.text, self.head = files.load(
-            what, "path", path or REPOSITORY, lambda source: _load(source, dtype, revision), revision
+            what, "path", path or REPOSITORY, lambda folder: _load(folder, dtype), (FILE, TEXT_CONFIG), revision
         )
-        self.tokenizer = files.load(what, "options.tokenizer", tokenizer, load_tokenizer)
+        self.tokenizer = files.load(what, "options.tokenizer", tokenizer, load_tokenizer, files.TOKENIZER)
         self.size: int = self.vision.config.image_size
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1), persistent=False)
@@ -66,13 +66,13 @@ class ImageReward(nn.Module):
         return (self.head(read[:, 0].float())[:, 0] - CENTER) / SPREAD
 
 
-def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any, nn.Module]:
+def _load(folder: str, dtype: torch.dtype) -> tuple[Any, Any, nn.Module]:
     """Vision encoder, text encoder, head."""
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    weights, config = (files.find(source, name, revision) for name in (FILE, TEXT_CONFIG))
-    if weights is None or config is None:
+    weights, config = Path(folder) / FILE, Path(folder) / TEXT_CONFIG
+    if not (weights.is_file() and config.is_file()):
         raise FileNotFoundError(f"there must be {FILE} and {TEXT_CONFIG}")
     parts = rename_blip(torch.load(weights, map_location="cpu", weights_only=True))
     vision = BlipVisionModel(_vision_config(parts["vision"]))

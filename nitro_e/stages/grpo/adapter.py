@@ -18,13 +18,13 @@ from typing import Annotated, Literal
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
+from nitro_e.files import save_tensors
 from nitro_e.model import EMMDiT
 from nitro_e.model.released import block_linears, read_lora
-from nitro_e.randomness import seed_of
+from nitro_e.randomness import seeded
 
 NAME = "default"  # peft's name of the adapter
 # Ends of released module names.
@@ -82,8 +82,7 @@ def add_adapter(model: EMMDiT, config: AdapterConfig, seed: int) -> None:
         init_lora_weights="gaussian",
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "adapter") % 2**32)
+    with seeded(seed, "adapter"):
         inject_adapter_in_model(lora, model, adapter_name=NAME)
     for name, (a, b) in factors.items():
         layer = model.get_submodule(paths[name])
@@ -152,7 +151,7 @@ def save_adapter(model: EMMDiT, folder: Path, base: str | None = None) -> None:
         config.target_modules
     )  # peft makes it a set, whose order changes from run to run
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
 def _read(folder: Path) -> tuple[int, float, dict[str, tuple[Tensor, Tensor]]]:
