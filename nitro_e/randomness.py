@@ -6,7 +6,9 @@ generator, so the same slot gets the same numbers on any number of processes and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +20,14 @@ def seed_of(*parts: object) -> int:
     """A 63-bit seed from any printable parts."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """What is built inside, on the CPU, gets first weights from `seed_of(*parts)`; torch's global state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed_of(*parts) % 2**32)
+        yield
 
 
 class SlotRandom:

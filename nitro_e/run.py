@@ -31,7 +31,7 @@ from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.pipeline import TextToImage, Use, image_grid
 from nitro_e.prompts import load_prompts
-from nitro_e.randomness import seed_of
+from nitro_e.randomness import seeded
 from nitro_e.rewards import build_rewards
 from nitro_e.sampling import SamplingConfig
 from nitro_e.stages.distill import DistillConfig, DistillRun
@@ -253,8 +253,7 @@ def build_model(config: RunConfig) -> EMMDiT:
     """
     first = config.init_from or getattr(config.stage, "teacher", None)
     if first is None or checkpoint.latest(config.folder) is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(config.seed, "initial weights") % 2**32)
+        with seeded(config.seed, "initial weights"):
             return EMMDiT(config.model)
     source = load_pretrained(checkpoint.model_folder(first)).float()
     theirs, ours = architecture(source.config), architecture(config.model)
@@ -339,7 +338,7 @@ def build_flow_matching(config: RunConfig, parts: Parts) -> tuple[Stage, Sequenc
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     vision = config.components.vision and build_vision_encoder(config.components.vision, parts.device)
     stage = FlowMatching(
-        config.stage, parts.model, data, parts.codec, parts.text, vision, parts.device, parts.flops
+        config.stage, parts.model, data, parts.codec, parts.text, vision, config.seed, parts.device, parts.flops
     )
     return stage, config.prompts or first_records(data).prompts[:8]
 

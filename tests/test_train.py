@@ -146,20 +146,6 @@ def test_sigterm_saves_and_ends_well(recipe, tmp_path, whole_group):
     assert checkpoint.latest(run) is not None
 
 
-def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run_train(recipe, one, "data.batch_size=8") == 0
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), str(recipe),
-        f"run={two}", "data.batch_size=4",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(metrics.read(one), metrics.read(two), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-
-
 def test_real_component_classes_and_repa(recipe, tmp_path):
     """DC-AE, Llama and DINOv2 of the real library classes, tiny and random, from local folders; REPA on."""
     tiny.save_autoencoder_dc(tmp_path / "dcae")

@@ -45,7 +45,7 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
                 latent = decode_array(content["npy"]).astype(np.float64)
                 kinds[f"latent {latent.shape}"] += 1
                 moments.append((latent.mean(), latent.std()))
-            for name in set(IMAGES) & set(content):
+            for name in (name for name in IMAGES if name in content):
                 with Image.open(io.BytesIO(content[name])) as image:
                     sides.append(min(image.size))
                     kinds[f"{image.format} {image.mode}"] += 1

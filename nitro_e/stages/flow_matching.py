@@ -18,7 +18,7 @@ from nitro_e.flow import TimestepConfig
 from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.model import EMMDiT
 from nitro_e.optim import OptimConfig
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SlotRandom, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class FlowMatching:
 
     def __init__(
         self, config: FlowMatchingConfig, model: EMMDiT, data: Data, codec: LatentCodec, text: TextEncoder,
-        vision: VisionEncoder | None, device: torch.device, forward_flops: float,
+        vision: VisionEncoder | None, seed: int, device: torch.device, forward_flops: float,
     ) -> None:  # fmt: skip
         self.config, self.model, self.data = config, model, data
         self.codec, self.text, self.vision, self.device = codec, text, vision, device
@@ -102,7 +102,8 @@ class FlowMatching:
             if stored_null is None
             else TextEmbedding(*(part.to(device) for part in stored_null))
         )
-        module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
+        with seeded(seed, "projector"):
+            module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
         self.phases = (Phase("model", module, self.loss, config.optim),)
 
     @property

@@ -22,7 +22,7 @@ from nitro_e.config import ConfigError
 from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.optim import OptimConfig
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SlotRandom, seeded
 from nitro_e.stages.distill import losses
 from nitro_e.stages.distill.heads import Backbone, FixedHeads, HeadConfig
 from nitro_e.stages.distill.inputs import DistillBatch, Draft
@@ -133,8 +133,7 @@ class Adversarial:
         self.config, self.shared = config, shared
         self.backbone: Backbone = shared.backbone(config.taps)
         slots, width = len(self.backbone.slots), self.backbone.width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(shared.seed_of("heads"))
+        with seeded(shared.seed, "distill", "heads"):
             self.heads: nn.Module = (
                 FixedHeads(slots, width, config.heads)
                 if config.pool is None

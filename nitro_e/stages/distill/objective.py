@@ -37,9 +37,6 @@ class Shared:
         places = [seed_of("held out", prompt) / 2**63 for prompt in batch.prompts]
         return torch.tensor([float(place >= self.heldout) for place in places], device=batch.latents.device)
 
-    def seed_of(self, *purpose: object) -> int:
-        return seed_of(self.seed, "distill", *purpose)
-
 
 class Objective(Protocol):
     """One term of the student's loss; see OBJECTIVES in stage.py for how one is added."""

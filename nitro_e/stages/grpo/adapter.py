@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nitro_e.config import ConfigError
 from nitro_e.model import EMMDiT
 from nitro_e.model.released import block_linears, read_lora
-from nitro_e.randomness import seed_of
+from nitro_e.randomness import seeded
 
 NAME = "default"  # peft's name of the adapter
 # Ends of released module names.
@@ -86,8 +86,7 @@ def add_adapter(model: EMMDiT, config: AdapterConfig, seed: int) -> None:
         init_lora_weights="gaussian",
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "adapter") % 2**32)
+    with seeded(seed, "adapter"):
         inject_adapter_in_model(lora, model, adapter_name=NAME)
     for name, (a, b) in factors.items():
         layer = model.get_submodule(paths[name])
