@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, pinned
 from nitro_e.config import ConfigError, from_dict
-from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
+from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder, as_prompts
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
@@ -90,10 +91,14 @@ class TextToImage:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[str], *, negative_prompt: str = "", seeds: Sequence[int] | None = None,
-        batch_size: int = 16, progress: bool = False, **overrides: Any,
+        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        """One picture per prompt. seeds: one per prompt (default 0, 1, ...); overrides: fields of SamplingConfig."""
+        """A list of one image per prompt; a bare string is one prompt.
+
+        negative_prompt: one for all, or one per prompt. seeds: one per prompt (default 0, 1, ...). overrides: fields of
+        SamplingConfig.
+        """
         pixels = self.pixels(
             prompts,
             negative_prompt=negative_prompt,
@@ -106,20 +111,23 @@ class TextToImage:
 
     @torch.no_grad()
     def pixels(
-        self, prompts: Sequence[str], *, negative_prompt: str = "", seeds: Sequence[int] | None = None,
-        batch_size: int = 16, progress: bool = False, **overrides: Any,
+        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
     ) -> Tensor:  # fmt: skip
-        """(len(prompts), 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
-        prompts = list(prompts)
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        if len(seeds) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        """(number of prompts, 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
+        prompts = [prompts] if isinstance(prompts, str) else as_prompts(prompts)
+        if not prompts:
+            raise ConfigError("prompts: the list is empty; give at least one")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        negatives = negative_prompts(negative_prompt, len(prompts))
+        seeds = image_seeds(seeds, len(prompts))
         settings = self.settings(**overrides)
         parts = []
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, start + batch_size)
             parts.append(
-                self._batch(prompts[chosen], negative_prompt, seeds[chosen], settings, progress).cpu()
+                self._batch(prompts[chosen], negatives[chosen], seeds[chosen], settings, progress).cpu()
             )
         return torch.cat(parts)
 
@@ -130,7 +138,7 @@ class TextToImage:
     def _batch(
         self,
         prompts: list[str],
-        negative_prompt: str,
+        negatives: list[str],
         seeds: list[int],
         settings: SamplingConfig,
         progress: bool,
@@ -138,9 +146,8 @@ class TextToImage:
         device = next(self.model.parameters()).device
         x = initial_noise(seeds, self.latent_shape(*settings.size)).to(device)  # (B, C, h, w)
         text = self.text.encode(prompts)
-        negative = TextEmbedding(
-            *(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt]))
-        )
+        negative = self.text.encode(negatives if len(set(negatives)) > 1 else negatives[:1])
+        negative = TextEmbedding(*(part.expand(len(prompts), *part.shape[1:]) for part in negative))
         latents = sample(self.model, text, negative, settings, x, seeds, progress)
         return self.codec.decode(latents).float().clamp(-1, 1)
 
@@ -163,6 +170,31 @@ def latent_size(
         )
     model.check_grid(height // unit, width // unit, text_length, pixels=unit)
     return height // stride, width // stride
+
+
+def negative_prompts(given: str | Sequence[str] | None, count: int) -> list[str]:
+    """One for each of `count` prompts."""
+    if given is None or isinstance(given, str):
+        return [given or ""] * count
+    negatives = as_prompts(given, "negative_prompt")
+    if len(negatives) != count:
+        raise ConfigError(
+            f"{count} prompts but {len(negatives)} negative prompts; give one string for all, or one per prompt"
+        )
+    return negatives
+
+
+def image_seeds(given: int | Sequence[int] | None, count: int) -> list[int]:
+    """One for each of `count` prompts."""
+    if given is None:
+        return list(range(count))
+    seeds = [given] if isinstance(given, numbers.Integral) else list(given)
+    if len(seeds) != count:
+        raise ConfigError(f"{count} prompts but {len(seeds)} seeds; give one seed per prompt")
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+            raise ConfigError(f"seeds: {seed!r} is no seed; give whole numbers of at most 64 bits")
+    return [int(seed) for seed in seeds]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
