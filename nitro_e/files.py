@@ -48,16 +48,10 @@ def load(
     source: a folder, or a hub repository, of which the files `wanted` are fetched (see `fetch`).
     Only for the message: `what` is being loaded, the config's `key` (it ends in "path" if there is a revision) names the
     source, `repository` has the right files where source is a folder, and `give` tells how to name a folder."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ConfigError(
-                f"{what}: {key.removesuffix('path')}revision: '{folder.resolve()}' is a folder; only hub ids have revisions"
-            )
-    elif not is_hub_id(source):
-        raise ConfigError(f"{what}: {key}: folder '{source}' does not exist")
+    source = resolve(what, key, source, revision)
+    folder = Path(source)
     try:
-        return loader(str(folder.resolve() if folder.is_dir() else fetch(source, wanted, revision)))
+        return loader(source if folder.is_dir() else str(fetch(source, wanted, revision)))
     except ModuleNotFoundError as error:
         raise ConfigError(f"{what} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # several libraries, each with its own kinds of errors
@@ -72,6 +66,20 @@ def load(
             remedy = f"download it with {download} and {give or f'set {key}: FOLDER'}"
         where = "folder" if folder.is_dir() else "hub repository"
         raise ConfigError(f"{what}: cannot load from {where} '{source}' ({reason}); {remedy}") from error
+
+
+def resolve(what: str, key: str, source: str, revision: str | None = None) -> str:
+    """The absolute path of a folder, or a hub id as it is; ConfigError for a folder that does not exist."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"{what}: {key.removesuffix('path')}revision: '{folder}' is a folder; only hub ids have revisions"
+            )
+        return str(folder.resolve())
+    if not is_hub_id(source):
+        raise ConfigError(f"{what}: {key}: folder '{source}' does not exist")
+    return source
 
 
 def is_hub_id(source: str | Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import losses
+from tiny import SHARDS_ON_CPU
 
 from nitro_e import checkpoint
 
@@ -88,9 +89,7 @@ def test_two_processes_stopped_and_resumed_as_one(one, tmp_path):
         torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-6, atol=1e-7)
 
 
-needs_sharding = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on GPUs only"
-)
+needs_sharding = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
 
 
 @needs_sharding
@@ -131,6 +130,12 @@ def test_a_process_that_dies_ends_the_job_with_an_error(tmp_path):
     done = launch(tmp_path / "run", 2, fault="dies")
     assert done.returncode != 0
     assert checkpoint.read_meta(checkpoint.latest(tmp_path / "run"))["step"] == 4
+
+
+@pytest.mark.skipif(SHARDS_ON_CPU, reason="this torch can")
+def test_sharding_on_cpus_is_refused_where_torch_cannot(tmp_path):
+    done = launch(tmp_path / "run", 2, sharding="fsdp")
+    assert done.returncode != 0 and "'fsdp' on CPUs needs a newer torch" in done.stderr
 
 
 def test_sharding_needs_several_processes(tmp_path):
