@@ -71,14 +71,13 @@ class TextToImage:
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
         codec, text = use.codec, use.text
+        for kind, config, path in (("codec", codec, codec_path), ("text", text, text_path)):
+            if path is None:
+                check_download(kind, config, allow_download)
         if codec_path is not None:
             codec = dataclasses.replace(codec, path=codec_path, revision=None)
-        else:
-            check_download("codec", codec, allow_download)
         if text_path is not None:
             text = dataclasses.replace(text, path=text_path, revision=None)
-        else:
-            check_download("text", text, allow_download)
         model = load_pretrained(folder).to(device, dtype)
         return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
 
