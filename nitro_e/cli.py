@@ -1,7 +1,9 @@
-"""How every command of the project ends: 0, or one line on stderr and a code that scripts can tell apart."""
+"""What the commands of the project share: how they end (0, or one line on stderr and a code that scripts can tell
+apart), and the flags that must read alike everywhere."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +11,20 @@ from typing import NoReturn
 
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.progress import quiet_libraries
+
+
+def component_flags(parser: argparse.ArgumentParser, **what: str) -> None:
+    """--codec, --text and --vision, as far as they are named here, each with its help.
+
+    What is given is for components.chosen_component.
+    """
+    for kind, text in what.items():
+        parser.add_argument(f"--{kind}", metavar="NAME|FOLDER|NAME=FOLDER", help=text)
+
+
+def dtype_flag(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
+    """--dtype, by torch's names."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=default, help=text)
 
 
 def run(command: Callable[[], None]) -> int:

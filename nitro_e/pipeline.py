@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
+from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, chosen_component
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig
@@ -44,20 +44,24 @@ class TextToImage:
         source: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        codec_path: str | None = None,
-        text_path: str | None = None,
+        codec: str | None = None,
+        text: str | None = None,
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
-        codec_path, text_path: local folders or hub ids of the codec and the text encoder, instead of those that the
-        weights were trained with.
+        dtype: of the weights of all parts; None: float32 for the model, codec and text encoder as in training.
+        codec, text: local folders or hub ids of the codec and the text encoder, also as NAME=FOLDER, instead of those
+        that the weights were trained with.
         """
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
-        codec = dataclasses.replace(use.codec, path=codec_path or use.codec.path)
-        text = dataclasses.replace(use.text, path=text_path or use.text.path)
-        model = load_pretrained(folder).to(device, dtype)
-        return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
+        precision = None if dtype is None else str(dtype).removeprefix("torch.")
+        parts = (
+            build_codec(chosen_component("codec", codec, use.codec, precision), device),
+            build_text_encoder(chosen_component("text", text, use.text, precision), device),
+        )
+        model = load_pretrained(folder).to(device, dtype or torch.float32)
+        return cls(model, *parts, use.sampling)
 
     def compile(self) -> None:
         """Faster steps after a slower start, for many pictures: torch.compile, and packed weights where a CPU gains by them."""
