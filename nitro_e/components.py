@@ -126,7 +126,7 @@ def chosen_component(
     elif "/" in given or Path(given).exists():
         raise ConfigError(f"{flag}: of which kind? give NAME={given}, one of {', '.join(TABLES[kind])}")
     else:
-        raise ConfigError(f"{flag}: unknown name" + did_you_mean(given, list(TABLES[kind])))
+        raise ConfigError(f"--{kind}: unknown '{given}'" + did_you_mean(given, list(TABLES[kind])))
     return replace(config, dtype=dtype) if dtype is not None and config.name in WEIGHTS else config
 
 

@@ -55,7 +55,7 @@ LLAMA = ComponentConfig(name="llama-3.2-1b", path="old/one", revision="r", dtype
         ("hash", LLAMA, "trained with 'llama-3.2-1b'; give its folder"),
         ("hash=/x", LLAMA, "trained with 'llama-3.2-1b'; give its folder"),
         ("my/folder", None, "--text 'my/folder': of which kind? give NAME=my/folder, one of llama-3.2-1b, "),
-        ("lama-3.2-1b", None, "unknown name, did you mean 'llama-3.2-1b'"),
+        ("lama-3.2-1b", None, "--text: unknown 'lama-3.2-1b', did you mean 'llama-3.2-1b'"),
         ("llama-3.2-1b=", None, "path is empty"),
     ],
 )
