@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, pinned
+from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, chosen_component, pinned
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder, as_prompts
 from nitro_e.model import EMMDiT, ModelConfig
@@ -54,15 +54,16 @@ class TextToImage:
         source: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        codec_path: str | None = None,
-        text_path: str | None = None,
+        codec: str | None = None,
+        text: str | None = None,
         allow_download: Collection[str] = (),
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
-        codec_path, text_path: local folders or hub ids of the codec and the text encoder, instead of those that the
-        weights were trained with. allow_download: hub repositories that the weights may have fetched, besides the
-        project's default ones.
+        dtype: of the weights of all parts; None: float32 for the model, codec and text encoder as in training.
+        codec, text: local folders or hub ids of the codec and the text encoder, also as NAME=FOLDER, instead of those
+        that the weights were trained with. allow_download: hub repositories that the weights may have fetched, besides
+        the project's default ones.
         """
         if Path(source).is_file():
             raise ConfigError(
@@ -70,16 +71,16 @@ class TextToImage:
             )
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
-        codec, text = use.codec, use.text
-        for kind, config, path in (("codec", codec, codec_path), ("text", text, text_path)):
-            if path is None:
-                check_download(kind, config, allow_download)
-        if codec_path is not None:
-            codec = dataclasses.replace(codec, path=codec_path, revision=None)
-        if text_path is not None:
-            text = dataclasses.replace(text, path=text_path, revision=None)
-        model = load_pretrained(folder).to(device, dtype)
-        return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
+        for kind, given in (("codec", codec), ("text", text)):
+            if given is None:
+                check_download(kind, getattr(use, kind), allow_download)
+        precision = None if dtype is None else str(dtype).removeprefix("torch.")
+        parts = (
+            build_codec(chosen_component("codec", codec, use.codec, precision), device),
+            build_text_encoder(chosen_component("text", text, use.text, precision), device),
+        )
+        model = load_pretrained(folder).to(device, dtype or torch.float32)
+        return cls(model, *parts, use.sampling)
 
     def compile(self) -> None:
         """Faster steps after a slower start, for many pictures: torch.compile, and packed weights where a CPU gains by them."""

@@ -70,7 +70,7 @@ def test_errors(tmp_path):
     assert vision_width(ComponentConfig(name="dinov2-b14", path=str(tmp_path))) is None
     with pytest.raises(ConfigError, match="components.vision.name: unknown 'dinov2'.*dinov2-b14"):
         build_vision_encoder(ComponentConfig(name="dinov2"))
-    with pytest.raises(ConfigError, match="components.vision.path=FOLDER"):
+    with pytest.raises(ConfigError, match="components.vision=dinov2-b14=FOLDER"):
         build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(tmp_path)))
     with pytest.raises(ConfigError, match="components.vision.length"):
         build_vision_encoder(ComponentConfig(name="dinov2-b14", length=4))

@@ -59,9 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--to-released", action="store_true", help="write the released format instead of a model folder"
     )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the result; default: as they are"
-    )
+    cli.dtype_flag(parser, "of the result; default: as they are")
     options = parser.parse_args(arguments)
     return cli.run(lambda: print(convert(options)))
 
