@@ -341,6 +341,7 @@ FIRST = "base_model.model.block_groups.0.0.attn.to_q"
         ("'block_groups.0.0.attn.to_q' lacks one of its two", {}, lambda s: {n: t for n, t in s.items() if n != f"{FIRST}.lora_A.weight"}),
         (r"LoRA factors \[32, 4\] x \[4, 8\] for a weight \[32, 32\]", {}, lambda s: {**s, f"{FIRST}.lora_A.weight": torch.zeros(4, 8)}),
         ("holds no lora_A / lora_B tensors", {}, lambda s: {}),
+        ("1 of .* not finite, the first is '.*lora_A", {}, lambda s: {**s, f"{FIRST}.lora_A.weight": torch.full((2, 32), torch.nan)}),
     ],
 )  # fmt: skip
 def test_adapters_that_cannot_be_merged_exactly_are_refused(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nitro_e import checkpoint, metrics
 from nitro_e.data import write_shard
@@ -260,6 +262,29 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
     (tmp_path / "gone").rename(first)
     assert run_train(recipe, tmp_path / "third", f"init_from={first}", "model.heads=4") == 2
     assert "another architecture (model.heads was 2, is 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(recipe, tmp_path, capsys, value):
+    """Wherever weights are read: they were drawn from, trained on and merged without a word."""
+    assert run_train(recipe, tmp_path / "run", "engine.steps=1") == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint.model_folder(tmp_path / "run"), broken)
+    state = load_file(broken / "model.safetensors")
+    for name in ("blocks.0.image.attention.qkv.weight", "out.bias"):
+        state[name].view(-1)[-1] = value
+    save_file(state, broken / "model.safetensors")
+    capsys.readouterr()
+    second = ["init_from=" + str(broken)]
+    teacher = ["stage={kind: distill, preset: ladd4, teacher: " + str(broken) + "}", "sampling.guidance_scale=1"]
+    sampled = sample.main([str(broken), "--prompt", "a plain red square", "--out", str(tmp_path / "out")])
+    trained = run_train(recipe, tmp_path / "second", *second)
+    distilled = run_train(recipe, tmp_path / "third", *teacher)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert (sampled, trained, distilled) == (2, 2, 2) and len(errors) == 3
+    for error in errors:
+        assert f"{broken}/model.safetensors: 2 of {len(state)} tensors are not finite" in error
+        assert "give an earlier checkpoint" in error and not (tmp_path / "out").exists()
 
 
 def break_captions(folder: Path) -> None:

@@ -14,6 +14,7 @@ from nitro_e.config import ConfigError, from_dict, parse_json, read_text, to_dic
 from nitro_e.files import fetch, is_hub_id, save_tensors
 from nitro_e.model import released
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
+from nitro_e.model.weights import check_finite
 
 FORMAT = 1
 
@@ -92,7 +93,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file of weights: float32, bfloat16, float16 or float64."""
+    """All tensors of a file of weights: float32, bfloat16, float16 or float64, all finite."""
     try:
         state = load_file(path)
     except FileNotFoundError:
@@ -106,6 +107,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             raise ConfigError(
                 f"{path}: tensor '{name}' is {tensor.dtype}; weights must be float32, bfloat16 or float16"
             )
+    check_finite(state, path)
     return state
 
 

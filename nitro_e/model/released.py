@@ -22,6 +22,7 @@ from torch import Tensor
 from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
 from nitro_e.model.layers import sincos_table
+from nitro_e.model.weights import check_finite
 
 POSITION_TABLE = "pos_embed.pos_embed"
 PROJECTOR = "projectors."
@@ -312,6 +313,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
     if not adapter:
         raise ConfigError(f"{path} holds no lora_A / lora_B tensors")
+    check_finite(adapter, path)
     return adapter
 
 
