@@ -1,11 +1,12 @@
 # Two commands do everything: `make demo` (data, stages 1 and 2, pictures, report) and `make test`.
-# Both create .venv on first use; PYTHON may name another interpreter (>= 3.10).
+# Both create .venv on first use; PYTHON may name another interpreter (>= 3.10). `make test-floors` tests the oldest
+# versions of the libraries that setup.py allows.
 
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/installed
 
-.PHONY: demo test install clean
+.PHONY: demo test test-floors install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/make_shapes.py data/shapes --split train --num 12288
@@ -20,6 +21,20 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
+# The oldest versions that setup.py allows, on Python 3.10 where there is one (or FLOORS_PYTHON=...): several GB, then as
+# long as `make test`. `uv` comes from PyPI into the same folder.
+FLOORS = .venv-floors
+FLOORS_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+
+test-floors: $(FLOORS)/installed
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -m "not slow" tests
+
+$(FLOORS)/installed: setup.py
+	$(FLOORS_PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --upgrade pip uv
+	$(FLOORS)/bin/uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct --editable '.[train,eval,dev]'
+	touch $@
+
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt
@@ -30,4 +45,4 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv $(FLOORS) build *.egg-info

@@ -48,12 +48,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
-    parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
-    parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
-    parser.add_argument(
-        "--allow-download", action="append", default=[], metavar="REPO", help="a hub repository that the weights name"
+    cli.component_flags(
+        parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    cli.download_flag(parser)
+    cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
     parser.add_argument(
         "--compile", action="store_true", help="slower start, faster steps: for many pictures"
     )
@@ -70,11 +69,10 @@ def draw(options: argparse.Namespace) -> None:
     from nitro_e.pipeline import TextToImage, image_grid, save_png
 
     device = options.device or default_device(torch)
-    dtype, components = (
-        getattr(torch, options.dtype),
-        {"codec_path": options.codec, "text_path": options.text, "allow_download": options.allow_download},
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    pipeline = TextToImage.from_pretrained(
+        options.source, device, dtype, codec=options.codec, text=options.text, allow_download=options.allow_download
     )
-    pipeline = TextToImage.from_pretrained(options.source, device, dtype, **components)
     if options.compile:
         pipeline.compile()
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]

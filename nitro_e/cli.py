@@ -1,5 +1,5 @@
-"""How every command of the project takes its arguments, and how it ends: 0, or one line on stderr and a code that
-scripts can tell apart."""
+"""What the commands of the project share: how they take arguments, the flags that must read alike everywhere, and how
+they end: 0, or one line on stderr and a code that scripts can tell apart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ from nitro_e.config import ConfigError, TrainingError, check_characters
 from nitro_e.progress import quiet_libraries
 
 Number = TypeVar("Number", int, float)
+
+
+def component_flags(parser: argparse.ArgumentParser, **what: str) -> None:
+    """--codec, --text and --vision, as far as they are named here, each with its help.
+
+    What is given is for components.chosen_component.
+    """
+    for kind, text in what.items():
+        parser.add_argument(f"--{kind}", metavar="NAME|FOLDER|NAME=FOLDER", help=text)
+
+
+def download_flag(parser: argparse.ArgumentParser) -> None:
+    """--allow-download, for weights of other people: see components.check_download."""
+    text = "a hub repository that the weights name and that may be fetched; several times"
+    parser.add_argument("--allow-download", action="append", default=[], metavar="REPO", help=text)
+
+
+def dtype_flag(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
+    """--dtype, by torch's names."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=default, help=text)
 
 
 def run(command: Callable[[], None]) -> int:

@@ -19,10 +19,12 @@ from nitro_e.config import Config, ConfigError, Ge, Le, did_you_mean
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 from nitro_e.shapes.pretrained import PRETRAINED
 
+Kind = Literal["codec", "text", "vision"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentConfig(Config):
-    """One frozen encoder. A bare string in YAML is its name."""
+    """One frozen encoder. A bare string in YAML is its name, or NAME=FOLDER."""
 
     SHORTHAND: ClassVar[str] = "name"
 
@@ -35,6 +37,12 @@ class ComponentConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name, equals, path = self.name.partition("=")
+        if equals:
+            if self.path is not None:
+                raise ConfigError(f"name '{self.name}' has a folder already, and path is '{self.path}'; give one")
+            object.__setattr__(self, "name", name)
+            object.__setattr__(self, "path", path)
         if self.path == "":
             raise ConfigError("path is empty; give a folder or a hub id, or leave it out")
 
@@ -103,7 +111,7 @@ def vision_width(config: ComponentConfig) -> int | None:
     return WEIGHTS[config.name].shape[0] if config.path is None else None
 
 
-def weights_source(kind: Literal["codec", "text", "vision"], config: ComponentConfig) -> str | None:
+def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
     """The folder or the hub id of the weights, for people; None where there are none.
 
     Nothing is loaded; ConfigError for an unknown name or a folder that does not exist.
@@ -118,6 +126,31 @@ def weights_source(kind: Literal["codec", "text", "vision"], config: ComponentCo
         f"{kind} '{config.name}'", f"components.{kind}.path", config.path or default, config.revision
     )
     return source if Path(source).is_dir() else f"hub repository {source}"
+
+
+def chosen_component(
+    kind: Kind, given: str | None, default: ComponentConfig | None = None, dtype: str | None = None
+) -> ComponentConfig:
+    """The component meant by NAME, FOLDER or NAME=FOLDER, as commands take it in --codec, --text and --vision.
+
+    default: what weights were trained with, of which `given` may replace the files only; dtype: for a component that
+    has weights, in place of its own.
+    """
+    flag = f"--{kind} '{given}'"
+    if given is None:
+        config = default
+    elif "=" in given or given in TABLES[kind]:
+        config = ComponentConfig(name=given)
+        if default is not None and config.name != default.name:
+            raise ConfigError(f"{flag}: the weights were trained with '{default.name}'; give its folder")
+        config = replace(default or config, name=config.name, path=config.path, revision=None)
+    elif default is not None:
+        config = replace(default, path=given, revision=None)
+    elif "/" in given or Path(given).exists():
+        raise ConfigError(f"{flag}: of which kind? give NAME={given}, one of {', '.join(TABLES[kind])}")
+    else:
+        raise ConfigError(f"--{kind}: unknown '{given}'" + did_you_mean(given, list(TABLES[kind])))
+    return replace(config, dtype=dtype) if dtype is not None and config.name in WEIGHTS else config
 
 
 class Weights(NamedTuple):
@@ -199,6 +232,6 @@ def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any
         f"{kind} '{config.name}'", key, config.path or default,
         lambda folder: loader(folder, getattr(torch, config.dtype)), WEIGHTS[config.name].files, config.revision,
         repository=None if Path(default).is_dir() else default,
-        give=f"give the folder: {key}=FOLDER in training, --{kind} FOLDER to sample.py"
+        give=f"give the folder: --{kind} {config.name}=FOLDER, in training components.{kind}={config.name}=FOLDER"
         " (gated repositories need `hf auth login` first)",
     )  # fmt: skip

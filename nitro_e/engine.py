@@ -95,13 +95,20 @@ class EngineConfig(Config):
 
 
 def make_accelerator(config: EngineConfig) -> Accelerator:
-    """The process group and device. Refuses to run as copies of one process under a launcher."""
+    """The process group and device. Refuses to run as one process, or as copies of it, where several were asked for."""
     precision = {"float32": "no"}.get(config.precision, config.precision)
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # `accelerate launch --num_processes N` without GPUs names an address for N processes, then starts a single one.
+    promised = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     patience = InitProcessGroupKwargs(
         timeout=timedelta(minutes=int(os.environ.get("NITRO_E_TIMEOUT_MINUTES", 10)))
     )
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[patience])
+    if promised and accelerator.num_processes == 1:
+        raise ConfigError(
+            "accelerate launch was told of several processes but starts a single one without GPUs; use "
+            "`torchrun --nproc-per-node N train.py CONFIG` (for one process: no launcher, or unset MASTER_ADDR)"
+        )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world:
         raise ConfigError(

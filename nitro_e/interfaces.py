@@ -9,11 +9,13 @@ Ranges and shapes used everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from nitro_e.config import ConfigError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,12 +31,23 @@ class TextEmbedding(NamedTuple):
     mask: Tensor  # (B, L) bool, True = a real token
 
 
+def as_prompts(prompts: Iterable[str], name: str = "prompts") -> list[str]:
+    """A list of strings. ConfigError for anything else: of a bare string every character would become a prompt."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"{name}: expected a list of strings, got {prompts!r}; write [...] around a single one")
+    prompts = list(prompts)
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ConfigError(f"{name}[{index}]: expected a string, got {prompt!r}")
+    return prompts
+
+
 class TextEncoder(Protocol):
     width: int  # D
     length: int  # L, the same for every prompt
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        """Embed prompts; "" is the null prompt of classifier-free guidance."""
+        """Embed a list of prompts; "" is the null prompt of classifier-free guidance."""
 
 
 class LatentCodec(Protocol):

@@ -56,6 +56,10 @@ class Sharded(Replicated):
             raise ConfigError(
                 "engine.sharding 'fsdp' needs several processes: torchrun --nproc_per_node N train.py ..."
             )
+        if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise ConfigError(
+                f"engine.sharding 'fsdp' on CPUs needs a newer torch than {torch.__version__}; use engine.sharding=ddp"
+            )
         self.mesh = torch.distributed.device_mesh.init_device_mesh(
             accelerator.device.type, (accelerator.num_processes,)
         )

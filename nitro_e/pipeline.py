@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, pinned
+from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, chosen_component, pinned
 from nitro_e.config import ConfigError, from_dict
-from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
+from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder, as_prompts
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
@@ -53,15 +54,16 @@ class TextToImage:
         source: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        codec_path: str | None = None,
-        text_path: str | None = None,
+        codec: str | None = None,
+        text: str | None = None,
         allow_download: Collection[str] = (),
     ) -> TextToImage:
         """source: a run directory, a checkpoint or a model folder, `@model` or `@ema` choosing the weights.
 
-        codec_path, text_path: local folders or hub ids of the codec and the text encoder, instead of those that the
-        weights were trained with. allow_download: hub repositories that the weights may have fetched, besides the
-        project's default ones.
+        dtype: of the weights of all parts; None: float32 for the model, codec and text encoder as in training.
+        codec, text: local folders or hub ids of the codec and the text encoder, also as NAME=FOLDER, instead of those
+        that the weights were trained with. allow_download: hub repositories that the weights may have fetched, besides
+        the project's default ones.
         """
         if Path(source).is_file():
             raise ConfigError(
@@ -69,17 +71,16 @@ class TextToImage:
             )
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
-        codec, text = use.codec, use.text
-        if codec_path is not None:
-            codec = dataclasses.replace(codec, path=codec_path, revision=None)
-        else:
-            check_download("codec", codec, allow_download)
-        if text_path is not None:
-            text = dataclasses.replace(text, path=text_path, revision=None)
-        else:
-            check_download("text", text, allow_download)
-        model = load_pretrained(folder).to(device, dtype)
-        return cls(model, build_codec(codec, device), build_text_encoder(text, device), use.sampling)
+        for kind, given in (("codec", codec), ("text", text)):
+            if given is None:
+                check_download(kind, getattr(use, kind), allow_download)
+        precision = None if dtype is None else str(dtype).removeprefix("torch.")
+        parts = (
+            build_codec(chosen_component("codec", codec, use.codec, precision), device),
+            build_text_encoder(chosen_component("text", text, use.text, precision), device),
+        )
+        model = load_pretrained(folder).to(device, dtype or torch.float32)
+        return cls(model, *parts, use.sampling)
 
     def compile(self) -> None:
         """Faster steps after a slower start, for many pictures: torch.compile, and packed weights where a CPU gains by them."""
@@ -90,10 +91,14 @@ class TextToImage:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[str], *, negative_prompt: str = "", seeds: Sequence[int] | None = None,
-        batch_size: int = 16, progress: bool = False, **overrides: Any,
+        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        """One picture per prompt. seeds: one per prompt (default 0, 1, ...); overrides: fields of SamplingConfig."""
+        """A list of one image per prompt; a bare string is one prompt.
+
+        negative_prompt: one for all, or one per prompt. seeds: one per prompt (default 0, 1, ...). overrides: fields of
+        SamplingConfig.
+        """
         pixels = self.pixels(
             prompts,
             negative_prompt=negative_prompt,
@@ -106,20 +111,23 @@ class TextToImage:
 
     @torch.no_grad()
     def pixels(
-        self, prompts: Sequence[str], *, negative_prompt: str = "", seeds: Sequence[int] | None = None,
-        batch_size: int = 16, progress: bool = False, **overrides: Any,
+        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
     ) -> Tensor:  # fmt: skip
-        """(len(prompts), 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
-        prompts = list(prompts)
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        if len(seeds) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        """(number of prompts, 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
+        prompts = [prompts] if isinstance(prompts, str) else as_prompts(prompts)
+        if not prompts:
+            raise ConfigError("prompts: the list is empty; give at least one")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        negatives = negative_prompts(negative_prompt, len(prompts))
+        seeds = image_seeds(seeds, len(prompts))
         settings = self.settings(**overrides)
         parts = []
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, start + batch_size)
             parts.append(
-                self._batch(prompts[chosen], negative_prompt, seeds[chosen], settings, progress).cpu()
+                self._batch(prompts[chosen], negatives[chosen], seeds[chosen], settings, progress).cpu()
             )
         return torch.cat(parts)
 
@@ -130,7 +138,7 @@ class TextToImage:
     def _batch(
         self,
         prompts: list[str],
-        negative_prompt: str,
+        negatives: list[str],
         seeds: list[int],
         settings: SamplingConfig,
         progress: bool,
@@ -138,9 +146,8 @@ class TextToImage:
         device = next(self.model.parameters()).device
         x = initial_noise(seeds, self.latent_shape(*settings.size)).to(device)  # (B, C, h, w)
         text = self.text.encode(prompts)
-        negative = TextEmbedding(
-            *(part.expand(len(prompts), *part.shape[1:]) for part in self.text.encode([negative_prompt]))
-        )
+        negative = self.text.encode(negatives if len(set(negatives)) > 1 else negatives[:1])
+        negative = TextEmbedding(*(part.expand(len(prompts), *part.shape[1:]) for part in negative))
         latents = sample(self.model, text, negative, settings, x, seeds, progress)
         return self.codec.decode(latents).float().clamp(-1, 1)
 
@@ -163,6 +170,31 @@ def latent_size(
         )
     model.check_grid(height // unit, width // unit, text_length, pixels=unit)
     return height // stride, width // stride
+
+
+def negative_prompts(given: str | Sequence[str] | None, count: int) -> list[str]:
+    """One for each of `count` prompts."""
+    if given is None or isinstance(given, str):
+        return [given or ""] * count
+    negatives = as_prompts(given, "negative_prompt")
+    if len(negatives) != count:
+        raise ConfigError(
+            f"{count} prompts but {len(negatives)} negative prompts; give one string for all, or one per prompt"
+        )
+    return negatives
+
+
+def image_seeds(given: int | Sequence[int] | None, count: int) -> list[int]:
+    """One for each of `count` prompts."""
+    if given is None:
+        return list(range(count))
+    seeds = [given] if isinstance(given, numbers.Integral) else list(given)
+    if len(seeds) != count:
+        raise ConfigError(f"{count} prompts but {len(seeds)} seeds; give one seed per prompt")
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+            raise ConfigError(f"seeds: {seed!r} is no seed; give whole numbers of at most 64 bits")
+    return [int(seed) for seed in seeds]
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -533,7 +533,9 @@ def grpo_copies(config: RunConfig) -> int:
 
 
 def grpo_facts(config: RunConfig, data: None, world: int, flops: float) -> list[str]:
-    stage = config.stage
+    stage, adapter = config.stage, config.stage.adapter and config.stage.adapter.init_from
+    if adapter and checkpoint.latest(config.folder) is None and not Path(adapter).is_dir():
+        raise ConfigError(f"stage.adapter.init_from: folder '{adapter}' does not exist")
     layout, pool = stage.layout(world, config.engine.accumulate), load_prompts(stage.prompts)
     rollouts, pictures = config.engine.steps // stage.updates, stage.groups * stage.group_size
     return [

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import ConfigError
-from nitro_e.interfaces import TextEmbedding
+from nitro_e.interfaces import TextEmbedding, as_prompts
 
 LLAMA_REPOSITORY = "meta-llama/Llama-3.2-1B"
 LLAMA_LENGTH = 128
@@ -65,7 +65,9 @@ class LlamaText:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        texts = [clean_pixart_caption(prompt) if self.clean_caption else prompt for prompt in prompts]
+        texts = as_prompts(prompts)
+        if self.clean_caption:
+            texts = [clean_pixart_caption(prompt) for prompt in texts]
         batch = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -145,6 +147,7 @@ class HashText:
         self.truncated = 0
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        prompts = as_prompts(prompts)
         sentences = [split_words(prompt) for prompt in prompts]
         self.truncated += _warn_truncated(
             [prompt for prompt, words in zip(prompts, sentences, strict=True) if len(words) >= self.length],

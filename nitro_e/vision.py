@@ -7,6 +7,7 @@ Left out: gradients; the encoder is frozen.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,5 +49,7 @@ def load_dinov2(folder: str, dtype: torch.dtype) -> Any:
     """A timm vision transformer without head, for any image size, on the CPU, from a folder."""
     import timm
 
+    if not (Path(folder) / "model.safetensors").is_file():  # timm would also read pickles
+        raise FileNotFoundError("there is no model.safetensors")
     name = f"local-dir:{folder}"
     return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True).to(dtype)

@@ -47,13 +47,13 @@ def disk_of():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty hub on this machine, and an empty cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     hub = TinyHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download):  # older releases hold a copy
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")

@@ -150,7 +150,7 @@ def test_errors_name_the_key_and_the_remedy(tmp_path, dc_ae):
         build_codec(ComponentConfig(name="dct-f8c25"))
     with pytest.raises(ConfigError, match="components.codec.path: folder '/no/such/folder' does not exist"):
         build_codec(ComponentConfig(name="dc-ae-f32c32", path="/no/such/folder"))
-    with pytest.raises(ConfigError, match="components.codec.path=FOLDER") as error:
+    with pytest.raises(ConfigError, match="components.codec=dc-ae-f32c32=FOLDER") as error:
         build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(tmp_path)))  # an empty folder
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="components.codec.revision"):

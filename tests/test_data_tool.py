@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_samples import flip_byte, image_samples, latent_samples
+from tiny import OPTIMIZER
 
 from nitro_e.data import write_shards
 
@@ -82,7 +83,7 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
 
     recipe, overrides = (
         ROOT / "configs/emoji/pretrain.yaml",
-        [f"data.shards=[{tmp_path}/*.tar]", "data.batch_size=4"],
+        [f"data.shards=[{tmp_path}/*.tar]", "data.batch_size=4", *OPTIMIZER],
     )
     assert tool.main(["which", str(recipe), *overrides, "--step", "3", "--world", "2"]) == 0
     run = load(RunConfig, recipe, overrides)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from distill_tools import Loop, distill_config, random_batch, tiny_stage
 from safetensors.torch import load_file
+from tiny import OPTIMIZER
 
 from nitro_e import checkpoint, metrics
 from nitro_e.components import ComponentConfig, text_shape
@@ -294,7 +295,7 @@ def test_reflow_is_sampled_on_equal_steps():
 
 def test_recipes_name_presets_and_are_complete():
     for path in sorted(ROOT.glob("configs/*/4_*.yaml")):
-        config = load(RunConfig, path)
+        config = load(RunConfig, path, OPTIMIZER)
         assert config.published_sampling.steps in [len(times) for times in config.stage.schedules]
         assert from_dict(RunConfig, to_dict(config)) == config
     with pytest.raises(ConfigError, match="unknown preset 'lad4', did you mean 'ladd4'"):

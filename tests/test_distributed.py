@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import losses
+from tiny import SHARDS_ON_CPU
 
 from nitro_e import checkpoint
 
@@ -47,6 +48,30 @@ def weights(run: Path, which: str = "model") -> dict[str, torch.Tensor]:
     return state
 
 
+def accelerate(run: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(SCRIPT), str(run)]
+    environment = {**os.environ, "NITRO_E_TIMEOUT_MINUTES": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, json.dumps({"batch_size": 8})], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_accelerates_launcher_that_starts_one_of_two_is_refused(tmp_path):
+    done = accelerate(tmp_path / "run", "--cpu", "--num_processes", "2")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "torchrun --nproc-per-node N" in lines[0], done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_accelerates_launcher_with_several_and_with_one(one, tmp_path):
+    done = accelerate(tmp_path / "run", "--multi_gpu", "--num_processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(tmp_path / "run", one)
+    done = accelerate(tmp_path / "single", "--cpu", "--num_processes", "1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_stopped_and_resumed_as_one(one, tmp_path):
     """SIGTERM on rank 1 alone: both stop at the same step and save; one process finishes with the losses of one."""
     run = tmp_path / "run"
@@ -64,6 +89,10 @@ def test_two_processes_stopped_and_resumed_as_one(one, tmp_path):
         torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-6, atol=1e-7)
 
 
+needs_sharding = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
+
+
+@needs_sharding
 def test_sharded_training_is_replicated_training(one, tmp_path):
     """FSDP2 until the middle, then one whole process on its checkpoint: same names, losses, weights and average."""
     run = tmp_path / "run"
@@ -78,6 +107,7 @@ def test_sharded_training_is_replicated_training(one, tmp_path):
             torch.testing.assert_close(tensor, weights(one, which)[name], rtol=1e-6, atol=1e-7)
 
 
+@needs_sharding
 def test_a_replicated_checkpoint_continues_sharded(one, tmp_path):
     run = tmp_path / "run"
     assert launch(run, 1, batch_size=16, fault="sigterm").returncode == 0
@@ -117,6 +147,12 @@ def test_a_process_that_stops_is_named(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("training stopped")]
     assert "process 1 (pid" in line and "is stopped" in line
     assert checkpoint.read_status(run)["state"] == "crashed"
+
+
+@pytest.mark.skipif(SHARDS_ON_CPU, reason="this torch can")
+def test_sharding_on_cpus_is_refused_where_torch_cannot(tmp_path):
+    done = launch(tmp_path / "run", 2, sharding="fsdp")
+    assert done.returncode != 0 and "'fsdp' on CPUs needs a newer torch" in done.stderr
 
 
 def test_sharding_needs_several_processes(tmp_path):

@@ -309,7 +309,7 @@ def test_settings_and_two_checkpoints_in_one_command(tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert tool.main([*command, "--guidance", "1", "--precision", "float32"]) == 0
+    assert tool.main([*command, "--guidance", "1", "--dtype", "float32"]) == 0
     told = capsys.readouterr().out
     assert "4 settings" in told and told.count("minus") == 2 and "unseen / seen" in told
     record = json.loads((out / "results.json").read_text())
@@ -330,20 +330,20 @@ def test_settings_and_two_checkpoints_in_one_command(tmp_path, capsys):
     assert {image.size for image in Page(text).pictures()} == {(64, 64)}
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert len(stamps) == 48 and tool.main([*command, "--guidance", "1", "--precision", "float32"]) == 0
+    assert len(stamps) == 48 and tool.main([*command, "--guidance", "1", "--dtype", "float32"]) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     tiny_model(ours, seed=5)  # other weights under the same name
-    assert tool.main([*command, "--guidance", "1", "--precision", "float32"]) == 0
+    assert tool.main([*command, "--guidance", "1", "--dtype", "float32"]) == 0
     assert len(list(out.rglob("*.png"))) == 72
 
 
 def test_low_precision_draws_the_same_pictures_nearly(tmp_path):
     model = tiny_model(tmp_path / "model")
     pictures = []
-    for precision in ("float32", "bf16"):
+    for precision in ("float32", "bfloat16"):
         out = tmp_path / precision
         assert (
-            tool.main(["shapes", str(model), "--num", "6", "--precision", precision, "--out", str(out)]) == 0
+            tool.main(["shapes", str(model), "--num", "6", "--dtype", precision, "--out", str(out)]) == 0
         )
         pictures.append([np.asarray(Image.open(path)).astype(float) for path in sorted(out.rglob("*.png"))])
     difference = np.abs(np.subtract(*pictures)).mean()

@@ -46,6 +46,7 @@ from safetensors import safe_open
 from test_ablations import CYCLE, MICRO
 from test_engine import ToyStage, losses, train
 from test_train import RECIPE, ROOT, run_train, samples
+from tiny import SHARDS_ON_CPU
 
 from nitro_e import checkpoint, cli, metrics
 from nitro_e.config import ConfigError, TrainingError, from_dict
@@ -70,6 +71,9 @@ LAYOUTS = {
     "full-disk": ["data.batch_size=4", "engine.save_every=2"],
     "flipped": ["data.batch_size=4", "data.shards=[SHARDS]", "data.max_bad_fraction=0.5"],
 }
+if not SHARDS_ON_CPU:
+    del LAYOUTS["sharded"]
+SHARDED = [name for name in ["sharded"] if name in LAYOUTS]
 
 
 def two_processes(folder: Path) -> None:
@@ -144,7 +148,7 @@ def runs(tmp_path_factory) -> Path:
     (folder / "cases.json").write_text(json.dumps(cases))
     done = torchrun(Path(__file__), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("shrunk", "sharded"):
+    for name in ("shrunk", *SHARDED):
         assert run_train(recipe, folder / name, "data.batch_size=8") == 0
     return folder
 
@@ -161,7 +165,7 @@ def torchrun(*command, start=subprocess.run, **options):
 
 
 @pytest.mark.parametrize(
-    "name", ["one-accumulate", "two", "two-accumulate", "grown", "shrunk", "sharded", "full-disk"]
+    "name", ["one-accumulate", "two", "two-accumulate", "grown", "shrunk", *SHARDED, "full-disk"]
 )
 def test_every_layout_gives_the_losses_of_one_process(runs, name):
     """accumulate {1, 2} x processes {1, 2}, changed in the middle of a run, sharded, and with a disk that was full once."""
@@ -201,7 +205,7 @@ def test_flipped_bits_are_replaced_and_counted_with_the_batch_size_kept(runs):
     )
 
 
-@pytest.mark.parametrize("name", ["one", "two", "sharded"])
+@pytest.mark.parametrize("name", ["one", "two", *SHARDED])
 def test_a_checkpoint_of_any_layout_has_the_same_names_and_draws(runs, name):
     names = names_in(checkpoint.latest(runs / name))
     assert names == names_in(checkpoint.latest(runs / "one"))

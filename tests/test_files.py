@@ -105,7 +105,7 @@ def test_weights_of_a_stranger_fetch_nothing_without_consent(hub, foreign):
     assert hub.asked == []
     pipeline = TextToImage.from_pretrained(foreign("evil/text"), allow_download=["evil/text"])
     assert len(pipeline(["a red circle"], steps=1)) == 1
-    assert TextToImage.from_pretrained(foreign("evil/text"), text_path=str(PRETRAINED / "text"))
+    assert TextToImage.from_pretrained(foreign("evil/text"), text=str(PRETRAINED / "text"))
 
 
 def run(arguments, tmp_path, **environment):

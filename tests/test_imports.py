@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "nitro_e"
 ALLOWED = {
     "config": set(),
     "randomness": set(),
-    "interfaces": {"optim", "randomness"},  # for annotations only
+    "interfaces": {"config", "optim", "randomness"},  # the last two for annotations only
     "cli": {"config", "progress"},
     "progress": set(),
     "flow": {"config"},

@@ -184,7 +184,7 @@ def test_hub_files_folders_and_adapters(hub, released_file, tmp_path, convert):
     folder.mkdir()
     shutil.copy(released_file, folder / "Nitro-E-512px.safetensors")
     shutil.copytree(LORA, folder / "ckpt_grpo_512px")
-    hub.publish("amd/Nitro-E", folder)
+    commit = hub.publish("amd/Nitro-E", folder)
     base = EMMDiT.from_pretrained("amd/Nitro-E", file="Nitro-E-512px.safetensors")
     assert not any("ckpt_grpo" in path for path in hub.asked)
     merged = EMMDiT.from_pretrained(released_file, lora=LORA).state_dict()
@@ -203,6 +203,11 @@ def test_hub_files_folders_and_adapters(hub, released_file, tmp_path, convert):
     ]
     assert convert(arguments) == 0
     assert_equal_states(EMMDiT.from_pretrained(tmp_path / "out").state_dict(), merged)
+    origin = json.loads((tmp_path / "out/config.json").read_text())["provenance"]
+    assert (origin["repository"], origin["commit"]) == ("amd/Nitro-E", commit)
+    hub.publish("amd/Nitro-E", {"Nitro-E-512px.safetensors": b"moved on"})
+    assert convert(["amd/Nitro-E", str(tmp_path / "again"), *arguments[2:4], "--revision", commit]) == 0
+    assert_equal_states(EMMDiT.from_pretrained(tmp_path / "again").state_dict(), base.state_dict())
 
 
 def test_hub_errors_are_one_line(hub):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny import OPTIMIZER
 
 from nitro_e.components import (
     ComponentConfig,
@@ -165,7 +166,7 @@ def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
     assert data_tool([*arguments, "--codec", "shapes-dc-ae", "--text", "shapes-llama"]) == 0
     shards = f"data.shards=[{tmp_path}/latents-*.tar, {tmp_path}/text-*.tar]"
     assert (
-        train(["configs/shapes/2_finetune.yaml", shards, "init_from=null", "data.batch_size=4", "--dry-run"])
+        train(["configs/shapes/2_finetune.yaml", shards, "init_from=null", "data.batch_size=4", *OPTIMIZER, "--dry-run"])
         == 0
     )
     assert "latents 8x8x8, text 16x128" in capsys.readouterr().out

@@ -171,7 +171,7 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
     tiny.save_dinov2(tmp_path / "dino")
     run = tmp_path / "run"
     options = [
-        f"components={{codec: {{name: dc-ae-f32c32, path: {tmp_path}/dcae}}, "
+        f"components={{codec: dc-ae-f32c32={tmp_path}/dcae, "
         f"text: {{name: llama-3.2-1b, path: {tmp_path}/llama, length: 16}}, "
         f"vision: {{name: dinov2-b14, path: {tmp_path}/dino}}}}",
         "model.latent_channels=8", "model.text_width=32", "data.resolution=32", "sampling.resolution=32",
@@ -190,7 +190,9 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
     (tmp_path / "llama").rename(tmp_path / "moved")
     arguments = [str(run), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
     assert sample.main(arguments) == 2
-    assert sample.main([*arguments, "--text", str(tmp_path / "moved")]) == 0
+    for given in (f"{tmp_path}/moved", f"llama-3.2-1b={tmp_path}/moved"):
+        assert sample.main([*arguments, "--text", given]) == 0
+    assert sample.main([*arguments, "--text", "hash"]) == 2
 
 
 def test_stored_latents_are_trained_on_without_images(recipe, tmp_path):

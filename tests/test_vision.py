@@ -1,7 +1,9 @@
+import shutil
+
 import pytest
 import torch
-import torchvision
 from tiny import save_dinov2
+from torchvision.transforms import v2 as transforms
 
 from nitro_e.components import ComponentConfig, build_vision_encoder, vision_width
 from nitro_e.config import ConfigError
@@ -25,7 +27,6 @@ def test_features_equal_the_library(dinov2, size, grid):
     pixels = images(*size)
     features = encoder.features(pixels, grid)
     assert features.shape == (2, grid[0] * grid[1], 24) and not features.requires_grad
-    transforms = torchvision.transforms.v2
     prepare = transforms.Compose([
         transforms.Resize((14 * grid[0], 14 * grid[1]), transforms.InterpolationMode.BICUBIC, antialias=True),
         transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -34,6 +35,13 @@ def test_features_equal_the_library(dinov2, size, grid):
         expected = reference.forward_features(prepare((pixels + 1) / 2))
     assert expected.shape[1] == 3 + grid[0] * grid[1]  # a class token and two registers in front
     torch.testing.assert_close(features, expected[:, 3:], atol=1e-4, rtol=1e-4)
+
+
+def test_only_safetensors_are_read(dinov2, tmp_path):
+    shutil.copy(dinov2[0] / "config.json", tmp_path)
+    torch.save(dinov2[1].state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="there is no model.safetensors"):
+        build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(tmp_path)))
 
 
 def test_rows_of_the_grid_follow_the_image(dinov2):
@@ -62,7 +70,7 @@ def test_errors(tmp_path):
     assert vision_width(ComponentConfig(name="dinov2-b14", path=str(tmp_path))) is None
     with pytest.raises(ConfigError, match="components.vision.name: unknown 'dinov2'.*dinov2-b14"):
         build_vision_encoder(ComponentConfig(name="dinov2"))
-    with pytest.raises(ConfigError, match="components.vision.path=FOLDER"):
+    with pytest.raises(ConfigError, match="components.vision=dinov2-b14=FOLDER"):
         build_vision_encoder(ComponentConfig(name="dinov2-b14", path=str(tmp_path)))
     with pytest.raises(ConfigError, match="components.vision.length"):
         build_vision_encoder(ComponentConfig(name="dinov2-b14", length=4))

@@ -32,7 +32,6 @@ from nitro_e.progress import bar
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from plain_emmdit import PlainEMMDiT  # noqa: E402
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEAK = {
     "B200": 2250,
     "H200": 989,
@@ -259,7 +258,7 @@ def measure(options: argparse.Namespace) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     config = from_dict(ModelConfig, {"preset": options.preset})
-    bench = Bench(config, DTYPES[options.dtype], device, options.text_length)
+    bench = Bench(config, getattr(torch, options.dtype), device, options.text_length)
     found = {
         "machine": machine(device),
         "preset": options.preset,
@@ -290,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--preset", default="nitro-e-512", help=f"{', '.join(ModelConfig.PRESETS)} (default: %(default)s)"
     )
     parser.add_argument("--batch", type=cli.whole(1, 65536), nargs="+", metavar="N", help="default: 1 8 on a CPU, 1 8 32 256 on a GPU")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    cli.dtype_flag(parser, "of model and inputs (default: %(default)s)", default="bfloat16")
     parser.add_argument("--text-length", type=cli.whole(1, 8192), default=128, metavar="N")
     parser.add_argument("--train", action="store_true", help="the training step too")
     parser.add_argument(

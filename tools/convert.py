@@ -27,7 +27,7 @@ from nitro_e import checkpoint, cli, metrics
 from nitro_e.checkpoint import model_folder
 from nitro_e.components import ComponentConfig
 from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
-from nitro_e.files import save_tensors
+from nitro_e.files import commit_of, save_tensors
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import (
     load_pretrained,
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         "out", metavar="OUT", type=Path, help="a new folder, or a new .safetensors file with --to-released"
     )
     parser.add_argument("--file", help="name of the weights in a hub repository or folder")
+    parser.add_argument("--revision", help="of the hub repository, for example a commit (default: see docs/model.md)")
     parser.add_argument(
         "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the hub repository"
     )
@@ -58,9 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--to-released", action="store_true", help="write the released format instead of a model folder"
     )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the result; default: as they are"
-    )
+    cli.dtype_flag(parser, "of the result; default: as they are")
     options = parser.parse_args(arguments)
     return cli.run(lambda: print(convert(options)))
 
@@ -76,8 +75,10 @@ def convert(options: argparse.Namespace) -> str:
         raise ConfigError(
             f"OUT '{out}': a model folder is written; for a released-format file add --to-released"
         )
-    path = find(options.source, options.file)
-    lora = None if options.lora is None else locate_lora(options.lora, options.source)
+    path = find(options.source, options.file, options.revision)
+    lora = None
+    if options.lora is not None:
+        lora = locate_lora(options.lora, options.source, options.revision)
     model = load_pretrained(path, lora=lora, resolution=options.resolution)
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))
@@ -88,7 +89,7 @@ def convert(options: argparse.Namespace) -> str:
         lines = [f"{out}: the released format; its reader must be told: {told}"]
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
-        write_folder(model, out, use, provenance(path))
+        write_folder(model, out, use, provenance(path) or from_hub(options))
         lines = [f'{out}: model folder; try it: python sample.py {out} --prompt "..."']
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines.append(
@@ -113,11 +114,11 @@ def tell_reader(path: Path, model: EMMDiT) -> str:
     return "; ".join(told)
 
 
-def find(source: str, file: str | None) -> Path:
+def find(source: str, file: str | None, revision: str | None = None) -> Path:
     """The file or model folder; directories may be runs or checkpoints too."""
     if file is None and Path(source.partition("@")[0]).is_dir():
         return model_folder(source)
-    return locate(source, file)
+    return locate(source, file, revision)
 
 
 def use_of_released(name: str, model: EMMDiT) -> dict[str, Any]:
@@ -162,6 +163,14 @@ def provenance(path: Path) -> dict[str, Any] | None:
         "config": parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml")),
         "environment": metrics.read_events(run)[0]["environment"],
     }
+
+
+def from_hub(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Of weights from a hub repository: which files of which commit."""
+    if Path(options.source).exists():
+        return None
+    commit = commit_of(options.source, options.revision)
+    return {"repository": options.source, "commit": commit, "file": options.file, "lora": options.lora}
 
 
 def left_out(path: Path) -> list[str]:

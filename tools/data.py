@@ -23,11 +23,10 @@ from pathlib import Path
 
 from nitro_e import cli, config
 from nitro_e.components import (
-    WEIGHTS,
-    ComponentConfig,
     build_codec,
     build_text_encoder,
     build_vision_encoder,
+    chosen_component,
     pinned,
 )
 from nitro_e.config import ConfigError
@@ -129,9 +128,12 @@ def run_pack(args: argparse.Namespace) -> None:
 
 def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="packed shards")
-    parser.add_argument("--codec", help="name or name=folder-or-hub-id: writes latents-*.tar")
-    parser.add_argument("--text", help="the same for the text encoder: writes text-*.tar")
-    parser.add_argument("--vision", help="the same for the vision encoder: writes features-*.tar")
+    cli.component_flags(
+        parser,
+        codec="a name, NAME=FOLDER for local files: writes latents-*.tar",
+        text="likewise the text encoder: writes text-*.tar",
+        vision="likewise the vision encoder: writes features-*.tar",
+    )
     parser.add_argument(
         "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
     )
@@ -139,9 +141,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", type=cli.whole(1, 1024), nargs=2, metavar=("H", "W"), help="of the vision features, without --codec"
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the encoders"
-    )
+    cli.dtype_flag(parser, "of the encoders", default="float32")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -160,10 +160,9 @@ def run_encode(args: argparse.Namespace) -> None:
     built, names = {}, {}
     for kind, builder in builders.items():
         if value := getattr(args, kind):
-            name, _, path = value.partition("=")
-            length = args.text_length if kind == "text" else None
-            dtype = "float32" if name not in WEIGHTS else args.dtype
-            component = ComponentConfig(name=name, path=path or None, dtype=dtype, length=length)
+            component = chosen_component(kind, value, dtype=args.dtype)
+            if kind == "text":
+                component = dataclasses.replace(component, length=args.text_length)
             built[kind] = builder(component, device)
             column = {"codec": "latents", "vision": "features"}.get(kind, kind)
             names[column] = config.to_dict(pinned(component))

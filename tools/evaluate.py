@@ -38,13 +38,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
     parser.add_argument("--sampler", nargs="+", help="euler, heun")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="of the model")
+    cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
-    parser.add_argument("--codec", metavar="FOLDER", help="the codec's files, a local folder or hub id")
-    parser.add_argument("--text", metavar="FOLDER", help="the text encoder's files, likewise")
-    parser.add_argument(
-        "--allow-download", action="append", default=[], metavar="REPO", help="a hub repository that the weights name"
+    cli.component_flags(
+        parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
     )
+    cli.download_flag(parser)
     parser.add_argument("--reward", action="append", default=[], help="for a file of prompts; several times")
     parser.add_argument(
         "--reward-path", metavar="FOLDER", help="the judge's weights, a local folder or hub id"
@@ -71,8 +70,8 @@ def command(options: argparse.Namespace) -> None:
     evaluation = evaluate(
         chosen, sources, {key: values for key, values in grid.items() if values},
         Options(
-            seed=options.seed, batch_size=options.batch_size, precision=options.precision,
-            device=options.device or default_device(), codec_path=options.codec, text_path=options.text,
+            seed=options.seed, batch_size=options.batch_size, dtype=options.dtype,
+            device=options.device or default_device(), codec=options.codec, text=options.text,
             allow_download=tuple(options.allow_download), rejudge=options.rejudge,
         ),
         out,

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from nitro_e import cli
-from nitro_e.components import ComponentConfig, build_codec
+from nitro_e.components import build_codec, chosen_component
 from nitro_e.config import ConfigError
 from nitro_e.data.jobs import JobConfig
 from nitro_e.pipeline import TextToImage
@@ -73,12 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sampler", choices=(*SAMPLERS, "renoise"), help="ours only")
     parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")
-    parser.add_argument(
-        "--codec", help="diffusers only: name or name=folder; stores the latents of the pictures"
+    cli.component_flags(
+        parser,
+        codec="the codec's files; diffusers: a name or NAME=FOLDER, which stores the latents of the pictures",
+        text="the text encoder's files (ours only)",
     )
-    parser.add_argument(
-        "--allow-download", action="append", default=[], metavar="REPO", help="a hub repository that our weights name"
-    )
+    cli.download_flag(parser)
     parser.add_argument("--images", action="store_true", help="store the pictures too (diffusers: always)")
     parser.add_argument(
         "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--std", type=numbers, metavar="LEAST,MOST", help="leave out latents outside")
     parser.add_argument("--samples-per-shard", type=cli.whole(1), default=1000, metavar="N")
     parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    cli.dtype_flag(parser, "of all parts; default: float32, of our codec and text encoder as in training")
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
@@ -126,20 +126,18 @@ def build_generator(args: argparse.Namespace) -> Generator:
         f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     )
     if args.source.startswith("diffusers:"):
-        if args.text_embeddings or args.sampler or args.negative_prompt or args.grid or args.trajectory:
-            raise ConfigError(
-                "--text-embeddings, --sampler, --grid, --trajectory and --negative-prompt are for our own models only"
-            )
+        ours = ("text_embeddings", "sampler", "negative_prompt", "grid", "trajectory", "text")
+        if given := [f"--{name.replace('_', '-')}" for name in ours if getattr(args, name)]:
+            raise ConfigError(f"{', '.join(given)}: for our own models only")
         settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance,
                     "height": args.resolution, "width": args.resolution}  # fmt: skip
-        name, _, path = (args.codec or "").partition("=")
-        codec = build_codec(ComponentConfig(name=name, path=path or None), device) if args.codec else None
+        codec = build_codec(chosen_component("codec", args.codec), device) if args.codec else None
         settings = {key: value for key, value in settings.items() if value is not None}
-        return DiffusersGenerator(args.source.removeprefix("diffusers:"), device, args.dtype, settings, codec)
-    if args.codec:
-        raise ConfigError("--codec is for diffusers pipelines; our checkpoints know theirs")
+        source, dtype = args.source.removeprefix("diffusers:"), args.dtype or "float32"
+        return DiffusersGenerator(source, device, dtype, settings, codec)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
     pipeline = TextToImage.from_pretrained(
-        args.source, device, getattr(torch, args.dtype), allow_download=args.allow_download
+        args.source, device, dtype, codec=args.codec, text=args.text, allow_download=args.allow_download
     )
     settings = pipeline.settings(
         steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution,

@@ -52,10 +52,10 @@ class Options(Config):
 
     seed: Seed = 0  # of prompts and noise
     batch_size: Annotated[int, Ge(1), Le(65536)] = 64
-    precision: str = "bf16"  # of the model's arithmetic: bf16 or float32
+    dtype: str = "bfloat16"  # of the model's arithmetic: float32, bfloat16 or float16
     device: str = "cpu"
-    codec_path: str | None = None
-    text_path: str | None = None
+    codec: str | None = None  # other files than in training, see components.chosen_component
+    text: str | None = None
     allow_download: tuple[str, ...] = ()  # hub repositories that the weights may have fetched
     rejudge: bool = False
 
@@ -145,17 +145,17 @@ def _evaluate_one(
     options: Options, out: Path,
 ) -> Iterable[Result]:  # fmt: skip
     pipeline = TextToImage.from_pretrained(
-        source, options.device, codec_path=options.codec_path, text_path=options.text_path,
+        source, options.device, codec=options.codec, text=options.text,
         allow_download=options.allow_download,
     )  # fmt: skip
     checkpoint = identity(source, pipeline)
-    autocast = lower_precision(pipeline, options.precision)
+    autocast = lower_precision(pipeline, options.dtype)
     settings_of = [
         pipeline.settings(**dict(zip(grid, values))) for values in itertools.product(*grid.values())
     ]  # all of them before the first picture: a wrong one shows at once
     for sampling in settings_of:
         settings = {
-            "weights": checkpoint["weights"], "sampling": to_dict(sampling), "precision": options.precision,
+            "weights": checkpoint["weights"], "sampling": to_dict(sampling), "dtype": options.dtype,
             "seed": options.seed,
         }  # fmt: skip
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name} {setting_name(sampling)}").strip("-")
@@ -186,16 +186,16 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-def lower_precision(pipeline: TextToImage, precision: str) -> Autocast:
+def lower_precision(pipeline: TextToImage, dtype: str) -> Autocast:
     """Make the pipeline quick, and what its calls must run under. On a CPU weights are packed, if it can."""
     device = next(pipeline.model.parameters()).device.type
-    if precision == "float32":
+    if dtype == "float32":
         return contextlib.nullcontext
-    if device == "cpu":
+    if device == "cpu" and dtype == "bfloat16":
         with contextlib.suppress(ConfigError):  # this processor cannot
             pipeline.model = pack_for_cpu(copy.deepcopy(pipeline.model).to(torch.bfloat16))
             return contextlib.nullcontext
-    return partial(torch.autocast, device, torch.bfloat16)
+    return partial(torch.autocast, device, getattr(torch, dtype))
 
 
 def default_device() -> str:
@@ -248,7 +248,7 @@ def facts(evaluation: Evaluation) -> str:
     benchmark, options = evaluation.benchmark, evaluation.options
     return (
         f"{benchmark.name}: {len(evaluation.prompts)} prompts, pictures of each: {benchmark.per_prompt}, "
-        f"seed {options.seed}, {options.precision}"
+        f"seed {options.seed}, {options.dtype}"
         + "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
     )
 

@@ -3,8 +3,8 @@
 On a CPU the fused kernel takes about twice the time of two matrix products (docs/speed.md), but their scores
 (B, H, N, N) leave the cache, and training would keep them: 7 MB per block and picture at 512 px, 64 MB at 1024 px. So
 they are computed a chunk at a time in one buffer; training keeps them where they are few, and computes them again in
-the backward pass where they are many. It is one operator of torch's registry: torch.compile sees one node. Double
-backward is left out, as in the fused kernels.
+the backward pass where they are many. It is one operator of torch's registry: torch.compile sees one node. Like the
+fused kernels it knows first gradients only; jvp, vmap and second derivatives by torch.func take plain attention.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nitro_e.model.transforms import transformed
 
 CHUNK_BYTES = 4 << 20  # of scores at a time: they stay in the caches
 KEEP_BYTES = 32 << 20  # of attention weights that one block may keep for its backward pass
@@ -22,11 +26,13 @@ KEEP_BYTES = 32 << 20  # of attention weights that one block may keep for its ba
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all."""
+    mask = None if visible is None else visible[:, None, None]
+    if transformed():
+        with sdpa_kernel(SDPBackend.MATH):  # the one kernel that knows tangents and second derivatives
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if q.device.type == "cpu":
         return attend_in_chunks(q, k, v, visible, torch.is_grad_enabled())[0]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if visible is None else visible[:, None, None]
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @torch.library.custom_op("nitro_e::attend_in_chunks", mutates_args=())
@@ -122,13 +128,27 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(q, k, v, visible, output[1])
 
 
+def _differentiate(ctx, gradient: Tensor, _) -> tuple[Tensor | None, ...]:
+    if forward_ad.unpack_dual(gradient).tangent is not None:
+        raise NotImplementedError(
+            "a gradient with a tangent reached attention that was computed without; take torch.func.jvp of "
+            "torch.func.grad, which computes both with plain attention"
+        )
+    return (*_backward(gradient, *ctx.saved_tensors), None, None)
+
+
+def _differentiate_twice(ctx, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "attention on a CPU has no second derivative by backward(); take it with torch.func (grad, jvp, hessian), "
+        "which computes plain attention"
+    )
+
+
 attend_in_chunks.register_fake(
     lambda q, k, v, visible, training: (q.new_empty(q.shape), _empty_weights(q, training))
 )
 _backward.register_fake(
     lambda gradient, q, k, v, visible, kept: tuple(x.new_empty(x.shape) for x in (q, k, v))
 )
-attend_in_chunks.register_autograd(
-    lambda ctx, gradient, _: (*_backward(gradient, *ctx.saved_tensors), None, None),
-    setup_context=_setup_context,
-)
+attend_in_chunks.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_differentiate_twice)

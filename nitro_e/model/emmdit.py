@@ -9,6 +9,7 @@ A choice in `ModelConfig` decides which module is built; what is off has no para
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -25,6 +26,7 @@ from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import layers
 from nitro_e.model.layers import Grid, Region
+from nitro_e.model.transforms import transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +222,9 @@ class EMMDiT(nn.Module):
             )
             for index, region in enumerate(c.regions)
         )
-        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_out = layers.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, c.latent_channels * c.patch_size**2)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.compiled = False
         self.initialize()
 
     @torch.no_grad()
@@ -308,14 +310,17 @@ class EMMDiT(nn.Module):
         tapped: dict[int, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         visible = self.key_mask(image, mask)  # (B, N + L) or None
-        for index in indices:
-            block = self.blocks[index]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                image, words = checkpoint(block, image, words, time, visible, use_reentrant=False)
-            else:
-                image, words = block(image, words, time, visible)
-            if index + 1 in tapped:
-                tapped[index + 1] = image
+        plain = transformed()  # then as they are: neither compiled nor computed twice
+        eager = torch.compiler.set_stance("force_eager") if plain and self.compiled else contextlib.nullcontext()
+        with eager:
+            for index in indices:
+                block = self.blocks[index]
+                if self.gradient_checkpointing and torch.is_grad_enabled() and not plain:
+                    image, words = checkpoint(block, image, words, time, visible, use_reentrant=False)
+                else:
+                    image, words = block(image, words, time, visible)
+                if index + 1 in tapped:
+                    tapped[index + 1] = image
         return image, words
 
     def patchify(self, x: Tensor) -> Tensor:
@@ -340,6 +345,7 @@ class EMMDiT(nn.Module):
         )  # of one Block.forward
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, **options)
+        self.compiled = True
 
     # ---- files
 

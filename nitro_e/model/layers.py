@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nitro_e.model.attention import attend
+from nitro_e.model.transforms import transformed
 
 Grid = tuple[int, int]  # rows, columns of tokens
 
@@ -183,6 +184,23 @@ class Region(NamedTuple):
         return rearrange(x, "(b s) h (l n) k -> b (l s n) (h k)", s=self.groups, n=self.run)
 
 
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, without weight, in the operators that every derivative is known of."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, but where tangents are: derived again, the forward-mode rule of torch's takes mean and deviation for
+    constants (pytorch issue 196700)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not transformed():
+            return super().forward(x)
+        x = normalise(x - x.mean(-1, keepdim=True), self.eps)
+        return x if self.weight is None else torch.addcmul(self.bias, x, self.weight)
+
+
 class HeadNorm(nn.Module):
     """The weight of an RMSNorm over each head's K channels; `normalise_heads` applies several at once."""
 
@@ -194,7 +212,8 @@ class HeadNorm(nn.Module):
 def normalise_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
     """x: (B, N, norms, H, K)."""
     weight = torch.stack([norm.weight for norm in norms]).to(x.dtype)  # (norms, K)
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight[:, None]
+    x = normalise(x, 1e-6) if transformed() else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return x * weight[:, None]
 
 
 def keep_heads(x: Tensor, *norms: nn.Module) -> Tensor:
@@ -207,7 +226,7 @@ class AttentionInput(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.norm = LayerNorm(width, eps=1e-5)
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
@@ -236,7 +255,7 @@ class Stream(nn.Module):
         self.modulation = MODULATIONS[modulation](width)
         self.attention = AttentionInput(width, heads, qk_norm)
         self.attention_out = nn.Linear(width, width)
-        self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_mlp = LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = MLP(width, hidden)
 
     def before(self, x: Tensor, m: Modulation) -> tuple[Tensor, Tensor, Tensor]:

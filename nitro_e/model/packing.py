@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
 from nitro_e.model.emmdit import EMMDiT
+from nitro_e.model.transforms import transformed
 
 
 def pack_for_cpu(model: EMMDiT) -> EMMDiT:
@@ -104,6 +105,10 @@ class PackedLinear(nn.Module):
         return self  # it never changes
 
     def forward(self, x: Tensor) -> Tensor:
+        if transformed() or (x.requires_grad and torch.is_grad_enabled()):
+            raise ConfigError(
+                "a packed model has no derivatives and no torch.func transforms; take those of the model that was packed"
+            )
         return torch.ops.nitro_e.packed_linear(x, self.handle, self.width)
 
 

@@ -143,33 +143,36 @@ def check_fits(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
         raise ConfigError(f"the weights of {source} are of another architecture: {detail}")
 
 
-def locate(source: str | Path, file: str | None = None) -> Path:
+def locate(source: str | Path, file: str | None = None, revision: str | None = None) -> Path:
     """The local folder or file meant by `source`, downloaded if it is a hub id."""
     path = Path(source) / file if file else Path(source)
     if Path(source).exists():
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
+        if revision is not None:
+            raise ConfigError(f"revision '{revision}': '{source}' is on this machine; only hub ids have revisions")
         return path
     if not is_hub_id(source):
         raise ConfigError(f"'{source}' is neither a folder or file here nor a hub id such as amd/Nitro-E")
     if file is not None:
-        return _download(str(source), file) / file
-    return _download(str(source), "model.safetensors", "config.json")
+        return _download(str(source), revision, file) / file
+    return _download(str(source), revision, "model.safetensors", "config.json")
 
 
-def locate_lora(lora: str | Path, source: str | Path) -> Path:
+def locate_lora(lora: str | Path, source: str | Path, revision: str | None = None) -> Path:
     """The local adapter folder meant by `lora`, downloaded if it is a folder of the hub repository `source`."""
     if Path(lora).is_dir():
         return Path(lora)
     if Path(source).exists() or not is_hub_id(source):
         raise ConfigError(f"lora '{lora}' is not a folder")
-    return _download(str(source), f"{lora}/adapter_model.safetensors", f"{lora}/adapter_config.json") / lora
+    names = (f"{lora}/adapter_model.safetensors", f"{lora}/adapter_config.json")
+    return _download(str(source), revision, *names) / lora
 
 
-def _download(repository: str, *names: str) -> Path:
+def _download(repository: str, revision: str | None, *names: str) -> Path:
     """The folder that holds these files of a hub repository."""
     try:
-        return fetch(repository, names)
+        return fetch(repository, names, revision)
     except Exception as error:  # the hub raises many kinds: no network, no such repository, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, TrainingError
 from nitro_e.files import weights_hash
+from nitro_e.interfaces import as_prompts
 from nitro_e.rewards import registry
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Scores:
         """pixels (B, 3, H, W) in -1..1; results are on the device of the pixels. TrainingError: see above."""
+        prompts = as_prompts(prompts)
         if not len(pixels) == len(prompts) == len(info):
             raise ValueError(f"{len(pixels)} pictures, {len(prompts)} prompts and {len(info)} info records")
         whole = pixels.isfinite().flatten(1).all(dim=1).tolist()  # B

@@ -1,0 +1,17 @@
+"""Whether torch's plain operators are needed: under forward-mode differentiation and the transforms of torch.func.
+
+The fast ways of computing (attention in one operator or a fused kernel, compiled blocks, checkpointing, packed weights)
+know values and first gradients only. Given a tangent some of them drop it without a word, so they are not asked then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """True inside forward_ad.dual_level, torch.func.jvp, grad, vmap and their like; never in code being compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
