@@ -4,6 +4,7 @@ they end: 0, or one line on stderr and a code that scripts can tell apart."""
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ def run(command: Callable[[], None]) -> int:
     Whatever else comes out of it is a bug, and shows its traceback.
     """
     quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt or a name of a file that the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except ConfigError as error:

@@ -1,8 +1,10 @@
 """Packing: a 64-image sample of each source layout, resume, processes, and what is wrong with input."""
 
 import csv
+import gzip
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -268,6 +270,29 @@ def test_bad_input_is_left_out_and_reported(tmp_path):
     assert "does not decode" in reasons["05.jpg"] and "does not decode" in reasons["07.jpg"]
 
 
+def test_names_and_captions_that_are_no_utf8(tmp_path):
+    """A Latin-1 file name keeps its picture if the caption is well; a broken caption leaves out its own sample only."""
+    folder = tmp_path / "in"
+    images(folder)
+    odd = os.fsdecode(b"caf\xe9")
+    (folder / f"{odd}.jpg").write_bytes(jpeg(1))
+    rows = [{"image": f"{i:02d}.jpg", "caption": f"picture {i}"} for i in range(N)]
+    rows[3]["caption"] = "half \ud800"
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (entry,) = pack(table_units(folder / "list.jsonl", replace(CONFIG, samples_per_shard=99)), JobConfig(out=tmp_path / "a"))
+    assert entry["samples"] == N - 1
+    (line,) = (tmp_path / "a/bad-images.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "caption is not UTF-8"
+
+    for path in folder.glob("*.jpg"):
+        path.with_suffix(".txt").write_text("a picture")
+    units = folder_units(folder, replace(CONFIG, samples_per_shard=99))
+    assert pack(units, JobConfig(out=tmp_path / "b"))[0]["samples"] == N + 1
+    by_name = folder_units(folder, replace(CONFIG, samples_per_shard=99), names=True)
+    assert pack(by_name, JobConfig(out=tmp_path / "c"))[0]["samples"] == N  # its name is no caption
+    assert json.loads((tmp_path / "c/bad-images.jsonl").read_text())["key"].endswith(f"/{odd}.jpg")
+
+
 def test_too_much_bad_input_stops(tmp_path):
     images(tmp_path / "in")
     units = folder_units(tmp_path / "in", CONFIG)  # no caption anywhere
@@ -289,6 +314,19 @@ def test_tables_are_checked(tmp_path):
         list(rows(tmp_path / "t.jsonl"))
     with pytest.raises(ConfigError, match="do not exist"):
         list(rows(tmp_path / "none.csv"))
+    for name, content, words in (
+        ("lists.jsonl", b"[1, 2]\n", "row 1 is '1', not an object with columns"),
+        ("numbers.json", b"[1, 2]", "row 1 is '1', not an object"),
+        ("deep.jsonl", b"[" * 100_000, "not a valid .jsonl table .nested too deeply"),
+        ("latin.csv", "image\ncaf\xe9\n".encode("latin-1"), "not a valid .csv table"),
+        ("table", b"x", "'' is not a table; use .csv"),
+        ("cut.csv.gz", gzip.compress(b"image\na\n")[:-4], "not a valid .csv table"),
+        ("not.jsonl.gz", b"plain", "not a valid .jsonl table"),
+        ("not.tgz", b"plain", "damaged archive"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            list(rows(tmp_path / name))
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     pytest.importorskip("pyarrow")
     with pytest.raises(ConfigError, match="not a readable parquet"):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-from nitro_e.config import ConfigError, did_you_mean
+from nitro_e.config import ConfigError, check_characters, did_you_mean, read_text
 from nitro_e.data.index import Problem
 from nitro_e.data.jobs import digest
 from nitro_e.files import sha256_of
@@ -44,7 +44,7 @@ def rows(path: str | Path, columns: tuple[str, ...] | None = None) -> Iterator[d
     first = True
     for number, row in enumerate(_read(path, columns), 1):
         if not isinstance(row, dict):
-            raise ConfigError(f"{path}: row {number} is a {type(row).__name__}, not an object with columns")
+            raise ConfigError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with columns")
         if first and columns is not None:
             for column in columns:
                 if value_at(row, column) is None:
@@ -65,7 +65,7 @@ def value_at(row: dict, column: str) -> Any:
 def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
     if path.is_dir():
         for file in sorted(path.rglob("*.txt")):
-            yield {"file": file.name, "caption": file.read_text(errors="replace")}
+            yield {"file": file.name, "caption": read_text(file)}
         return
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".parquet"]:
@@ -187,6 +187,7 @@ def _fill(path: Path, source: Path, id_column: str, caption_column: str) -> None
         key, caption = stem(str(value_at(row, id_column))), value_at(row, caption_column)
         if caption is None:
             continue
+        check_characters(key + str(caption), f"{source}: the row of {key!r}")
         cursor = connection.execute("INSERT OR IGNORE INTO captions VALUES (?, ?)", (key, str(caption)))
         if not cursor.rowcount:
             connection.execute("INSERT INTO duplicates VALUES (?)", (key,))

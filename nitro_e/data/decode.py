@@ -61,7 +61,9 @@ def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
     """The txt member, or `info[caption_key]` without one."""
     try:
         caption = info.get(caption_key) if content is None else content.decode()
-    except UnicodeDecodeError:
+        if content is None and isinstance(caption, str):
+            caption.encode()  # JSON can hold halves of characters
+    except UnicodeError:
         raise BadSample("caption is not UTF-8") from None
     if not isinstance(caption, str):
         raise BadSample(

@@ -180,7 +180,12 @@ def digest(*parts: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as file:
-        file.write((json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode())
+        file.write(_line(value))
+
+
+def _line(value: Any) -> bytes:
+    """JSON in UTF-8; of names of files that are not UTF-8, the odd bytes as JSON's escapes."""
+    return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode(errors="backslashreplace")
 
 
 def each(function: Callable[[Any], Result], processes: int = 1) -> Work:
@@ -264,4 +269,4 @@ def _check_bad(bad: int, samples: int, result: Result, fraction: float) -> None:
 def _write_lines(path: Path, lines: list[dict]) -> None:
     with atomic_file(path) as file:
         for line in lines:
-            file.write((json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n").encode())
+            file.write(_line(line))

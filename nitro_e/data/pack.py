@@ -162,7 +162,8 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
     if content is None:
         raise BadSample("no image")
     caption = _sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
-    caption = decode_caption(caption.encode() if caption is not None else None, item.info, config.caption_key)
+    encoded = None if caption is None else caption.encode(errors="surrogatepass")  # refused as decode_caption sees it
+    caption = decode_caption(encoded, item.info, config.caption_key)
     extension, content, (width, height) = prepare_image(content, config.resize, config.min_side)
     info = {**item.info, "source": item.origin, "width": width, "height": height}
     return {extension: content, "txt": caption, "json": info}

@@ -138,7 +138,7 @@ def field_bytes(value: Any) -> bytes:
         np.lib.format.write_array(buffer, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False)
         return buffer.getvalue()
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode(errors="backslashreplace")
     raise TypeError(f"cannot store a {type(value).__name__} in a shard")
 
 
