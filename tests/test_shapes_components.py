@@ -120,6 +120,10 @@ def test_training_goes_on_where_it_was_stopped(component, tmp_path, monkeypatch)
     whole, parts = (next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     assert not list(tmp_path.glob("*.training.pt"))
+    for folder in [tmp_path / "whole", PRETRAINED / component]:
+        if (folder / "tokenizer_config.json").is_file():  # the name that transformers 4 and 5 both read
+            written = json.loads((folder / "tokenizer_config.json").read_text())
+            assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def shrink(monkeypatch):

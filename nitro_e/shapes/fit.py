@@ -16,6 +16,7 @@ misread a quarter of the held-out captions.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,10 @@ class TextTask:
     def export(self, folder: Path) -> None:
         self.shipped.half().save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text())
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
     @torch.no_grad()
     def measure(self, folder: Path) -> dict:
