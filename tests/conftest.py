@@ -29,8 +29,11 @@ def _offline(monkeypatch):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty hub on this machine, and an empty cache."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants, file_download, utils
 
+    # Connections opened while the hub was forbidden would stay so.
+    forget_connections = getattr(utils, "close_session", None) or utils.reset_sessions
+    forget_connections()
     hub = TinyHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -40,6 +43,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     yield hub
+    forget_connections()
     hub.close()
 
 
