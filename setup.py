@@ -21,7 +21,7 @@ setup(
         "tqdm>=4.66",
         "pillow>=10.1",
         "huggingface_hub>=0.34",
-        "diffusers>=0.34",  # DC-AE
+        "diffusers>=0.35",  # DC-AE; older ones overlook settings of the shipped codec
         "transformers>=4.57.1",  # Llama
         "ftfy>=6.1",  # the released weights' caption cleaner, like beautifulsoup4
         "beautifulsoup4>=4.12",

@@ -75,6 +75,7 @@ def check_download(kind: str, config: ComponentConfig, allowed: Collection[str])
 
     The weights may be a stranger's. What is in the local cache already is not fetched."""
     source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
+    allowed = (allowed,) if isinstance(allowed, str) else allowed
     if Path(source).expanduser().is_dir() or not files.is_hub_id(source) or source in allowed:
         return
     ours = source in files.REVISIONS and config.revision in (None, files.REVISIONS[source])

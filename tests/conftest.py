@@ -47,8 +47,11 @@ def disk_of():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty hub on this machine, and an empty cache."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants, file_download, utils
 
+    # Connections opened while the hub was forbidden would stay so.
+    forget_connections = getattr(utils, "close_session", None) or utils.reset_sessions
+    forget_connections()
     hub = TinyHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -58,6 +61,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     yield hub
+    forget_connections()
     hub.close()
 
 

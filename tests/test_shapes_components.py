@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import OPTIMIZER
 
 from nitro_e.components import (
@@ -120,6 +122,29 @@ def test_training_goes_on_where_it_was_stopped(component, tmp_path, monkeypatch)
     whole, parts = (next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     assert not list(tmp_path.glob("*.training.pt"))
+    if component == "text":  # names that transformers 4 and 5 both read
+        for folder in (tmp_path / "whole", PRETRAINED / "text"):
+            tokenizer, model = (json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "config.json"))
+            assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+            assert model["rope_theta"] == model["rope_parameters"]["rope_theta"] == 1000
+
+
+def test_shipped_components_give_the_same_numbers_with_every_version_of_the_libraries(held_out):
+    """Libraries overlook settings that they do not know: the numbers are those of diffusers 0.42 and transformers 5.23."""
+    expected = load_file(Path(__file__).parent / "data/shapes_components.safetensors")
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codec = build_codec(ComponentConfig(name="shapes-dc-ae"))
+    latents = codec.encode_pixels(pixels)
+    text = build_text_encoder(ComponentConfig(name="shapes-llama"))
+    tokens = text.encode(["a photo of a red circle", "two blue squares"]).tokens
+    features = build_vision_encoder(ComponentConfig(name="shapes-vit")).features(pixels, (8, 8))
+    found = {
+        "latents": latents[:, :, ::4, ::4],
+        "decoded": codec.decode(codec.normalize(latents))[:, :, ::16, ::16],
+        "tokens": tokens[:, :, ::16],
+        "features": features[:, ::8, ::16],
+    }
+    torch.testing.assert_close({key: value.contiguous() for key, value in found.items()}, expected, rtol=1e-4, atol=1e-3)
 
 
 def shrink(monkeypatch):

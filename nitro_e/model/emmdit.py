@@ -340,9 +340,8 @@ class EMMDiT(nn.Module):
         Whole graphs or an error; names in the state dict stay as they are. options: of torch.compile, such as
         `mode="reduce-overhead"` for sampling on CUDA. The rest of the model (1 % of the arithmetic) stays as it is.
         """
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, 64
-        )  # of one Block.forward
+        dynamo = torch._dynamo.config  # graphs of one Block.forward; the name that torch 2.6 knows too
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, **options)
         self.compiled = True

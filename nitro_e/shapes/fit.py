@@ -16,6 +16,7 @@ misread a quarter of the held-out captions.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,13 @@ ATTRIBUTES = {  # what a caption says of its first and second thing; the last cl
 LENGTH = MAX_WORDS + 5  # the begin token, the words, and four padded rows at least
 
 
+ROPE_THETA = 1000.0  # of the text encoder
+
+
+def add_keys(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys, indent=2) + "\n")
+
+
 def parse_targets(request: Request) -> list[int]:
     """The class of every attribute of the first, then of the second thing."""
     targets = []
@@ -178,7 +186,7 @@ class Reader(nn.Module):
         self.model = LlamaModel(
             LlamaConfig(
                 vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH, rope_theta=1000.0,
+                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH, rope_theta=ROPE_THETA,
                 bos_token_id=1, eos_token_id=2, pad_token_id=2,
             )
         )  # fmt: skip
@@ -231,6 +239,9 @@ class TextTask:
     def export(self, folder: Path) -> None:
         self.shipped.half().save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+        # Transformers 5 writes names that 4 does not know: it would refuse the one and overlook the other.
+        add_keys(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        add_keys(folder / "config.json", rope_theta=ROPE_THETA)
 
     @torch.no_grad()
     def measure(self, folder: Path) -> dict:
