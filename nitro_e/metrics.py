@@ -153,8 +153,9 @@ class WandB:
             settings["finish_timeout"] = 60
         self.wandb = wandb
         self.page = wandb.init(
-            project=place.project or os.environ.get("WANDB_PROJECT") or "nitro-e", entity=place.entity, group=place.group,
-            tags=list(place.tags) or None, name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
+            project=place.project or os.environ.get("WANDB_PROJECT") or "nitro-e",
+            entity=place.entity, group=place.group, tags=list(place.tags) or None,
+            name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
             mode=mode, dir=str(run), config=config, settings=wandb.Settings(**settings),
         )  # fmt: skip
         id_file.write_text(self.page.id)
