@@ -112,10 +112,10 @@ class Metrics:
         if kind == "tensorboard":
             self.mirror = self._attempt(lambda: TensorBoard(self.run, config, start_step=self.step))
             return
-        self.mirror = self._attempt(lambda: WandB(self.run, config, mode, self.wandb))
+        self.mirror = self._attempt(lambda: WandB(self.run, config, mode, place=self.wandb))
         if self.mirror is None and mode == "online":
             self._warn("wandb cannot be reached: offline; send it later with wandb sync")
-            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline", self.wandb))
+            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline", place=self.wandb))
 
     def _guard(self, action: Callable[[Any], None]) -> None:
         if self.mirror is not None:
