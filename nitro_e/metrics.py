@@ -113,10 +113,10 @@ class Metrics:
         if kind == "tensorboard":
             self.mirror = self._attempt(lambda: TensorBoard(self.run, config, start_step=self.step))
             return
-        self.mirror = self._attempt(lambda: WandB(self.run, config, mode, self.wandb))
+        self.mirror = self._attempt(lambda: WandB(self.run, config, mode, place=self.wandb))
         if self.mirror is None and mode == "online":
             self._warn("wandb cannot be reached: offline; send it later with wandb sync")
-            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline", self.wandb))
+            self.mirror = self._attempt(lambda: WandB(self.run, config, "offline", place=self.wandb))
 
     def _guard(self, action: Callable[[Any], None]) -> None:
         if self.mirror is not None:
@@ -154,8 +154,9 @@ class WandB:
             settings["finish_timeout"] = 60
         self.wandb = wandb
         self.page = wandb.init(
-            project=place.project or os.environ.get("WANDB_PROJECT") or "nitro-e", entity=place.entity, group=place.group,
-            tags=list(place.tags) or None, name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
+            project=place.project or os.environ.get("WANDB_PROJECT") or "nitro-e",
+            entity=place.entity, group=place.group, tags=list(place.tags) or None,
+            name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
             mode=mode, dir=str(run), config=config, settings=wandb.Settings(**settings),
         )  # fmt: skip
         id_file.write_text(self.page.id)

@@ -160,8 +160,8 @@ class StageKind(NamedTuple):
 def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
     """The resolved config and what follows from it, without loading weights of components.
 
-    given: the overrides of the command line. What they name must be there; shards of the recipe, or runs of the stages
-    before it, may still be missing and are warned of, without the lines that depend on them.
+    given: the overrides of the command line. What they name must be there; shards of the recipe, or runs of the
+    stages before it, may still be missing and are warned of, without the lines that depend on them.
     """
     sources, warnings = first_weights(config, given)
     data = None
@@ -230,7 +230,8 @@ def component_facts(components: ComponentsConfig) -> list[str]:
 def first_weights(config: RunConfig, given: Sequence[str]) -> tuple[list[str], list[str]]:
     """Lines about the weights to begin with, and warnings; ConfigError for such that are not there or do not fit.
 
-    Recipes name the run of the stage before theirs: while that is not trained it is only warned of, unless it is `given`.
+    Recipes name the run of the stage before theirs: while that is not trained it is only warned of, unless it is
+    `given` on the command line.
     """
     teacher = getattr(config.stage, "teacher", None)
     sources = {} if teacher is None else {"stage.teacher": teacher}

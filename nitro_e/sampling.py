@@ -71,7 +71,10 @@ class SamplingConfig(Config):
 
 
 def with_overrides(defaults: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
-    """The settings that weights came with, some fields replaced; None keeps one. ConfigError for unknown or wrong ones."""
+    """The settings that weights came with, some fields replaced, those that are not None.
+
+    ConfigError for unknown or wrong ones.
+    """
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = from_dict(SamplingConfig, {**to_dict(defaults), **given}, "sampling")
     if defaults.sigmas and settings.sampler != defaults.sampler and not settings.force:

@@ -98,7 +98,8 @@ def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     from tools.make_shapes import make_shards
 
     make_shards(tmp_path, "train", 12)
-    encode = ["encode", f"{tmp_path}/shapes-train-*.tar", "--out", str(tmp_path), "--resolution", "64", "--workers", "0"]
+    encode = ["encode", f"{tmp_path}/shapes-train-*.tar", "--out", str(tmp_path), "--resolution", "64"]
+    encode += ["--workers", "0"]
     encoders = ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
     assert tool.main([*encode, *encoders]) == 0
     capsys.readouterr()

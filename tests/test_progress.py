@@ -1,4 +1,4 @@
-"""What long work shows: bars on a terminal, plain lines in a log file, no chatter of libraries; in fresh interpreters."""
+"""What long work shows: bars on a terminal, plain lines in a log file, no chatter; in fresh interpreters."""
 
 import fcntl
 import os
@@ -50,7 +50,8 @@ def test_a_log_file_has_plain_lines(tmp_path):
 
 def test_the_log_of_a_command_has_no_bars(tmp_path):
     """Those of transformers ("Loading weights") and of the sampler were in it."""
-    text = run([str(ROOT / "sample.py"), "shapes", "--prompt", "a red circle", "--steps", "2", "--out", "out"], tmp_path)
+    command = [str(ROOT / "sample.py"), "shapes", "--prompt", "a red circle", "--steps", "2", "--out", "out"]
+    text = run(command, tmp_path)
     assert text == "1 pictures and grid.png are in out/\n"
 
 

@@ -5,7 +5,8 @@
 
 A study names a checkpoint to start from and to compare with, variants (a recipe and overrides, or nothing for the
 checkpoint itself) and sampling settings. Differences to the base are paired by prompt and noise. Every part is kept:
-the same command goes on after an interruption, and adds what is new in the file.
+the same command goes on after an interruption, and adds what is new in the file. What can be known to be wrong is
+refused before the first training.
 """
 
 from __future__ import annotations
@@ -135,9 +136,10 @@ def check(plan: Study, chosen: Sequence[str]) -> None:
                 continue
             overrides = overrides_of(plan, name, seeds_of(plan, variant)[0])
             config = load(RunConfig, variant.recipe, overrides)
-            first_weights(config, overrides)
-            if config.data is not None:
-                config.data.expand()
+            if not all(is_trained(plan, name, seed) for seed in seeds_of(plan, variant)):
+                first_weights(config, overrides)
+                if config.data is not None:
+                    config.data.expand()
             check_settings(settings, config.published_sampling, config.model, config.components)
     with said_of("base"):  # scored at the same settings
         every = [setting for name in chosen for setting in plan.variants[name].settings or plan.settings]
@@ -188,11 +190,17 @@ def folder_of(plan: Study, name: str, seed: int) -> Path:
     return Path("runs") / plan.name / f"{name}-{seed}"
 
 
+def is_trained(plan: Study, name: str, seed: int) -> bool:
+    folder = folder_of(plan, name, seed)
+    status, spent = folder / "STATUS.json", folder / "cpu_seconds.json"
+    return status.exists() and spent.exists() and json.loads(status.read_text())["state"] == "done"
+
+
 def train(plan: Study, name: str, seed: int, alone: bool) -> None:
     """Run or continue one training as a process of its own; its CPU seconds are kept beside it."""
     variant, folder = plan.variants[name], folder_of(plan, name, seed)
-    status, spent = folder / "STATUS.json", folder / "cpu_seconds.json"
-    if status.exists() and spent.exists() and json.loads(status.read_text())["state"] == "done":
+    spent = folder / "cpu_seconds.json"
+    if is_trained(plan, name, seed):
         return
     command = [sys.executable, str(ROOT / "train.py"), variant.recipe, *overrides_of(plan, name, seed)]
     environment = {"WANDB_RUN_GROUP": plan.name} | os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
