@@ -78,7 +78,7 @@ class Lt(Bound):
     words, holds = "below", operator.lt
 
 
-Share = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0)]
 
 

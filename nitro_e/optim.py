@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Share
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class OptimConfig(Config):
     eps: Annotated[float, Ge(0)] = 1e-10
     weight_decay: Annotated[float, Ge(0)] = 0.03
     warmup: Annotated[int, Ge(0)] = 500  # steps of linear warm-up
-    decay: Share = 0.0  # share of all steps, at the end, over which the rate falls linearly to zero
+    decay: Fraction = 0.0  # share of all steps, at the end, over which the rate falls linearly to zero
     clip: Annotated[float, Gt(0), "a large value switches clipping off"] = 1.0  # largest gradient norm
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
 
-from nitro_e.config import Config, ConfigError, Ge, Le, Share, parse_json, read_text
+from nitro_e.config import Config, ConfigError, Ge, Le, Fraction, parse_json, read_text
 from nitro_e.data.index import Problem, ShardIndex, store_index
 from nitro_e.data.writer import atomic_file, index_path
 from nitro_e.files import sha256_of
@@ -64,7 +64,7 @@ class JobConfig(Config):
     rank: Annotated[int, Ge(0)] = 0
     world: Annotated[int, Ge(1)] = 1
     overwrite: bool = False  # redo units whose input or options have changed
-    max_bad_fraction: Share = 0.001
+    max_bad_fraction: Fraction = 0.001
 
     def __post_init__(self):
         super().__post_init__()

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Share, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Fraction, TrainingError
 from nitro_e.data.catalog import IMAGES, Catalog, Column, MissingShards, expand_shards, open_catalog
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
@@ -66,7 +66,7 @@ class DataConfig(Config):
     workers: Annotated[int, Ge(0), Le(512)] = 2  # loader processes per training process; 0 reads in the training process
     caption_key: str = "caption"  # inside the json member, where there is no txt
     use_latents: bool = True  # stored ones, if the shards have them; False decodes images instead
-    max_bad_fraction: Share = 0.001  # of the data set may be unusable
+    max_bad_fraction: Fraction = 0.001  # of the data set may be unusable
     tolerate_shards: Annotated[int, Ge(0)] = 0  # damaged tars that are left out, and reported, instead of being an error
     cache: str | None = None  # folder for shards behind URLs; None: $NITRO_E_CACHE or ~/.cache/nitro_e
     cache_gb: Annotated[float, Gt(0)] = 200.0  # its size

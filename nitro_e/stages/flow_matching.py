@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e import flow
-from nitro_e.config import Config, Ge, Gt, Le, Share
+from nitro_e.config import Config, Ge, Gt, Le, Fraction
 from nitro_e.data import Data, Records
 from nitro_e.flow import TimestepConfig
 from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
@@ -33,7 +33,7 @@ class RepaConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig(Config):
     kind: Literal["flow_matching"] = "flow_matching"
-    caption_dropout: Share = 0.1  # share of captions replaced by "", for classifier-free guidance
+    caption_dropout: Fraction = 0.1  # share of captions replaced by "", for classifier-free guidance
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     repa: RepaConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nitro_e import flow
-from nitro_e.config import Config, ConfigError, Ge, Gt, Lt, Share
+from nitro_e.config import Config, ConfigError, Ge, Gt, Lt, Fraction
 from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.optim import OptimConfig
@@ -36,8 +36,8 @@ class JudgeTimesConfig(Config):
     """The times at which real and fake are compared: logit-normal ones are clipped to the range, uniform ones fill it."""
 
     times: TimestepConfig = field(default_factory=lambda: TimestepConfig(std=1.2))
-    least: Share = 0.02
-    most: Share = 0.98
+    least: Fraction = 0.02
+    most: Fraction = 0.98
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class AdversarialConfig(Config):
     share_noise: bool = False
     misaligned: MisalignedConfig | None = field(default_factory=MisalignedConfig)
     r1: R1Config | None = field(default_factory=R1Config)
-    null_text: Share = 0.0  # share of samples that are judged without their prompt
+    null_text: Fraction = 0.0  # share of samples that are judged without their prompt
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-4, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=0, clip=1.0

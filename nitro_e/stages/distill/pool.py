@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Share
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Fraction
 from nitro_e.randomness import seed_of
 from nitro_e.stages.distill.heads import Features, full_precision, norm_groups
 from nitro_e.stages.distill.losses import Logits
@@ -28,10 +28,10 @@ from nitro_e.stages.distill.losses import Logits
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig(Config):
     levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = (0.09, 0.41, 0.62, 0.80)  # times at which the heads judge
-    spread: Share = 0.03  # around a level
+    spread: Fraction = 0.03  # around a level
     copies: Annotated[int, Ge(2), Le(10_000)] = 15  # heads per level and slot
     use: Annotated[int, Ge(2)] = 4  # of them at work in an iteration
-    refresh: Share = 0.01  # chance of every head to be made anew after an iteration
+    refresh: Fraction = 0.01  # chance of every head to be made anew after an iteration
     width: Annotated[int, Ge(1), Le(65536)] = 128  # hidden channels
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nitro_e import flow
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Share
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Fraction
 from nitro_e.flow import expand
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.randomness import SlotRandom
@@ -26,7 +26,7 @@ class DecayConfig(Config):
 
     start: Annotated[int, Ge(0)] = 5000
     end: Annotated[int, Ge(1)] = 20000
-    floor: Share = 0.1
+    floor: Fraction = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
