@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Fraction
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, Lt
 
 
 @dataclass(frozen=True, kw_only=True)

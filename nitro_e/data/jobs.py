@@ -27,8 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
-
-from nitro_e.config import Config, ConfigError, Ge, Le, Fraction, parse_json, read_text
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Le, parse_json, read_text
 from nitro_e.data.index import Problem, ShardIndex, store_index
 from nitro_e.data.writer import atomic_file, index_path
 from nitro_e.files import sha256_of

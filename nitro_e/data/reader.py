@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Fraction, TrainingError
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, TrainingError
 from nitro_e.data.catalog import IMAGES, Catalog, Column, MissingShards, expand_shards, open_catalog
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout

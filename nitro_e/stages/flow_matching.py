@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e import flow
-from nitro_e.config import Config, Ge, Gt, Le, Fraction
+from nitro_e.config import Config, Fraction, Ge, Gt, Le
 from nitro_e.data import Data, Records
 from nitro_e.flow import TimestepConfig
 from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder

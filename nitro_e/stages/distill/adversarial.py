@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nitro_e import flow
-from nitro_e.config import Config, ConfigError, Ge, Gt, Lt, Fraction
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Lt
 from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.optim import OptimConfig

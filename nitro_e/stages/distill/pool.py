@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, Fraction
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, Lt
 from nitro_e.randomness import seed_of
 from nitro_e.stages.distill.heads import Features, full_precision, norm_groups
 from nitro_e.stages.distill.losses import Logits

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nitro_e import flow
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Fraction
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.flow import expand
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.randomness import SlotRandom
