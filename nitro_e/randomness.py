@@ -24,7 +24,7 @@ def seed_of(*parts: object) -> int:
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """What is built inside, on the CPU, gets first weights from `seed_of(*parts)`; torch's global state stays as it was."""
+    """First weights of what is built inside, on the CPU, follow from `seed_of(*parts)`; torch's global state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed_of(*parts) % 2**32)
         yield

@@ -75,9 +75,7 @@ def assert_same_bits(run: Path, other: Path) -> None:
     ours, theirs = checkpoint.latest(run), checkpoint.latest(other)
     compared = 0
     for path in sorted((ours / "trainer").iterdir()):
-        a, b = (
-            torch.load(folder / "trainer" / path.name, weights_only=True) for folder in (ours, theirs)
-        )
+        a, b = (torch.load(folder / "trainer" / path.name, weights_only=True) for folder in (ours, theirs))
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         compared += 1
     for path in sorted(ours.glob("*/model.safetensors")):

@@ -107,7 +107,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if transformed() or (x.requires_grad and torch.is_grad_enabled()):
             raise ConfigError(
-                "a packed model has no derivatives and no torch.func transforms; take those of the model that was packed"
+                "a packed model has no derivatives and no torch.func transforms; use the model that was packed"
             )
         return torch.ops.nitro_e.packed_linear(x, self.handle, self.width)
 

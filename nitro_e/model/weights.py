@@ -15,8 +15,9 @@ def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
     bad = [name for name, tensor in state.items() if tensor.numel() and not _finite(tensor)]
     if bad:
         raise ConfigError(
-            f"{path}: {len(bad)} of {len(state)} tensors are not finite, the first is '{bad[0]}'; the training they come from "
-            "went wrong: give an earlier checkpoint (RUN/checkpoints/step-...), or train again with a lower learning rate"
+            f"{path}: {len(bad)} of {len(state)} tensors are not finite, the first is '{bad[0]}'; the training they "
+            "come from went wrong: give an earlier checkpoint (RUN/checkpoints/step-...), or train again with a lower "
+            "learning rate"
         )
 
 
