@@ -254,7 +254,7 @@ def test_several_sources_follow_each_other(tmp_path):
         ({"source": "shapes-train", "objects": "seen"}, "objects: 'shapes-train' has no such option"),
         ("nowhere.txt", "file 'nowhere.txt' does not exist"),
         ("empty.txt", "is empty"),
-        ("bad.jsonl", r"bad.jsonl:2 is not JSON"),
+        ("bad.jsonl", r"bad.jsonl:2 is not valid JSON"),
         ("lacking.jsonl", r'lacking.jsonl:1 has no "prompt"'),
     ],
 )
