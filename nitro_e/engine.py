@@ -519,15 +519,18 @@ class Engine:
 
     def _refuse_non_finite(self, state: dict[str, Any]) -> None:
         """Weights with NaN or infinity are never saved, and no older checkpoint is deleted for them."""
+        modules = {phase.name: phase.module for phase in self.stage.phases}
+        if self.ema is not None:
+            modules["ema"] = self.ema.ema_model
         broken = [
             name
-            for part in state.values()
-            for name, tensor in part.get("module", {}).items()
-            if tensor.is_floating_point() and not tensor.isfinite().all()
+            for part, module in modules.items()
+            for name, _ in module.named_parameters()  # buffers may hold NaN for what is not known yet
+            if not state[part]["module"][name].isfinite().all()
         ]
         if broken:
             raise TrainingError(
-                f"{len(broken)} tensors are not finite after step {self.step}, such as {broken[0]}; nothing was saved. The last "
+                f"{len(broken)} parameters are not finite after step {self.step}, such as {broken[0]}; nothing was saved. The last "
                 f"checkpoint is {checkpoint.latest(self.run_folder)}; lower the learning rate and continue from it"
             )
 

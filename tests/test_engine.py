@@ -223,7 +223,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, value):
     stage.steps = 4
     stage.loss = loss
     stage.phases = (Phase("model", stage.model, loss, OptimConfig(lr=1e-2, warmup=2)),)
-    with pytest.raises(TrainingError, match="1 tensors are not finite after step 8, such as 2.bias"):
+    with pytest.raises(TrainingError, match="1 parameters are not finite after step 8, such as 2.bias"):
         train(run, stage, steps=8)
     assert checkpoint.latest(run).name == "step-0000004"
 
