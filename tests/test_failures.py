@@ -440,6 +440,7 @@ class PremadeStage(FlowMatching):
             None,
             encoder,
             None,
+            0,
             torch.device("cpu"),
             1.0,
         )

@@ -90,6 +90,7 @@ class Premade(FlowMatching):
             codec=None,
             text=None,
             vision=None,
+            seed=0,
             device=torch.device("cpu"),
             forward_flops=1.0,
         )
