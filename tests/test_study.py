@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import OPTIMIZER
 
 from nitro_e.config import load
 from nitro_e.model import EMMDiT
@@ -98,4 +99,4 @@ def test_studies_load():
         plan = load(tool.Study, path)
         for variant in plan.variants.values():
             if variant.recipe:
-                load(RunConfig, variant.recipe, variant.set)
+                load(RunConfig, variant.recipe, [*variant.set, *OPTIMIZER])
