@@ -70,7 +70,7 @@ class EMAConfig(Config):
 class EngineConfig(Config):
     steps: Annotated[int, Ge(1)]  # optimiser steps
     accumulate: Annotated[int, Ge(1), Le(1_000_000)] = 1  # micro-batches per process and step
-    precision: Literal["float32", "bf16", "fp16"] = "bf16"  # of the forward pass; weights stay float32
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the forward pass; weights stay float32
     sharding: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False  # the blocks of the model
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
@@ -90,13 +90,13 @@ class EngineConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sharding == "fsdp" and self.precision == "fp16":
-            raise ConfigError("sharding 'fsdp' has no loss scaler: use precision bf16 or float32")
+        if self.sharding == "fsdp" and self.precision == "float16":
+            raise ConfigError("sharding 'fsdp' has no loss scaler: use precision bfloat16 or float32")
 
 
 def make_accelerator(config: EngineConfig) -> Accelerator:
     """The process group and device. Refuses to run as one process, or as copies of it, where several were asked for."""
-    precision = {"float32": "no"}.get(config.precision, config.precision)
+    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.precision]
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     # `accelerate launch --num_processes N` without GPUs names an address for N processes, then starts a single one.
     promised = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
@@ -115,8 +115,8 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
             f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}; "
             "start them with torchrun, and use the CPU or GPUs on all of them"
         )
-    if config.precision == "fp16" and accelerator.scaler is None:
-        raise ConfigError("engine.precision 'fp16' needs a GPU for its loss scaler; use bf16 or float32")
+    if config.precision == "float16" and accelerator.scaler is None:
+        raise ConfigError("engine.precision 'float16' needs a GPU for its loss scaler; use bfloat16 or float32")
     return accelerator
 
 
@@ -280,7 +280,7 @@ class Engine:
             self.accelerator.unscale_gradients(optimizer)
         norm = _plain(torch.nn.utils.clip_grad_norm_(phase.module.parameters(), phase.optim.clip))
         # Gradients are averaged over processes, so every process sees the same norm and decides alike.
-        # Under fp16 the loss scaler skips overflowing steps itself: part of finding its scale, until that falls below 1.
+        # Under float16 the loss scaler skips overflowing steps itself: part of finding its scale, until that falls below 1.
         finite, scaler = math.isfinite(norm), self.accelerator.scaler
         for optimizer in optimizers:
             if scaler is not None:

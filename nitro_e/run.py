@@ -558,9 +558,9 @@ def check_distill(config: RunConfig) -> None:
         )
     if engine.sharding != "ddp":
         raise ConfigError(f"engine.sharding '{engine.sharding}': stage.kind 'distill' runs with ddp only")
-    if engine.precision == "fp16":
+    if engine.precision == "float16":
         raise ConfigError(
-            "engine.precision 'fp16': stage.kind 'distill' takes gradients inside its loss; use bf16"
+            "engine.precision 'float16': stage.kind 'distill' takes gradients inside its loss; use bfloat16"
         )
     if not config.data.use_latents or config.data.reader != "indexed":
         raise ConfigError(
@@ -595,7 +595,7 @@ def build_distill(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]
     data = open_pairs(config, (parts.codec.channels, side, side))
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     teacher = load_pretrained(folder).to(
-        parts.device, getattr(torch, {"bf16": "bfloat16"}.get(config.engine.precision, "float32"))
+        parts.device, getattr(torch, config.engine.precision)
     )
     teacher.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:

@@ -214,7 +214,7 @@ def test_bf16_rollouts_leave_gradients():
         (["sampling.steps=3"], "trained for 1 or 2 or 4"),
         (["sampling.guidance_scale=4.5"], "carries its guidance"),
         (["sampling.sampler=heun"], "set them alike"),
-        (["engine.precision=fp16"], "use bf16"),
+        (["engine.precision=float16"], "use bfloat16"),
         (["engine.sharding=fsdp"], "ddp only"),
         (["stage.teacher=nowhere"], "'nowhere' does not exist"),
         (["data.reader=stream"], "indexed"),

@@ -520,7 +520,7 @@ def fp16(fresh_state, run):
 
     def start(stage, run=run, scale=2.0**8, **options) -> Engine:
         config = EngineConfig(
-            **{"steps": 12, "save_every": 4, "log_every": 1, "tracker": "none", **options}, precision="fp16"
+            **{"steps": 12, "save_every": 4, "log_every": 1, "tracker": "none", **options}, precision="float16"
         )
         accelerator = Accelerator(cpu=True, mixed_precision="fp16")
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
@@ -535,8 +535,8 @@ def test_fp16_is_refused_without_a_loss_scaler(fresh_state):
     """accelerate silently trains in float32 on a CPU, without the check of the scaler."""
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="fp16"):
-        make_accelerator(EngineConfig(steps=1, precision="fp16"))
+    with pytest.raises(ConfigError, match="float16"):
+        make_accelerator(EngineConfig(steps=1, precision="float16"))
 
 
 def test_fp16_follows_float32(fp16, run, tmp_path):

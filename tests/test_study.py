@@ -57,11 +57,11 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
 
 
 def test_a_failing_variant_is_named(plan, capsys):
-    plan["variants"]["grpo"]["set"] = [*SMALL, "engine.precision=fp16"]  # which a CPU cannot
+    plan["variants"]["grpo"]["set"] = [*SMALL, "engine.precision=float16"]  # which a CPU cannot
     Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [3]}))
     assert tool.main(["study.yaml"]) != 0
     error = capsys.readouterr().err
-    assert "grpo, seed 3" in error and "fp16" in error
+    assert "grpo, seed 3" in error and "float16" in error
 
 
 @pytest.mark.parametrize(
