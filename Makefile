@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/installed
 
-.PHONY: demo test test-floors install clean
+.PHONY: demo test lint test-floors install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/make_shapes.py data/shapes --split train --num 12288
@@ -20,6 +20,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" tests
+
+# The style that pyproject.toml states; `ruff check --fix . && ruff format .` mends most of what it finds.
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 # The oldest versions that setup.py allows, on Python 3.10 where there is one (or FLOORS_PYTHON=...): several GB, then as
 # long as `make test`. `uv` comes from PyPI into the same folder.

@@ -27,11 +27,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="RUN_OR_FOLDER")
-    parser.add_argument("--prompt", action="append", default=[], type=cli.text, help="may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], type=cli.text, help="may be given several times"
+    )
     parser.add_argument("--prompts-file", type=Path, help="one prompt per line")
     parser.add_argument("--negative-prompt", default="", type=cli.text)
     parser.add_argument(
-        "--num-images", type=cli.whole(1, 10_000), default=1, metavar="N", help="pictures per prompt (default 1)"
+        "--num-images",
+        type=cli.whole(1, 10_000),
+        default=1,
+        metavar="N",
+        help="pictures per prompt (default 1)",
     )
     parser.add_argument(
         "--seed", type=cli.seed, default=0, metavar="N", help="of the first picture; the next ones count up"
@@ -71,7 +77,12 @@ def draw(options: argparse.Namespace) -> None:
     device = options.device or default_device(torch)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     pipeline = TextToImage.from_pretrained(
-        options.source, device, dtype, codec=options.codec, text=options.text, allow_download=options.allow_download
+        options.source,
+        device,
+        dtype,
+        codec=options.codec,
+        text=options.text,
+        allow_download=options.allow_download,
     )
     if options.compile:
         pipeline.compile()

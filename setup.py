@@ -45,6 +45,7 @@ setup(
         ],
         "dev": [
             "pytest>=8.0",
+            "ruff>=0.17",  # make lint
         ],
     },
 )

@@ -43,7 +43,9 @@ def run(command: Callable[[], None]) -> int:
     Whatever else comes out of it is a bug, and shows its traceback.
     """
     quiet_libraries()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt or a name of a file that the terminal has no letters for
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a prompt or a name of a file that the terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
@@ -56,7 +58,11 @@ def run(command: Callable[[], None]) -> int:
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # no space, no permission, ...; writing to an open file does not say which one
-        named = f"{error.filename}: {error.strerror}" if error.filename is not None else " ".join(str(error).split())
+        named = (
+            f"{error.filename}: {error.strerror}"
+            if error.filename is not None
+            else " ".join(str(error).split())
+        )
         print(f"error: {named}; mend that and run the same command again", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:

@@ -32,7 +32,8 @@ class ComponentConfig(Config):
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
-    length: Annotated[int, Ge(2), Le(8192)] | None = None  # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
+    # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
+    length: Annotated[int, Ge(2), Le(8192)] | None = None
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
 
     def __post_init__(self) -> None:
@@ -40,7 +41,9 @@ class ComponentConfig(Config):
         name, equals, path = self.name.partition("=")
         if equals:
             if self.path is not None:
-                raise ConfigError(f"name '{self.name}' has a folder already, and path is '{self.path}'; give one")
+                raise ConfigError(
+                    f"name '{self.name}' has a folder already, and path is '{self.path}'; give one"
+                )
             object.__setattr__(self, "name", name)
             object.__setattr__(self, "path", path)
         if self.path == "":

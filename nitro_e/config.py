@@ -230,7 +230,9 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file into `cls`, after applying `a.b=value` overrides (values are YAML too)."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file '{path}' does not exist or is no file; the recipes are under configs/")
+        raise ConfigError(
+            f"config file '{path}' does not exist or is no file; the recipes are under configs/"
+        )
     data = parse_yaml(read_text(path), str(path)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")

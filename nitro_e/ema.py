@@ -35,7 +35,8 @@ MAX_ERROR = 0.05  # of a synthesised profile, in L2 relative to the profile aske
 @dataclass(frozen=True, kw_only=True)
 class PostHocEMAConfig(Config):
     sigma_rels: tuple[float, ...] = (0.05, 0.10)  # profiles that are tracked; two are enough
-    every: Annotated[int, Ge(1)] = 1000  # steps between snapshots; 25 to 50 snapshots in a run give profiles to about 0.1 %
+    # steps between snapshots; 25 to 50 snapshots in a run give profiles to about 0.1 %
+    every: Annotated[int, Ge(1)] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

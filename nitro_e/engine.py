@@ -38,7 +38,14 @@ from nitro_e.meters import Progress, Window, memory_gb, peak_teraflops
 from nitro_e.metrics import Metrics, Tracker, WandBConfig
 from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.optim import build_optimizers, set_learning_rate
-from nitro_e.parallel import SHARDING, Attendance, load_module_state, load_optimizer_state, module_state, optimizer_state
+from nitro_e.parallel import (
+    SHARDING,
+    Attendance,
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+)
 from nitro_e.randomness import SlotRandom
 from nitro_e.report import write_report
 
@@ -61,23 +68,22 @@ class Hook:
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig(Config):
     beta: Annotated[float, Gt(0), Lt(1)] = 0.9999  # per step
-    warmup_power: Annotated[float, Gt(0)] | None = (
-        None  # early on, beta is 1 - step^-power (0.67 forgets a random start); None: off
-    )
+    # early on, beta is 1 - step^-power (0.67 forgets a random start); None: off
+    warmup_power: Annotated[float, Gt(0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Config):
     steps: Annotated[int, Ge(1)]  # optimiser steps
     accumulate: Annotated[int, Ge(1), Le(1_000_000)] = 1  # micro-batches per process and step
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the forward pass; weights stay float32
+    # of the forward pass; weights stay float32
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     sharding: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False  # the blocks of the model
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
     ema: EMAConfig | None = None
-    posthoc_ema: PostHocEMAConfig | None = (
-        None  # snapshots from which tools/ema.py makes any average afterwards
-    )
+    # snapshots from which tools/ema.py makes any average afterwards
+    posthoc_ema: PostHocEMAConfig | None = None
     save_every: Annotated[int, Ge(1)] = 1000
     keep_last: Annotated[int, Ge(2), "the newest one may turn out damaged"] = 2  # newest checkpoints
     keep_every: Annotated[int, Ge(0)] = 0  # and those at multiples of this many steps; 0: none
@@ -85,7 +91,8 @@ class EngineConfig(Config):
     max_skips: Annotated[int, Ge(0)] = 5  # non-finite steps in a row before giving up
     log_every: Annotated[int, Ge(1)] = 20
     sample_every: Annotated[int, Ge(0)] = 1000  # steps between sample grids; 0: none
-    tracker: Tracker = "auto"  # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
+    # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
+    tracker: Tracker = "auto"
     wandb: WandBConfig = field(default_factory=WandBConfig)
 
     def __post_init__(self) -> None:
@@ -116,7 +123,9 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
             "start them with torchrun, and use the CPU or GPUs on all of them"
         )
     if config.precision == "float16" and accelerator.scaler is None:
-        raise ConfigError("engine.precision 'float16' needs a GPU for its loss scaler; use bfloat16 or float32")
+        raise ConfigError(
+            "engine.precision 'float16' needs a GPU for its loss scaler; use bfloat16 or float32"
+        )
     return accelerator
 
 
@@ -385,7 +394,9 @@ class Engine:
             model = self.published_model()
             if self.main or hook.everywhere:
                 made = hook.run(model)  # metrics are written by the main process only
-                self.metrics.write(self.step, {k: v for k, v in made.items() if not isinstance(v, Image.Image)})
+                self.metrics.write(
+                    self.step, {k: v for k, v in made.items() if not isinstance(v, Image.Image)}
+                )
                 for name, image in made.items():
                     if isinstance(image, Image.Image):
                         self.metrics.write_image(self.step, name, image)
@@ -624,7 +635,9 @@ class Engine:
             self.accelerator.scaler.load_state_dict(self._saved(folder, "loss_scaler"))
         self.step, self.saved_step, self.skipped = meta["step"], meta["step"], meta.get("skipped", 0)
         status = checkpoint.read_status(self.run_folder)
-        self.hooks_due = self._any(self.main and status.get("hooks_due") is True and status.get("step") == self.step)
+        self.hooks_due = self._any(
+            self.main and status.get("hooks_due") is True and status.get("step") == self.step
+        )
         if self.main:
             print(f"resuming {self.run_folder} at step {self.step}")
 

@@ -40,7 +40,13 @@ REVISIONS: dict[str, str | None] = {
 }
 
 # What a tokenizer of transformers may consist of, besides config.json; of every repository it has some.
-TOKENIZER = ("config.json", "tokenizer*|vocab*", "special_tokens_map.json?", "added_tokens.json?", "merges.txt?")
+TOKENIZER = (
+    "config.json",
+    "tokenizer*|vocab*",
+    "special_tokens_map.json?",
+    "added_tokens.json?",
+    "merges.txt?",
+)
 TRANSFORMER = ("config.json", "model*.safetensors", "model.safetensors.index.json?")
 
 
@@ -111,7 +117,9 @@ def fetch(repository: str, wanted: Sequence[str], revision: str | None = None) -
     except HfHubHTTPError:  # no such repository, no such revision, no access
         raise
     except OfflineModeIsEnabled:
-        raise ConnectionError("it is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub") from None
+        raise ConnectionError(
+            "it is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub"
+        ) from None
     except Exception as error:  # the library's http clients change, and their errors with them
         raise ConnectionError(
             f"it is not in the local cache, and the hub cannot be reached: {first_cause(error)}"

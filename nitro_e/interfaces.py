@@ -34,7 +34,9 @@ class TextEmbedding(NamedTuple):
 def as_prompts(prompts: Iterable[str], name: str = "prompts") -> list[str]:
     """A list of strings. ConfigError for anything else: of a bare string every character would become a prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise ConfigError(f"{name}: expected a list of strings, got {prompts!r}; write [...] around a single one")
+        raise ConfigError(
+            f"{name}: expected a list of strings, got {prompts!r}; write [...] around a single one"
+        )
     prompts = list(prompts)
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
@@ -107,9 +109,8 @@ class Phase:
     module: nn.Module
     loss: LossFn
     optim: OptimConfig
-    after_step: Callable[[list[Optimizer]], None] | None = (
-        None  # with the phase's optimisers, once they have stepped
-    )
+    # with the phase's optimisers, once they have stepped
+    after_step: Callable[[list[Optimizer]], None] | None = None
     net: nn.Module | None = None  # set by the engine
 
 

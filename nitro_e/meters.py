@@ -75,7 +75,10 @@ class Progress:
         if self.plain:
             print(f"{self.name} {step}/{self.steps}  {summary(values)}", file=sys.stderr, flush=True)
         self.bar.set_postfix(
-            {"loss": f"{values.get('loss', math.nan):.4f}", "samples/s": f"{values['samples_per_second']:.0f}"}
+            {
+                "loss": f"{values.get('loss', math.nan):.4f}",
+                "samples/s": f"{values['samples_per_second']:.0f}",
+            }
         )
 
     def close(self) -> None:

@@ -200,9 +200,8 @@ class _Lines:
         self.path = path
         cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = path.open("ab", buffering=0)
-        self._pending = (
-            b"\n" if cut_short else b""
-        )  # a kill in the middle of a line: do not glue the next one to it
+        # a kill in the middle of a line: do not glue the next one to it
+        self._pending = b"\n" if cut_short else b""
 
     def append(self, line: str) -> None:
         failed_before = self._pending not in (b"", b"\n")
@@ -227,9 +226,7 @@ class _Lines:
         self._file.close()
 
 
-def caption(
-    sheet: Image.Image, prompts: Sequence[str], columns: int, size: tuple[int, int]
-) -> Image.Image:
+def caption(sheet: Image.Image, prompts: Sequence[str], columns: int, size: tuple[int, int]) -> Image.Image:
     """Write on a sheet of pictures of this (width, height) what each of them shows, row by row, as text entries."""
     sheet.info[PROMPTS] = json.dumps(list(prompts))
     sheet.info[CELLS] = json.dumps({"columns": columns, "size": size})

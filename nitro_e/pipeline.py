@@ -15,7 +15,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder, check_download, chosen_component, pinned
+from nitro_e.components import (
+    ComponentConfig,
+    build_codec,
+    build_text_encoder,
+    check_download,
+    chosen_component,
+    pinned,
+)
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder, as_prompts
 from nitro_e.model import EMMDiT, ModelConfig

@@ -43,12 +43,10 @@ class PromptsConfig(Config):
 
     SHORTHAND: ClassVar[str] = "source"
 
-    source: (
-        str | tuple[str, ...]
-    )  # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
-    num: Annotated[int, Ge(1), Le(10_000_000)] | None = (
-        None  # of each source: to make (None = as in GENERATORS); of `geneval` and files the first
-    )
+    # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
+    source: str | tuple[str, ...]
+    # of each source: to make (None = as in GENERATORS); of `geneval` and files the first
+    num: Annotated[int, Ge(1), Le(10_000_000)] | None = None
     seed: Seed = 0  # of the prompts that are made
     objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"
 

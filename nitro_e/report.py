@@ -49,12 +49,8 @@ TITLES = {  # in the order of the page; names not here follow under their own na
     "memory_gb": "Peak memory, GB",
 }
 EXPECTED = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait")
-COUNTERS = (
-    "skipped",
-    "failed_saves",
-    "bad_samples",
-    "eta_seconds",
-)  # told in the header or of no use afterwards
+# told in the header or of no use afterwards
+COUNTERS = ("skipped", "failed_saves", "bad_samples", "eta_seconds")
 NOT_NOISY = ("lr", "memory_gb")
 NOT_METRICS = ("attempt", "time", "step")
 

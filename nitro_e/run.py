@@ -23,7 +23,16 @@ from nitro_e.components import (
     weights_source,
 )  # fmt: skip
 from nitro_e.config import (
-    Config, ConfigError, Seed, check_file_name, dump, flatten, load, parse_yaml, read_text, to_dict
+    Config,
+    ConfigError,
+    Seed,
+    check_file_name,
+    dump,
+    flatten,
+    load,
+    parse_yaml,
+    read_text,
+    to_dict,
 )  # fmt: skip
 from nitro_e.data import Data, DataConfig, MissingShards, Records, open_data
 from nitro_e.engine import Engine, EngineConfig, Hook, make_accelerator
@@ -52,9 +61,8 @@ class ComponentsConfig(Config):
     vision: ComponentConfig | None = None  # for REPA
 
 
-StageConfig = (
-    FlowMatchingConfig | GRPOConfig | DistillConfig
-)  # told apart by `kind`; KINDS has an entry for each
+# told apart by `kind`; KINDS has an entry for each
+StageConfig = FlowMatchingConfig | GRPOConfig | DistillConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +328,8 @@ def build(config: RunConfig) -> Engine:
         hooks=tuple(hooks),
     )  # fmt: skip
     if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):
-        engine.changed = write_config(config)  # only now: the engine refuses the run directory of another experiment
+        # only now: the engine refuses the run directory of another experiment
+        engine.changed = write_config(config)
     return engine
 
 
@@ -466,7 +475,15 @@ def build_flow_matching(config: RunConfig, parts: Parts) -> tuple[Stage, Sequenc
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     vision = config.components.vision and build_vision_encoder(config.components.vision, parts.device)
     stage = FlowMatching(
-        config.stage, parts.model, data, parts.codec, parts.text, vision, config.seed, parts.device, parts.flops
+        config.stage,
+        parts.model,
+        data,
+        parts.codec,
+        parts.text,
+        vision,
+        config.seed,
+        parts.device,
+        parts.flops,
     )
     return stage, config.prompts or first_records(data).prompts[:8]
 
@@ -594,9 +611,7 @@ def build_distill(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]
             raise ConfigError(f"components.{name} is '{ours}', but stage.teacher was trained with '{theirs}'")
     data = open_pairs(config, (parts.codec.channels, side, side))
     data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
-    teacher = load_pretrained(folder).to(
-        parts.device, getattr(torch, config.engine.precision)
-    )
+    teacher = load_pretrained(folder).to(parts.device, getattr(torch, config.engine.precision))
     teacher.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:
         teacher.compile_blocks()

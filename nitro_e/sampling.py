@@ -37,10 +37,9 @@ class SamplingConfig(Config):
     sampler: Literal["euler", "heun", "renoise"] = "euler"  # renoise: for weights distilled for it
     grid: TimeGrid = "released"
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
-    sigmas: tuple[
-        tuple[float, ...], ...
-    ] = ()  # of distilled weights, in place of grid and shift: the falling
-    # times of every step count they were trained for, used as they are; the 0 at the end is implied
+    # of distilled weights, in place of grid and shift: the falling times of every step count they were trained for,
+    # used as they are; the 0 at the end is implied
+    sigmas: tuple[tuple[float, ...], ...] = ()
     time_scale: Annotated[float, Gt(0)] = 1.0  # the model is told time_scale * t
     force: bool = False  # sample distilled weights in step counts they were not trained for
 

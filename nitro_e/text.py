@@ -76,10 +76,8 @@ class LlamaText:
             self.length,
             self.truncated,
         )
-        ids, mask = (
-            batch["input_ids"].to(self.model.device),
-            batch["attention_mask"].to(self.model.device),
-        )  # (B, L)
+        # both (B, L)
+        ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         tokens = self.model(
             input_ids=ids, attention_mask=mask, use_cache=False
         ).last_hidden_state  # (B, L, D)
@@ -180,9 +178,8 @@ def word_features(word: str, width: int) -> Tensor:
     """
     marked = f"<{word}>"
     grams = {marked} | {marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)}
-    total = sum(
-        gram_signs(gram, width).astype(np.int64) for gram in grams
-    )  # exact, so the set's order is harmless
+    # exact, so the set's order is harmless
+    total = sum(gram_signs(gram, width).astype(np.int64) for gram in grams)
     norm = np.sqrt(np.mean(np.square(total), dtype=np.float64))
     return torch.from_numpy(total / max(norm, 1e-12)).float()
 

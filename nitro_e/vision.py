@@ -39,9 +39,8 @@ def patch_tokens(vit: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     images = (pixels.float() + 1) / 2
     images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
     mean, std = (images.new_tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    tokens = vit.forward_features(
-        ((images - mean) / std).to(next(vit.parameters()).dtype)
-    )  # (B, prefix + h*w, D)
+    images = ((images - mean) / std).to(next(vit.parameters()).dtype)
+    tokens = vit.forward_features(images)  # (B, prefix + h*w, D)
     return tokens[:, vit.num_prefix_tokens :]
 
 

@@ -56,7 +56,10 @@ def serve(program: Path, scratch: Path) -> None:
         if process == 0:
             child(main, json.loads(line), output)
         code = wait(process)
-        print(json.dumps([code, round(time.monotonic() - started, 1), output.read_text(errors="replace")]), flush=True)
+        print(
+            json.dumps([code, round(time.monotonic() - started, 1), output.read_text(errors="replace")]),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

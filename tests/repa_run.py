@@ -21,7 +21,16 @@ def make_data(folder: Path, num: int = 64) -> None:
     out = folder / "data" / "shapes"
     components = ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
     assert make_shapes.main([str(out), "--split", "train", "--num", str(num)]) == 0
-    encode = ["encode", f"{out}/shapes-train-*.tar", "--out", str(out), "--resolution", "64", "--workers", "0"]
+    encode = [
+        "encode",
+        f"{out}/shapes-train-*.tar",
+        "--out",
+        str(out),
+        "--resolution",
+        "64",
+        "--workers",
+        "0",
+    ]
     assert data_tool.main([*encode, *components]) == 0
 
 

@@ -123,7 +123,12 @@ def test_twelve_full_disks(tmp_path):
             status, newest = checkpoint.read_status(run), checkpoint.latest_valid(run)
             ends.append((room, code, status.get("state"), newest and checkpoint.step_of(newest)))
             assert "Traceback" not in text, text[-3000:]
-            assert (code, status.get("state")) in [(0, "done"), (3, "failed")], (room, code, status, text[-2000:])
+            assert (code, status.get("state")) in [(0, "done"), (3, "failed")], (
+                room,
+                code,
+                status,
+                text[-2000:],
+            )
             assert not list(run.glob("checkpoints/*.tmp"))
             if code:
                 assert "could not be saved" in text and "No space left on device" in text

@@ -96,7 +96,9 @@ def on_a_small_disk(arguments: list[str], limit: int) -> subprocess.CompletedPro
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, preexec_fn=restrict, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run(
+        command, preexec_fn=restrict, capture_output=True, text=True, env=environment, cwd=ROOT
+    )
 
 
 def check_full_disk(folder: Path, arguments: list[str], limit: int) -> None:

@@ -261,7 +261,10 @@ sampling: {resolution: 64, steps: 2}
         ("stage.optim.lr=-1", "stage.optim.lr must be at least 0, got -1.0"),
         ("stage.optim.muon_lr=.nan", "stage.optim.muon_lr must be a finite number"),
         ("stage.optim.clip=.nan", "stage.optim.clip must be a finite number"),
-        ("stage.optim.clip=0", "stage.optim.clip must be above 0, got 0.0; a large value switches clipping off"),
+        (
+            "stage.optim.clip=0",
+            "stage.optim.clip must be above 0, got 0.0; a large value switches clipping off",
+        ),
         ("stage.optim.eps=.nan", "stage.optim.eps must be a finite number"),
         ("stage.optim.weight_decay=.nan", "stage.optim.weight_decay must be a finite number"),
         ("stage.optim.betas=[.nan, 0.9]", "stage.optim.betas[0] must be a finite number"),
@@ -271,7 +274,10 @@ sampling: {resolution: 64, steps: 2}
         ("engine.keep_every=-1", "engine.keep_every must be at least 0, got -1"),
         ("engine.sample_every=-1", "engine.sample_every must be at least 0, got -1"),
         ("engine.max_skips=-1", "engine.max_skips must be at least 0, got -1"),
-        ("engine.keep_last=1", "engine.keep_last must be at least 2, got 1; the newest one may turn out damaged"),
+        (
+            "engine.keep_last=1",
+            "engine.keep_last must be at least 2, got 1; the newest one may turn out damaged",
+        ),
         ("engine.ema.warmup_power=.nan", "engine.ema.warmup_power must be a finite number"),
         ("engine.ema.warmup_power=-1", "engine.ema.warmup_power must be above 0"),
         ("sampling.guidance_scale=.nan", "sampling.guidance_scale must be a finite number"),
@@ -325,7 +331,7 @@ def test_what_a_recipe_must_not_say(tmp_path, override, words):
     [
         (b"name: a\nsizes: [1]\nname: b\n", "key 'name' is given twice, on lines 1 and 3; keep one"),
         (b"name: a\noptim:\n  lr: 1\n  steps: 2\n  lr: 3\n", "key 'lr' is given twice, on lines 3 and 5"),
-        (b"name: a\noptim: {lr: 1, \"lr\": 2}\n", "key 'lr' is given twice"),
+        (b'name: a\noptim: {lr: 1, "lr": 2}\n', "key 'lr' is given twice"),
         (b"name: a\noptim: {steps: 010}\n", "010 would be read as 8 (octal)"),
         (b"name: a\noptim: {lr: 1:30.5}\n", "1:30.5 would be read as 90.5 (to the base of 60)"),
         (b"name: \xff\n", "is not a UTF-8 text file (byte 6 is 0xff); save it as UTF-8"),

@@ -240,9 +240,8 @@ def test_killed_ten_times_gives_the_same_bytes(tmp_path):
         child.join()
         assert child.exitcode == -signal.SIGKILL
         kills += 1
-    children = [
-        context.Process(target=run_slowly, args=(shards, out, rank, 3)) for rank in range(3)
-    ]  # 1 -> 3 processes
+    # 1 -> 3 processes
+    children = [context.Process(target=run_slowly, args=(shards, out, rank, 3)) for rank in range(3)]
     for child in children:
         child.start()
     for child in children:

@@ -279,7 +279,10 @@ def test_names_and_captions_that_are_no_utf8(tmp_path):
     rows = [{"image": f"{i:02d}.jpg", "caption": f"picture {i}"} for i in range(N)]
     rows[3]["caption"] = "half \ud800"
     (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (entry,) = pack(table_units(folder / "list.jsonl", replace(CONFIG, samples_per_shard=99)), JobConfig(out=tmp_path / "a"))
+    (entry,) = pack(
+        table_units(folder / "list.jsonl", replace(CONFIG, samples_per_shard=99)),
+        JobConfig(out=tmp_path / "a"),
+    )
     assert entry["samples"] == N - 1
     (line,) = (tmp_path / "a/bad-images.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "caption is not UTF-8"

@@ -75,9 +75,10 @@ def test_training_from_urls_equals_training_from_files(tmp_path, server):
     local = batches(tmp_path / "www", 0)
     for workers in (0, 2):
         assert batches(server.url, workers) == local
+    # each once: everything else came from the cache
     assert sorted(path for path in server.handler.log if path.endswith(".tar")) == [
         f"/{source}/{part:03d}.tar" for source in "ab" for part in range(2)
-    ]  # each once: everything else came from the cache
+    ]
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
@@ -120,9 +121,8 @@ def test_the_next_windows_are_fetched_in_order_before_they_are_read(tmp_path, se
     server.handler.log.clear()
     batches = data.records()
     next(batches)
-    wanted = {key.split(":")[0] for key in data.keys(range(4 + 2 * 3 * 4))} - {
-        "00.tar"
-    }  # read when data were opened
+    # read when data were opened
+    wanted = {key.split(":")[0] for key in data.keys(range(4 + 2 * 3 * 4))} - {"00.tar"}
     deadline = time.monotonic() + 10
     while (got := {path[1:] for path in server.handler.log}) < wanted and time.monotonic() < deadline:
         time.sleep(0.01)

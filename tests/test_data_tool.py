@@ -104,7 +104,10 @@ def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     assert tool.main([*encode, *encoders]) == 0
     capsys.readouterr()
     columns = ", ".join(f"{tmp_path}/{name}-*.tar" for name in ("latents", "text", "features"))
-    recipe, overrides = ROOT / "configs/shapes/1_pretrain.yaml", [f"data.shards=[{columns}]", "data.batch_size=4"]
+    recipe, overrides = (
+        ROOT / "configs/shapes/1_pretrain.yaml",
+        [f"data.shards=[{columns}]", "data.batch_size=4"],
+    )
     assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0
     data = open_run_data(load(RunConfig, recipe, overrides))
     records = data.records(3)
@@ -134,7 +137,10 @@ def test_plan(capsys):
             "encode IN/*.tar --out OUT --codec dct-f8c24 --resolution 12 --workers 0",
             "not a multiple of the codec's stride 8",
         ),
-        ("encode IN/*.tar --out OUT --codec dct-f8c24 --batch-size 0", "--batch-size must be at least 1, got 0"),
+        (
+            "encode IN/*.tar --out OUT --codec dct-f8c24 --batch-size 0",
+            "--batch-size must be at least 1, got 0",
+        ),
         ("verify IN/none.tar", "missing shards"),
         ("plan --images 0", "--images must be at least 1, got 0"),
     ],

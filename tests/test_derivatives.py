@@ -40,9 +40,7 @@ class Case:
 
     def difference(self, dx: Tensor, dt: Tensor, h: float = 1e-6) -> Tensor:
         with torch.no_grad():
-            ahead, behind = (
-                self.velocity(self.x + s * h * dx, self.t + s * h * dt) for s in (1, -1)
-            )
+            ahead, behind = (self.velocity(self.x + s * h * dx, self.t + s * h * dt) for s in (1, -1))
         return (ahead - behind) / (2 * h)
 
     def gradient(self, x: Tensor) -> Tensor:
@@ -57,7 +55,9 @@ class Case:
 @pytest.fixture
 def exact_time(monkeypatch):
     def sinusoids(t: Tensor, width: int = 256) -> Tensor:
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+        frequencies = torch.exp(
+            -math.log(10_000) * torch.arange(width // 2, dtype=torch.float64) / (width // 2)
+        )
         angles = 1000 * t.double()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -190,7 +190,9 @@ def test_attention_asks_for_the_kernel_that_knows_tangents(monkeypatch):
 
     def asked(*arguments, attn_mask=None):
         flags = torch.backends.cuda
-        chosen.append((flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.math_sdp_enabled()))
+        chosen.append(
+            (flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.math_sdp_enabled())
+        )
         return arguments[2]
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", asked)

@@ -28,7 +28,8 @@ def tool():
 
 def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tuple[int, dict[str, int]]:
     """Parameters, and FLOPs of every module, by running the model on the meta device."""
-    rearrange(torch.zeros(1), "a -> a")  # einops imports torch._dynamo at first use, which the meta device may break
+    # einops imports torch._dynamo at first use, which the meta device may break
+    rearrange(torch.zeros(1), "a -> a")
     with torch.device("meta"):
         model = EMMDiT(config)
         x = torch.empty(1, config.latent_channels, *(side * config.patch_size for side in grid))

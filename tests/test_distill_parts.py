@@ -435,9 +435,8 @@ def test_one_forward_of_the_student_serves_both_phases():
     Loop(stage, 10).step(random_batch(3))
     assert calls == [True]
     calls.clear()
-    Loop(stage, 10).step(
-        random_batch(4, alone=False)
-    )  # with accumulation no graph waits: memory of one micro-batch
+    # with accumulation no graph waits: memory of one micro-batch
+    Loop(stage, 10).step(random_batch(4, alone=False))
     assert calls == [False, True]
 
 

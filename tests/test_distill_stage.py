@@ -269,9 +269,8 @@ def test_every_preset_trains(preset):
     loop, verdicts, weights = Loop(stage, 20), {"real": [], "fake": []}, []
     for step in range(20):
         batch = random_batch(step, 4, shape=(4, 8, 8))
-        batch.latents += (
-            2 * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
-        )  # unlike what the student makes
+        # unlike what the student makes
+        batch.latents += 2 * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
         logs = loop.step(batch)
         assert all(value.isfinite().all() for value in logs.values())
         if preset != "reflow":

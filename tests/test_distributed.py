@@ -52,7 +52,11 @@ def accelerate(run: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(SCRIPT), str(run)]
     environment = {**os.environ, "NITRO_E_TIMEOUT_MINUTES": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, json.dumps({"batch_size": 8})], env=environment, capture_output=True, text=True, timeout=240
+        [*command, json.dumps({"batch_size": 8})],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 

@@ -180,14 +180,8 @@ def test_a_resumed_tracker_is_exact(tmp_path):
     track(first, walk, 171, 260)  # killed here; the checkpoint is that of step 170
     resumed = PostHocEMA(walk, folder=tmp_path / "b", every=50)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [s.step for s in list_snapshots(tmp_path / "b")] == [
-        50,
-        50,
-        100,
-        100,
-        150,
-        150,
-    ]  # the rest is superseded
+    # the rest is superseded
+    assert [s.step for s in list_snapshots(tmp_path / "b")] == [50, 50, 100, 100, 150, 150]
     track(resumed, walk, 171, 300)
     for ours, theirs in zip(resumed.averages, whole.averages):
         assert torch.equal(ours["weight"], theirs["weight"])

@@ -216,9 +216,12 @@ def test_weights_that_are_not_finite_are_never_saved(run, value):
 
     def loss(net, batch, rng):
         if stage.steps == 7:
-            stage.model[2].bias.data[0] = value  # as a broken kernel would; the gradient of a zero loss stays finite
+            # as a broken kernel would; the gradient of a zero loss stays finite
+            stage.model[2].bias.data[0] = value
         stage.steps += 1
-        return (original(net, batch, rng)[0] if stage.steps < 8 else sum(p.sum() for p in net.parameters()) * 0.0), {}
+        return (
+            original(net, batch, rng)[0] if stage.steps < 8 else sum(p.sum() for p in net.parameters()) * 0.0
+        ), {}
 
     stage.steps = 4
     stage.loss = loss
@@ -283,7 +286,9 @@ def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch, disk_of, f
         if self.step > 4 and len(failures) < 2:
             failures.append(checkpoint.latest(run).name)
             limit = disk_of(1000)
-            if file == "model.pt":  # the published weights are larger than those of the trainer: leave them out
+            if (
+                file == "model.pt"
+            ):  # the published weights are larger than those of the trainer: leave them out
                 (folder / "trainer").mkdir()
                 with limit:
                     save_object(state, folder / "trainer" / file)
@@ -366,7 +371,9 @@ def test_no_flipped_bit_of_the_record_goes_unnoticed(run, stride):
     assert found > 0.9 * checked
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"step": 4, "files": 5}', "\xff", "[" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"files": []}', '{"step": 4, "files": 5}', "\xff", "[" * 10_000]
+)
 def test_a_record_that_is_none_is_damage(run, text):
     train(run, steps=4)
     (checkpoint.latest(run) / "meta.json").write_bytes(text.encode("latin1"))

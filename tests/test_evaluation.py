@@ -342,9 +342,7 @@ def test_low_precision_draws_the_same_pictures_nearly(tmp_path):
     pictures = []
     for precision in ("float32", "bfloat16"):
         out = tmp_path / precision
-        assert (
-            tool.main(["shapes", str(model), "--num", "6", "--dtype", precision, "--out", str(out)]) == 0
-        )
+        assert tool.main(["shapes", str(model), "--num", "6", "--dtype", precision, "--out", str(out)]) == 0
         pictures.append([np.asarray(Image.open(path)).astype(float) for path in sorted(out.rglob("*.png"))])
     difference = np.abs(np.subtract(*pictures)).mean()
     assert 0 < difference < 5  # of 255

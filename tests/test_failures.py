@@ -136,9 +136,8 @@ def runs(tmp_path_factory) -> Path:
     assert run_train(recipe, folder / "one", "data.batch_size=8") == 0
     assert run_train(recipe, folder / "one-accumulate", "data.batch_size=4", "engine.accumulate=2") == 0
     assert run_train(recipe, folder / "grown", "data.batch_size=8", "engine.steps=3") == 0
-    assert (
-        run_train(recipe, folder / "flipped", "data.batch_size=8", "engine.steps=1", damaged) == 0
-    )  # indexes the shard
+    # indexes the shard
+    assert run_train(recipe, folder / "flipped", "data.batch_size=8", "engine.steps=1", damaged) == 0
     for key in ("0003", "0010"):
         flip_byte(folder / "other-000000.tar", key, "png")
     cases = {
@@ -259,9 +258,8 @@ def test_sigterm_to_the_launcher_stops_both_at_one_step(tmp_path):
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(
-        timeout=60
-    )  # torchrun's own code is 1 here, so job scripts read STATUS.json
+    # torchrun's own code is 1 here, so job scripts read STATUS.json
+    output, errors = process.communicate(timeout=60)
     ends = {line.split("step ")[1] for line in output.splitlines() if line.startswith("rank")}
     status = json.loads((run / "STATUS.json").read_text())
     assert len(ends) == 1 and status["state"] == "preempted", errors[-2000:]
@@ -520,7 +518,8 @@ def fp16(fresh_state, run):
 
     def start(stage, run=run, scale=2.0**8, **options) -> Engine:
         config = EngineConfig(
-            **{"steps": 12, "save_every": 4, "log_every": 1, "tracker": "none", **options}, precision="float16"
+            **{"steps": 12, "save_every": 4, "log_every": 1, "tracker": "none", **options},
+            precision="float16",
         )
         accelerator = Accelerator(cpu=True, mixed_precision="fp16")
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)

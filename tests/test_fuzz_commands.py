@@ -36,7 +36,8 @@ sampling: {resolution: 64, steps: 1}
 
 # ---- train.py W/tiny.yaml KEY=VALUE --dry-run
 
-FRACTIONS = (".nan", ".inf", "-.inf", "-1", "x", "[1]", "{a: 1}", "null", "1e400", "true")  # wrong for every real number
+# wrong for every real number
+FRACTIONS = (".nan", ".inf", "-.inf", "-1", "x", "[1]", "{a: 1}", "null", "1e400", "true")
 COUNTS = (".nan", ".inf", "-1", "1.5", "x", "[1]", "null", "1e99", "010", "1:30")  # wrong for every whole one
 REAL_KEYS = """stage.optim.lr stage.optim.muon_lr stage.optim.eps stage.optim.weight_decay stage.optim.clip
     stage.optim.decay stage.timesteps.std stage.timesteps.shift stage.caption_dropout engine.ema.beta
@@ -221,7 +222,8 @@ RIGHT = {
     "tools/synthesize.py": ["shapes --prompts W/ok.txt --limit 1 --steps 1 --out W/o/right_y"],
     "tools/make_shapes.py": ["W/o/right_m --num 3"],
 }  # fmt: skip
-FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}  # answers "1 problems" and 1
+# answers "1 problems" and 1
+FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}
 
 FEW = {  # at once, in this process
     "train": [f"W/tiny.yaml {words} --dry-run" for words in (
@@ -250,7 +252,9 @@ def make_files(folder: Path) -> None:
     for index in range(4):
         Image.fromarray(pixels + index).save(folder / "pictures" / f"a_red_fox_{index}.png")
     png = (folder / "pictures/a_red_fox_0.png").read_bytes()
-    write_shard(folder / "data-0.tar", [{"__key__": f"{i:04d}", "png": png, "txt": "a fox"} for i in range(8)])
+    write_shard(
+        folder / "data-0.tar", [{"__key__": f"{i:04d}", "png": png, "txt": "a fox"} for i in range(8)]
+    )
     broken = {"__key__": "0", "png": b"no image", "txt": b"\xff", "json": b"[1", "npy": b"no array"}
     write_shard(folder / "broken.tar", [broken])
     write_shard(folder / "no_image.tar", [{"__key__": "0", "png": b"no image", "txt": "a fox"}])
@@ -262,7 +266,12 @@ def make_files(folder: Path) -> None:
     (folder / "damaged/manifest-images.jsonl").write_text('{"shard": 5}\n')
     (folder / "damaged/shapes-heldout.json").write_text("[1, 2\n")
     (folder / "damaged_run").mkdir()
-    rows = [{"step": "1", "attempt": 1}, {"step": 1, "attempt": "x", "loss": 1.0}, [1], {"step": 2, "attempt": 1, "loss": 1.0}]
+    rows = [
+        {"step": "1", "attempt": 1},
+        {"step": 1, "attempt": "x", "loss": 1.0},
+        [1],
+        {"step": 2, "attempt": 1, "loss": 1.0},
+    ]
     (folder / "damaged_run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "damaged_run/config.yaml").write_bytes(b"[" * 5000)
     (folder / "damaged_run/STATUS.json").write_bytes(b"\xff[")
@@ -296,13 +305,18 @@ def make_models(folder: Path) -> None:
     train = [sys.executable, str(ROOT / "train.py"), str(folder / "tiny.yaml")]
     subprocess.run(train, check=True, capture_output=True, env=environment())
     whole = folder / "run/checkpoints/step-0000002/model"
-    weights, about = (whole / "model.safetensors").read_bytes(), json.loads((whole / "config.json").read_text())
+    weights, about = (
+        (whole / "model.safetensors").read_bytes(),
+        json.loads((whole / "config.json").read_text()),
+    )
 
     def model(name: str, config: bytes | dict | None = None, content: bytes | None = weights) -> None:
         place = folder / "models" / name
         place.mkdir(parents=True)
         config = about if config is None else config
-        (place / "config.json").write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
+        (place / "config.json").write_bytes(
+            config if isinstance(config, bytes) else json.dumps(config).encode()
+        )
         if content is not None:
             (place / "model.safetensors").write_bytes(content)
 
@@ -349,7 +363,15 @@ def wrong_lines() -> dict[str, list[str]]:
     overrides += [word if word[0] in "'\"" else shlex.quote(word) for word in written]
     train = [f"W/tiny.yaml {override} --dry-run" for override in overrides]
     train += [f"W/recipes/{name}.yaml" for name in RECIPES]
-    train += ["", "W", "W/none.yaml", "/dev/null", DATA, "W/tiny.yaml --foo", "W/tiny.yaml run=W/binary.txt/x"]
+    train += [
+        "",
+        "W",
+        "W/none.yaml",
+        "/dev/null",
+        DATA,
+        "W/tiny.yaml --foo",
+        "W/tiny.yaml run=W/binary.txt/x",
+    ]
     sample = [f"shapes --prompt 'a red circle' --steps 1 --out W/out {option}" for option in pairs(SAMPLE)]
     sample += [f"{source} --prompt 'a red circle' --steps 1 --out W/out" for source in SOURCES.split()]
     sample += ["", "shapes", "shapes --prompts-file W/blank.txt"]
@@ -374,7 +396,11 @@ def fault(code: int | None, stderr: str, right: bool, program: str, line: str) -
         return None
     if code not in (2, 3):
         return f"code {code}"
-    said = [part for part in re.split(r"[\r\n]", stderr) if re.match(r"([\w.]+\.py.*: )?error: |training stopped: ", part)]
+    said = [
+        part
+        for part in re.split(r"[\r\n]", stderr)
+        if re.match(r"([\w.]+\.py.*: )?error: |training stopped: ", part)
+    ]
     return None if len(said) == 1 else f"{len(said)} lines of error: {stderr[-300:]}"
 
 
@@ -420,7 +446,13 @@ def test_hundreds_of_command_lines(folder):
                 fresh += 1
                 command = [sys.executable, str(ROOT / program), *arguments_of(line, folder)]
                 again = subprocess.run(
-                    command, capture_output=True, text=True, errors="replace", env=environment(), cwd=folder, timeout=180
+                    command,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    env=environment(),
+                    cwd=folder,
+                    timeout=180,
                 )
                 found = fault(again.returncode, again.stderr, right, program, line)
             print(f"{program} {line[:100]!r}: {code} after {seconds} s")

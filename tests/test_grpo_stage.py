@@ -557,9 +557,8 @@ def test_a_broken_reward_ends_the_run_with_a_reason(tmp_path):
     with pytest.raises(TrainingError, match="server.*is down"):
         toy.train(tmp_path / "run", {"rewards": rewards})
     assert json.loads((tmp_path / "run" / "STATUS.json").read_text())["state"] == "failed"
-    rewards = [
-        {"name": "grpo_toy:moody", "label": "moody"}
-    ]  # scores half: too many are missing, though never all
+    # scores half: too many are missing, though never all
+    rewards = [{"name": "grpo_toy:moody", "label": "moody"}]
     with pytest.raises(TrainingError, match="moody"):
         toy.train(tmp_path / "other", {"rewards": rewards, "updates": 1}, steps=30)
 

@@ -84,12 +84,8 @@ OWNERS = {
     "accelerate": {"engine", "parallel"},
     "ema_pytorch": {"engine"},
     "wandb": {"metrics"},
-    "diffusers": {
-        "codec",
-        "text",
-        "shapes",
-        "synthesis",
-    },  # text: the released caption cleaner; shapes: trains tiny instances; synthesis: other people's pipelines
+    # text: the released caption cleaner; shapes: trains tiny instances; synthesis: other people's pipelines
+    "diffusers": {"codec", "text", "shapes", "synthesis"},
     "transformers": {"text", "shapes", "clip", "geneval", "rewards"},
     "timm": {"vision", "shapes"},
     "peft": {"stages"},

@@ -119,9 +119,8 @@ def test_superseded_lines_and_a_truncated_last_line(tmp_path):
     ]  # fmt: skip
     assert [row["event"] for row in metrics.read_events(tmp_path)] == ["start", "start"]
     lines = path.read_text().splitlines()
-    assert (
-        len(lines) == 7 + 5 and sum(line.startswith('{"attempt"') for line in lines) == 12
-    )  # appended, never rewritten
+    # appended, never rewritten
+    assert len(lines) == 7 + 5 and sum(line.startswith('{"attempt"') for line in lines) == 12
 
 
 def test_damaged_lines_are_left_out_with_a_warning_each(tmp_path, caplog):

@@ -36,7 +36,9 @@ def run(command: list[str], folder: Path) -> str:
     """Everything that a command writes when its output goes to a file."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (folder / "log").open("wb") as log:
-        subprocess.run([sys.executable, *command], cwd=folder, env=variables, stdout=log, stderr=log, check=True)
+        subprocess.run(
+            [sys.executable, *command], cwd=folder, env=variables, stdout=log, stderr=log, check=True
+        )
     return (folder / "log").read_bytes().decode()
 
 
@@ -44,7 +46,9 @@ def test_a_log_file_has_plain_lines(tmp_path):
     lines = run(["-c", BARS], tmp_path).splitlines(keepends=True)
     assert all(line.endswith("\n") and "\r" not in line and "\x1b" not in line for line in lines)
     names = [line.partition(":")[0] for line in lines]
-    assert 3 <= names.count("long") <= 8 and names[-2:] == ["by hand", "broken"] and set(names[:-2]) == {"long"}
+    assert (
+        3 <= names.count("long") <= 8 and names[-2:] == ["by hand", "broken"] and set(names[:-2]) == {"long"}
+    )
     assert "long: 20 of 20 img" in lines[-3] and "by hand: 3 of 3 step" in lines[-2] and "bad=2" in lines[-2]
 
 

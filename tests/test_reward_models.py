@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from nitro_e import clip as clip_module
 from nitro_e.clip import MEAN, STD, fit_long_side, fit_short_side, load_clip
 from nitro_e.config import ConfigError, from_dict
+from nitro_e.files import REVISIONS
 from nitro_e.geneval import detector as detector_module
 from nitro_e.geneval.detector import Detector, Found, select
 from nitro_e.geneval.judge import GenEvalJudge, crop
 from nitro_e.geneval.requests import CLASSES, COLORS
 from nitro_e.geneval.rules import Detection
-from nitro_e.files import REVISIONS
 from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.rewards.scorer import quantize
 
@@ -567,10 +567,8 @@ def test_geneval_reward_modes(folder, monkeypatch):
     for mode, expected in {"graded": [0.5, 1.0], "official": [0.0, 1.0]}.items():
         options = config["options"] | {"mode": mode}
         scorer = build_rewards([from_dict(RewardConfig, config | {"options": options})])
-        assert scorer(pixels, ["p"] * 3, info).values[:, 0].tolist()[::2] == [
-            0,
-            0,
-        ]  # the tiny one finds nothing
+        # the tiny one finds nothing
+        assert scorer(pixels, ["p"] * 3, info).values[:, 0].tolist()[::2] == [0, 0]
         scorer._slots[0].reward.judge.detector = FakeDetector(found)
         values, valid = scorer(pixels, ["p"] * 3, info)
         assert valid[:, 0].tolist() == [True, False, True]  # the second prompt has no metadata

@@ -22,7 +22,7 @@ from nitro_e.run import RunConfig, build
 from tools import data as data_tool
 from tools import make_shapes, synthesize
 
-PAIR = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "random",
 }  # fmt: skip
@@ -50,7 +50,7 @@ def options(shards: Path, run: Path, *more: str, columns: str = "latents text fe
     ]  # fmt: skip
 
 
-def start(recipe: str, arguments: list[str], launcher: list[str] = []) -> subprocess.Popen:
+def start(recipe: str, arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [sys.executable, *launcher, str(ROOT / "train.py"), str(ROOT / "configs" / recipe), *arguments]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)

@@ -124,7 +124,9 @@ def test_training_goes_on_where_it_was_stopped(component, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.training.pt"))
     if component == "text":  # names that transformers 4 and 5 both read
         for folder in (tmp_path / "whole", PRETRAINED / "text"):
-            tokenizer, model = (json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "config.json"))
+            tokenizer, model = (
+                json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "config.json")
+            )
             assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
             assert model["rope_theta"] == model.get("rope_parameters", model)["rope_theta"] == 1000
 
@@ -144,7 +146,9 @@ def test_shipped_components_give_the_same_numbers_with_every_version_of_the_libr
         "tokens": tokens[:, :, ::16],
         "features": features[:, ::8, ::16],
     }
-    torch.testing.assert_close({key: value.contiguous() for key, value in found.items()}, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        {key: value.contiguous() for key, value in found.items()}, expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def shrink(monkeypatch):
@@ -191,7 +195,16 @@ def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
     assert data_tool([*arguments, "--codec", "shapes-dc-ae", "--text", "shapes-llama"]) == 0
     shards = f"data.shards=[{tmp_path}/latents-*.tar, {tmp_path}/text-*.tar]"
     assert (
-        train(["configs/shapes/2_finetune.yaml", shards, "init_from=null", "data.batch_size=4", *OPTIMIZER, "--dry-run"])
+        train(
+            [
+                "configs/shapes/2_finetune.yaml",
+                shards,
+                "init_from=null",
+                "data.batch_size=4",
+                *OPTIMIZER,
+                "--dry-run",
+            ]
+        )
         == 0
     )
     assert "latents 8x8x8, text 16x128" in capsys.readouterr().out

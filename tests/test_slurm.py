@@ -30,9 +30,8 @@ def submit(tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE}.items():
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
-    torchrun = (
-        bin_folder / "python"
-    )  # torch.distributed.run --help takes seconds; anything else is the real Python
+    # torch.distributed.run --help takes seconds; anything else is the real Python
+    torchrun = bin_folder / "python"
     torchrun.write_text(
         f'#!/bin/bash\nif [[ $* == *--help* ]]; then echo "$TORCHRUN_HELP"; else exec {sys.executable} "$@"; fi\n'
     )
@@ -101,14 +100,8 @@ def test_an_older_torchrun_is_launched_without_the_options_it_lacks(submit, tmp_
     ("state", "code", "job", "restarts", "expected_code", "requeued"),
     [
         ("done", 0, "RUNNING", "0", 0, False),
-        (
-            "preempted",
-            1,
-            "RUNNING",
-            "50",
-            0,
-            True,
-        ),  # torchrun returns 1 although its workers saved and returned 0
+        # torchrun returns 1 although its workers saved and returned 0
+        ("preempted", 1, "RUNNING", "50", 0, True),
         ("preempted", 0, "COMPLETING", "0", 0, False),  # scancel
         ("failed", 3, "RUNNING", "0", 3, False),
         ("running", 137, "RUNNING", "3", 0, True),  # killed without notice

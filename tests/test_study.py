@@ -76,12 +76,37 @@ def test_a_failing_variant_is_named(plan, capsys):
         ({"settings": []}, "settings is empty"),
         ({"benchmark": "shape"}, "benchmark: unknown benchmark 'shape', did you mean 'shapes'?"),
         ({"benchmark": "prompts.txt"}, "benchmark: 'prompts.txt' is a file of prompts"),
-        ({"settings": [{"step": 2}]}, "variants.base: unknown key 'sampling.step', did you mean 'sampling.steps'?"),
-        ({"settings": [{"steps": 2, "height": 7}]}, "variants.base: 7x64 px: both sides must be multiples of 8"),
-        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": SMALL, "settings": [{"steps": 0}]}}}, "variants.a: sampling.steps must be at least 1"),
-        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "model.width=96"]}}}, "variants.a: 'BASE' is of another architecture (model.width was 48, is 96)"),
-        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "init_from=runs/gone"]}}}, "variants.a: init_from: 'runs/gone' does not exist"),
-        ({"variants": {"a": {"recipe": str(ROOT / "configs/shapes/2_finetune.yaml"), "set": ["model.preset=micro-8"]}}}, "variants.a: data.shards: missing shards: data/shapes"),
+        (
+            {"settings": [{"step": 2}]},
+            "variants.base: unknown key 'sampling.step', did you mean 'sampling.steps'?",
+        ),
+        (
+            {"settings": [{"steps": 2, "height": 7}]},
+            "variants.base: 7x64 px: both sides must be multiples of 8",
+        ),
+        (
+            {"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": SMALL, "settings": [{"steps": 0}]}}},
+            "variants.a: sampling.steps must be at least 1",
+        ),
+        (
+            {"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "model.width=96"]}}},
+            "variants.a: 'BASE' is of another architecture (model.width was 48, is 96)",
+        ),
+        (
+            {"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "init_from=runs/gone"]}}},
+            "variants.a: init_from: 'runs/gone' does not exist",
+        ),
+        (
+            {
+                "variants": {
+                    "a": {
+                        "recipe": str(ROOT / "configs/shapes/2_finetune.yaml"),
+                        "set": ["model.preset=micro-8"],
+                    }
+                }
+            },
+            "variants.a: data.shards: missing shards: data/shapes",
+        ),
         ({"reference": {"sampler": "euller"}}, "base: sampling.sampler: 'euller'"),
         ({"seed": [1]}, "seeds"),
         ({"base": "nowhere"}, "'nowhere' does not exist"),

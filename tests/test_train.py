@@ -83,7 +83,9 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
     drawn = json.loads(sheet.text["prompts"])  # the recipe names none: captions of the first batch
     assert len(drawn) == 4 and set(drawn) <= captions and sheet.width == 4 * 64 + 3 * 2
     report = (run / "report.html").read_text()
-    assert all(report.count(f"<figcaption>{caption}</figcaption>") >= drawn.count(caption) for caption in captions)
+    assert all(
+        report.count(f"<figcaption>{caption}</figcaption>") >= drawn.count(caption) for caption in captions
+    )
     assert (run / "config.yaml").is_file()
     assert run_train(recipe, run) == 0  # nothing left to do
 
@@ -276,7 +278,10 @@ def test_weights_that_are_not_finite_are_refused(recipe, tmp_path, capsys, value
     save_file(state, broken / "model.safetensors")
     capsys.readouterr()
     second = ["init_from=" + str(broken)]
-    teacher = ["stage={kind: distill, preset: ladd4, teacher: " + str(broken) + "}", "sampling.guidance_scale=1"]
+    teacher = [
+        "stage={kind: distill, preset: ladd4, teacher: " + str(broken) + "}",
+        "sampling.guidance_scale=1",
+    ]
     sampled = sample.main([str(broken), "--prompt", "a plain red square", "--out", str(tmp_path / "out")])
     trained = run_train(recipe, tmp_path / "second", *second)
     distilled = run_train(recipe, tmp_path / "third", *teacher)
@@ -324,7 +329,9 @@ BAD = {
     "height of the pictures": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
     "width of the pictures": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),
     "pictures that are scored": (
-        ["evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {resolution: 64, width: 7}}"],
+        [
+            "evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {resolution: 64, width: 7}}"
+        ],
         "evaluation.sampling: 64x7 px",
     ),
 }
@@ -379,7 +386,9 @@ def test_a_changed_config_is_told_recorded_and_the_old_one_kept(recipe, tmp_path
     assert (run / "config.1.yaml").read_text() == before
     assert "caption_dropout: 0.4" in (run / "config.yaml").read_text()
     assert "stage.caption_dropout was 0.1, is 0.4" in (run / "report.html").read_text()
-    assert run_train(recipe, run, "engine.steps=7", "stage.caption_dropout=0.4", "engine.ema={beta: 0.5}") == 0
+    assert (
+        run_train(recipe, run, "engine.steps=7", "stage.caption_dropout=0.4", "engine.ema={beta: 0.5}") == 0
+    )
     assert (run / "config.2.yaml").is_file() and not (run / "config.3.yaml").exists()
 
 
@@ -455,7 +464,9 @@ def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, mo
     assert "blocks inside" in told and "\ncodec  " in told and "\ncheckpoints  " in told
     assert ("FLOP for the model" in told) == ("missing shards: " in told) == (not grpo)
     assert ("each of 50 prompts" in told) == grpo and "first sample" not in told
-    assert ("runs/nitro" in told.partition("warning ")[2]) == ("nitro_e" in str(path) and "1_pre" not in path.name)
+    assert ("runs/nitro" in told.partition("warning ")[2]) == (
+        "nitro_e" in str(path) and "1_pre" not in path.name
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -50,7 +50,7 @@ def save_clip_tokenizer(folder: Path) -> None:
 
 def shake(model: nn.Module) -> None:
     """Random values everywhere: nothing should hide behind zero biases and unit norms."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim:
             parameter.data += 0.2 * torch.randn_like(parameter)
 

@@ -126,7 +126,7 @@ def _indexed(paths: list[Path], total: int, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         batches = opened(0)
         next(batches)
-        best = max(best, _rate(lambda: _read(batches, steps - 1), (steps - 1) * BATCH, 1))
+        best = max(best, _rate(lambda batches=batches: _read(batches, steps - 1), (steps - 1) * BATCH, 1))
     found["indexed, in process, first reading (CRC and NaN checked)"] = best
     _read(batches, 2 * steps)
     found["indexed, in process"] = _rate(lambda: _read(batches, steps), steps * BATCH, repeats)
@@ -167,7 +167,7 @@ def _images(repeats: int, count: int = 20) -> dict[str, float]:
     Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
     return {
         f"JPEG 512 px -> {side} px": _rate(
-            lambda: [decode_image(buffer.getvalue(), side) for _ in range(count)], count, repeats
+            lambda side=side: [decode_image(buffer.getvalue(), side) for _ in range(count)], count, repeats
         )
         for side in (512, 224)
     }
@@ -191,7 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shards", type=cli.whole(1, 10_000), default=8, metavar="N", help="of 1,000 samples each")
+    parser.add_argument(
+        "--shards", type=cli.whole(1, 10_000), default=8, metavar="N", help="of 1,000 samples each"
+    )
     parser.add_argument("--repeats", type=cli.whole(1), default=5, metavar="N")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)

@@ -167,7 +167,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--presets", nargs="+", default=["micro-8", "tiny-8"], help="of ModelConfig")
     parser.add_argument("--batch", type=cli.whole(1, 65536), default=32, metavar="N")
-    parser.add_argument("--windows", type=cli.whole(1), default=2, metavar="N", help=f"of {LOG_EVERY} steps, per variant and round")
+    parser.add_argument(
+        "--windows",
+        type=cli.whole(1),
+        default=2,
+        metavar="N",
+        help=f"of {LOG_EVERY} steps, per variant and round",
+    )
     parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N")
     parser.add_argument("--threads", type=cli.whole(1, 1024), default=1, metavar="N", help="of torch")
     parser.add_argument("--json", type=Path, help="write the figures here as well")

@@ -32,19 +32,10 @@ from nitro_e.progress import bar
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from plain_emmdit import PlainEMMDiT  # noqa: E402
 
-PEAK = {
-    "B200": 2250,
-    "H200": 989,
-    "H100": 989,
-    "MI300X": 1307,
-    "A100": 312,
-    "L40S": 362,
-    "4090": 165,
-}  # bf16, dense
-MATMUL = {
-    "cpu": (1664, 768, 2304),
-    "cuda": (8192, 8192, 8192),
-}  # the product whose rate counts as what is possible
+# bf16, dense
+PEAK = {"B200": 2250, "H200": 989, "H100": 989, "MI300X": 1307, "A100": 312, "L40S": 362, "4090": 165}
+# the product whose rate counts as what is possible
+MATMUL = {"cpu": (1664, 768, 2304), "cuda": (8192, 8192, 8192)}
 
 Call = Callable[[], Tensor]
 
@@ -288,16 +279,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--preset", default="nitro-e-512", help=f"{', '.join(ModelConfig.PRESETS)} (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=cli.whole(1, 65536), nargs="+", metavar="N", help="default: 1 8 on a CPU, 1 8 32 256 on a GPU")
+    parser.add_argument(
+        "--batch",
+        type=cli.whole(1, 65536),
+        nargs="+",
+        metavar="N",
+        help="default: 1 8 on a CPU, 1 8 32 256 on a GPU",
+    )
     cli.dtype_flag(parser, "of model and inputs (default: %(default)s)", default="bfloat16")
     parser.add_argument("--text-length", type=cli.whole(1, 8192), default=128, metavar="N")
     parser.add_argument("--train", action="store_true", help="the training step too")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile too; on a CPU minutes of compiling"
     )
-    parser.add_argument("--threads", type=cli.whole(1, 1024), metavar="N", help="of the CPU (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=cli.whole(1, 1024), metavar="N", help="of the CPU (default: torch's choice)"
+    )
     parser.add_argument("--rounds", type=cli.whole(1), default=5, metavar="N")
-    parser.add_argument("--seconds", type=cli.real(0), default=0.5, metavar="S", help="for each variant in each round")
+    parser.add_argument(
+        "--seconds", type=cli.real(0), default=0.5, metavar="S", help="for each variant in each round"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     options = parser.parse_args(arguments)
 

@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         "out", metavar="OUT", type=Path, help="a new folder, or a new .safetensors file with --to-released"
     )
     parser.add_argument("--file", help="name of the weights in a hub repository or folder")
-    parser.add_argument("--revision", help="of the hub repository, for example a commit (default: see docs/model.md)")
+    parser.add_argument(
+        "--revision", help="of the hub repository, for example a commit (default: see docs/model.md)"
+    )
     parser.add_argument(
         "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the hub repository"
     )

@@ -20,7 +20,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-
 from nitro_e import cli, config
 from nitro_e.components import (
     build_codec,
@@ -139,7 +138,11 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
     parser.add_argument(
-        "--grid", type=cli.whole(1, 1024), nargs=2, metavar=("H", "W"), help="of the vision features, without --codec"
+        "--grid",
+        type=cli.whole(1, 1024),
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the vision features, without --codec",
     )
     cli.dtype_flag(parser, "of the encoders", default="float32")
     parser.add_argument("--resolution", type=int, default=512)
@@ -256,7 +259,9 @@ def run_index(args: argparse.Namespace) -> None:
 
 def stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+")
-    parser.add_argument("--probe", type=cli.whole(), default=16, metavar="N", help="samples per shard that are decoded")
+    parser.add_argument(
+        "--probe", type=cli.whole(), default=16, metavar="N", help="samples per shard that are decoded"
+    )
 
 
 def run_stats(args: argparse.Namespace) -> None:

@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--grid", metavar="HxW", help="tokens; default: the training grid")
-    parser.add_argument("--text-length", type=cli.whole(1, 8192), metavar="TOKENS", help="default 128, or the recipe's")
+    parser.add_argument(
+        "--text-length", type=cli.whole(1, 8192), metavar="TOKENS", help="default 128, or the recipe's"
+    )
     options = parser.parse_args(arguments)
     return cli.run(lambda: show(options))
 

@@ -59,7 +59,9 @@ def make_shards(
     limits = ((1, 10**9), (1, 10**9), (0, 2**62), (32, 2048))
     for (key, value), (least, most) in zip(settings.items(), limits):
         if not least <= value <= most:
-            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least {least} and at most {most}")
+            raise ConfigError(
+                f"--{key.replace('_', '-')} {value}: must be at least {least} and at most {most}"
+            )
     if len(set(tasks)) < len(tasks):
         raise ConfigError(f"--tasks {' '.join(tasks)}: names one twice; name each once")
     _check_manifest(out / f"shapes-{split}.json", settings | {"tasks": list(tasks)})

@@ -57,9 +57,8 @@ class Study(Config):
     benchmark: str = "shapes"
     num: Annotated[int, Ge(1)] = 600  # prompts
     seeds: tuple[Seed, ...] = (0,)
-    reference: Setting = field(
-        default_factory=dict
-    )  # setting of the base for all differences; empty: the variant's own
+    # setting of the base for all differences; empty: the variant's own
+    reference: Setting = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="a YAML file, see tools/studies")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="default: all")
     parser.add_argument(
-        "--jobs", type=cli.whole(1, 512), default=1, metavar="N", help="trainings at a time, one thread each if more than one"
+        "--jobs",
+        type=cli.whole(1, 512),
+        default=1,
+        metavar="N",
+        help="trainings at a time, one thread each if more than one",
     )
     parser.add_argument("--out", type=Path, help="default: outputs/NAME")
     options = parser.parse_args(arguments)

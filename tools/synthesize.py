@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--negative-prompt", default="", type=cli.text, help="ours only")
     parser.add_argument("--steps", type=int, help="default: what the weights came with")
-    parser.add_argument("--guidance", type=cli.real(0), metavar="SCALE", help="default: what the weights came with")
+    parser.add_argument(
+        "--guidance", type=cli.real(0), metavar="SCALE", help="default: what the weights came with"
+    )
     parser.add_argument("--sampler", choices=(*SAMPLERS, "renoise"), help="ours only")
     parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")
@@ -86,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--trajectory", type=numbers, default=(), help="store the states at these times (ours only)"
     )
-    parser.add_argument("--max-abs", type=cli.real(0), metavar="X", help="leave out latents with larger values")
+    parser.add_argument(
+        "--max-abs", type=cli.real(0), metavar="X", help="leave out latents with larger values"
+    )
     parser.add_argument("--std", type=numbers, metavar="LEAST,MOST", help="leave out latents outside")
     parser.add_argument("--samples-per-shard", type=cli.whole(1), default=1000, metavar="N")
     parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-
 from nitro_e.config import ConfigError, check_characters, did_you_mean, read_text
 from nitro_e.data.index import Problem
 from nitro_e.data.jobs import digest

@@ -125,7 +125,8 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
         _write_lines(out / f"bad-{name}.jsonl", bad)
         if not samples:
             raise ConfigError(
-                f"{name}: there is no usable sample; check the input" + (f", and {out}/bad-{name}.jsonl" if bad else "")
+                f"{name}: there is no usable sample; check the input"
+                + (f", and {out}/bad-{name}.jsonl" if bad else "")
             )
         print(f"{name}: {samples} samples in {len(shards)} shards, {len(bad)} left out, in {out}")
     return shards

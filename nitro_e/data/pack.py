@@ -51,7 +51,8 @@ class PackConfig(Config):
 
     name: str = "sample"  # key prefix
     samples_per_shard: Annotated[int, Ge(1)] = 1000
-    resize: Annotated[int, Ge(1), Le(65536)] | None = None  # shorter side, pixels: larger images are made smaller (JPEG 95)
+    # shorter side, pixels: larger images are made smaller (JPEG 95)
+    resize: Annotated[int, Ge(1), Le(65536)] | None = None
     min_side: Annotated[int, Ge(1)] = 1  # images with a shorter side below are left out
     caption_key: str = "caption"  # in json members
     image_column: str = "image"  # of tables and parquet
@@ -162,7 +163,8 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
     if content is None:
         raise BadSample("no image")
     caption = _sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
-    encoded = None if caption is None else caption.encode(errors="surrogatepass")  # refused as decode_caption sees it
+    # refused as decode_caption sees it
+    encoded = None if caption is None else caption.encode(errors="surrogatepass")
     caption = decode_caption(encoded, item.info, config.caption_key)
     extension, content, (width, height) = prepare_image(content, config.resize, config.min_side)
     info = {**item.info, "source": item.origin, "width": width, "height": height}

@@ -47,7 +47,8 @@ class SourceConfig(Config):
     """One part of a mixture."""
 
     shards: tuple[str, ...]
-    weight: Annotated[float, Ge(0)] | None = None  # its share of every 512 samples, relative to the others; 0 drops the source
+    # its share of every 512 samples, relative to the others; 0 drops the source
+    weight: Annotated[float, Ge(0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +56,19 @@ class DataConfig(Config):
     """Where the samples are and how they are read; the seed of their order belongs to the run."""
 
     shards: tuple[str, ...] = ()  # webdataset tars: paths, globs, brace ranges
-    sources: dict[str, SourceConfig] = field(
-        default_factory=dict
-    )  # or several sets; without weights, their union
-    reader: Literal["indexed", "stream"] = (
-        "indexed"  # stream: no scan of all shards at the start, a weaker order
-    )
+    # or several sets; without weights, their union
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    # stream: no scan of all shards at the start, a weaker order
+    reader: Literal["indexed", "stream"] = "indexed"
     batch_size: Annotated[int, Ge(1), Le(65536)] = 32  # samples per process and micro-batch
     resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
-    workers: Annotated[int, Ge(0), Le(512)] = 2  # loader processes per training process; 0 reads in the training process
+    # loader processes per training process; 0 reads in the training process
+    workers: Annotated[int, Ge(0), Le(512)] = 2
     caption_key: str = "caption"  # inside the json member, where there is no txt
     use_latents: bool = True  # stored ones, if the shards have them; False decodes images instead
     max_bad_fraction: Fraction = 0.001  # of the data set may be unusable
-    tolerate_shards: Annotated[int, Ge(0)] = 0  # damaged tars that are left out, and reported, instead of being an error
+    # damaged tars that are left out, and reported, instead of being an error
+    tolerate_shards: Annotated[int, Ge(0)] = 0
     cache: str | None = None  # folder for shards behind URLs; None: $NITRO_E_CACHE or ~/.cache/nitro_e
     cache_gb: Annotated[float, Gt(0)] = 200.0  # its size
 

@@ -107,9 +107,8 @@ def index_path(shard: str | Path) -> Path:
     """Where the index of a shard is kept: `.index` beside it, or the user's cache if that is read-only."""
     shard = Path(shard).absolute()
     beside = shard.parent / ".index"
-    writable = (
-        os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222
-    )  # root may write anywhere
+    # the mode too: root may write anywhere
+    writable = os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222
     if beside.is_dir() or writable:
         return beside / f"{shard.name}.npy"
     return (

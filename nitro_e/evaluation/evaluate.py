@@ -150,9 +150,10 @@ def _evaluate_one(
     )  # fmt: skip
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.dtype)
+    # all of them before the first image: a wrong one shows at once
     settings_of = [
         pipeline.settings(**dict(zip(grid, values))) for values in itertools.product(*grid.values())
-    ]  # all of them before the first picture: a wrong one shows at once
+    ]
     for sampling in settings_of:
         settings = {
             "weights": checkpoint["weights"], "sampling": to_dict(sampling), "dtype": options.dtype,

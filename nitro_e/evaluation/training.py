@@ -60,10 +60,10 @@ class Evaluator:
 
     def __init__(
         self, config: EvaluationConfig, sampling: SamplingConfig, codec: LatentCodec, text: TextEncoder,
-        device: torch.device, autocast: Autocast, share: Share = Share(),
+        device: torch.device, autocast: Autocast, share: Share | None = None,
     ) -> None:  # fmt: skip
         self.config, self.codec, self.text, self.autocast = config, codec, text, autocast
-        self.device, self.share = device, share
+        self.device, self.share = device, share or Share()
         self.sampling = config.sampling or sampling
         self.prompts = load_prompts(config.prompts)
         self.scorer = build_rewards(config.rewards, device)

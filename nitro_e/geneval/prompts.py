@@ -26,13 +26,8 @@ from nitro_e.geneval.requests import (
     read,
 )
 
-SHARES = {
-    "position": 7,
-    "counting": 5,
-    "color_attr": 3,
-    "colors": 1,
-    "two_object": 1,
-}  # Flow-GRPO, arXiv:2505.05470
+# Flow-GRPO, arXiv:2505.05470
+SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 UNSEEN = 20  # classes that objects="seen" leaves out
 
 Objects = Literal["all", "seen", "unseen"]

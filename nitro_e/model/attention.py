@@ -37,7 +37,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("nitro_e::attend_in_chunks", mutates_args=())
 def attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, visible: Optional[Tensor], training: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Optional[Tensor],  # noqa: UP045
+    training: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same on a CPU, and the weights (B H, N, N) if `training` should keep them, else an empty tensor."""
     flat_q, flat_k, flat_v = _flat(q), _flat(k), _flat(v)
@@ -53,7 +57,12 @@ def attend_in_chunks(
 
 @torch.library.custom_op("nitro_e::attend_in_chunks_backward", mutates_args=())
 def _backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Optional[Tensor], kept: Tensor
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Optional[Tensor],  # noqa: UP045
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient, flat_q, flat_k, flat_v = _flat(gradient), _flat(q), _flat(k), _flat(v)
     d_q, d_k, d_v = (torch.empty_like(x) for x in (flat_q, flat_k, flat_v))

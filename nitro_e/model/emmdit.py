@@ -52,7 +52,8 @@ class ModelConfig(Config):
     groups: tuple[
         Annotated[int, Ge(0), Le(1000)], Annotated[int, Ge(0), Le(1000)], Annotated[int, Ge(1), Le(1000)]
     ] = (4, 16, 4)
-    compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)  # ratio of each path; () off, (2,) single path
+    # ratio of each path; () off, (2,) single path
+    compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)
     position_reinforcement: bool = True
     modulation: Literal["affine", "single", "full"] = "affine"
     attention: tuple[str, ...] = ("full", "4x1", "4x4")  # ASA, tiled over all blocks; ("full",) off
@@ -311,7 +312,9 @@ class EMMDiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         visible = self.key_mask(image, mask)  # (B, N + L) or None
         plain = transformed()  # then as they are: neither compiled nor computed twice
-        eager = torch.compiler.set_stance("force_eager") if plain and self.compiled else contextlib.nullcontext()
+        eager = (
+            torch.compiler.set_stance("force_eager") if plain and self.compiled else contextlib.nullcontext()
+        )
         with eager:
             for index in indices:
                 block = self.blocks[index]

@@ -319,9 +319,8 @@ def joint_attention(image: tuple, text: tuple, region: Region, mask: Tensor | No
 
     mask: (B, N + L) bool over keys, True = attended to, or None.
     """
-    q, k, v = (
-        _heads_first(region.split(i), region.split(t)) for i, t in zip(image, text)
-    )  # (B s, H, (N + L) / s, K)
+    # each (B s, H, (N + L) / s, K)
+    q, k, v = (_heads_first(region.split(i), region.split(t)) for i, t in zip(image, text))
     out = attend(q, k, v, None if mask is None else region.split(mask).flatten(2).flatten(0, 1))
     tokens = image[0].shape[1] // region.groups
     return region.merge(out[:, :, :tokens]), region.merge(out[:, :, tokens:])

@@ -152,7 +152,9 @@ def locate(source: str | Path, file: str | None = None, revision: str | None = N
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
         if revision is not None:
-            raise ConfigError(f"revision '{revision}': '{source}' is on this machine; only hub ids have revisions")
+            raise ConfigError(
+                f"revision '{revision}': '{source}' is on this machine; only hub ids have revisions"
+            )
         return path
     if not is_hub_id(source):
         raise ConfigError(f"'{source}' is neither a folder or file here nor a hub id such as amd/Nitro-E")

@@ -248,11 +248,8 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor
         name = f"{module}.weight"
         if name not in state:
             raise ConfigError(f"{folder}: adapter target '{module}' is not in the released model")
-        weight, a, b = (
-            state[name],
-            a.double().flatten(1),
-            b.double().flatten(1),
-        )  # of a convolution: flat kernels
+        # of a convolution: flat kernels
+        weight, a, b = state[name], a.double().flatten(1), b.double().flatten(1)
         rank, ranks = len(a), _matched(config.get("rank_pattern"), module, config["r"])
         if rank not in ranks:
             raise ConfigError(f"{folder}: '{module}' has rank {rank}, adapter_config.json says {ranks[0]}")

@@ -1,9 +1,9 @@
 """Rewards on CLIP: how well a picture fits its prompt, how people like it.
 
-clipscore   cosine of picture and prompt, CLIP ViT-L/14 (about .2 to .35) pickscore   PickScore v1 (Kirstain
-et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24) hpsv2.1     HPSv2.1 (Wu et
-al. 2023, arXiv:2306.09341): cosine (about .2 to .33), comparable within a prompt only aesthetic   LAION's
-predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
+clipscore   cosine of image and prompt, CLIP ViT-L/14 (about .2 to .35)
+pickscore   PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24)
+hpsv2.1     HPSv2.1 (Wu et al. 2023, arXiv:2306.09341): cosine (about .2 to .33), comparable within a prompt only
+aesthetic   LAION's predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
 """
 
 from __future__ import annotations

@@ -43,7 +43,12 @@ class ImageReward(nn.Module):
         super().__init__()
         what = "reward 'imagereward'"
         self.vision, self.text, self.head = files.load(
-            what, "path", path or REPOSITORY, lambda folder: _load(folder, dtype), (FILE, TEXT_CONFIG), revision
+            what,
+            "path",
+            path or REPOSITORY,
+            lambda folder: _load(folder, dtype),
+            (FILE, TEXT_CONFIG),
+            revision,
         )
         self.tokenizer = files.load(what, "options.tokenizer", tokenizer, load_tokenizer, files.TOKENIZER)
         self.size: int = self.vision.config.image_size

@@ -27,12 +27,8 @@ BUILT_IN = {
     "aesthetic": "nitro_e.rewards.clip_scores:Aesthetic",
     "imagereward": "nitro_e.rewards.image_reward:ImageReward",
 }
-RESERVED = (
-    "path",
-    "revision",
-    "dtype",
-    "device",
-)  # keys of RewardConfig; given to the classes that take them
+# keys of RewardConfig; given to the classes that take them
+RESERVED = ("path", "revision", "dtype", "device")
 
 
 def reward(target: Any = None, *, needs_info: bool = False) -> Any:

@@ -79,12 +79,13 @@ class Scene(NamedTuple):
     texture: int  # seed of what carries no meaning: background and shades
 
 
+# every word a caption can contain
 WORDS = tuple(
     sorted(
         {"a", "an", "photo", "of", "and", *SHAPES, *map(plural, SHAPES), *COLORS, *NUMBERS.values()}
         | {word for relation in RELATIONS for word in relation.split()}
     )
-)  # every word a caption can contain
+)
 MAX_WORDS = 11  # "a photo of a red circle left of an orange square"
 
 

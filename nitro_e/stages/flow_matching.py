@@ -66,9 +66,8 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
 def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
     """(sum, count) of per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
     index = (t * bins).long().clamp(max=bins - 1)
-    pairs = torch.stack(
-        [values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1
-    )  # (B, 2)
+    values = values.detach().double()
+    pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # (B, 2)
     sums = pairs.new_zeros(bins, 2).index_add_(0, index, pairs)
     return {f"loss_t{number}": sums[number] for number in range(bins)}
 
@@ -125,9 +124,8 @@ class FlowMatching:
         if self.config.repa is not None:
             grid = self.model.config.latent_grid(*latents.shape[-2:])
             stored = record.features
-            features = (
-                self.vision.features(pixels, grid) if stored is None else self.to_device(stored)
-            )  # (B, N, F)
+            # (B, N, F)
+            features = self.vision.features(pixels, grid) if stored is None else self.to_device(stored)
         return Batch(
             latents=latents,
             text=text,
@@ -147,9 +145,8 @@ class FlowMatching:
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = self.drop_captions(batch.text, rng.uniform() < self.config.caption_dropout)
         velocity, projected = net(flow.interpolate(batch.latents, noise, t), t, text)
-        squared = (
-            (velocity.float() - flow.velocity_target(batch.latents, noise)).square().flatten(1).mean(dim=1)
-        )  # (B,)
+        error = velocity.float() - flow.velocity_target(batch.latents, noise)  # (B, C, h, w)
+        squared = error.square().flatten(1).mean(dim=1)  # (B,)
         logs = by_time(squared, t)
         if self.config.repa is None:
             return squared.mean(), logs

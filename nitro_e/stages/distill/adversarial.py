@@ -61,10 +61,9 @@ class R1Config(Config):
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig(Config):
     loss: Kind = "hinge"
-    weight: Annotated[Literal["auto"] | float, Gt(0), "to switch off: adversarial: null"] = (
-        "auto"  # auto: measured, then frozen, so that its gradient at the student's
-    )
-    ratio: Annotated[float, Gt(0)] = 1.0  # data is `ratio` times that of the other objectives
+    # auto: measured, then frozen, so that its gradient at the student's data is `ratio` times that of the other objectives
+    weight: Annotated[Literal["auto"] | float, Gt(0), "to switch off: adversarial: null"] = "auto"
+    ratio: Annotated[float, Gt(0)] = 1.0
     fallback: Annotated[float, Gt(0)] = 0.5  # of auto, until something has been measured
     start: Annotated[int, Ge(0)] = 250  # the heads learn alone before
     ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises

@@ -57,9 +57,8 @@ def watch(config: GuardConfig, alarms: Tensor, draft: Draft, batch: DistillBatch
     gap, count, *moments, processes = sum_over_processes(sums)
     mean, square, mean_there, square_there = (moment / processes for moment in moments)
     ratio = ((square - mean**2) / (square_there - mean_there**2)).sqrt()
-    values = torch.stack(
-        [gap / count, (ratio - 1).abs(), (mean - mean_there).abs()]
-    )  # gap: NaN without held-out ones
+    # the gap is NaN without held-out ones
+    values = torch.stack([gap / count, (ratio - 1).abs(), (mean - mean_there).abs()])
     limits = values.new_tensor([config.gap, config.std_ratio, config.mean_drift])
     longer = torch.where(values > limits, alarms + 1, torch.zeros_like(alarms))
     alarms.copy_(torch.where(values.isnan(), alarms, longer))

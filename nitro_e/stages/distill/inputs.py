@@ -120,9 +120,8 @@ class DistillBatch:
     text: TextEmbedding
     prompts: list[str]
     keys: list[str]
-    alone: bool = (
-        True  # the only micro-batch of its step, so that the graph of the forward may wait for its phase
-    )
+    # the only micro-batch of its step, so that the graph of the forward may wait for its phase
+    alone: bool = True
     draft: Draft | None = None  # made by the first phase that asks
     heldout_gap: Tensor | None = None  # (2,) sum and count, left by the discriminator for the guards
 
@@ -149,9 +148,8 @@ class Drafts:
     def input(self, student: nn.Module, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, Tensor, bool]:
         """x (B, C, h, w), t (B,), and whether x is made of the pair itself."""
         config, data = self.config, batch.latents
-        steps = torch.Generator().manual_seed(
-            seed_of(self.seed, "distill", batch.step)
-        )  # the same on all ranks
+        # the same on all ranks
+        steps = torch.Generator().manual_seed(seed_of(self.seed, "distill", batch.step))
         if config.rollout and torch.rand((), generator=steps) < config.rollout.share_at(batch.step):
             place = int(torch.multinomial(config.odds_at(batch.step), 1, generator=steps))
             x = self.rollout(lambda x, t: student(x, t, batch.text), batch.noise, place, rng)

@@ -27,7 +27,8 @@ from nitro_e.stages.distill.losses import Logits
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig(Config):
-    levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = (0.09, 0.41, 0.62, 0.80)  # times at which the heads judge
+    # times at which the heads judge
+    levels: tuple[Annotated[float, Gt(0), Lt(1)], ...] = (0.09, 0.41, 0.62, 0.80)
     spread: Fraction = 0.03  # around a level
     copies: Annotated[int, Ge(2), Le(10_000)] = 15  # heads per level and slot
     use: Annotated[int, Ge(2)] = 4  # of them at work in an iteration
@@ -72,9 +73,8 @@ class HeadBank(nn.Module):
             if name.endswith(("scale", "shift")):
                 fresh[name] = torch.full(shape, float(name.endswith("scale")))
                 continue
-            weight = getattr(self, f"{name.rpartition('_')[0]}_weight", parameter)[
-                0
-            ]  # a bias goes with its weight
+            # a bias goes with its weight
+            weight = getattr(self, f"{name.rpartition('_')[0]}_weight", parameter)[0]
             fan_in = weight[0].numel() if weight.ndim > 1 else weight.numel()
             fresh[name] = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
         return fresh

@@ -53,9 +53,8 @@ class DiffusionConfig(Config):
     weight: Annotated[float, Gt(0), "to switch the objective off: diffusion: null"] = 1.0
     decay: DecayConfig | None = None
     on_rollout: bool = True
-    largest_time: Annotated[float, Gt(0), Le(1)] = (
-        1.0  # inputs above are left out; with fresh noise 0.5: beyond, the target is but a mean
-    )
+    # inputs above are left out; with fresh noise 0.5: beyond, the target is but a mean
+    largest_time: Annotated[float, Gt(0), Le(1)] = 1.0
 
 
 class Diffusion:

@@ -66,9 +66,8 @@ class DistillConfig(Config):
     inputs: InputConfig = field(default_factory=InputConfig)
     sampler: Sampler = "euler"
     time_scale: Annotated[float, Gt(0)] = 1.0  # the student is told time_scale * t
-    sample_steps: tuple[
-        Annotated[int, Ge(1)], ...
-    ] = ()  # numbers of steps to be offered; empty: those whose times are among the sigmas
+    # numbers of steps to be offered; empty: those whose times are among the sigmas
+    sample_steps: tuple[Annotated[int, Ge(1)], ...] = ()
     diffusion: DiffusionConfig | None = None
     reflow: ReflowConfig | None = None
     adversarial: AdversarialConfig | None = None

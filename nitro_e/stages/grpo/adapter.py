@@ -147,9 +147,8 @@ def save_adapter(model: EMMDiT, folder: Path, base: str | None = None) -> None:
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config.target_modules = sorted(
-        config.target_modules
-    )  # peft makes it a set, whose order changes from run to run
+    # peft makes it a set, whose order changes from run to run
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     save_tensors(tensors, folder / "adapter_model.safetensors")
 

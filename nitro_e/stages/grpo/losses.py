@@ -29,9 +29,8 @@ class KLConfig(Config):
 
     kind: KLKind = "velocity"  # gaussian: the exact KL of a transition; gaussian_dt: times h, as Flow-GRPO
     beta: Annotated[float, Ge(0)] = 1e-3  # 0: no reference is kept
-    units: KLKind | None = (
-        None  # the kind that beta is given for, which is converted to `kind`; None: the same
-    )
+    # the kind that beta is given for, which is converted to `kind`; None: the same
+    units: KLKind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +39,17 @@ class ClippedConfig(Config):
     clip_low: Annotated[float, Gt(0), Lt(1)] = 3e-4  # the ratio is held in 1 - clip_low ... 1 + clip_high
     clip_high: Annotated[float, Gt(0), Lt(1)] = 3e-4
     kl: KLConfig = field(default_factory=KLConfig)
-    ratio_norm: bool = (
-        False  # GRPO-Guard (arXiv 2510.22319): log-ratios without their bias, at one scale for all steps
-    )
-    step_weight: StepWeight = (
-        "none"  # noise: by std (TempFlow-GRPO, arXiv 2508.04324); mean 1 over the trained steps
-    )
+    # GRPO-Guard (arXiv 2510.22319): log-ratios without their bias, at one scale for all steps
+    ratio_norm: bool = False
+    # noise: by std (TempFlow-GRPO, arXiv 2508.04324); mean 1 over the trained steps
+    step_weight: StepWeight = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NFTConfig(Config):
     kind: Literal["nft"] = "nft"
-    beta: Annotated[float, Gt(0), Le(1)] = 1.0  # how far the two velocities reach from the old one to the new one
+    # how far the two velocities reach from the old one to the new one
+    beta: Annotated[float, Gt(0), Le(1)] = 1.0
     times: Annotated[int, Ge(1)] = 9  # training times per picture: the first steps of the rollout's grid
     kl: KLConfig = field(default_factory=lambda: KLConfig(beta=1e-4))
     lag: Annotated[float, Ge(0)] = 1e-3  # the policy that draws is an average: decay lag * rollout ...

@@ -101,9 +101,8 @@ class Rows:
     x: Tensor | None = None  # (R, C, h, w): where the transition starts; None: the window is empty
     x_next: Tensor | None = None  # (R, C, h, w): where it ended
     log_prob: Tensor | None = None  # (R,) of it, as drawn
-    old: Tensor | None = (
-        None  # (R, C, h, w): velocity before the rollout's first update; None: this is the first
-    )
+    # (R, C, h, w): velocity before the rollout's first update; None: this is the first
+    old: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)  # of the rollout, with its first micro-batch
 
     @property

@@ -28,17 +28,15 @@ from nitro_e.randomness import seed_of
 
 Kind = Literal["flow", "ancestral", "dance", "cps"]
 DEFAULT_NOISE = {"flow": 0.7, "ancestral": 0.8, "dance": 0.3, "cps": 0.8}
-MIN_STD = (
-    0.005  # steps with less noise than this are neither random nor trained: their likelihood is all rounding
-)
+# steps with less noise than this are neither random nor trained: their likelihood is all rounding
+MIN_STD = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDEConfig(Config):
     kind: Kind = "flow"
-    noise: Annotated[float, Gt(0), Le(10)] | None = (
-        None  # a of flow, eta of the others; None: 0.7, 0.3 for dance, 0.8 for ancestral and cps
-    )
+    # a of flow, eta of the others; None: 0.7, 0.3 for dance, 0.8 for ancestral and cps
+    noise: Annotated[float, Gt(0), Le(10)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

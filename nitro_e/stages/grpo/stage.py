@@ -55,9 +55,8 @@ class GRPOConfig(Config):
     group_size: Annotated[int, Ge(2), Le(65536)] = 24  # pictures per prompt
     updates: Annotated[int, Ge(1)] = 2  # optimiser steps per rollout
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    cfg_grad: Literal["both", "cond"] = (
-        "both"  # of guided velocities: through both passes or the text's alone
-    )
+    # of guided velocities: through both passes or the text's alone
+    cfg_grad: Literal["both", "cond"] = "both"
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     algorithm: ClippedConfig | NFTConfig = field(default_factory=ClippedConfig)
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)  # null: all weights are trained
@@ -221,9 +220,8 @@ class GRPO:
         )
         self.check_rewards()
         everything = gather(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
-        advantage = advantages(
-            self.transformed(everything), self.scorer.weights, self.config.advantage
-        )  # (G, K)
+        rewards, weights = self.transformed(everything), self.scorer.weights
+        advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
         asked = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
         stats = score_statistics(
             everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, asked
@@ -326,9 +324,8 @@ class GRPO:
     def clipped_loss(self, net: nn.Module, rows: Rows, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped objective of the rows' transitions and the KL to the reference."""
         algorithm, table = self.config.algorithm, self.sde.at(rows.step)
-        reference = self.reference_velocity(
-            rows.x, table.t, rows.text
-        )  # before the pass that keeps gradients
+        # before the pass that keeps gradients
+        reference = self.reference_velocity(rows.x, table.t, rows.text)
         policy = self.guided(net, rows.x, table.t, rows.text, self.model)
         mean = table.mean(rows.x, policy.velocity)  # (R, C, h, w)
         old = mean.detach() if rows.old is None else table.mean(rows.x, rows.old)
@@ -351,9 +348,8 @@ class GRPO:
         policy = self.guided(net, x, t, rows.text, self.model)
         optimality = rows.advantage / largest / 2 + 0.5  # -clip..clip -> 0..1
         beta = self.config.algorithm.beta
-        objective = largest * losses.nft_loss(
-            rows.latents, x, t, policy.velocity, old, optimality, beta
-        )  # (R,)
+        loss = losses.nft_loss(rows.latents, x, t, policy.velocity, old, optimality, beta)  # (R,)
+        objective = largest * loss
         pull, logs = self.pull(policy, reference, rows, torch.full_like(t, self.beta))
         change = losses.per_sample((policy.velocity - old).square())
         logs |= {"kl_old": change.mean(), **by_step("kl_old", change, rows.step, self.schedule.num)}
