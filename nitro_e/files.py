@@ -213,13 +213,13 @@ def save_object(value: Any, path: Path) -> None:
 def _os_errors(path: Path) -> Iterator[None]:
     """A full disk is an OSError that names the file, also where the libraries raise kinds of their own.
 
-    safetensors raises SafetensorError with "(os error N)" in it, torch.save a RuntimeError about positions in the file
+    safetensors raises SafetensorError with "(os error N)" or "code: N" in it, torch.save a RuntimeError about positions in the file
     whose context is the OSError.
     """
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
         if found is None:
             raise
         number = int(found[1])

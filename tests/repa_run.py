@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from test_train import ROOT
+from tiny import OPTIMIZER
 
 from tools import data as data_tool
 from tools import make_shapes
@@ -36,6 +37,14 @@ def make_data(folder: Path, num: int = 64) -> None:
 
 def start(folder: Path, run: str, *overrides: str, log: Path | None = None) -> subprocess.Popen:
     """A fresh interpreter that trains in `folder/run`."""
-    command = [sys.executable, str(ROOT / "train.py"), str(RECIPE), f"run={run}", *SMALL, *overrides]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        str(RECIPE),
+        f"run={run}",
+        *SMALL,
+        *OPTIMIZER,
+        *overrides,
+    ]
     with open(log or "/dev/null", "ab") as file:
         return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)

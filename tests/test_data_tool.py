@@ -104,10 +104,8 @@ def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     assert tool.main([*encode, *encoders]) == 0
     capsys.readouterr()
     columns = ", ".join(f"{tmp_path}/{name}-*.tar" for name in ("latents", "text", "features"))
-    recipe, overrides = (
-        ROOT / "configs/shapes/1_pretrain.yaml",
-        [f"data.shards=[{columns}]", "data.batch_size=4"],
-    )
+    recipe = ROOT / "configs/shapes/1_pretrain.yaml"
+    overrides = [f"data.shards=[{columns}]", "data.batch_size=4", *OPTIMIZER]
     assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0
     data = open_run_data(load(RunConfig, recipe, overrides))
     records = data.records(3)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_train import ROOT
+from tiny import OPTIMIZER
 
 from nitro_e import checkpoint, metrics
 from nitro_e.config import load
@@ -46,7 +47,7 @@ def options(shards: Path, run: Path, *more: str, columns: str = "latents text fe
     data = [f"data.shards=[{named}]", "data.batch_size=4", "data.workers=0"] if columns else []
     return [
         f"run={run}", *data, "engine.precision=float32", "engine.steps=2", "engine.save_every=2", "engine.log_every=1",
-        "engine.sample_every=0", "engine.tracker=none", *more,
+        "engine.sample_every=0", "engine.tracker=none", *OPTIMIZER, *more,
     ]  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_a_failing_variant_is_named(plan, capsys):
                 "variants": {
                     "a": {
                         "recipe": str(ROOT / "configs/shapes/2_finetune.yaml"),
-                        "set": ["model.preset=micro-8"],
+                        "set": ["model.preset=micro-8", *OPTIMIZER],
                     }
                 }
             },

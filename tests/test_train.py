@@ -459,7 +459,7 @@ def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     grpo = "grpo" in path.stem
     override = "stage.prompts.num=50" if grpo else "data.batch_size=2"
-    assert train.main([str(path), override, "stage.optim.lr=1e-3", "--dry-run"]) == 0
+    assert train.main([str(path), override, "stage.optim.lr=1e-3", *tiny.OPTIMIZER, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "blocks inside" in told and "\ncodec  " in told and "\ncheckpoints  " in told
     assert ("FLOP for the model" in told) == ("missing shards: " in told) == (not grpo)
