@@ -147,18 +147,18 @@ class Attendance:
     """
 
     EVERY = 5.0  # seconds between signatures
-    LATE = 20.0  # seconds behind this process: as good as missing
+    LATE = 20.0  # seconds between the last signatures of this process and of one that fell behind
 
     def __init__(self, run: Path, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = run / "processes", rank, world
-        self._signed = -self.EVERY
+        self._signed = 0.0
 
     def sign(self, step: int) -> None:
         """Say that this process has reached `step`; at most every few seconds, so it may be called at every step."""
-        if time.monotonic() - self._signed < self.EVERY:
+        if 0 <= time.time() - self._signed < self.EVERY:
             return
-        self._signed = time.monotonic()
-        row = {"host": platform.node(), "pid": os.getpid(), "step": step, "time": round(time.time(), 1)}
+        self._signed = round(time.time(), 1)
+        row = {"host": platform.node(), "pid": os.getpid(), "step": step, "time": self._signed}
         with contextlib.suppress(OSError):  # a full disk: saving reports it
             self.folder.mkdir(exist_ok=True)
             self._file(self.rank).write_text(json.dumps(row) + "\n")
@@ -175,13 +175,16 @@ class Attendance:
             return None
         found = [self._look(rank) for rank in range(self.world) if rank != self.rank]
         named = "; ".join(line for line in found if line)
-        return named or f"a process has left ({_first_line(error)}); its own message says why"
+        return named or (
+            f"a process does not answer ({_first_line(error)}), none of this host: look at the messages of the other hosts"
+        )
 
     def _look(self, rank: int) -> str | None:
+        """What is wrong with a process, as far as this one can see; those that wait like this one look well."""
         try:
             row = json.loads(self._file(rank).read_text())
             who = f"process {rank} (pid {row['pid']} on {row['host']}, last seen at step {row['step']})"
-            behind = time.time() - row["time"]
+            behind = self._signed - row["time"]
             state = _state_of(row["pid"]) if row["host"] == platform.node() else None
         except FileNotFoundError:
             return f"process {rank} has left, or has not begun to train"
@@ -192,7 +195,7 @@ class Attendance:
         if state == "T":
             return f"{who} is stopped: continue it (kill -CONT) or end it"
         if behind > self.LATE:
-            return f"{who} has not been heard of for {behind:.0f} s: it hangs, or its host is lost"
+            return f"{who} fell {behind:.0f} s behind: it hangs, or its host is lost"
         return None
 
     def _file(self, rank: int) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_engine import losses
 from tiny import SHARDS_ON_CPU
 
 from nitro_e import checkpoint
+from nitro_e.parallel import Attendance
 
 SCRIPT = Path(__file__).parent / "toy_run.py"
 
@@ -162,3 +164,21 @@ def test_sharding_on_cpus_is_refused_where_torch_cannot(tmp_path):
 def test_sharding_needs_several_processes(tmp_path):
     done = launch(tmp_path / "run", 1, sharding="fsdp")
     assert done.returncode == 2 and "needs several processes" in done.stderr
+
+
+def test_what_one_process_can_tell_of_the_others(tmp_path):
+    """By their files: on other hosts only who fell behind; who waits like this one is not accused."""
+    ours, closed = (
+        Attendance(tmp_path, 0, 4),
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+    )
+    ours.sign(7)
+    for rank, age in ((1, 0), (2, 60)):
+        row = {"host": "elsewhere", "pid": 1, "step": 7 - rank, "time": time.time() - age}
+        (tmp_path / "processes" / f"rank-{rank}.json").write_text(json.dumps(row))
+    told = ours.missing(closed).split("; ")
+    assert len(told) == 2 and told[1] == "process 3 has left, or has not begun to train"
+    assert told[0].startswith("process 2 (pid 1 on elsewhere, last seen at step 5) fell 60 s behind")
+    assert "none of this host" in Attendance(tmp_path, 0, 2).missing(closed)
+    assert ours.missing(RuntimeError("out of memory")) is None
+    assert Attendance(tmp_path, 0, 1).missing(closed) is None
