@@ -27,7 +27,7 @@ T = TypeVar("T")
 REVISIONS: dict[str, str | None] = {
     "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers": "ca69e17e97609e64ce055115a6515215109b1f50",
     "meta-llama/Llama-3.2-1B": "4e20de362430cd3b72f300e6b0f18e50e7166e08",
-    "timm/vit_base_patch14_dinov2.lvd142m": None,
+    "timm/vit_base_patch14_dinov2.lvd142m": "4685c99dabffe5affac90bd99dbffd25801ae58d",
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
