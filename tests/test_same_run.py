@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from repa_run import make_data
 from test_train import ROOT
 from tiny import OPTIMIZER
 
@@ -20,8 +21,7 @@ from nitro_e import checkpoint, metrics
 from nitro_e.config import load
 from nitro_e.interfaces import Phase
 from nitro_e.run import RunConfig, build
-from tools import data as data_tool
-from tools import make_shapes, synthesize
+from tools import synthesize
 
 PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {
@@ -31,14 +31,10 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """A folder of 16 encoded pictures."""
-    folder = tmp_path_factory.mktemp("shapes")
-    assert make_shapes.main([str(folder), "--num", "16"]) == 0
-    components = ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
-    images = f"{folder}/shapes-train-*.tar"
-    encode = ["encode", images, "--out", str(folder), *components, "--resolution", "64", "--workers", "0"]
-    assert data_tool.main(encode) == 0
-    return folder
+    """A folder of 16 encoded images."""
+    folder = tmp_path_factory.mktemp("encoded")
+    make_data(folder, num=16)
+    return folder / "data" / "shapes"
 
 
 def options(shards: Path, run: Path, *more: str, columns: str = "latents text features") -> list[str]:
