@@ -72,7 +72,8 @@ def draw(options: argparse.Namespace) -> None:
 
     import torch
 
-    from nitro_e.pipeline import TextToImage, image_grid, save_png
+    from nitro_e.files import save_png
+    from nitro_e.pipeline import TextToImage, image_grid
 
     device = options.device or default_device(torch)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -207,6 +209,16 @@ def save_object(value: Any, path: Path) -> None:
     """`torch.save` plain data and tensors; OSError if it cannot be written."""
     with _os_errors(path), path.open("wb") as file:
         torch.save(value, file)
+
+
+def save_png(image: Image.Image, path: Path, about: PngInfo | None = None) -> None:
+    """Write the whole file or, on a full disk, nothing of it."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        image.save(temporary, "PNG", pnginfo=about)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

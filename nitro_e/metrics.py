@@ -28,6 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from nitro_e.config import Config, ConfigError, parse_json
 from nitro_e.environment import environment
+from nitro_e.files import save_png
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Metrics:
         path = self.run / "samples" / f"step-{step:07d}-{name}.png"
         if self.enabled:
             try:
-                _save_png(image, path)
+                path.parent.mkdir(exist_ok=True)
+                save_png(image, path, _captions(image))
             except OSError as error:
                 log.error("%s could not be written: %s", path, error)
                 self.event(step, "warning", message=f"{path.name} could not be written: {error}")
@@ -293,19 +295,13 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _save_png(image: Image.Image, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        text = PngInfo()
-        for name in (PROMPTS, CELLS):
-            if name in image.info:
-                text.add_itxt(name, image.info[name])
-        image.save(temporary, "PNG", pnginfo=text)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def _captions(image: Image.Image) -> PngInfo:
+    """The text entries of a captioned sheet."""
+    text = PngInfo()
+    for name in (PROMPTS, CELLS):
+        if name in image.info:
+            text.add_itxt(name, image.info[name])
+    return text
 
 
 def _best_tracker() -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nitro_e.checkpoint import model_folder
@@ -208,16 +206,6 @@ def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in -1..1 -> 8-bit RGB."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
-
-
-def save_png(image: Image.Image, path: Path, about: PngInfo | None = None) -> None:
-    """Write the whole file or, on a full disk, nothing of it."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        image.save(temporary, "PNG", pnginfo=about)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

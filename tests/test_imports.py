@@ -18,7 +18,7 @@ ALLOWED = {
     "report": {"checkpoint", "config", "metrics", "charts"},
     "optim": {"config"},
     "environment": set(),
-    "metrics": {"config", "environment"},
+    "metrics": {"config", "environment", "files"},
     "charts": set(),
     "model": {"config", "files", "interfaces"},
     "codec": {"config", "interfaces"},
