@@ -173,7 +173,13 @@ class Attendance:
         """Which processes are missing, if `error` is of a collective that one of them did not answer; else None."""
         if self.world == 1 or not _is_of_collective(error):
             return None
-        found = [self._look(rank) for rank in range(self.world) if rank != self.rank]
+        for _ in range(
+            30
+        ):  # a connection closes some moments before the process that held it is seen to be dead
+            found = [self._look(rank) for rank in range(self.world) if rank != self.rank]
+            if any(found):
+                break
+            time.sleep(0.1)
         named = "; ".join(line for line in found if line)
         return named or (
             f"a process does not answer ({_first_line(error)}), none of this host: look at the messages of the other hosts"
