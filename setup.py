@@ -9,8 +9,10 @@ setup(
     packages=find_packages(include=["nitro_e", "nitro_e.*"]),
     package_data={
         "nitro_e.shapes.pretrained": ["*/*.json", "*/*.safetensors"],  # the offline domain's weights
-        "nitro_e.geneval": ["*.txt"],  # the test prompts
+        "nitro_e.rewards.geneval": ["*.txt"],  # the test prompts
+        "nitro_e": ["py.typed"],
     },
+    entry_points={"console_scripts": ["nitro-e = nitro_e.cli:main"]},
     # The lower bounds are what `make test-floors` installs and tests; raise one with the code that needs it.
     install_requires=[  # enough to sample
         "torch>=2.6",

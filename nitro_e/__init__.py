@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nitro_e.model import EMMDiT, ModelConfig
-    from nitro_e.pipeline import TextToImage
+    from nitro_e.sampling.pipeline import TextToImage
 
-__all__ = ["EMMDiT", "ModelConfig", "TextToImage"]
+__version__ = "0.1.0"
+
+__all__ = ["EMMDiT", "ModelConfig", "TextToImage", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(model, name)
     if name == "TextToImage":
-        from nitro_e.pipeline import TextToImage
+        from nitro_e.sampling.pipeline import TextToImage
 
         return TextToImage
     raise AttributeError(f"module 'nitro_e' has no attribute '{name}'")

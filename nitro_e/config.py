@@ -88,6 +88,8 @@ class Config:
     A class with rules across its fields has a `__post_init__` of its own, which calls this one first."""
 
     OPTIONS: ClassVar[bool] = False  # the fields are options of a command: messages call them --so
+    RENAMED: ClassVar[Mapping[str, str]] = {}  # a key of older recipes -> what to write instead
+    ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # key -> older names of its values -> today's
 
     def __post_init__(self) -> None:
         for name, hint in _annotations(type(self)).items():
@@ -273,11 +275,15 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     values = {}
     for key, value in data.items():
         where = f"{path}.{key}" if path else str(key)
+        parent = f"{path}." if path else ""
+        if key in getattr(cls, "RENAMED", {}):
+            raise ConfigError(f"key '{where}' is of an older version; write {parent}{cls.RENAMED[key]} instead")
         if key not in fields:
-            parent = f"{path}." if path else ""
             raise ConfigError(
                 f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields])
             )
+        if isinstance(value, str):
+            value = getattr(cls, "ALIASES", {}).get(key, {}).get(value, value)
         values[key] = _coerce(hints[key], _complete(fields[key], value), where)
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:

@@ -20,8 +20,8 @@ from nitro_e.config import ConfigError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from nitro_e.optim import OptimConfig
     from nitro_e.randomness import SlotRandom
+    from nitro_e.training.optim import OptimConfig
 
 
 class TextEmbedding(NamedTuple):

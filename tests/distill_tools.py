@@ -9,11 +9,11 @@ from torch.nn.utils import clip_grad_norm_
 from nitro_e.config import from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.optim import build_optimizers, set_learning_rate
 from nitro_e.randomness import SlotRandom
 from nitro_e.stages.distill import Distill, DistillConfig
 from nitro_e.stages.distill.heads import Backbone
 from nitro_e.stages.distill.inputs import DistillBatch
+from nitro_e.training.optim import build_optimizers, set_learning_rate
 
 TINY = ModelConfig(
     latent_channels=4, text_width=8, width=64, heads=2, groups=(1, 2, 1), base_grid=16, attention=("full",), gate_init="one"

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from distill_tools import Loop
 from torch import nn
 
-from nitro_e import flow
 from nitro_e.config import from_dict
-from nitro_e.flow import time_grid
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.sampling import SamplingConfig, euler, sample
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import time_grid
+from nitro_e.sampling.samplers import SamplingConfig, euler, sample
 from nitro_e.stages.distill import Distill, DistillConfig
 from nitro_e.stages.distill.heads import Features
 from nitro_e.stages.distill.inputs import DistillBatch

@@ -47,8 +47,7 @@ def wait(process: int) -> int | None:
 
 
 def serve(program: Path, scratch: Path) -> None:
-    sys.path[:0] = [str(program.parent), str(program.parent.parent)]
-    main = importlib.import_module(program.stem).main
+    main = importlib.import_module(f"nitro_e.cli.{program.stem}").main
     sys.argv = [str(program)]
     output = scratch / f"{program.stem}.stderr"
     for line in sys.stdin:
@@ -66,8 +65,8 @@ if __name__ == "__main__":
     import torch
 
     import nitro_e.evaluation.evaluate
-    import nitro_e.run  # noqa: F401
-    from nitro_e.pipeline import TextToImage
+    import nitro_e.stages.recipe  # noqa: F401
+    from nitro_e.sampling.pipeline import TextToImage
 
     torch.set_num_threads(1)
     TextToImage.from_pretrained("shapes")  # what commands import only when they need it

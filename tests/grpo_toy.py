@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nitro_e import cli, flow
+from nitro_e.cli import common as cli
 from nitro_e.config import from_dict
-from nitro_e.engine import EMAConfig, Engine, EngineConfig, make_accelerator
+from nitro_e.data.prompts import Prompt
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.prompts import Prompt
 from nitro_e.rewards import build_rewards, reward
+from nitro_e.sampling import flow
 from nitro_e.stages.grpo import GRPO, GRPOConfig
+from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 
 DIM, PROMPTS = 32, 4
 POOL = [Prompt(f"prompt {index}", {"pattern": index}) for index in range(PROMPTS)]

@@ -7,8 +7,8 @@ from pathlib import Path
 from test_train import ROOT
 from tiny import OPTIMIZER
 
-from tools import data as data_tool
-from tools import make_shapes
+from nitro_e.cli import data as data_tool
+from nitro_e.cli import make_shapes
 
 RECIPE = ROOT / "configs" / "shapes" / "1_pretrain.yaml"
 SMALL = (

@@ -15,7 +15,7 @@ from nitro_e.config import ConfigError, from_dict, to_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, emmdit, layers
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
-from nitro_e.sampling import SamplingConfig, euler, guide
+from nitro_e.sampling.samplers import SamplingConfig, euler, guide
 
 MICRO = dict(
     latent_channels=3, text_width=5, width=16, heads=2, groups=[1, 1, 1], base_grid=8, position_table=16

@@ -17,8 +17,9 @@ import pytest
 import torch
 from repa_run import make_data, start
 
-from nitro_e import checkpoint, metrics
 from nitro_e.model.pretrained import load_pretrained
+from nitro_e.record import metrics
+from nitro_e.training import checkpoint
 
 
 def saving(run: Path, since: float) -> bool:

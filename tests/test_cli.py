@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nitro_e import cli
+from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, TrainingError
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,11 @@ def test_every_end_has_a_code_and_at_most_one_line(capsys, command, code, words)
 
 
 def test_a_terminal_without_the_letters_is_no_reason_to_end():
-    command = [sys.executable, "-c", "from nitro_e import cli; cli.run(lambda: print('caf\\xe9 \\udcff'))"]
+    command = [
+        sys.executable,
+        "-c",
+        "from nitro_e.cli import common as cli; cli.run(lambda: print('caf\\xe9 \\udcff'))",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("caf\\xe9 \\udcff\n", "")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import save_autoencoder_dc
 
-from nitro_e.codec import DCT_SIZES, DCTCodec, dct_matrix, dct_scale, kept_frequencies
-from nitro_e.components import ComponentConfig, build_codec, codec_shape
 from nitro_e.config import ConfigError, from_dict
+from nitro_e.encoders.codec import DCT_SIZES, DCTCodec, dct_matrix, dct_scale, kept_frequencies
+from nitro_e.encoders.components import ComponentConfig, build_codec, codec_shape
 
 
 def images(size, batch=2, seed=0):

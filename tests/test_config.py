@@ -121,7 +121,7 @@ def test_overrides():
 
 
 def test_every_recipe_loads_and_survives_its_own_dump(tmp_path):
-    from nitro_e.run import RunConfig
+    from nitro_e.stages.recipe import RunConfig
 
     recipes = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
     assert recipes
@@ -138,7 +138,7 @@ def test_every_field_of_every_config_is_read_somewhere():
     import re
     import typing
 
-    from nitro_e.run import RunConfig
+    from nitro_e.stages.recipe import RunConfig
 
     source = "\n".join(path.read_text() for path in (Path(__file__).parent.parent / "nitro_e").rglob("*.py"))
     seen, pending = set(), [RunConfig]
@@ -210,7 +210,7 @@ def config_classes() -> set[type]:
     import dataclasses
     import typing
 
-    from nitro_e.run import RunConfig
+    from nitro_e.stages.recipe import RunConfig
 
     seen, pending = set(), [RunConfig]
     while pending:
@@ -316,7 +316,7 @@ sampling: {resolution: 64, steps: 2}
     ids=lambda text: text[:40],
 )
 def test_what_a_recipe_must_not_say(tmp_path, override, words):
-    from nitro_e.run import RunConfig
+    from nitro_e.stages.recipe import RunConfig
 
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)

@@ -4,10 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,17 +14,15 @@ from data_samples import png
 from tiny import save_autoencoder_dc, save_dinov2, save_llama
 from tqdm import tqdm
 
-from nitro_e.components import ComponentConfig, build_codec, build_text_encoder
+from nitro_e.cli import data as tool
 from nitro_e.config import ConfigError
 from nitro_e.data import DataConfig, open_data, write_shard
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.decode import decode_array
-from nitro_e.data.encode import EncodeConfig, Encoders, encode, weights_digest
 from nitro_e.data.index import scan_tar
-from nitro_e.data.jobs import JobConfig
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tools import data as tool  # noqa: E402
+from nitro_e.data.making.encode import EncodeConfig, Encoders, encode, weights_digest
+from nitro_e.data.making.jobs import JobConfig
+from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder
 
 CONFIG = EncodeConfig(resolution=16, batch_size=4, workers=0)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from nitro_e.data import write_shard
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import DamagedTar, scan_tar
-from nitro_e.data.writer import field_bytes
+from nitro_e.data.making.writer import field_bytes
 
 
 @pytest.mark.parametrize("samples", [image_samples, latent_samples])

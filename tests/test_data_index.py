@@ -11,7 +11,7 @@ import webdataset
 
 from nitro_e.config import ConfigError
 from nitro_e.data.index import DamagedTar, scan_tar, shard_index, split_name
-from nitro_e.data.writer import atomic_file, write_shard, write_shards
+from nitro_e.data.making.writer import atomic_file, write_shard, write_shards
 
 
 def samples(n=10, prefix="s"):

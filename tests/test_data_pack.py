@@ -14,10 +14,10 @@ from PIL import Image
 
 from nitro_e.config import ConfigError
 from nitro_e.data import DataConfig, open_data
-from nitro_e.data.captions import CaptionTable, rows, stem
 from nitro_e.data.decode import BadSample
-from nitro_e.data.jobs import JobConfig
-from nitro_e.data.pack import (
+from nitro_e.data.making.captions import CaptionTable, rows, stem
+from nitro_e.data.making.jobs import JobConfig
+from nitro_e.data.making.pack import (
     ArchiveUnit,
     Item,
     PackConfig,
@@ -32,7 +32,7 @@ from nitro_e.data.pack import (
     read_tgz,
     read_webdataset,
     table_units,
-)  # fmt: skip
+)
 
 N = 64
 CONFIG = PackConfig(name="t", samples_per_shard=25)

@@ -10,12 +10,11 @@ import pytest
 from data_samples import flip_byte, image_samples, latent_samples
 from tiny import OPTIMIZER
 
+from nitro_e.cli import data as tool
+from nitro_e.cli.benchmark import data as benchmark_data
 from nitro_e.data import write_shards
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from tools import benchmark_data  # noqa: E402
-from tools import data as tool  # noqa: E402
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
     write_shards(latent_samples(30), str(tmp_path / "a-%d.tar"), 10)
     from nitro_e.config import load
     from nitro_e.data import open_data
-    from nitro_e.run import RunConfig
+    from nitro_e.stages.recipe import RunConfig
 
     recipe, overrides = (
         ROOT / "configs/emoji/pretrain.yaml",
@@ -93,9 +92,9 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
 
 def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     """With a vision encoder in the recipe it looked for images, although the features are stored."""
+    from nitro_e.cli.make_shapes import make_shards
     from nitro_e.config import load
-    from nitro_e.run import RunConfig, open_run_data
-    from tools.make_shapes import make_shards
+    from nitro_e.stages.recipe import RunConfig, open_run_data
 
     make_shards(tmp_path, "train", 12)
     encode = ["encode", f"{tmp_path}/shapes-train-*.tar", "--out", str(tmp_path), "--resolution", "64"]

@@ -9,9 +9,9 @@ from data_samples import flip_byte, latent, png
 from nitro_e.data import write_shard
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import scan_tar, shard_index
-from nitro_e.data.jobs import publish_entry
-from nitro_e.data.report import Plan, head, plan_compute, plan_storage, stats
-from nitro_e.data.verify import verify
+from nitro_e.data.making.jobs import publish_entry
+from nitro_e.data.making.stats import Plan, head, plan_compute, plan_storage, stats
+from nitro_e.data.making.verify import verify
 
 NAN, NARROW = np.full((4, 2, 2), np.nan, np.float16), np.zeros((4, 2, 1), np.float16)
 

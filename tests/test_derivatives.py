@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.model import attention, layers
-from nitro_e.model.packing import pack_for_cpu
+from nitro_e.model import layers
+from nitro_e.model.cpu import attention
+from nitro_e.model.cpu.packing import pack_for_cpu
 
 
 class Case:

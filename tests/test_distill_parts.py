@@ -21,15 +21,14 @@ from distill_tools import (
 )
 from torch import nn
 
-from nitro_e import flow
 from nitro_e.config import ConfigError, TrainingError, from_dict
-from nitro_e.flow import TimestepConfig
 from nitro_e.model import ModelConfig
 from nitro_e.model.layers import Compressor, Reconstructor
-from nitro_e.optim import OptimConfig, build_optimizers
 from nitro_e.randomness import SlotRandom
-from nitro_e.sampling import SamplingConfig, euler, renoise, sample
-from nitro_e.stages.distill import losses
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.sampling.samplers import SamplingConfig, euler, renoise, sample
+from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig, frozen
 from nitro_e.stages.distill.guards import GuardConfig, describe_draft, watch
 from nitro_e.stages.distill.heads import (
@@ -53,6 +52,7 @@ from nitro_e.stages.distill.regression import (
     Reflow,
     ReflowConfig,
 )
+from nitro_e.training.optim import OptimConfig, build_optimizers
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 

@@ -13,23 +13,21 @@ from distill_tools import Loop, distill_config, random_batch, tiny_stage
 from safetensors.torch import load_file
 from tiny import OPTIMIZER
 
-from nitro_e import checkpoint, metrics
-from nitro_e.components import ComponentConfig, text_shape
+from nitro_e.cli import sample, synthesize, train
 from nitro_e.config import ConfigError, from_dict, load, to_dict
+from nitro_e.encoders.components import ComponentConfig, text_shape
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
-from nitro_e.pipeline import TextToImage, Use
 from nitro_e.randomness import SlotRandom
-from nitro_e.run import RunConfig
-from nitro_e.sampling import SamplingConfig
+from nitro_e.record import metrics
+from nitro_e.sampling.pipeline import TextToImage, Use
+from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.distill import DistillConfig
 from nitro_e.stages.distill.presets import PRESETS
+from nitro_e.stages.recipe import RunConfig
+from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import sample  # noqa: E402
-import train  # noqa: E402
-from tools import synthesize  # noqa: E402
 
 TEXT = ComponentConfig(name="hash")
 HEADS = {"start": 2, "ramp": 2, "heads": {"width": 16}, "r1": {"sigma": 0.05, "weight": 200}}

@@ -3,7 +3,7 @@
 import pytest
 from distill_toy import RUNS, Pairs, distill, train_teacher
 
-from nitro_e.flow import time_grid
+from nitro_e.sampling.flow import time_grid
 
 
 @pytest.fixture(scope="module")

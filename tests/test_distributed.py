@@ -12,8 +12,8 @@ import torch
 from test_engine import losses
 from tiny import SHARDS_ON_CPU
 
-from nitro_e import checkpoint
-from nitro_e.parallel import Attendance
+from nitro_e.training import checkpoint
+from nitro_e.training.parallel import Attendance
 
 SCRIPT = Path(__file__).parent / "toy_run.py"
 

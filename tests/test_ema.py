@@ -1,7 +1,6 @@
 """Post-hoc EMA against closed forms, numeric integration and directly tracked averages."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nitro_e import ema
+from nitro_e.cli import ema as tool
 from nitro_e.config import ConfigError
-from nitro_e.ema import PostHocEMA, gamma_of, list_snapshots, profile_product, solve, synthesize
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tools import ema as tool  # noqa: E402
+from nitro_e.training import ema
+from nitro_e.training.ema import PostHocEMA, gamma_of, list_snapshots, profile_product, solve, synthesize
 
 MICRO = ModelConfig(
     latent_channels=2,

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from nitro_e import checkpoint, engine, metrics
 from nitro_e.config import ConfigError, TrainingError
-from nitro_e.engine import EMAConfig, Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.files import save_object
 from nitro_e.interfaces import Phase
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.optim import OptimConfig, build_optimizers
+from nitro_e.record import metrics
+from nitro_e.training import checkpoint, engine
+from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, Hook, make_accelerator
+from nitro_e.training.optim import OptimConfig, build_optimizers
 
 MICRO = ModelConfig(
     latent_channels=2,
@@ -408,7 +409,7 @@ def test_milestones_stay(run):
 
 def test_two_jobs_cannot_train_in_one_run_directory(run):
     """A second process is refused, until the first has ended; a child that it left behind does not hold the lock."""
-    code = f"import pathlib; from nitro_e.checkpoint import lock\nwith lock(pathlib.Path({str(run)!r})): pass"
+    code = f"import pathlib; from nitro_e.training.checkpoint import lock\nwith lock(pathlib.Path({str(run)!r})): pass"
 
     def other_job() -> str:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,34 +15,34 @@ import torch
 from PIL import Image
 from test_report import Page, assert_self_contained
 
-from nitro_e import metrics
+from nitro_e.cli import evaluate as tool
+from nitro_e.cli import train
 from nitro_e.config import ConfigError, from_dict, to_dict
 from nitro_e.data import write_shard
-from nitro_e.evaluation import page, results, statistics
+from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
+from nitro_e.evaluation import intervals as statistics
+from nitro_e.evaluation import page, results
 from nitro_e.evaluation.benchmarks import benchmark, describe
+from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator, Share
 from nitro_e.evaluation.pictures import (
     Judged,
     collect,
     noise_seeds,
     read_rows,
 )
-from nitro_e.evaluation.training import EvaluationConfig, Evaluator, Share
 from nitro_e.files import weights_hash
-from nitro_e.geneval.rules import Detection
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
-from nitro_e.pipeline import TextToImage
-from nitro_e.prompts import Prompt, PromptsConfig, load_prompts
-from nitro_e.report import write_report
+from nitro_e.record import metrics
+from nitro_e.record.pages import write_report
 from nitro_e.rewards import RewardConfig, build_rewards, reward
-from nitro_e.sampling import SamplingConfig
+from nitro_e.rewards.geneval.rules import Detection
+from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import TASKS, scene
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from tools import evaluate as tool  # noqa: E402
 
 MODEL = {"preset": "micro-8", "latent_channels": 24, "text_width": 128, "gate_init": "one"}
 SAMPLING = SamplingConfig(resolution=64, steps=2, guidance_scale=2.0, grid="linear")

@@ -48,16 +48,18 @@ from test_engine import ToyStage, losses, train
 from test_train import RECIPE, ROOT, run_train, samples
 from tiny import SHARDS_ON_CPU
 
-from nitro_e import checkpoint, cli, metrics
+from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, TrainingError, from_dict
 from nitro_e.data import write_shard
-from nitro_e.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained
-from nitro_e.optim import OptimConfig
-from nitro_e.pipeline import TextToImage
+from nitro_e.record import metrics
+from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
+from nitro_e.training import checkpoint
+from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, make_accelerator
+from nitro_e.training.optim import OptimConfig
 
 # ---- the real stage on one and two processes ----------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import pytest
 from tiny import save_llama
 
 from nitro_e import files
-from nitro_e.components import ComponentConfig, build_text_encoder, pinned
 from nitro_e.config import ConfigError, from_dict
-from nitro_e.pipeline import TextToImage, Use
+from nitro_e.encoders.components import ComponentConfig, build_text_encoder, pinned
+from nitro_e.sampling.pipeline import TextToImage, Use
 from nitro_e.shapes.pretrained import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def test_consent_on_the_command_line(hub, foreign, tmp_path):
 
 CODE = """
 from nitro_e.components import ComponentConfig, build_text_encoder
-from nitro_e import cli
+from nitro_e.cli import common as cli
 import sys
 sys.exit(cli.run(lambda: build_text_encoder(ComponentConfig(name="llama-3.2-1b"))))
 """

@@ -2,23 +2,21 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nitro_e.components import ComponentConfig, chosen_component
 from nitro_e.config import ConfigError, from_dict
-from nitro_e.pipeline import TextToImage
+from nitro_e.encoders.components import ComponentConfig, chosen_component
+from nitro_e.sampling.pipeline import TextToImage
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 COMMANDS = [
-    ("train", []), ("sample", []), ("tools.benchmark_model", []), ("tools.convert", []), ("tools.data", ["encode"]),
-    ("tools.describe", []), ("tools.ema", ["synthesize"]), ("tools.evaluate", []), ("tools.make_shapes", []),
-    ("tools.report", []), ("tools.study", []), ("tools.synthesize", []), ("tools.train_components", []),
+    ("train", []), ("sample", []), ("benchmark.model", []), ("convert", []), ("data", ["encode"]),
+    ("describe", []), ("ema", ["synthesize"]), ("evaluate", []), ("make_shapes", []),
+    ("report", []), ("study", []), ("synthesize", []),
 ]  # fmt: skip
 
 
@@ -26,15 +24,15 @@ def test_all_commands_spell_components_and_precision_alike(capsys):
     found = {}
     for module, arguments in COMMANDS:
         with pytest.raises(SystemExit):
-            importlib.import_module(module).main([*arguments, "--help"])
+            importlib.import_module(f"nitro_e.cli.{module}").main([*arguments, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         flags = re.findall(r"\[--(codec|text|vision|dtype|precision) ([^\]]+)\]", text)
         found[module] = set(flags)
     component, dtype = "NAME|FOLDER|NAME=FOLDER", ("dtype", "{float32,bfloat16,float16}")
     both = {("codec", component), ("text", component)}
     expected = {
-        "sample": both | {dtype}, "tools.evaluate": both | {dtype}, "tools.synthesize": both | {dtype},
-        "tools.data": both | {("vision", component), dtype}, "tools.convert": {dtype}, "tools.benchmark_model": {dtype},
+        "sample": both | {dtype}, "evaluate": both | {dtype}, "synthesize": both | {dtype},
+        "data": both | {("vision", component), dtype}, "convert": {dtype}, "benchmark.model": {dtype},
     }  # fmt: skip
     assert found == {module: expected.get(module, set()) for module, _ in COMMANDS}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from nitro_e import flow
 from nitro_e.config import ConfigError
-from nitro_e.flow import TimestepConfig, time_grid, training_times
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import TimestepConfig, time_grid, training_times
 
 
 def test_path_and_its_derivative():

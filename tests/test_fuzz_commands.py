@@ -21,7 +21,6 @@ from PIL import Image
 from nitro_e.data import write_shard
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 RECIPE = """
 name: tiny

@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 
 from nitro_e.config import ConfigError, from_dict
+from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.evaluation.pictures import Judged
 from nitro_e.evaluation.results import summarize
-from nitro_e.geneval import prompts, requests
-from nitro_e.geneval.requests import Request, Thing, caption, meaning, read
-from nitro_e.geneval.rules import (
-    Detection,
-    confident,
-    fraction,
-    is_correct,
-)
-from nitro_e.prompts import Prompt, PromptsConfig, load_prompts
+from nitro_e.rewards.geneval import generator as prompts
+from nitro_e.rewards.geneval import tasks as requests
+from nitro_e.rewards.geneval.rules import Detection, confident, fraction, is_correct
+from nitro_e.rewards.geneval.tasks import Request, Thing, caption, meaning, read
 
 CASES = Path(__file__).parent / "data" / "geneval_cases.jsonl.xz"  # two per test prompt, random detections
 

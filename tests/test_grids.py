@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import as_text
 
-from nitro_e.codec import DCTCodec
 from nitro_e.config import ConfigError, from_dict
+from nitro_e.encoders.codec import DCTCodec
+from nitro_e.encoders.text import HashText
 from nitro_e.model import EMMDiT, ModelConfig, released
-from nitro_e.pipeline import TextToImage
-from nitro_e.sampling import SamplingConfig
-from nitro_e.text import HashText
+from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.samplers import SamplingConfig
 
 SMALL = dict(latent_channels=2, text_width=8, width=16, heads=2, groups=[1, 2, 1])
 

@@ -6,7 +6,7 @@ import torch
 from test_grpo_sde import gaussian_velocity
 
 from nitro_e.config import ConfigError
-from nitro_e.flow import time_grid
+from nitro_e.sampling.flow import time_grid
 from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
 from nitro_e.stages.grpo.policy import guided_velocity

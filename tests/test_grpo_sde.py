@@ -5,8 +5,8 @@ import torch
 from torch.distributions import Normal
 
 from nitro_e.config import ConfigError
-from nitro_e.flow import time_grid
-from nitro_e.sampling import euler
+from nitro_e.sampling.flow import time_grid
+from nitro_e.sampling.samplers import euler
 from nitro_e.stages.grpo.losses import log_prob
 from nitro_e.stages.grpo.rollout import sample_trajectory
 from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, transitions

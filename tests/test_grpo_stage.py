@@ -15,16 +15,17 @@ import pytest
 import torch
 from grpo_toy import merged
 
-from nitro_e import checkpoint, metrics
 from nitro_e.config import ConfigError, TrainingError
-from nitro_e.prompts import Prompt
+from nitro_e.data.prompts import Prompt
 from nitro_e.randomness import SlotRandom
+from nitro_e.record import metrics
 from nitro_e.rewards import win_rates
 from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
 from nitro_e.stages.grpo.groups import Layout, group_prompts
 from nitro_e.stages.grpo.policy import without_adapter
 from nitro_e.stages.grpo.stage import Clock
+from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 NFT = {"kind": "nft", "times": 4}

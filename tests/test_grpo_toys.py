@@ -4,9 +4,9 @@ import grpo_toy as toy
 import pytest
 import torch
 
-from nitro_e import metrics
-from nitro_e.flow import time_grid
-from nitro_e.sampling import euler, guide
+from nitro_e.record import metrics
+from nitro_e.sampling.flow import time_grid
+from nitro_e.sampling.samplers import euler, guide
 
 ROLLOUTS = 60
 BASE = {

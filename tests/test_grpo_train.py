@@ -1,23 +1,23 @@
 """GRPO through `train.py`: a small E-MMDiT with LoRA, with all weights, and with NFT; its files, resume, and a rising reward."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from nitro_e import checkpoint, config, metrics
+from nitro_e import config
+from nitro_e.cli import train
 from nitro_e.config import ConfigError
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
+from nitro_e.record import metrics
 from nitro_e.rewards import reward
-from nitro_e.run import RunConfig
 from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, save_adapter
+from nitro_e.stages.recipe import RunConfig
+from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
 
 RECIPE = """
 name: toy

@@ -9,9 +9,9 @@ import types
 import pytest
 from PIL import Image
 
-from nitro_e import metrics
-from nitro_e.engine import EngineConfig
-from nitro_e.metrics import Metrics
+from nitro_e.record import metrics
+from nitro_e.record.metrics import Metrics
+from nitro_e.training.engine import EngineConfig
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import as_text
 
-from nitro_e.sampling import SamplingConfig, euler, guide
+from nitro_e.sampling.samplers import SamplingConfig, euler, guide
 
 # Relative error (norm of the difference) of one velocity, of 4 steps without guidance and of 4 steps at guidance 4.5.
 TOLERANCES = {

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nitro_e.components import ComponentConfig, build_text_encoder
 from nitro_e.config import ConfigError
-from nitro_e.pipeline import TextToImage
+from nitro_e.encoders.components import ComponentConfig, build_text_encoder
 from nitro_e.rewards import RewardConfig, build_rewards
+from nitro_e.sampling.pipeline import TextToImage
 
 RED, BLUE = "a red circle", "a blue square"
 

@@ -6,7 +6,7 @@ from conftest import as_text
 from torch import nn
 
 from nitro_e.model import released
-from nitro_e.sampling import SamplingConfig, euler, guide
+from nitro_e.sampling.samplers import SamplingConfig, euler, guide
 from nitro_e.stages.flow_matching import repa_loss
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.model import EMMDiT, ModelConfig, released
 from nitro_e.model.pretrained import load_pretrained, read_config, save_pretrained
-from nitro_e.pipeline import Use
+from nitro_e.sampling.pipeline import Use
 
 LORA = DATA / "lora_tiny_512"
 

@@ -15,15 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from nitro_e import charts
-from nitro_e.charts import Scale, Series, line_chart, nice_ticks, running_mean, thin_out
+from nitro_e.cli import report as tool
 from nitro_e.config import ConfigError
-from nitro_e.metrics import Metrics, caption
-from nitro_e.parallel import Attendance
-from nitro_e.report import duration, read_record, spread, write_comparison, write_report
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tools import report as tool  # noqa: E402
+from nitro_e.record import charts
+from nitro_e.record.charts import Scale, Series, line_chart, nice_ticks, running_mean, thin_out
+from nitro_e.record.metrics import Metrics, caption
+from nitro_e.record.pages import duration, read_record, spread, write_comparison, write_report
+from nitro_e.training.parallel import Attendance
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 LOGGED = (

@@ -19,16 +19,16 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nitro_e import clip as clip_module
-from nitro_e.clip import MEAN, STD, fit_long_side, fit_short_side, load_clip
 from nitro_e.config import ConfigError, from_dict
+from nitro_e.encoders import clip as clip_module
+from nitro_e.encoders.clip import MEAN, STD, fit_long_side, fit_short_side, load_clip
 from nitro_e.files import REVISIONS
-from nitro_e.geneval import detector as detector_module
-from nitro_e.geneval.detector import Detector, Found, select
-from nitro_e.geneval.judge import GenEvalJudge, crop
-from nitro_e.geneval.requests import CLASSES, COLORS
-from nitro_e.geneval.rules import Detection
 from nitro_e.rewards import RewardConfig, build_rewards
+from nitro_e.rewards.geneval import detector as detector_module
+from nitro_e.rewards.geneval.detector import Detector, Found, select
+from nitro_e.rewards.geneval.rules import Detection
+from nitro_e.rewards.geneval.tasks import CLASSES, COLORS
+from nitro_e.rewards.geneval.verdict import GenEvalJudge, crop
 from nitro_e.rewards.scorer import quantize
 
 PROMPTS = ["a red cat", "two dogs", "a red cat", "x"]
@@ -155,7 +155,7 @@ def test_hps_weights_of_open_clip(folder):
 
 
 def test_hps_reads_quotes_as_open_clip(folder, monkeypatch):
-    from nitro_e.clip import CLIP
+    from nitro_e.encoders.clip import CLIP
 
     seen = []
     encode = CLIP.text_features

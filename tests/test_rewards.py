@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from nitro_e.config import ConfigError, TrainingError, from_dict
-from nitro_e.prompts import PromptsConfig, load_prompts
+from nitro_e.data.prompts import PromptsConfig, load_prompts
 from nitro_e.rewards import RewardConfig, Scores, build_rewards, reward, win_rates
 from nitro_e.rewards.scorer import quantize
 from nitro_e.shapes.judge import ShapesReward
@@ -391,7 +391,7 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
 
 
 def test_documented_names_keys_and_sources_exist():
-    from nitro_e.prompts import GENERATORS
+    from nitro_e.data.prompts import GENERATORS
     from nitro_e.rewards.registry import BUILT_IN
 
     text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()

@@ -17,11 +17,12 @@ from repa_run import make_data
 from test_train import ROOT
 from tiny import OPTIMIZER
 
-from nitro_e import checkpoint, metrics
+from nitro_e.cli import synthesize
 from nitro_e.config import load
 from nitro_e.interfaces import Phase
-from nitro_e.run import RunConfig, build
-from tools import synthesize
+from nitro_e.record import metrics
+from nitro_e.stages.recipe import RunConfig, build
+from nitro_e.training import checkpoint
 
 PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {

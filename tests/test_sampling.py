@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nitro_e.config import ConfigError
-from nitro_e.flow import time_grid
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.sampling import SAMPLERS, SamplingConfig, guide, initial_noise
+from nitro_e.sampling.flow import time_grid
+from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_noise
 
 
 def text(value: float) -> TextEmbedding:

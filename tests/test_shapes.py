@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from nitro_e.codec import DCT_SIZES, DCTCodec
 from nitro_e.config import ConfigError
-from nitro_e.geneval.rules import Detection, graded, is_correct, is_strict, relations
+from nitro_e.encoders.codec import DCT_SIZES, DCTCodec
+from nitro_e.rewards.geneval.rules import Detection, graded, is_correct, is_strict, relations
 from nitro_e.shapes import judge as judge_module
 from nitro_e.shapes import scenes
 from nitro_e.shapes.judge import ShapesReward, find_objects, judge

@@ -11,13 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import OPTIMIZER
 
-from nitro_e.components import (
-    ComponentConfig,
-    build_codec,
-    build_text_encoder,
-    build_vision_encoder,
-)
-from nitro_e.shapes import fit
+from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder, build_vision_encoder
 from nitro_e.shapes.judge import judge
 from nitro_e.shapes.pretrained import PRETRAINED
 from nitro_e.shapes.scenes import COLORS, SHAPES, metadata, scene
@@ -26,7 +20,7 @@ from tools import train_components
 
 @pytest.fixture(scope="module")
 def held_out():
-    return fit.Scenes(240, seed=77, split="heldout")
+    return train_components.Scenes(240, seed=77, split="heldout")
 
 
 def test_codec_keeps_what_the_judge_needs(held_out):
@@ -67,7 +61,7 @@ def test_vision_features_tell_what_covers_a_cell(held_out):
     features = encoder.features(pixels, (8, 8))  # (B, 64, 128)
     assert features.shape == (240, 64, 128)
     raw = torch.nn.functional.unfold(pixels, 8, stride=8).transpose(1, 2)  # (B, 64, 192)
-    classes = np.stack([fit.cell_targets(drawn)[0] for drawn in held_out.scenes]).reshape(-1, 2)
+    classes = np.stack([train_components.cell_targets(drawn)[0] for drawn in held_out.scenes]).reshape(-1, 2)
     covered = torch.from_numpy(classes[:, 0] < len(SHAPES))
     for column, names, least in ((0, SHAPES, 0.8), (1, COLORS, 0.85)):
         target = torch.from_numpy(classes[:, column])[covered]
@@ -84,7 +78,7 @@ def test_text_features_bind_words(held_out):
     word vectors, which knows no order, cannot."""
     encoder = build_text_encoder(ComponentConfig(name="shapes-llama"))
     requests = [scene(5, "train", 6 * index + 5).request for index in range(600)]  # two colored things
-    captions = [fit.caption(request) for request in requests]
+    captions = [train_components.caption(request) for request in requests]
     embedding = encoder.encode(captions)
     assert embedding.tokens.shape == (600, 16, 128) and not embedding.mask[:, -1].any()
     target = torch.tensor([COLORS.index(request.things[1].color) for request in requests])
@@ -99,7 +93,7 @@ def test_text_features_bind_words(held_out):
     assert encoder.encode([""]).mask.sum() == 1  # the begin token alone
 
 
-@pytest.mark.parametrize("component", sorted(fit.COMPONENTS))
+@pytest.mark.parametrize("component", sorted(train_components.COMPONENTS))
 def test_shipped_figures_are_there(component):
     """metrics.json: the command that reproduces the weights and what was measured."""
     metrics = json.loads((PRETRAINED / component / "metrics.json").read_text())
@@ -108,12 +102,12 @@ def test_shipped_figures_are_there(component):
     assert weights.stat().st_size < 2 * metrics["parameters"] + 20_000  # fp16
 
 
-@pytest.mark.parametrize("component", sorted(fit.COMPONENTS))
+@pytest.mark.parametrize("component", sorted(train_components.COMPONENTS))
 def test_training_goes_on_where_it_was_stopped(component, tmp_path, monkeypatch):
     """Three steps at once, and two commands of which the first is stopped after one: the same weights."""
     shrink(monkeypatch)
     train_components.train(component, tmp_path / "whole", steps=3)
-    stop_after(monkeypatch, fit.COMPONENTS[component], 1)
+    stop_after(monkeypatch, train_components.COMPONENTS[component], 1)
     with pytest.raises(KeyboardInterrupt):
         train_components.train(component, tmp_path / "parts", steps=3)
     monkeypatch.undo()
@@ -152,9 +146,9 @@ def test_shipped_components_give_the_same_numbers_with_every_version_of_the_libr
 
 
 def shrink(monkeypatch):
-    monkeypatch.setattr(fit, "TRAIN_SCENES", 64)
-    monkeypatch.setattr(fit, "TEST_SCENES", 16)
-    monkeypatch.setattr(fit.TextTask, "repeats", 4)
+    monkeypatch.setattr(train_components, "TRAIN_SCENES", 64)
+    monkeypatch.setattr(train_components, "TEST_SCENES", 16)
+    monkeypatch.setattr(train_components.TextTask, "repeats", 4)
     monkeypatch.setattr(train_components, "SAVE_EVERY", 0)
 
 
@@ -177,9 +171,9 @@ def test_tool_refuses_an_unknown_component():
 
 def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
     """It refused stored text of 16 tokens: 128 was taken for granted where no encoder had been loaded."""
-    from tools.data import main as data_tool
-    from tools.make_shapes import make_shards
-    from train import main as train
+    from nitro_e.cli.data import main as data_tool
+    from nitro_e.cli.make_shapes import make_shards
+    from nitro_e.cli.train import main as train
 
     make_shards(tmp_path, "train", 8)
     arguments = [
@@ -213,7 +207,7 @@ def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
 def test_a_training_begun_otherwise_is_not_continued(tmp_path, monkeypatch, capsys):
     """Its weights were mixed with those of another seed or rate schedule without a word."""
     shrink(monkeypatch)
-    stop_after(monkeypatch, fit.TextTask, 1)
+    stop_after(monkeypatch, train_components.TextTask, 1)
     with pytest.raises(KeyboardInterrupt):
         train_components.train("text", tmp_path / "text", steps=3)
     out = ["text", "--out", str(tmp_path / "text")]

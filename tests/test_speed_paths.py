@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import as_text
-from plain_emmdit import PlainEMMDiT
 from torch import nn
 
+from nitro_e.cli.benchmark.plain_emmdit import PlainEMMDiT
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.model import EMMDiT, ModelConfig, attention, released
-from nitro_e.model.packing import PackedLinear, pack_for_cpu
+from nitro_e.model import EMMDiT, ModelConfig, released
+from nitro_e.model.cpu import attention
+from nitro_e.model.cpu.packing import PackedLinear, pack_for_cpu
 
 
 def tiny(**choices) -> EMMDiT:

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from tiny import OPTIMIZER
 
+from nitro_e.cli import study as tool
 from nitro_e.config import load
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import save_pretrained
-from nitro_e.run import RunConfig
-from tools import study as tool
+from nitro_e.stages.recipe import RunConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/shapes/3_grpo.yaml"

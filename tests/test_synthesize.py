@@ -12,19 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from nitro_e.components import ComponentConfig, build_codec, text_shape
+from nitro_e.cli import synthesize as tool
 from nitro_e.config import to_dict
 from nitro_e.data import DataConfig, open_data
 from nitro_e.data.index import scan_tar
-from nitro_e.data.jobs import JobConfig
+from nitro_e.data.making.jobs import JobConfig
+from nitro_e.data.making.synthesis import OwnGenerator, denormalize, read_jobs, synthesize
+from nitro_e.encoders.components import ComponentConfig, build_codec, text_shape
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
-from nitro_e.pipeline import TextToImage, Use
-from nitro_e.sampling import SamplingConfig, initial_noise, sample
-from nitro_e.synthesis import OwnGenerator, denormalize, read_jobs, synthesize
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tools import synthesize as tool  # noqa: E402
+from nitro_e.sampling.pipeline import TextToImage, Use
+from nitro_e.sampling.samplers import SamplingConfig, initial_noise, sample
 
 PROMPTS = [f"a red circle number {i}" for i in range(7)]
 

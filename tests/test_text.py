@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import save_llama
 
-from nitro_e.components import ComponentConfig, build_text_encoder, text_shape
 from nitro_e.config import ConfigError
-from nitro_e.text import HashText, clean_pixart_caption, gram_signs, split_words, word_features
+from nitro_e.encoders.components import ComponentConfig, build_text_encoder, text_shape
+from nitro_e.encoders.text import HashText, clean_pixart_caption, gram_signs, split_words, word_features
 
 PROMPTS = ["a red circle", "", "the big cat left of a green square"]
 

@@ -18,15 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nitro_e import checkpoint, metrics
+from nitro_e.cli import sample, train
 from nitro_e.data import write_shard
 from nitro_e.model import EMMDiT
-from nitro_e.pipeline import TextToImage
+from nitro_e.record import metrics
+from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import sample  # noqa: E402
-import train  # noqa: E402
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 RECIPE = """
@@ -201,7 +200,7 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
 
 def test_stored_latents_are_trained_on_without_images(recipe, tmp_path):
     """Training on `.npy` raw latents gives the losses of training on the images they come from."""
-    from nitro_e.codec import DCT_SIZES, DCTCodec
+    from nitro_e.encoders.codec import DCT_SIZES, DCTCodec
 
     codec = DCTCodec(*DCT_SIZES["dct-f8c24"])
     stored = []
@@ -219,8 +218,7 @@ def test_stored_latents_are_trained_on_without_images(recipe, tmp_path):
 
 def test_pack_encode_verify_train(recipe, tmp_path, capsys):
     """The tools' own output, end to end; columns made by another encoder are refused."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import data as tool
+    from nitro_e.cli import data as tool
 
     columns = str(tmp_path / "columns")
     shards = str(tmp_path / "toy-*.tar")

@@ -5,8 +5,8 @@ import torch
 from tiny import save_dinov2
 from torchvision.transforms import v2 as transforms
 
-from nitro_e.components import ComponentConfig, build_vision_encoder, vision_width
 from nitro_e.config import ConfigError
+from nitro_e.encoders.components import ComponentConfig, build_vision_encoder, vision_width
 
 
 @pytest.fixture(scope="module")

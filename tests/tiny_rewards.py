@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nitro_e.geneval.requests import CLASSES
+from nitro_e.rewards.geneval.tasks import CLASSES
 
 WIDTH, EMBEDDING = 32, 16
 

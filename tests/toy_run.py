@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from test_engine import ToyBatch, ToyStage
 
-from nitro_e import cli
-from nitro_e.engine import EMAConfig, Engine, EngineConfig, make_accelerator
+from nitro_e.cli import common as cli
+from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 
 RANK = int(os.environ.get("RANK", 0))
 

@@ -1,31 +1,6 @@
-"""How fast the parts are on this machine, each beside a plain way of doing the same.
+"""Measure speed on this machine: what `nitro-e benchmark` does, from a checkout. See nitro_e/cli/benchmark/."""
 
-    python tools/benchmark.py model     the model's forward pass and training step
-    python tools/benchmark.py data      finding and reading samples
-    python tools/benchmark.py engine    what the training loop adds to a step
-
-Each has its own options: `python tools/benchmark.py model --help`.
-"""
-
-from __future__ import annotations
-
-import argparse
-import importlib
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=("model", "data", "engine"))
-    part = parser.parse_args(arguments[:1]).part
-    return importlib.import_module(f"benchmark_{part}").main(arguments[1:])
-
+from nitro_e.cli import run_front
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_front("benchmark")

@@ -2,8 +2,8 @@
 
 from nitro_e.data.catalog import MissingShards
 from nitro_e.data.dataset import BadDataError, Records
+from nitro_e.data.making.writer import write_shard, write_shards
 from nitro_e.data.reader import Data, DataConfig, SourceConfig, open_data
-from nitro_e.data.writer import write_shard, write_shards
 
 __all__ = [
     "BadDataError",

@@ -25,9 +25,9 @@ import numpy as np
 
 from nitro_e.config import ConfigError, read_text
 from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
+from nitro_e.data.making.writer import cache_folder, index_path
 from nitro_e.data.remote import ShardCache, is_url, list_urls
-from nitro_e.data.writer import cache_folder, index_path
-from nitro_e.progress import bar
+from nitro_e.record.progress import bar
 
 log = logging.getLogger("nitro_e.data")
 IMAGES = ("png", "jpg", "jpeg", "webp")

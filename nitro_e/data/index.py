@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from nitro_e.config import ConfigError
+from nitro_e.data.making.writer import atomic_file, index_path
 from nitro_e.data.remote import ShardCache, is_url
-from nitro_e.data.writer import atomic_file, index_path
 
 log = logging.getLogger("nitro_e.data")
 BLOCK = 512

@@ -33,7 +33,7 @@ from nitro_e.data.catalog import IMAGES, Catalog, Column, MissingShards, expand_
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
 from nitro_e.data.index import Problem
-from nitro_e.data.jobs import read_manifests
+from nitro_e.data.making.jobs import read_manifests
 from nitro_e.data.order import Order
 from nitro_e.data.prefetch import Prefetcher
 from nitro_e.data.remote import ShardCache, is_url

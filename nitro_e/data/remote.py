@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nitro_e.config import ConfigError
-from nitro_e.data.writer import atomic_file, cache_folder
+from nitro_e.data.making.writer import atomic_file, cache_folder
 
 ATTEMPTS = 5
 CHUNK = 1 << 22

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from nitro_e.config import ConfigError, did_you_mean, parse_yaml
-from nitro_e.geneval.rules import Detection
-from nitro_e.prompts import PromptsConfig
+from nitro_e.data.prompts import PromptsConfig
 from nitro_e.rewards import RewardConfig
+from nitro_e.rewards.geneval.rules import Detection
 from nitro_e.shapes.judge import find_objects
 
 

@@ -23,11 +23,10 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from nitro_e import report as html
-from nitro_e.checkpoint import model_folder
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed, parse_json, read_text, to_dict
-from nitro_e.environment import environment
-from nitro_e.evaluation import page, results, statistics
+from nitro_e.data.prompts import Prompt, load_prompts
+from nitro_e.evaluation import intervals as statistics
+from nitro_e.evaluation import page, results
 from nitro_e.evaluation.benchmarks import Benchmark
 from nitro_e.evaluation.pictures import (
     Autocast,
@@ -37,11 +36,13 @@ from nitro_e.evaluation.pictures import (
 )
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, weights_hash
-from nitro_e.model.packing import pack_for_cpu
-from nitro_e.pipeline import TextToImage
-from nitro_e.prompts import Prompt, load_prompts
+from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.record import pages as html
+from nitro_e.record.environment import environment
 from nitro_e.rewards import Scorer, build_rewards
-from nitro_e.sampling import SamplingConfig
+from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.training.checkpoint import model_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 
+from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation.pictures import Judged
 from nitro_e.evaluation.results import task_of
-from nitro_e.prompts import Prompt
-from nitro_e.report import section
+from nitro_e.record.pages import section
 
 PER_TASK = 48  # pictures of a task
 SIDE = 192  # larger pictures are shown smaller, as JPEG

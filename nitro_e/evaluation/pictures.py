@@ -25,15 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nitro_e import progress
 from nitro_e.config import ConfigError, parse_json, read_text, to_dict
+from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation.benchmarks import Benchmark, describe
 from nitro_e.files import save_png
-from nitro_e.pipeline import TextToImage, to_image
-from nitro_e.prompts import Prompt
 from nitro_e.randomness import seed_of
+from nitro_e.record import progress
 from nitro_e.rewards import Scorer
-from nitro_e.sampling import SamplingConfig
+from nitro_e.sampling.pipeline import TextToImage, to_image
+from nitro_e.sampling.samplers import SamplingConfig
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from nitro_e.evaluation import statistics
+from nitro_e.data.prompts import Prompt
+from nitro_e.evaluation import intervals as statistics
+from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.pictures import Judged
-from nitro_e.evaluation.statistics import Estimate
-from nitro_e.prompts import Prompt
 
 
 @dataclass(frozen=True)

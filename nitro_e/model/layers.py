@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from nitro_e.model.attention import attend
+from nitro_e.model.cpu.attention import attend
 from nitro_e.model.transforms import transformed
 
 Grid = tuple[int, int]  # rows, columns of tokens

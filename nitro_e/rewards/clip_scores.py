@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e import files
-from nitro_e.clip import (
+from nitro_e.encoders.clip import (
     CLIP,
     CLIP_H,
     CLIP_L,

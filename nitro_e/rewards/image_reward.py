@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e import files
-from nitro_e.clip import MEAN, STD, fit_short_side, load_tokenizer
+from nitro_e.encoders.clip import MEAN, STD, fit_short_side, load_tokenizer
 from nitro_e.rewards.clip_scores import linear_head
 
 REPOSITORY, FILE, TEXT_CONFIG = "zai-org/ImageReward", "ImageReward.pt", "med_config.json"

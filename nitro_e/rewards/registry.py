@@ -20,7 +20,7 @@ from nitro_e.config import ConfigError, did_you_mean
 
 BUILT_IN = {
     "shapes": "nitro_e.shapes.judge:ShapesReward",
-    "geneval": "nitro_e.rewards.geneval:GenEvalReward",
+    "geneval": "nitro_e.rewards.geneval.reward:GenEvalReward",
     "hpsv2.1": "nitro_e.rewards.clip_scores:HPSv2",
     "pickscore": "nitro_e.rewards.clip_scores:PickScore",
     "clipscore": "nitro_e.rewards.clip_scores:CLIPScore",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import ConfigError, did_you_mean
-from nitro_e.geneval.rules import Detection, graded, is_correct, is_strict
+from nitro_e.rewards.geneval.rules import Detection, graded, is_correct, is_strict
 from nitro_e.shapes.render import signed_distance
 from nitro_e.shapes.scenes import COLORS, MAX_ANGLE, PALETTE, SHAPES
 

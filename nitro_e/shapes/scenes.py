@@ -21,16 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nitro_e.config import ConfigError, did_you_mean
-from nitro_e.geneval import requests as geneval
-from nitro_e.geneval.requests import (
-    NUMBERS,
-    OPPOSITE,
-    RELATIONS,
-    TASKS,
-    Request,
-    Thing,
-    plural,
-)
+from nitro_e.rewards.geneval import tasks as geneval
+from nitro_e.rewards.geneval.tasks import NUMBERS, OPPOSITE, RELATIONS, TASKS, Request, Thing, plural
 
 SPLITS = ("train", "heldout")
 SHAPES = ("circle", "square", "triangle", "star", "cross")

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e import flow
 from nitro_e.config import Config, Fraction, Ge, Gt, Le
 from nitro_e.data import Data, Records
-from nitro_e.flow import TimestepConfig
 from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.model import EMMDiT
-from nitro_e.optim import OptimConfig
 from nitro_e.randomness import SlotRandom, seeded
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.training.optim import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)

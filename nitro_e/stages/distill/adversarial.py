@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nitro_e import flow
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Lt
-from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import Phase, TextEmbedding
-from nitro_e.optim import OptimConfig
 from nitro_e.randomness import SlotRandom, seeded
-from nitro_e.stages.distill import losses
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import TimestepConfig, training_times
+from nitro_e.stages.distill import gan_losses as losses
+from nitro_e.stages.distill.gan_losses import Kind, Logits
 from nitro_e.stages.distill.heads import Backbone, FixedHeads, HeadConfig
 from nitro_e.stages.distill.inputs import DistillBatch, Draft
-from nitro_e.stages.distill.losses import Kind, Logits
 from nitro_e.stages.distill.objective import Shared, masked_mean
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
+from nitro_e.training.optim import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from nitro_e.config import Config, ConfigError, Ge, Le
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.stages.distill.losses import Logits
+from nitro_e.stages.distill.gan_losses import Logits
 
 Condition = Literal["none", "time", "time+text"]
 

@@ -20,12 +20,12 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from nitro_e import flow
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
-from nitro_e.flow import TimestepConfig, training_times
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.randomness import SlotRandom, seed_of
-from nitro_e.sampling import check_sigmas, euler, renoise
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import TimestepConfig, training_times
+from nitro_e.sampling.samplers import check_sigmas, euler, renoise
 
 Sampler = Literal["euler", "renoise"]
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, Lt
 from nitro_e.randomness import seed_of
+from nitro_e.stages.distill.gan_losses import Logits
 from nitro_e.stages.distill.heads import Features, full_precision, norm_groups
-from nitro_e.stages.distill.losses import Logits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nitro_e import flow
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
-from nitro_e.flow import expand
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.randomness import SlotRandom
-from nitro_e.sampling import guide
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import expand
+from nitro_e.sampling.samplers import guide
 from nitro_e.stages.distill.inputs import DistillBatch, Draft
 from nitro_e.stages.distill.objective import Shared
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from nitro_e.config import Config, ConfigError, Ge, Gt, Lt
 from nitro_e.data import Data, Records
 from nitro_e.interfaces import Denoiser, LatentCodec, Phase, TextEmbedding, TextEncoder
-from nitro_e.optim import OptimConfig
 from nitro_e.randomness import SlotRandom
-from nitro_e.sampling import SamplingConfig, scale_time
+from nitro_e.sampling.samplers import SamplingConfig, scale_time
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import (
@@ -48,6 +47,7 @@ from nitro_e.stages.distill.regression import (
     Reflow,
     ReflowConfig,
 )
+from nitro_e.training.optim import OptimConfig
 
 OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of DistillConfig
     "diffusion": Diffusion,

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from nitro_e import flow
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt
+from nitro_e.sampling import flow
 from nitro_e.stages.grpo.sde import Transitions
 
 KLKind = Literal["velocity", "gaussian", "gaussian_dt"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import Config, Ge, Gt, Le
-from nitro_e.flow import TimeGrid, time_grid
 from nitro_e.interfaces import TextEmbedding
+from nitro_e.sampling.flow import TimeGrid, time_grid
 from nitro_e.stages.grpo.losses import log_prob
 from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig
 

@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e import flow
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
+from nitro_e.data.prompts import Prompt, PromptsConfig
 from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
-from nitro_e.optim import OptimConfig
-from nitro_e.prompts import Prompt, PromptsConfig
 from nitro_e.randomness import SlotRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
+from nitro_e.sampling import flow
 from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.adapter import (
     AdapterConfig,
@@ -42,6 +41,7 @@ from nitro_e.stages.grpo.losses import ClippedConfig, NFTConfig
 from nitro_e.stages.grpo.policy import Guided, Policy, guided_velocity
 from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory, take
 from nitro_e.stages.grpo.sde import Schedule, Transitions, Window
+from nitro_e.training.optim import OptimConfig
 
 WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of its pictures unscored
 

@@ -1,0 +1,3 @@
+from nitro_e.cli import main
+
+main()

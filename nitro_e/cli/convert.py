@@ -1,0 +1,189 @@
+"""Convert weights between the released format and our model folders, both ways, merging a LoRA adapter on the way.
+
+    python tools/convert.py amd/Nitro-E models/nitro-e-512 --file Nitro-E-512px.safetensors
+    python tools/convert.py amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
+    python tools/convert.py runs/mine@ema mine-512px.safetensors --to-released
+    python tools/convert.py runs/mine@ema models/mine --dtype float16
+
+SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint. A model
+folder can be sampled at once (python sample.py models/nitro-e-512 ...); what sampling needs is written beside the
+weights, and of a run its step, resolved config and environment (`provenance`). The released format holds the weights alone, bit for bit, for other programs. The REPA projector that some
+released files carry is left out and reported: it serves training only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nitro_e.cli import common as cli
+from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
+from nitro_e.encoders.components import ComponentConfig
+from nitro_e.files import commit_of, save_tensors
+from nitro_e.model import EMMDiT, released
+from nitro_e.model.pretrained import (
+    load_pretrained,
+    locate,
+    locate_lora,
+    read_config,
+    save_pretrained,
+)
+from nitro_e.record import metrics
+from nitro_e.sampling.pipeline import Use
+from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.training import checkpoint
+from nitro_e.training.checkpoint import model_folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="a new folder, or a new .safetensors file with --to-released"
+    )
+    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
+    parser.add_argument(
+        "--revision", help="of the hub repository, for example a commit (default: see docs/model.md)"
+    )
+    parser.add_argument(
+        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the hub repository"
+    )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="when the file's name does not say it"
+    )
+    parser.add_argument(
+        "--to-released", action="store_true", help="write the released format instead of a model folder"
+    )
+    cli.dtype_flag(parser, "of the result; default: as they are")
+    options = parser.parse_args(arguments)
+    return cli.run(lambda: print(convert(options)))
+
+
+def convert(options: argparse.Namespace) -> str:
+    """Read, convert, write; returns what to tell the user."""
+    out: Path = options.out
+    if out.exists():
+        raise ConfigError(f"OUT '{out}' exists; remove it or give another name")
+    if options.to_released and out.suffix != ".safetensors":
+        raise ConfigError(f"OUT '{out}': --to-released writes a file; its name must end in .safetensors")
+    if not options.to_released and out.suffix == ".safetensors":
+        raise ConfigError(
+            f"OUT '{out}': a model folder is written; for a released-format file add --to-released"
+        )
+    path = find(options.source, options.file, options.revision)
+    lora = None
+    if options.lora is not None:
+        lora = locate_lora(options.lora, options.source, options.revision)
+    model = load_pretrained(path, lora=lora, resolution=options.resolution)
+    if options.dtype is not None:
+        model.to(getattr(torch, options.dtype))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if options.to_released:
+        told = tell_reader(path, model)
+        write_file(model, out)
+        lines = [f"{out}: the released format; its reader must be told: {told}"]
+    else:
+        use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
+        write_folder(model, out, use, provenance(path) or from_hub(options))
+        lines = [f'{out}: model folder; try it: python sample.py {out} --prompt "..."']
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines.append(
+        f"{parameters:,} parameters in {next(model.parameters()).dtype}"
+        + (f", {lora} merged" if lora else "")
+    )
+    return "\n".join([*lines, *left_out(path)])
+
+
+def tell_reader(path: Path, model: EMMDiT) -> str:
+    """What the released format has no place for. ConfigError if its samplers could not follow it."""
+    told = [f"attention {', '.join(model.config.attention)}"]
+    sampling = read_config(path)["use"].get("sampling", {}) if path.is_dir() else {}
+    if sampling.get("time_scale", 1) != 1:
+        raise ConfigError(
+            f"'{path}' was distilled with time_scale {sampling['time_scale']:g}: the released format cannot say so; without "
+            "--to-released you get a model folder, which can"
+        )
+    if sampling.get("sigmas"):
+        times = " or ".join("(" + ", ".join(f"{t:g}" for t in times) + ")" for times in sampling["sigmas"])
+        told.append(f"distilled: times {times}, sampler {sampling['sampler']}, guidance 1")
+    return "; ".join(told)
+
+
+def find(source: str, file: str | None, revision: str | None = None) -> Path:
+    """The file or model folder; directories may be runs or checkpoints too."""
+    if file is None and Path(source.partition("@")[0]).is_dir():
+        return model_folder(source)
+    return locate(source, file, revision)
+
+
+def use_of_released(name: str, model: EMMDiT) -> dict[str, Any]:
+    """How released weights are sampled: 20 guided steps, or 4 without guidance for the distilled ones."""
+    distilled = "-dist" in name
+    sampling = SamplingConfig(
+        resolution=32 * model.config.base_grid * model.config.patch_size,  # 32 pixels per latent cell
+        steps=4 if distilled else 20,
+        guidance_scale=0.0 if distilled else 4.5,
+        sampler="euler",
+        grid="released",
+    )
+    codec = ComponentConfig(name="dc-ae-f32c32")
+    text = ComponentConfig(name="llama-3.2-1b", clean_caption=True)
+    return to_dict(Use(codec=codec, text=text, sampling=sampling))
+
+
+def write_file(model: EMMDiT, out: Path) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    save_tensors(released.to_released(model), temporary)
+    os.replace(temporary, out)
+
+
+def write_folder(model: EMMDiT, out: Path, use: dict[str, Any], origin: dict[str, Any] | None) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_pretrained(model, temporary, use, origin)
+    temporary.rename(out)
+
+
+def provenance(path: Path) -> dict[str, Any] | None:
+    """Of weights in a run directory: which step, trained how and on what; of a model folder, what it says itself."""
+    run = path.parents[2] if (path.parent / "meta.json").is_file() else None
+    if run is None or not (run / "config.yaml").is_file():
+        if not path.is_dir():
+            return None
+        about = parse_json(read_text(path / "config.json"), str(path / "config.json"))
+        return about.get("provenance") if isinstance(about, dict) else None
+    return {
+        "weights": path.name,
+        "step": checkpoint.step_of(path.parent),
+        "config": parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml")),
+        "environment": metrics.read_events(run)[0]["environment"],
+    }
+
+
+def from_hub(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Of weights from a hub repository: which files of which commit."""
+    if Path(options.source).exists():
+        return None
+    commit = commit_of(options.source, options.revision)
+    return {"repository": options.source, "commit": commit, "file": options.file, "lora": options.lora}
+
+
+def left_out(path: Path) -> list[str]:
+    """What of a released file is not in the model."""
+    if path.is_dir():
+        return []
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(released.PROJECTOR)]
+    return (
+        [f"left out: {len(names)} tensors of the REPA projector ({names[0]}, ...); it serves training only"]
+        if names
+        else []
+    )

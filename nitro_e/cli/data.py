@@ -1,0 +1,333 @@
+"""Prepare and look at training data. Every command can be killed and run again.
+
+    python tools/data.py pack folder photos/ --captions photos/captions.csv --out data/photos --name photos
+    python tools/data.py pack sa1b 'sa1b/sa_*.tar' --captions captions.parquet --out data/sa1b --name sa1b --processes 32
+    python tools/data.py encode 'data/photos/images-*.tar' --out data/photos --codec dc-ae-f32c32
+    torchrun --nproc_per_node 8 tools/data.py encode 'data/sa1b/images-*.tar' --out data/sa1b --codec dc-ae-f32c32
+    python tools/data.py verify 'data/photos/*.tar' --deep
+    python tools/data.py plan --images 25e6
+
+Then train with data.shards='["data/photos/latents-*.tar"]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from nitro_e import config
+from nitro_e.cli import common as cli
+from nitro_e.config import ConfigError
+from nitro_e.data.catalog import expand_shards
+from nitro_e.data.index import shard_index
+from nitro_e.data.making import encode, jobs, pack, verify
+from nitro_e.data.making import stats as report
+from nitro_e.data.making.captions import CaptionTable
+from nitro_e.encoders.components import (
+    build_codec,
+    build_text_encoder,
+    build_vision_encoder,
+    chosen_component,
+    pinned,
+)
+from nitro_e.record.progress import bar
+
+LAYOUTS = ("folder", "table", "parquet", "webdataset", "img2dataset", "sa1b", "journeydb")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, (add_arguments, run, text) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        add_arguments(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    codes: list[int | None] = []
+    return cli.run(lambda: codes.append(args.run(args))) or codes[0] or 0
+
+
+def pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("layout", choices=LAYOUTS, help="how the input is laid out")
+    parser.add_argument("input", nargs="+", help="folder, table, or archives (globs and brace ranges)")
+    parser.add_argument(
+        "--captions", type=Path, help="table (csv, tsv, jsonl, parquet) or folder of .txt files"
+    )
+    parser.add_argument("--captions-from-names", action="store_true", help="folder: file names are captions")
+    parser.add_argument(
+        "--id-column", default="id", help="of --captions for archives; file names are reduced to their stem"
+    )
+    parser.add_argument("--image-column", default="image", help="of tables and parquet")
+    parser.add_argument(
+        "--caption-column", help="dots reach into objects (default: caption; journeydb: prompt)"
+    )
+    parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
+    parser.add_argument("--name", default="sample", help="start of every key; give each source its own")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument(
+        "--resize", type=int, help="make larger images smaller, to this shorter side in pixels"
+    )
+    parser.add_argument("--min-side", type=int, default=1, help="leave out smaller images, pixels")
+    parser.add_argument(
+        "--shuffle", type=int, default=0, metavar="SEED", help="of folders and tables; -1 keeps their order"
+    )
+    job_arguments(parser)
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    column = args.caption_column or ("prompt" if args.layout == "journeydb" else "caption")
+    options = pack.PackConfig(
+        name=args.name,
+        samples_per_shard=args.samples_per_shard,
+        resize=args.resize,
+        min_side=args.min_side,
+        caption_key=args.caption_key,
+        image_column=args.image_column,
+        caption_column=column,
+        shuffle=None if args.shuffle < 0 else args.shuffle,
+    )
+    job = make_job(args)
+    if args.layout in ("folder", "table", "journeydb") and len(args.input) > 1:
+        raise ConfigError(
+            f"pack {args.layout} takes one input, got {len(args.input)}; pack each into its own --out"
+        )
+    root, tables = Path(args.input[0]), args.out / ".journal"
+    twice: list = []
+    if args.layout == "folder":
+        units = pack.folder_units(root, options, args.captions, args.captions_from_names)
+    elif args.layout == "table":
+        units = pack.table_units(root, options)
+    elif args.layout == "journeydb":
+        units, twice = pack.journeydb_units(root, options, tables)
+    else:
+        captions = None
+        if args.captions is not None:
+            captions, twice = CaptionTable.build(args.captions, tables, args.id_column, column)
+        elif args.layout == "sa1b":
+            raise ConfigError("pack sa1b needs --captions: SA-1B comes without any")
+        readers = {"parquet": pack.read_parquet, "sa1b": pack.read_sa1b}
+        units = pack.archive_units(
+            args.input, readers.get(args.layout, pack.read_webdataset), options, captions
+        )
+    if twice:
+        print(
+            f"{len(twice)} ids have several captions, the first is used:"
+            f" {', '.join(p.key for p in twice[:5])}",
+            file=sys.stderr,
+        )
+    pack.pack(units, job)
+
+
+def encode_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", help="packed shards")
+    cli.component_flags(
+        parser,
+        codec="a name, NAME=FOLDER for local files: writes latents-*.tar",
+        text="likewise the text encoder: writes text-*.tar",
+        vision="likewise the vision encoder: writes features-*.tar",
+    )
+    parser.add_argument(
+        "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
+    )
+    parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
+    parser.add_argument(
+        "--grid",
+        type=cli.whole(1, 1024),
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the vision features, without --codec",
+    )
+    cli.dtype_flag(parser, "of the encoders", default="float32")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
+    job_arguments(parser, processes=False)
+
+
+def run_encode(args: argparse.Namespace) -> None:
+    import torch
+
+    device = args.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
+    builders = {"codec": build_codec, "text": build_text_encoder, "vision": build_vision_encoder}
+    built, names = {}, {}
+    for kind, builder in builders.items():
+        if value := getattr(args, kind):
+            component = chosen_component(kind, value, dtype=args.dtype)
+            if kind == "text":
+                component = dataclasses.replace(component, length=args.text_length)
+            built[kind] = builder(component, device)
+            column = {"codec": "latents", "vision": "features"}.get(kind, kind)
+            names[column] = config.to_dict(pinned(component))
+    encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
+    options = encode.EncodeConfig(
+        resolution=args.resolution,
+        text_format=args.text_format,
+        caption_key=args.caption_key,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
+    encode.encode(expand_shards(args.shards, "shards"), encoders, options, make_job(args))
+
+
+def job_arguments(parser: argparse.ArgumentParser, processes: bool = True) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    if processes:
+        parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--rank", type=int, default=int(os.environ.get("RANK", 0)), help="of this process or array job"
+    )
+    parser.add_argument(
+        "--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of ranks"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="redo what was made from other input or options"
+    )
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.001, help="stop when more samples are unusable"
+    )
+
+
+def make_job(args: argparse.Namespace) -> jobs.JobConfig:
+    return jobs.JobConfig(
+        out=args.out,
+        processes=getattr(args, "processes", 1),
+        rank=args.rank,
+        world=args.world,
+        overwrite=args.overwrite,
+        max_bad_fraction=args.max_bad_fraction,
+    )
+
+
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+")
+    parser.add_argument("--deep", action="store_true", help="decode every image too")
+    parser.add_argument("--processes", type=cli.whole(1, 512), default=1, metavar="N")
+    parser.add_argument("--caption-key", default="caption")
+    parser.add_argument("--report", type=Path, help="write all problems as JSON lines")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    found = verify.verify(expand_shards(args.shards, "shards"), args.deep, args.processes, args.caption_key)
+    refuse_empty(found.samples or len(found.problems), args.shards)
+    for problem in found.problems[:50]:
+        print(problem)
+    if len(found.problems) > 50:
+        print(f"... and {len(found.problems) - 50} more")
+    if args.report is not None:
+        args.report.write_text(
+            "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in found.problems)
+        )
+    print(
+        f"{found.shards} shards, {found.samples} samples, {found.nbytes / 1e9:.3f} GB: {len(found.problems)}"
+        " problems"
+    )
+    if found.repeated:
+        print(f"note: {found.repeated} keys occur in several shards; samples are told apart by shard and key")
+    return 1 if found.problems else 0
+
+
+def refuse_empty(found: int, shards: list[str]) -> None:
+    if not found:
+        raise ConfigError(f"there are no samples in {', '.join(shards)}; pack or copy the shards again")
+
+
+def index_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+")
+    parser.add_argument("--force", action="store_true", help="scan again what has an index")
+    parser.add_argument("--processes", type=cli.whole(1, 512), default=1, metavar="N")
+
+
+def run_index(args: argparse.Namespace) -> None:
+    shards, samples = expand_shards(args.shards, "shards"), 0
+    work = jobs.each(partial(shard_index, force=args.force), args.processes)
+    for _, index in bar(work(shards), total=len(shards), desc="index", unit="shard"):
+        samples += len(index.rows)
+    refuse_empty(samples, args.shards)
+    print(f"{samples} samples in {len(shards)} shards")
+
+
+def stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+")
+    parser.add_argument(
+        "--probe", type=cli.whole(), default=16, metavar="N", help="samples per shard that are decoded"
+    )
+
+
+def run_stats(args: argparse.Namespace) -> None:
+    found = report.stats(expand_shards(args.shards, "shards"), args.probe)
+    refuse_empty(found["samples"], args.shards)
+    print(json.dumps(found, indent=2))
+
+
+def head_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+")
+    parser.add_argument("-n", "--count", type=cli.whole(1), default=5, metavar="N")
+    parser.add_argument("--sheet", type=Path, help="write their images side by side to this PNG")
+
+
+def run_head(args: argparse.Namespace) -> None:
+    lines = report.head(expand_shards(args.shards, "shards"), args.count, args.sheet)
+    refuse_empty(len(lines), args.shards)
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def which_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="config of a run: configs/*.yaml or RUN/config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--step", type=cli.whole(0, 10**9), required=True, metavar="N")
+    parser.add_argument(
+        "--world", type=cli.whole(1, 100_000), default=1, metavar="N", help="training processes"
+    )
+
+
+def run_which(args: argparse.Namespace) -> None:
+    from nitro_e.stages.recipe import RunConfig
+
+    run = config.load(RunConfig, args.config, args.overrides)
+    if run.data is None:
+        raise ConfigError(f"{args.config}: stage.kind '{run.stage.kind}' reads no data")
+    data = run.stage_kind.open_data(run)
+    batch = run.data.batch_size * run.engine.accumulate * args.world
+    for key in data.keys(range(args.step * batch, (args.step + 1) * batch)):
+        print(key)
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(report.Plan):
+        kind = cli.whole() if isinstance(field.default, int) else float
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(report.Plan)}
+    print("\n".join(report.plan_lines(report.Plan(**values))))
+
+
+COMMANDS = {
+    "pack": (pack_arguments, run_pack, "captioned images in the layouts people have -> shards"),
+    "encode": (encode_arguments, run_encode, "shards -> latents, text embeddings, vision features"),
+    "verify": (
+        verify_arguments,
+        run_verify,
+        "check shards against themselves, their index and their manifest",
+    ),
+    "index": (index_arguments, run_index, "scan shards in advance"),
+    "stats": (stats_arguments, run_stats, "count members, captions, sizes"),
+    "head": (head_arguments, run_head, "show the first samples"),
+    "which": (which_arguments, run_which, "the keys of a global batch"),
+    "plan": (plan_arguments, run_plan, "storage and compute for a number of images"),
+}

@@ -1,0 +1,79 @@
+"""Score a model on a benchmark: pictures of its prompts, judged, with confidence intervals.
+
+    python tools/evaluate.py shapes runs/mine                          600 held-out prompts of the offline domain
+    python tools/evaluate.py shapes runs/mine --guidance 1 2 3 --steps 4 20      a row per combination
+    python tools/evaluate.py shapes runs/mine --against runs/other     paired: the same prompts and noise
+    python tools/evaluate.py geneval nitro-e-512                       GenEval, with the detector from its hub
+    python tools/evaluate.py mine.txt runs/mine --reward hpsv2.1       your prompts, any rewards
+
+Prints a table and writes OUT/results.json and OUT/report.html, with pictures and what the judge saw. Pictures and
+verdicts are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nitro_e.cli import common as cli
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return cli.run(lambda: command(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benchmark", help="shapes, geneval, or a file of prompts (.txt, .jsonl)")
+    parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
+    parser.add_argument("--against", metavar="CHECKPOINT", help="another one to compare with, pair by pair")
+    parser.add_argument("--num", type=int, help="prompts (default: the benchmark's)")
+    parser.add_argument("--per-prompt", type=int, metavar="N", help="pictures of each (default: likewise)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
+    parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
+    parser.add_argument("--sampler", nargs="+", help="euler, heun")
+    parser.add_argument("--batch-size", type=int, default=64)
+    cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
+    parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
+    cli.component_flags(
+        parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
+    )
+    cli.download_flag(parser)
+    parser.add_argument("--reward", action="append", default=[], help="for a file of prompts; several times")
+    parser.add_argument(
+        "--reward-path", metavar="FOLDER", help="the judge's weights, a local folder or hub id"
+    )
+    parser.add_argument("--reward-option", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rejudge", action="store_true", help="judge again what was judged before")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: outputs/evaluate/BENCHMARK-CHECKPOINT"
+    )
+    return parser.parse_args(arguments)
+
+
+def command(options: argparse.Namespace) -> None:
+    from nitro_e.evaluation.benchmarks import benchmark
+    from nitro_e.evaluation.evaluate import Options, default_device, evaluate, tell
+
+    chosen = benchmark(
+        options.benchmark, options.num, options.per_prompt, options.reward, options.reward_path, options.reward_option
+    )  # fmt: skip
+    grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
+    sources = [options.checkpoint] + ([options.against] if options.against else [])
+    name = f"{chosen.name}-{Path(options.checkpoint).name}"
+    out = options.out or Path("outputs/evaluate") / name
+    evaluation = evaluate(
+        chosen, sources, {key: values for key, values in grid.items() if values},
+        Options(
+            seed=options.seed, batch_size=options.batch_size, dtype=options.dtype,
+            device=options.device or default_device(), codec=options.codec, text=options.text,
+            allow_download=tuple(options.allow_download), rejudge=options.rejudge,
+        ),
+        out,
+    )  # fmt: skip
+    print(tell(evaluation))
+    print(f"pictures with what the judge saw: {out / 'report.html'}; numbers: {out / 'results.json'}")

@@ -1,0 +1,154 @@
+"""Prompts -> shards of synthetic pairs, for distillation and for synthetic parts of a mixture.
+
+    python tools/synthesize.py runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
+    torchrun --nproc_per_node 8 tools/synthesize.py runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
+    python tools/synthesize.py diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --codec dc-ae-f32c32 --out data/flux
+
+Members of a sample in `synth-*.tar`:
+    npy         (C, h, w) float16 final latent, raw like all latents in shards
+    noise.npy   (C, h, w) float16 noise it was drawn from (ours only); exactly what the sampler started with
+    trajectory.npy   with --trajectory T1,T2,... (ours only): (len, C, h, w) float16 states at these times, scaled
+                like the noise; each must be on the sampler's grid (--grid linear --steps 20 has .75, .5 and .25)
+    txt, json   the prompt; its seed, the settings, and what the prompts file says about it
+    text.npy, mask.npy   with --text-embeddings (ours only)
+    jpg         with --images, and always for diffusers pipelines; their latents are those of --codec
+The seed of picture k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
+The same command continues; OUT/preview.png shows the first pictures. A picture whose latent is not finite, or
+outside --max-abs or --std (of the scaled latent; 12 and .6,1.6 suit DC-AE) is left out and counted. For
+distillation give --grid linear: the released grid spends its last step on almost nothing. Left out: scoring and
+filtering by reward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from nitro_e.cli import common as cli
+from nitro_e.config import ConfigError
+from nitro_e.data.making.jobs import JobConfig
+from nitro_e.data.making.synthesis import (
+    DiffusersGenerator,
+    Extras,
+    Generator,
+    Limits,
+    OwnGenerator,
+    read_jobs,
+    synthesize,
+)
+from nitro_e.data.prompts import GENERATORS
+from nitro_e.encoders.components import build_codec, chosen_component
+from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.samplers import SAMPLERS
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", help="run, checkpoint or model folder (@ema, @model), or diffusers:NAME_OR_FOLDER"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        help=f"text file with one per line, a table, or {', '.join(GENERATORS)}",
+    )
+    parser.add_argument("--prompt-column", default="prompt", help="of a table")
+    parser.add_argument("--limit", type=cli.whole(1), metavar="N", help="only so many prompts")
+    parser.add_argument(
+        "--per-prompt", type=cli.whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt"
+    )
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, metavar="N", help="another one gives other pictures"
+    )
+    parser.add_argument("--negative-prompt", default="", type=cli.text, help="ours only")
+    parser.add_argument("--steps", type=int, help="default: what the weights came with")
+    parser.add_argument(
+        "--guidance", type=cli.real(0), metavar="SCALE", help="default: what the weights came with"
+    )
+    parser.add_argument("--sampler", choices=(*SAMPLERS, "renoise"), help="ours only")
+    parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
+    parser.add_argument("--resolution", type=int, help="pixels per side")
+    cli.component_flags(
+        parser,
+        codec="the codec's files; diffusers: a name or NAME=FOLDER, which stores the latents of the pictures",
+        text="the text encoder's files (ours only)",
+    )
+    cli.download_flag(parser)
+    parser.add_argument("--images", action="store_true", help="store the pictures too (diffusers: always)")
+    parser.add_argument(
+        "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
+    )
+    parser.add_argument(
+        "--trajectory", type=numbers, default=(), help="store the states at these times (ours only)"
+    )
+    parser.add_argument(
+        "--max-abs", type=cli.real(0), metavar="X", help="leave out latents with larger values"
+    )
+    parser.add_argument("--std", type=numbers, metavar="LEAST,MOST", help="leave out latents outside")
+    parser.add_argument("--samples-per-shard", type=cli.whole(1), default=1000, metavar="N")
+    parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
+    cli.dtype_flag(parser, "of all parts; default: float32, of our codec and text encoder as in training")
+    parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
+    parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
+    parser.add_argument("--overwrite", action="store_true", help="redo what was made with other settings")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.001)
+    args = parser.parse_args(argv)
+    return cli.run(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    job = JobConfig(out=args.out, rank=args.rank, world=args.world, overwrite=args.overwrite,
+                    max_bad_fraction=args.max_bad_fraction)  # fmt: skip
+    if args.std is not None and (len(args.std) != 2 or args.std[0] >= args.std[1]):
+        raise ConfigError(f"--std {args.std}: expected two numbers, for example .6,1.6")
+    jobs = read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit)
+    generator = build_generator(args)
+    keep_images = args.images or isinstance(generator, DiffusersGenerator)
+    limits = Limits(args.max_abs, args.std)
+    if limits != Limits() and generator.codec is None:
+        raise ConfigError(
+            "--max-abs and --std look at latents, which diffusers pipelines give with --codec only"
+        )
+    synthesize(generator, jobs, job, args.samples_per_shard, args.batch_size, keep_images, limits)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(cli.real(-1e30)(part) for part in text.split(","))
+
+
+def build_generator(args: argparse.Namespace) -> Generator:
+    device = args.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
+    if args.source.startswith("diffusers:"):
+        ours = ("text_embeddings", "sampler", "negative_prompt", "grid", "trajectory", "text")
+        if given := [f"--{name.replace('_', '-')}" for name in ours if getattr(args, name)]:
+            raise ConfigError(f"{', '.join(given)}: for our own models only")
+        settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance,
+                    "height": args.resolution, "width": args.resolution}  # fmt: skip
+        codec = build_codec(chosen_component("codec", args.codec), device) if args.codec else None
+        settings = {key: value for key, value in settings.items() if value is not None}
+        source, dtype = args.source.removeprefix("diffusers:"), args.dtype or "float32"
+        return DiffusersGenerator(source, device, dtype, settings, codec)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    pipeline = TextToImage.from_pretrained(
+        args.source, device, dtype, codec=args.codec, text=args.text, allow_download=args.allow_download
+    )
+    settings = pipeline.settings(
+        steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution,
+        grid=args.grid,
+    )  # fmt: skip
+    if args.grid and settings.sigmas:
+        raise ConfigError(
+            f"--grid {args.grid}: '{args.source}' is distilled and has times of its own; leave it out"
+        )
+    extras = Extras(args.text_embeddings, args.images, tuple(sorted(args.trajectory, reverse=True)))
+    return OwnGenerator(pipeline, settings, args.negative_prompt, extras)

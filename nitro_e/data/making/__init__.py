@@ -1,0 +1,1 @@
+"""Making data: packing, encoding, verifying, drawing pairs with a teacher."""

@@ -1,0 +1,286 @@
+"""Run the frozen encoders once over packed images: one output shard per input shard and column.
+
+    latents-X.tar    npy       (C, h, w) float16, raw (not scaled) codec latents, with copies of txt and json
+    text-X.tar       text.npy  (L, D) float16; padded: L fixed, with mask.npy (L,) uint8; ragged: real tokens
+    features-X.tar   features.npy  (h*w, F) float16 vision features on the latent grid
+
+X is the input's name without `images-`. A shard is published after it was opened again and checked (keys,
+shapes, finite, |latent| < 10,000, and the codec's round trip of its first image). Its manifest entry says
+what made it. The bytes depend on the encoder, the device and the batch size, not on processes, ranks or
+interruptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from nitro_e.config import Config, ConfigError, Ge, Le
+from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
+from nitro_e.data.dataset import ReadSpec, Records, TarDataset
+from nitro_e.data.decode import decode_array
+from nitro_e.data.index import Problem, scan_tar
+from nitro_e.data.making.jobs import JobConfig, Result, digest, publish_entry, run_job
+from nitro_e.data.making.writer import atomic_file, open_shard
+from nitro_e.data.order import Order
+from nitro_e.data.reader import identity, ignore_interrupts, image_spec, worker_faults_explained
+from nitro_e.files import add_tensors
+from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
+
+LARGEST = 1e4  # a latent beyond this is a failure of the codec, not a picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Config):
+    """What is computed; part of every unit's fingerprint, except batch_size and workers."""
+
+    OPTIONS: ClassVar[bool] = True
+
+    resolution: Annotated[int, Ge(1), Le(65536)] = 512
+    text_format: Literal["padded", "ragged"] = "padded"
+    caption_key: str = "caption"
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 32
+    workers: Annotated[int, Ge(0), Le(512)] = 2  # processes that decode images
+
+
+@dataclass
+class Encoders:
+    """What to run; at least one. `names` says for the manifest what each is."""
+
+    codec: LatentCodec | None = None
+    text: TextEncoder | None = None
+    vision: VisionEncoder | None = None
+    grid: tuple[int, int] | None = None  # of the vision features; None: the codec's
+    names: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.codec is None and self.text is None and self.vision is None:
+            raise ConfigError("nothing to encode; choose --codec, --text, --vision or several of them")
+        if self.vision is not None and self.grid is None and self.codec is None:
+            raise ConfigError("--vision needs the latent grid; give --codec as well, or --grid H W")
+        columns = {"latents": self.codec, "text": self.text, "features": self.vision}
+        self.columns = {name: encoder for name, encoder in columns.items() if encoder is not None}
+        self.identity = {name: weights_digest(encoder) for name, encoder in self.columns.items()}
+
+    def describe(self, column: str, config: EncodeConfig) -> dict:
+        """The `encoder` entry of a manifest line."""
+        described = {"name": (self.names or {}).get(column), "weights": self.identity[column]}
+        if column == "text":
+            return {**described, "format": config.text_format, "length": self.text.length}
+        return {**described, "resolution": config.resolution}
+
+
+@dataclass
+class EncodeUnit:
+    """One input shard (all its columns)."""
+
+    name: str
+    paths: list[str]
+    options: str  # digest of config and encoders
+
+    def fingerprint(self) -> str:
+        return digest(self.options, self.open().digest)
+
+    def open(self) -> Catalog:
+        return open_catalog([self.paths])
+
+
+def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job: JobConfig) -> list[dict]:
+    """Encode every shard (paths from `expand_shards`); see jobs.run_job. Returns the manifest entries.
+
+    Raises ConfigError for damaged input, for two shards whose output would have one name, and when a check
+    fails.
+    """
+    options = digest(replace(config, batch_size=1, workers=0).__dict__, encoders.identity, encoders.grid)
+    units = []
+    for columns in group_columns(shards).values():
+        path = Path(columns.get("images") or columns.get("") or next(iter(columns.values())))
+        match = COLUMN.fullmatch(path.stem)
+        units.append(EncodeUnit(match.group(2) if match else path.stem, list(columns.values()), options))
+    names = [unit.name for unit in units]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if twice:
+        raise ConfigError(
+            f"two input shards are called '{min(twice)}'; encode each folder into an --out of its own"
+        )
+    job.out.mkdir(parents=True, exist_ok=True)
+    if encoders.text is not None:
+        _write_null_text(encoders.text, job.out / "null-text.npz")
+    return run_job("+".join(encoders.columns), units, partial(_work, encoders, config, job.out), job)
+
+
+def weights_digest(encoder: Any) -> str:
+    """Hash of an encoder's class, settings, vocabulary and every tensor that it holds."""
+    state = hashlib.sha256(type(encoder).__name__.encode())
+    for name, value in sorted(vars(encoder).items()):
+        if isinstance(value, nn.Module | Tensor):
+            add_tensors(state, name, value)
+        elif hasattr(value, "get_vocab"):  # a tokenizer
+            state.update(f"{name} {digest(value.get_vocab())}".encode())
+        elif isinstance(value, int | float | str | tuple) and name != "truncated":  # which counts prompts
+            state.update(f"{name} {value!r}".encode())
+    return state.hexdigest()
+
+
+# --- one unit after the other, with the images of all of them coming from one loader --------------
+
+
+class UnitImages(Dataset):
+    """Batches of (unit number, sample ids) -> records without replacement, and what failed."""
+
+    def __init__(self, units: Sequence[EncodeUnit], config: EncodeConfig, pixels: bool):
+        self.units, self.config, self.pixels = units, config, pixels
+        self._current: tuple[int, TarDataset] | None = None
+
+    def __getitems__(self, batch: tuple[int, range]) -> tuple[Records, dict[int, Problem]]:
+        number, ids = batch
+        if self._current is None or self._current[0] != number:
+            self._current = number, self._dataset(self.units[number].open())
+        return self._current[1].load(np.asarray(ids))
+
+    def _dataset(self, catalog: Catalog) -> TarDataset:
+        images = image_spec(catalog) if self.pixels else ()
+        info = catalog.find("json") is not None
+        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
+        return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
+
+
+def _work(
+    encoders: Encoders, config: EncodeConfig, out: Path, units: Sequence[EncodeUnit]
+) -> Iterator[tuple[EncodeUnit, Result]]:
+    def batches():  # runs ahead of the encoder by the loader's prefetching
+        for number, unit in enumerate(units):
+            size = len(unit.open())
+            for start in range(0, size, config.batch_size):
+                yield number, range(start, min(start + config.batch_size, size))
+
+    pixels = encoders.codec is not None or encoders.vision is not None
+    loader = DataLoader(
+        UnitImages(units, config, pixels),
+        batch_sampler=batches(),
+        num_workers=config.workers,
+        collate_fn=identity,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),
+    )
+    stream = worker_faults_explained(loader) if units else None
+    for unit in units:
+        yield unit, _encode_unit(unit, stream, encoders, config, out)
+
+
+def _encode_unit(
+    unit: EncodeUnit, stream: Iterator, encoders: Encoders, config: EncodeConfig, out: Path
+) -> Result:
+    """Write all columns of one shard side by side; none appears before it is checked."""
+    catalog = unit.open()
+    result, keys, psnr, remaining = Result(bad=list(catalog.problems)), [], None, len(catalog)
+    paths = {name: out / f"{name}-{unit.name}.tar" for name in encoders.columns}
+    with ExitStack() as stack:
+        add = {
+            name: stack.enter_context(open_shard(path, partial(_check_shard, name, keys, path)))
+            for name, path in paths.items()
+        }
+        while remaining:
+            records, failed = next(stream)
+            remaining -= len(records)
+            columns = _compute(records, failed, encoders, config)
+            for slot in (slot for slot in range(len(records)) if slot not in failed):
+                key = records.keys[slot].split(":", 1)[1]
+                keys.append(key)
+                for name, members in columns.items():
+                    add[name]({"__key__": key, **members[slot]})
+            if psnr is None and encoders.codec is not None and len(failed) < len(records):
+                slot = next(slot for slot in range(len(records)) if slot not in failed)
+                psnr = _round_trip(encoders.codec, records.pixels[slot], columns["latents"][slot]["npy"])
+            result.bad += failed.values()
+    for name, path in paths.items():
+        extra = {"encoder": encoders.describe(name, config)}
+        if name == "latents":
+            extra["psnr"] = psnr
+        result.shards.append(publish_entry(path, scan_tar(path), **extra))
+    result.samples = len(keys)
+    return result
+
+
+def _compute(
+    records: Records, failed: dict[int, Problem], encoders: Encoders, config: EncodeConfig
+) -> dict[str, list[dict[str, Any]]]:
+    """Members of every column for one batch; samples whose result is not usable join `failed`."""
+    columns: dict[str, list[dict]] = {}
+    pixels = records.pixels.float() / 127.5 - 1 if records.pixels is not None else None  # (B, 3, R, R)
+    grid = encoders.grid
+    if encoders.codec is not None:
+        raw = encoders.codec.encode_pixels(pixels).float().cpu()  # (B, C, h, w)
+        grid = grid or tuple(raw.shape[2:])
+        _reject(records, failed, raw, "latent", LARGEST)
+        columns["latents"] = [
+            {"npy": x, "txt": prompt, **({"json": info} if info else {})}
+            for x, prompt, info in zip(raw.half().numpy(), records.prompts, records.info)
+        ]
+    if encoders.text is not None:
+        tokens, mask = encoders.text.encode(records.prompts)  # (B, L, D), (B, L)
+        tokens, mask = tokens.float().cpu(), mask.cpu()
+        _reject(records, failed, tokens, "text embedding", 65504)
+        tokens, mask = tokens.half().numpy(), mask.numpy()
+        columns["text"] = [
+            {"text.npy": x[m]}
+            if config.text_format == "ragged"
+            else {"text.npy": x, "mask.npy": m.astype(np.uint8)}
+            for x, m in zip(tokens, mask)
+        ]
+    if encoders.vision is not None:
+        features = encoders.vision.features(pixels, grid).float().cpu()  # (B, h*w, F)
+        _reject(records, failed, features, "vision features", 65504)
+        columns["features"] = [{"features.npy": x} for x in features.half().numpy()]
+    return columns
+
+
+def _reject(records: Records, failed: dict[int, Problem], values: Tensor, what: str, largest: float) -> None:
+    good = (values.abs().flatten(1) < largest).all(dim=1)  # False for NaN too
+    for slot in torch.nonzero(~good).flatten().tolist():
+        shard, key = records.keys[slot].split(":", 1)
+        failed.setdefault(slot, Problem(shard, key, f"{what} is not finite or beyond {largest:g}"))
+
+
+def _round_trip(codec: LatentCodec, pixels: Tensor, raw: np.ndarray) -> float:
+    """PSNR in dB of the stored latent decoded again; a codec that does not fit its data shows here."""
+    decoded = codec.decode(codec.normalize(torch.from_numpy(raw)[None])).cpu()[0]
+    error = ((decoded - (pixels.float() / 127.5 - 1)) / 2).square().mean().item()
+    return round(-10 * float(np.log10(max(error, 1e-10))), 2)
+
+
+def _check_shard(column: str, keys: list[str], final: Path, path: Path) -> None:
+    """Open a finished shard again: every key in order, arrays of one shape, finite, in range."""
+    rows = scan_tar(path).rows
+    if [key.decode() for key in rows["__key__"]] != keys:
+        raise ConfigError(
+            f"{final}: was not written as it should be (keys differ); check the disk and run again"
+        )
+    member = {"latents": "npy", "text": "text.npy", "features": "features.npy"}[column]
+    shapes = set()
+    with open(path, "rb") as file:
+        for offset, size, _ in rows[member].tolist() if len(rows) else ():
+            file.seek(offset)
+            array = decode_array(file.read(size))
+            shapes.add((array.shape[1:] if column == "text" else array.shape, array.dtype.str))
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"{final}: arrays of different shapes {sorted(shapes)}; this is a fault of the encoder"
+        )
+
+
+def _write_null_text(text: TextEncoder, path: Path) -> None:
+    """The null prompt's embedding, for classifier-free guidance without the text encoder."""
+    tokens, mask = text.encode([""])
+    with atomic_file(path) as file:
+        np.savez(file, tokens=tokens[0].half().cpu().numpy(), mask=mask[0].cpu().numpy())

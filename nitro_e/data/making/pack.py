@@ -1,0 +1,375 @@
+"""Captioned images in the layouts people have -> webdataset shards `images-*.tar` (jpg|png|webp, txt, json).
+
+    folder        images in any tree; captions from a table, .txt files beside them, or file names
+    table         a CSV, JSON lines or parquet table that names image files
+    parquet       parquet files that hold the images themselves
+    webdataset    tars with captions inside (img2dataset output is this)
+    sa1b          SA-1B tars (sa_1.jpg + sa_1.json); masks are dropped, captions come from a table
+    journeydb     JourneyDB: imgs/000.tgz, ... or extracted folders, and its annotation file
+
+Image bytes are copied as they are; only formats other than JPEG, PNG and WebP, and images above --resize, are
+encoded anew. Every image is decoded once, so that a broken one is found here. Keys are NAME_NUMBER; where a
+sample came from is in its json. Folders and tables are shuffled over all shards; archives keep their order
+(training shuffles 64 shards at a time). Left out: downloading, deduplication by content, filters other than
+--min-side.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from PIL import Image
+
+from nitro_e.config import Config, ConfigError, Ge, Le, Seed, read_text
+from nitro_e.data.catalog import IMAGES, expand_shards
+from nitro_e.data.decode import BadSample, decode_caption, decode_info, to_rgb
+from nitro_e.data.index import Problem, scan_tar
+from nitro_e.data.making.captions import CaptionTable, open_parquet, rows, stem, value_at
+from nitro_e.data.making.jobs import JobConfig, Result, digest, each, publish_entry, run_job
+from nitro_e.data.making.writer import write_shard
+from nitro_e.data.order import permutation
+
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LARGEST_KEPT = 4096  # bytes of json that are carried over from a source; SA-1B's masks are far larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig(Config):
+    """What goes into a sample; part of every unit's fingerprint."""
+
+    OPTIONS: ClassVar[bool] = True
+
+    name: str = "sample"  # key prefix
+    samples_per_shard: Annotated[int, Ge(1)] = 1000
+    # shorter side, pixels: larger images are made smaller (JPEG 95)
+    resize: Annotated[int, Ge(1), Le(65536)] | None = None
+    min_side: Annotated[int, Ge(1)] = 1  # images with a shorter side below are left out
+    caption_key: str = "caption"  # in json members
+    image_column: str = "image"  # of tables and parquet
+    caption_column: str = "caption"
+    shuffle: Seed | None = 0  # seed of the order of folders and tables; None keeps it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.name.isidentifier():
+            raise ConfigError(
+                f"--name '{self.name}': use letters, digits and '_' (it becomes the start of every key)"
+            )
+
+
+@dataclass
+class Item:
+    """One sample before it is packed."""
+
+    origin: str  # path or key in the source, for reports
+    image: bytes | Path | None
+    caption: str | None
+    info: dict = field(default_factory=dict)
+    problem: str | None = None  # known to be unusable already
+
+
+@dataclass
+class ListUnit:
+    """The files of exactly one shard."""
+
+    name: str
+    first: int  # number of its first sample
+    items: list[tuple[str, str | None]]  # (path, caption or None: look beside the file)
+    numbers: list[int]
+    config: PackConfig
+
+    def fingerprint(self) -> str:
+        return digest("list", self.items, self.numbers, asdict(self.config))
+
+    def read(self) -> Iterator[tuple[int, Item]]:
+        for number, (path, caption) in zip(self.numbers, self.items):
+            yield number, Item(path, Path(path), caption)
+
+
+@dataclass
+class ArchiveUnit:
+    """One tar, tgz or parquet file, which becomes one or more shards."""
+
+    name: str
+    path: str
+    reader: Callable[..., Iterator[Item]]
+    config: PackConfig
+    captions: CaptionTable | None = None
+
+    def fingerprint(self) -> str:
+        path = Path(self.path)
+        table = self.captions.identity if self.captions else None
+        return digest(
+            "archive", path.name, path.stat().st_size, self.reader.__name__, table, asdict(self.config)
+        )
+
+    def read(self) -> Iterator[tuple[int, Item]]:
+        for number, item in enumerate(self.reader(Path(self.path), self.config)):
+            if self.captions is not None and item.problem is None:
+                item.caption = self.captions.get(item.origin)
+                if item.caption is None:
+                    item.problem = "no caption in the table"
+            yield number, item
+
+
+def pack(units: Sequence[ListUnit | ArchiveUnit], job: JobConfig) -> list[dict]:
+    """Write the shards of all units and their manifest; see jobs.run_job."""
+    if not units:
+        raise ConfigError("nothing to pack; check the input path")
+    return run_job("images", units, each(partial(pack_unit, out=job.out), job.processes), job)
+
+
+def pack_unit(unit: ListUnit | ArchiveUnit, out: Path) -> Result:
+    """One unit -> its shards, and what could not be packed."""
+    result, config = Result(), unit.config
+    samples = _samples(unit, result.bad)
+    for part, first in enumerate(samples):
+        suffix = f"-{part:03d}" if isinstance(unit, ArchiveUnit) else ""
+        path = out / f"images-{unit.name}{suffix}.tar"
+        result.samples += write_shard(path, chain([first], islice(samples, config.samples_per_shard - 1)))
+        result.shards.append(publish_entry(path, scan_tar(path), source=config.name))
+    return result
+
+
+def _samples(unit: ListUnit | ArchiveUnit, bad: list[Problem]) -> Iterator[dict[str, Any]]:
+    digits = 8 if isinstance(unit, ListUnit) else 6
+    prefix = unit.config.name + "_" + ("" if isinstance(unit, ListUnit) else unit.name + "_")
+    for number, item in unit.read():
+        try:
+            yield {"__key__": f"{prefix}{number:0{digits}d}", **prepare(item, unit.config)}
+        except BadSample as error:
+            bad.append(Problem(Path(getattr(unit, "path", unit.name)).name, item.origin, str(error)))
+
+
+def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
+    """Item -> members, in a fixed order. Raises BadSample."""
+    if item.problem is not None:
+        raise BadSample(item.problem)
+    content = item.image
+    if isinstance(content, Path):
+        if not content.is_file():
+            raise BadSample("image file is missing")
+        content = content.read_bytes()
+    if content is None:
+        raise BadSample("no image")
+    caption = _sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
+    # refused as decode_caption sees it
+    encoded = None if caption is None else caption.encode(errors="surrogatepass")
+    caption = decode_caption(encoded, item.info, config.caption_key)
+    extension, content, (width, height) = prepare_image(content, config.resize, config.min_side)
+    info = {**item.info, "source": item.origin, "width": width, "height": height}
+    return {extension: content, "txt": caption, "json": info}
+
+
+def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[str, bytes, tuple[int, int]]:
+    """(extension, bytes, (width, height)): decoded once to be sure, encoded anew only when it has to be."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "PNG":
+                image.verify()  # the checksums of its chunks, which decoding does not look at
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            kind, size = image.format, image.size
+            shorter = min(size)
+            if shorter < min_side:
+                raise BadSample(f"{size[0]}x{size[1]} is smaller than --min-side {min_side}")
+            if kind in FORMATS and not (resize and shorter > resize):
+                return FORMATS[kind], content, size
+            if resize and shorter > resize:
+                size = tuple(max(1, round(side * resize / shorter)) for side in size)
+                image = to_rgb(image).resize(size, Image.Resampling.BICUBIC)
+            buffer = io.BytesIO()
+            if kind == "JPEG" or resize and shorter > resize:
+                exif = Image.open(io.BytesIO(content)).getexif()
+                image.save(buffer, "JPEG", quality=95, exif=exif)
+                return "jpg", buffer.getvalue(), size
+            to_rgb(image).save(buffer, "PNG")
+            return "png", buffer.getvalue(), size
+    except BadSample:
+        raise
+    except Exception as error:  # see decode.decode_image
+        raise BadSample(f"image does not decode ({type(error).__name__}: {error})") from None
+
+
+def _sidecar(path: Path) -> str:
+    """The caption file beside an image."""
+    for suffix in (".txt", ".caption"):
+        beside = path.with_suffix(suffix)
+        if beside.is_file():
+            try:
+                return read_text(beside)
+            except ConfigError:
+                raise BadSample("caption is not UTF-8") from None
+    raise BadSample(f"no caption file {path.with_suffix('.txt').name} beside it")
+
+
+# --- units of each layout -------------------------------------------------------------------------
+
+
+def folder_units(
+    root: Path, config: PackConfig, captions: Path | None = None, names: bool = False
+) -> list[ListUnit]:
+    """Images of a tree, in the order of their paths before shuffling.
+
+    Captions: `names` takes file names (`a_red_fox.jpg` -> "a red fox"), `captions` a table, else files
+    beside.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"'{root}' is not a folder; give the folder that holds the images")
+    files = sorted(
+        str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if captions is not None:
+        return table_units(captions, config, root, files)
+    return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
+
+
+def table_units(
+    table: Path, config: PackConfig, root: Path | None = None, files: Sequence[str] = ()
+) -> list[ListUnit]:
+    """Rows that name image files, relative to `root` (default: the folder of the table).
+
+    With `files`, those without a row are kept as well, to be reported as having no caption.
+    """
+    root = root or table.parent
+    pairs: dict[str, str] = {}
+    twice = []
+    for row in rows(table, (config.image_column, config.caption_column)):
+        path = str(root / str(value_at(row, config.image_column)))
+        if path in pairs:
+            twice.append(path)
+        caption = value_at(row, config.caption_column)
+        pairs.setdefault(path, "" if caption is None else str(caption))
+    if twice:
+        raise ConfigError(
+            f"{table}: {len(twice)} images appear twice, the first is {twice[0]}; leave one row per image"
+        )
+    for path in files:
+        pairs.setdefault(path, "")
+    return list_units(list(pairs.items()), config)
+
+
+def list_units(items: list[tuple[str, str | None]], config: PackConfig) -> list[ListUnit]:
+    """Cut files into shards; a sample's number is its place before shuffling."""
+    numbers = list(range(len(items)))
+    if config.shuffle is not None:
+        numbers = permutation(len(items), "pack", config.shuffle).tolist()
+    size = config.samples_per_shard
+    return [
+        ListUnit(f"{start // size:06d}", start, [items[i] for i in numbers[start : start + size]],
+                 numbers[start : start + size], config)
+        for start in range(0, len(items), size)
+    ]  # fmt: skip
+
+
+def archive_units(
+    patterns: Iterable[str],
+    reader: Callable[..., Iterator[Item]],
+    config: PackConfig,
+    captions: CaptionTable | None = None,
+) -> list[ArchiveUnit]:
+    """One unit per archive, numbered in the order given."""
+    paths = expand_shards(list(patterns), "input")
+    return [ArchiveUnit(f"{i:05d}", path, reader, config, captions) for i, path in enumerate(paths)]
+
+
+def journeydb_units(root: Path, config: PackConfig, folder: Path) -> tuple[list, list[Problem]]:
+    """`imgs/*.tgz` or extracted `imgs/*/`, with captions from the annotation file found beside them."""
+    tables = sorted(path for path in root.glob("*anno*.json*") if path.is_file())
+    if len(tables) != 1:
+        raise ConfigError(
+            f"{root}: expected one annotation file *anno*.jsonl[.tgz], found {len(tables)}; pass --captions"
+        )
+    images = root / "imgs" if (root / "imgs").is_dir() else root
+    archives = sorted(map(str, images.glob("*.tgz")))
+    table, twice = CaptionTable.build(tables[0], folder, "img_path", config.caption_column)
+    if archives:
+        return archive_units(archives, read_tgz, config, table), twice
+    files = sorted(str(path) for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return list_units([(path, table.get(path) or "") for path in files], config), twice
+
+
+# --- readers of archives --------------------------------------------------------------------------
+
+
+def read_webdataset(path: Path, config: PackConfig) -> Iterator[Item]:
+    """Samples of a tar; captions from txt or json, small json values are carried over."""
+    index = scan_tar(path, crc=False)
+    for problem in index.problems:
+        yield Item(problem.key, None, None, problem=problem.reason)
+    names = [name for name in index.extensions if name in (*IMAGES, "txt", "json")]
+    with open(path, "rb") as file:
+        for row in index.rows:
+            members = {}
+            for name in names:
+                offset, size, _ = row[name].tolist()
+                if offset:
+                    file.seek(offset)
+                    members[name] = file.read(size)
+            yield _webdataset_item(row["__key__"].decode(errors="replace"), members)
+
+
+def _webdataset_item(key: str, members: dict[str, bytes]) -> Item:
+    image = next((members[name] for name in IMAGES if name in members), None)
+    try:
+        info = decode_info(members["json"]) if len(members.get("json", b"")) else {}
+        caption = members["txt"].decode() if "txt" in members else None
+    except (BadSample, UnicodeDecodeError) as error:
+        return Item(
+            key, image, None, problem=str(error) if isinstance(error, BadSample) else "caption is not UTF-8"
+        )
+    info = {name: value for name, value in info.items() if len(repr(value)) <= LARGEST_KEPT}
+    return Item(key, image, caption, info)
+
+
+def read_sa1b(path: Path, config: PackConfig) -> Iterator[Item]:
+    """Images of an SA-1B tar; the json beside each holds masks and is not read."""
+    index = scan_tar(path, crc=False)
+    for problem in index.problems:
+        yield Item(problem.key, None, None, problem=problem.reason)
+    names = [name for name in index.extensions if name in IMAGES]
+    with open(path, "rb") as file:
+        for row in index.rows:
+            places = [row[name].tolist() for name in names if row[name]["offset"]]
+            image = None
+            if places:
+                file.seek(places[0][0])
+                image = file.read(places[0][1])
+            yield Item(row["__key__"].decode(errors="replace"), image, None)
+
+
+def read_tgz(path: Path, config: PackConfig) -> Iterator[Item]:
+    """Images of a compressed tar, in order. Damage raises ConfigError: gzip has a checksum of the whole."""
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    yield Item(member.name, tar.extractfile(member).read(), None)
+            while stream.read(1 << 20):  # to the end, where the checksum is
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ConfigError(f"{path}: damaged archive ({error}); download it again") from None
+
+
+def read_parquet(path: Path, config: PackConfig) -> Iterator[Item]:
+    """Rows with the encoded image as bytes, or as Hugging Face's {bytes, path}."""
+    columns = (config.image_column, config.caption_column)
+    open_parquet(path)
+    for number, row in enumerate(rows(path, columns)):
+        image, caption = value_at(row, columns[0]), value_at(row, columns[1])
+        origin = f"{path.name}:{number}"
+        if isinstance(image, dict):
+            origin = image.get("path") or origin
+            image = image.get("bytes")
+        problem = None if isinstance(image, bytes) else f"column '{columns[0]}' holds no image bytes"
+        yield Item(origin, image, None if caption is None else str(caption), problem=problem)

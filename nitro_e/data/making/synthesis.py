@@ -1,0 +1,366 @@
+"""Prompts -> shards of synthetic pairs: a latent, the noise it was drawn from, its prompt (tools/synthesize.py).
+
+A generator turns a batch of jobs into pictures: `OwnGenerator` is any checkpoint of this project, `DiffusersGenerator`
+any diffusers pipeline. `synthesize` writes what it makes, shard by shard, resumable, as all jobs of `data.jobs`.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nitro_e.config import ConfigError, check_characters, read_text
+from nitro_e.data.decode import decode_array
+from nitro_e.data.index import Problem, scan_tar
+from nitro_e.data.making.captions import rows, value_at
+from nitro_e.data.making.encode import LARGEST, weights_digest
+from nitro_e.data.making.jobs import JobConfig, Result, digest, each, publish_entry, run_job
+from nitro_e.data.making.writer import write_shard
+from nitro_e.data.prompts import GENERATORS, PromptsConfig, load_prompts
+from nitro_e.interfaces import LatentCodec, TextEmbedding
+from nitro_e.randomness import seed_of
+from nitro_e.record import progress
+from nitro_e.sampling.pipeline import TextToImage, image_grid, to_image
+from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_noise, sample, scale_time
+
+
+@dataclass
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    k: int  # which picture of this prompt
+    seed: int
+    info: dict  # what the prompts file says besides the prompt
+
+
+@dataclass
+class Made:
+    """One batch of pictures; None is not stored."""
+
+    latents: Tensor | None = None  # (B, C, h, w) raw
+    noise: Tensor | None = None  # (B, C, h, w)
+    text: TextEmbedding | None = None
+    images: list[Image.Image] | None = None
+    trajectory: Tensor | None = None  # (B, T, C, h, w)
+
+
+class Generator(Protocol):
+    """What makes pictures."""
+
+    identity: dict  # plain data: all that the result depends on besides prompt and seed
+    codec: LatentCodec | None  # of the latents
+
+    def make(self, jobs: Sequence[Job]) -> Made: ...
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What else a picture of ours is stored with."""
+
+    text_embeddings: bool = False
+    images: bool = False
+    trajectory: tuple[float, ...] = ()  # times, falling
+
+
+class OwnGenerator:
+    """Any checkpoint of this project."""
+
+    def __init__(
+        self, pipeline: TextToImage, settings: SamplingConfig, negative: str = "", extras: Extras = Extras()
+    ) -> None:
+        self.pipeline, self.settings, self.negative, self.extras = pipeline, settings, negative, extras
+        self.codec = pipeline.codec
+        self.stops = trajectory_stops(settings, extras.trajectory)
+        parts = {"model": pipeline, "text": pipeline.text, "codec": pipeline.codec}
+        weights = {name: weights_digest(part)[:16] for name, part in parts.items()}
+        self.identity = {
+            "weights": weights,
+            **asdict(settings),
+            "negative_prompt": negative,
+            **asdict(extras),
+        }
+
+    @torch.no_grad()
+    def make(self, jobs: Sequence[Job]) -> Made:
+        pipeline, settings = self.pipeline, self.settings
+        device = next(pipeline.model.parameters()).device
+        shape = pipeline.latent_shape(*settings.size)
+        seeds = [job.seed for job in jobs]
+        noise = initial_noise(seeds, shape).half()  # what is stored is what is used
+        text = pipeline.text.encode([job.prompt for job in jobs])
+        negative = TextEmbedding(
+            *(x.expand(len(jobs), *x.shape[1:]) for x in pipeline.text.encode([self.negative]))
+        )
+        start, trajectory = noise.float().to(device), None
+        if self.stops:
+            latents, trajectory = self.follow(start, text, negative)
+        else:
+            latents = sample(pipeline.model, text, negative, settings, start, seeds)
+        images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.extras.images else None
+        text = text if self.extras.text_embeddings else None
+        return Made(denormalize(pipeline.codec, latents).cpu(), noise, text, images, trajectory)
+
+    def follow(self, x: Tensor, text: TextEmbedding, negative: TextEmbedding) -> tuple[Tensor, Tensor]:
+        """The sampler's end and its states at the stops: the same steps, taken in pieces."""
+        settings = self.settings
+        model = scale_time(self.pipeline.model, settings.time_scale)
+        velocity = guide(model, text, negative, settings.guidance_scale)
+        times, states = settings.times().to(x.device), []
+        for first, last in zip((0, *self.stops), (*self.stops, len(times) - 1)):
+            x = SAMPLERS[settings.sampler](velocity, x, times[first : last + 1])
+            states.append(x)
+        return x, torch.stack(states[:-1], dim=1).half().cpu()
+
+
+def trajectory_stops(settings: SamplingConfig, wanted: Sequence[float]) -> tuple[int, ...]:
+    """The places of these times on the sampler's grid."""
+    times = settings.times().tolist()
+    if wanted and settings.sampler not in SAMPLERS:
+        raise ConfigError(f"--trajectory is for {', '.join(SAMPLERS)}, not '{settings.sampler}'")
+    missing = [time for time in wanted if min(abs(time - t) for t in times[1:-1] or [9]) > 1e-6]
+    if missing:
+        raise ConfigError(
+            f"--trajectory {missing[0]:g} is no time of the sampler ({', '.join(f'{t:.4g}' for t in times)}); "
+            "choose other times, --steps or --grid"
+        )
+    return tuple(sorted(min(range(len(times)), key=lambda i: abs(times[i] - time)) for time in wanted))
+
+
+class DiffusersGenerator:
+    """Any diffusers text-to-image pipeline; latents come from our codec, so that they fit our models."""
+
+    def __init__(
+        self, name: str, device: str, dtype: str, settings: dict[str, Any], codec: LatentCodec | None
+    ):
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
+
+        if not progress.watched():
+            logging.disable_progress_bar()
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                name, torch_dtype=getattr(torch, dtype), use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"'{name}' is no diffusers pipeline: {' '.join(str(error).split())[:200]}"
+            ) from None
+        self.pipeline, self.settings, self.codec = pipeline.to(device), settings, codec
+        self.pipeline.set_progress_bar_config(disable=True)
+        weights = {"pipeline": weights_digest(self.pipeline)[:16]}
+        if codec is not None:
+            weights["codec"] = weights_digest(codec)[:16]
+        self.identity = {"pipeline": Path(name).name, "weights": weights, "dtype": dtype, **settings}
+
+    @torch.no_grad()
+    def make(self, jobs: Sequence[Job]) -> Made:
+        seeds = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
+        images = self.pipeline([job.prompt for job in jobs], generator=seeds, **self.settings).images
+        if self.codec is None:
+            return Made(images=images)
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(
+            0, 3, 1, 2
+        )
+        return Made(self.codec.encode_pixels(pixels.float() / 127.5 - 1).float().cpu(), images=images)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a scaled latent that is kept; None: not asked."""
+
+    max_abs: float | None = None
+    std: tuple[float, float] | None = None  # least, largest
+
+    def problem(self, latent: Tensor) -> str | None:
+        """Why a latent (C, h, w) is left out."""
+        largest, std = latent.abs().max().item(), latent.std().item()
+        if self.max_abs is not None and largest > self.max_abs:
+            return f"largest value {largest:.3g}, above --max-abs {self.max_abs:g}"
+        if self.std is not None and not self.std[0] <= std <= self.std[1]:
+            return f"standard deviation {std:.3g}, outside --std {self.std[0]:g},{self.std[1]:g}"
+        return None
+
+
+def denormalize(codec: LatentCodec, latents: Tensor) -> Tensor:
+    """Latents -> raw latents: the inverse of `normalize`, which is affine in every cell."""
+    offset = codec.normalize(torch.zeros_like(latents))
+    return (latents - offset) / (codec.normalize(torch.ones_like(latents)) - offset)
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class SynthUnit:
+    """The pictures of exactly one shard."""
+
+    name: str
+    first: int
+    jobs: list[Job]
+    identity: dict = field(repr=False)
+
+    def fingerprint(self) -> str:
+        return digest(self.first, [asdict(job) for job in self.jobs], self.identity)
+
+
+def synthesize(
+    generator: Generator,
+    jobs: Sequence[Job],
+    job: JobConfig,
+    samples_per_shard: int,
+    batch_size: int,
+    keep_images: bool,
+    limits: Limits = Limits(),
+) -> list[dict]:
+    """Make every picture, in shards; see jobs.run_job."""
+    if samples_per_shard < 1 or batch_size < 1:
+        raise ConfigError("--samples-per-shard and --batch-size must be at least 1")
+    identity = {**generator.identity, **asdict(limits)}
+    units = [
+        SynthUnit(
+            f"{start // samples_per_shard:06d}",
+            start,
+            list(jobs[start : start + samples_per_shard]),
+            identity,
+        )
+        for start in range(0, len(jobs), samples_per_shard)
+    ]
+    work = partial(
+        make_shard,
+        generator=generator,
+        out=job.out,
+        batch_size=batch_size,
+        keep_images=keep_images,
+        limits=limits,
+    )
+    return run_job("synth", units, each(work), job)
+
+
+def make_shard(
+    unit: SynthUnit, generator: Generator, out: Path, batch_size: int, keep_images: bool, limits: Limits
+) -> Result:
+    result, path, keys, stats = Result(), out / f"synth-{unit.name}.tar", [], []
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(unit.jobs), batch_size):
+            jobs = unit.jobs[start : start + batch_size]
+            made = generator.make(jobs)
+            if start == 0 and unit.first == 0 and made.images:
+                image_grid(made.images[:16], 4).save(out / "preview.png")
+            for slot, job in enumerate(jobs):
+                key = f"synth_{unit.first + start + slot:09d}"
+                problem = latent_problem(made, slot, generator, limits)
+                if problem is not None:
+                    result.bad.append(Problem(path.name, key, problem))
+                    continue
+                keys.append(key)
+                if made.latents is not None:
+                    latent = made.latents[slot].float()
+                    stats.append((latent.mean().item(), latent.std().item(), latent.abs().max().item()))
+                yield {"__key__": key, **_members(made, slot, job, generator.identity, keep_images)}
+
+    out.mkdir(parents=True, exist_ok=True)
+    result.samples = write_shard(path, samples(), partial(_check, keys))
+    entry = publish_entry(path, scan_tar(path), generator=generator.identity)
+    if stats:  # of the raw latents
+        mean, std, largest = np.array(stats).T
+        entry["latents"] = {
+            "mean": float(mean.mean()),
+            "std": float(std.mean()),
+            "max_abs": float(largest.max()),
+        }
+    result.shards.append(entry)
+    return result
+
+
+def latent_problem(made: Made, slot: int, generator: Generator, limits: Limits) -> str | None:
+    """Why a picture cannot be stored, or None."""
+    if made.latents is None:
+        return None
+    latent = made.latents[slot]
+    if not bool((latent.abs() < LARGEST).all()):
+        return f"latent is not finite or beyond {LARGEST:g}"
+    if limits == Limits():
+        return None
+    return limits.problem(generator.codec.normalize(latent[None].float())[0].cpu())
+
+
+def _members(made: Made, slot: int, job: Job, identity: dict, keep_images: bool) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    if made.latents is not None:
+        members["npy"] = made.latents[slot].half().numpy()
+    if made.noise is not None:
+        members["noise.npy"] = made.noise[slot].numpy()
+    if made.trajectory is not None:
+        members["trajectory.npy"] = made.trajectory[slot].numpy()
+    if made.text is not None:
+        members["text.npy"] = made.text.tokens[slot].half().cpu().numpy()
+        members["mask.npy"] = made.text.mask[slot].to(torch.uint8).cpu().numpy()
+    if keep_images and made.images is not None:
+        buffer = io.BytesIO()
+        made.images[slot].convert("RGB").save(buffer, "JPEG", quality=95)
+        members["jpg"] = buffer.getvalue()
+    members["txt"] = job.prompt
+    members["json"] = {**job.info, "prompt": job.prompt, "k": job.k, "seed": job.seed, "generator": identity}
+    return members
+
+
+def _check(keys: list[str], path: Path) -> None:
+    """A finished shard has every key and only finite latents."""
+    rows_ = scan_tar(path).rows
+    if [key.decode() for key in rows_["__key__"]] != keys:
+        raise ConfigError(
+            f"{path}: was not written as it should be (keys differ); check the disk and run again"
+        )
+    with open(path, "rb") as file:
+        for name in (name for name in rows_.dtype.names if name.endswith("npy")):
+            for offset, size, _ in rows_[name].tolist():
+                file.seek(offset)
+                decode_array(file.read(size))
+
+
+def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | None = None) -> list[Job]:
+    """Jobs of a prompts file: lines of text, or a table (csv, tsv, jsonl, parquet) with a prompt column.
+
+    Also of a generator of nitro_e.data.prompts, by its name.
+    """
+    if str(path) in GENERATORS:
+        made = load_prompts(PromptsConfig(source=str(path), num=limit))
+        prompts = [(prompt.text, {k: v for k, v in prompt.info.items() if k != "prompt"}) for prompt in made]
+    elif path.suffix == ".txt":
+        if not path.is_file():
+            raise ConfigError(f"--prompts '{path}' does not exist or is no file")
+        prompts = [(line.strip(), {}) for line in read_text(path).splitlines() if line.strip()]
+    else:
+        table = rows(path, (column,))
+        prompts = [
+            (str(value_at(row, column)).strip(), {k: v for k, v in row.items() if k != column})
+            for row in table
+        ]
+    for number, (prompt, _) in enumerate(prompts, 1):
+        check_characters(prompt, f"--prompts {path}: prompt {number}")
+    empty = sum(not prompt for prompt, _ in prompts)
+    if empty:
+        print(f"{path}: {empty} of {len(prompts)} prompts are empty and left out", file=sys.stderr)
+    if empty == len(prompts):
+        raise ConfigError(f"--prompts '{path}' holds no prompts")
+    made: Counter[str] = Counter()  # a prompt that comes again goes on counting: other noise, another picture
+    jobs = []
+    for prompt, info in islice(((prompt, info) for prompt, info in prompts if prompt), limit):
+        for k in range(made[prompt], made[prompt] + per_prompt):
+            jobs.append(Job(prompt, k, seed_of(prompt, k, seed), info))
+        made[prompt] += per_prompt
+    return jobs

@@ -1,0 +1,204 @@
+"""Is the data what it was when it was made? Structure, content and bookkeeping of shards.
+
+Per shard: the tar's structure, every member against the CRC in its stored index, bytes and sha256 against the
+manifest, captions, json, arrays (finite, one shape), and with `deep` every image. Over all: columns that do
+not match, shards that a manifest names and that are gone. Left out: repair; make or copy the shard again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nitro_e.config import ConfigError
+from nitro_e.data.catalog import IMAGES, group_columns
+from nitro_e.data.decode import (
+    BadSample,
+    decode_array,
+    decode_caption,
+    decode_image,
+    decode_info,
+)
+from nitro_e.data.index import Problem, ShardIndex, read_stored, scan_tar
+from nitro_e.data.making.jobs import each, read_manifests
+from nitro_e.data.making.writer import index_path
+from nitro_e.data.remote import local_path
+from nitro_e.files import sha256_of
+from nitro_e.record.progress import bar
+
+
+@dataclass
+class Checked:
+    """What was found in one shard."""
+
+    samples: int = 0
+    nbytes: int = 0
+    shapes: dict[str, list] = field(default_factory=dict)  # array member -> [[*shape, dtype], first key]
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S1"))
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    shards: int = 0
+    samples: int = 0
+    nbytes: int = 0
+    repeated: int = 0  # keys that occur in several shards of one column; no fault by itself
+    problems: list[Problem] = field(default_factory=list)
+
+
+def verify(
+    shards: Sequence[str], deep: bool = False, processes: int = 1, caption_key: str = "caption"
+) -> Report:
+    """Check shards (paths from `expand_shards`); every fault is one Problem naming shard and key."""
+    report = Report(shards=len(shards))
+    manifests = read_manifests({Path(path).parent for path in shards})
+    check = partial(check_shard, entries=manifests, deep=deep, caption_key=caption_key)
+    found: dict[str, Checked] = {}
+    with bar(total=len(shards), desc="verify", unit="shard") as progress:
+        for path, checked in each(check, processes)(shards):
+            found[path] = checked
+            report.samples += checked.samples
+            report.nbytes += checked.nbytes
+            progress.update()
+            progress.set_postfix(problems=sum(len(c.problems) for c in found.values()))
+    for path in shards:
+        report.problems += found[path].problems
+    report.problems += _across_shards(shards, found)
+    listed = {Path(path).resolve() for path in shards}
+    folders = {path.parent for path in listed}
+    for path, entry in manifests.items():
+        if path.parent in folders and path not in listed and not path.is_file():
+            report.problems.append(Problem(path.name, "*", f"is in {entry['manifest']} but not on disk"))
+    report.repeated = _repeated(shards, found)
+    return report
+
+
+def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: str) -> Checked:
+    """Everything that one tar can tell about itself."""
+    path, checked = local_path(path), Checked()
+    problem = partial(Problem, path.name)
+    try:
+        index = scan_tar(path)
+    except (ConfigError, OSError) as error:
+        checked.problems.append(problem("*", str(error)))
+        return checked
+    checked.samples, checked.nbytes, checked.keys = len(index.rows), index.nbytes, index.rows["__key__"]
+    checked.problems += index.problems
+    stored = index_path(path)
+    if stored.is_file():
+        checked.problems += _compare(path, index, read_stored(path, stored))
+    entry = entries.get(path.resolve())
+    if entry is None and any(other.parent == path.resolve().parent for other in entries):
+        checked.problems.append(problem("*", "is in no manifest of its folder: left over, or not finished"))
+    if entry is not None:
+        actual = (("bytes", index.nbytes), ("samples", len(index.rows)), ("sha256", sha256_of(path)))
+        for name, value in actual:
+            if entry[name] != value:
+                checked.problems.append(
+                    problem("*", f"{name} is {value}, {entry['manifest']} says {entry[name]}")
+                )
+    _check_members(path, index, checked, deep, caption_key)
+    return checked
+
+
+def _compare(path: Path, index: ShardIndex, stored: ShardIndex) -> list[Problem]:
+    """Members whose content is no longer what was indexed."""
+    if index.rows.dtype.names != stored.rows.dtype.names or not np.array_equal(
+        index.rows["__key__"].astype(bytes), stored.rows["__key__"].astype(bytes)
+    ):
+        return [
+            Problem(path.name, "*", "holds other keys or members than when it was indexed: it was replaced")
+        ]
+    return [
+        Problem(
+            path.name,
+            index.rows["__key__"][row].decode(errors="replace"),
+            f"{name} has changed (CRC differs)",
+        )
+        for name in index.extensions
+        for row in np.flatnonzero(index.rows[name]["crc"] != stored.rows[name]["crc"])
+    ]
+
+
+def _check_members(path: Path, index: ShardIndex, checked: Checked, deep: bool, caption_key: str) -> None:
+    """Decode what is in the shard: captions, json and arrays always, images with `deep`."""
+    with open(path, "rb") as file:
+        for row in index.rows:
+            key, members = row["__key__"].decode(errors="replace"), {}
+            for name in index.extensions:
+                offset, size, _ = row[name].tolist()
+                if offset and (deep or name not in IMAGES):
+                    file.seek(offset)
+                    members[name] = file.read(size)
+            for name, content in members.items():
+                try:
+                    _check_member(name, content, members, checked, key, caption_key)
+                except BadSample as error:
+                    checked.problems.append(Problem(path.name, key, f"{name}: {error}"))
+
+
+def _check_member(
+    name: str, content: bytes, members: dict[str, bytes], checked: Checked, key: str, caption_key: str
+) -> None:
+    if name == "txt":
+        decode_caption(content, {}, caption_key)
+    elif name == "json":
+        info = decode_info(content)
+        if "txt" not in members and any(extension in members for extension in ("npy", *IMAGES)):
+            decode_caption(None, info, caption_key)
+    elif name in IMAGES:
+        decode_image(content, 8)
+    elif name.endswith("npy"):
+        array = decode_array(content)
+        # Ragged text has as many rows as its caption has tokens.
+        shape = [*(array.shape[1:] if name == "text.npy" else array.shape), array.dtype.str]
+        first = checked.shapes.setdefault(name, [shape, key])
+        if first[0] != shape:
+            raise BadSample(f"{shape}, but sample {first[1]} has {first[0]}")
+
+
+def _across_shards(shards: Sequence[str], found: dict[str, Checked]) -> list[Problem]:
+    """Columns without partners, keys without partners, arrays of another shape than in the first shard."""
+    problems, groups = [], group_columns(shards)
+    names = {name for columns in groups.values() for name in columns}
+    for columns in groups.values():
+        first = next(iter(columns.values()))
+        for name in sorted(names - set(columns)):
+            problems.append(
+                Problem(Path(first).name, "*", f"has no '{name or 'plain'}' column, other shards do")
+            )
+        base = found[first].keys
+        for path in columns.values():
+            for key in np.setxor1d(base, found[path].keys).tolist():
+                has, lacks = (first, path) if key in base else (path, first)
+                problems.append(
+                    Problem(
+                        Path(lacks).name, key.decode(errors="replace"), f"missing; {Path(has).name} has it"
+                    )
+                )
+    shapes: dict[str, tuple] = {}
+    for path in shards:
+        for name, (shape, _) in found[path].shapes.items():
+            expected, where = shapes.setdefault(name, (shape, path))
+            if shape != expected:
+                problems.append(
+                    Problem(
+                        Path(path).name, "*", f"{name} is {shape}, in {Path(where).name} it is {expected}"
+                    )
+                )
+    return problems
+
+
+def _repeated(shards: Sequence[str], found: dict[str, Checked]) -> int:
+    """How many keys occur in more than one shard of the same column."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for group in group_columns(shards).values():
+        for name, path in group.items():
+            columns.setdefault(name, []).append(found[path].keys)
+    all_keys = [np.concatenate(keys) for keys in columns.values()]
+    return max((len(keys) - len(np.unique(keys)) for keys in all_keys), default=0)

@@ -1,0 +1,114 @@
+"""Prompts to draw, for post-training and for evaluation: a name or a file -> a list of `Prompt`.
+
+    shapes-train, shapes-heldout   the offline domain (nitro_e.shapes), tasks in equal parts
+    geneval-train                  GenEval's templates, none of its test prompts (nitro_e.rewards.geneval.generator)
+    geneval                        its 553 test prompts
+    FILE.txt                       a prompt per line; empty lines are skipped
+    FILE.jsonl                     a record per line with "prompt"; the whole record becomes `info`
+
+Left out: weighting of prompts; `num` of each of several sources is the way to mix them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, NamedTuple
+
+from nitro_e.config import (
+    Config,
+    ConfigError,
+    Ge,
+    Le,
+    Seed,
+    check_characters,
+    did_you_mean,
+    parse_json,
+    read_text,
+)
+from nitro_e.rewards.geneval import generator as geneval
+from nitro_e.rewards.geneval.generator import Objects
+from nitro_e.shapes import scenes
+
+
+class Prompt(NamedTuple):
+    text: str
+    info: dict  # the prompt's GenEval metadata, or {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig(Config):
+    """Where prompts come from. A bare string in YAML is the source."""
+
+    SHORTHAND: ClassVar[str] = "source"
+
+    # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
+    source: str | tuple[str, ...]
+    # of each source: to make (None = as in GENERATORS); of `geneval` and files the first
+    num: Annotated[int, Ge(1), Le(10_000_000)] | None = None
+    seed: Seed = 0  # of the prompts that are made
+    objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objects != "all" and "geneval-train" not in self.sources:
+            raise ConfigError(f"objects: '{self.source}' has no such option; leave it out")
+        if not self.sources:
+            raise ConfigError("source is empty; name one")
+        for source in self.sources:
+            if source not in GENERATORS and Path(source).suffix not in (".txt", ".jsonl"):
+                raise ConfigError(
+                    f"source: '{source}' is neither a .txt or .jsonl file nor a known name"
+                    + did_you_mean(source, list(GENERATORS))
+                )
+
+
+def load_prompts(config: PromptsConfig) -> list[Prompt]:
+    """All prompts of the sources, in order; a function of the config alone. ConfigError for a bad file."""
+    records = [record for source in config.sources for record in _records(source, config)]
+    return [Prompt(record["prompt"], record if len(record) > 1 else {}) for record in records]
+
+
+def _records(source: str, config: PromptsConfig) -> list[dict]:
+    if source in GENERATORS:
+        generate, num = GENERATORS[source]
+        return generate(config, config.num or num)
+    return _read(Path(source).expanduser())[: config.num]
+
+
+def _shapes_train(config: PromptsConfig, num: int) -> list[dict]:
+    return [scenes.metadata(scenes.scene(config.seed, "train", index).request) for index in range(num)]
+
+
+Generator = tuple[Callable[[PromptsConfig, int], list[dict]], int]  # records, default number
+GENERATORS: dict[str, Generator] = {
+    "shapes-train": (_shapes_train, 6000),
+    "shapes-heldout": (lambda config, num: scenes.heldout_prompts(num, config.seed), 600),
+    "geneval-train": (lambda config, num: geneval.train_prompts(num, config.seed, config.objects), 50_000),
+    "geneval": (lambda config, num: geneval.test_prompts()[:num], 553),
+}
+
+
+def _read(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise ConfigError(f"prompts: file '{path}' does not exist or is no file")
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line]
+    if not lines:
+        raise ConfigError(f"prompts: file '{path}' is empty; give a prompt per line")
+    if path.suffix == ".txt":
+        return [{"prompt": line} for _, line in lines]
+    return [_record(line, f"{path}:{number}") for number, line in lines]
+
+
+def _record(line: str, where: str) -> dict:
+    record = parse_json(line, f"prompts: {where}")
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ConfigError(f'prompts: {where} has no "prompt"; write {{"prompt": "a photo of ..."}}')
+    check_characters(record["prompt"], f"prompts: {where}")
+    return record

@@ -1,0 +1,1 @@
+"""The frozen encoders: codec, text, vision and CLIP, and the table of their names."""

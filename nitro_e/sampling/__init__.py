@@ -1,0 +1,1 @@
+"""Rectified flow, samplers of it, and the pipeline from prompts to images."""

@@ -1,0 +1,182 @@
+"""Samplers: functions of a velocity field, a start and a falling time grid. Guidance is a wrapper around the model.
+
+`sample` puts them together: settings, embedded prompts and noise to latents.
+
+A velocity field here is `velocity(x, t) -> Tensor` with x (B, C, h, w) and t (B,); `guide` makes one of a Denoiser.
+States are float32 whatever the model computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le, from_dict, to_dict
+from nitro_e.interfaces import Denoiser, TextEmbedding
+from nitro_e.randomness import seed_of
+from nitro_e.record.progress import bar
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import TimeGrid, time_grid
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """How a model wants to be sampled; stored with its weights, every value can be overridden when sampling."""
+
+    resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
+    height: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; None: resolution
+    width: Annotated[int, Ge(1), Le(65536)] | None = None
+    steps: Annotated[int, Ge(1), Le(10_000)] = 20
+    guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
+    sampler: Literal["euler", "heun", "renoise"] = "euler"  # renoise: for weights distilled for it
+    grid: TimeGrid = "released"
+    shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
+    # of distilled weights, in place of grid and shift: the falling times of every step count they were trained for,
+    # used as they are; the 0 at the end is implied
+    sigmas: tuple[tuple[float, ...], ...] = ()
+    time_scale: Annotated[float, Gt(0)] = 1.0  # the model is told time_scale * t
+    force: bool = False  # sample distilled weights in step counts they were not trained for
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for times in self.sigmas:
+            check_sigmas(times)
+        counts = [len(times) for times in self.sigmas]
+        if len(set(counts)) != len(counts):
+            raise ConfigError(f"sigmas: two lists have the same number of steps ({counts})")
+        if self.sigmas and self.steps not in counts and not self.force:
+            raise ConfigError(
+                f"these weights were distilled for {' or '.join(map(str, sorted(counts)))} steps, not {self.steps}; "
+                "choose one of those, or insist with --force (force: true)"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height or self.resolution, self.width or self.resolution
+
+    def times(self) -> Tensor:
+        """The (steps + 1,) falling times, the last one 0."""
+        for times in self.sigmas:
+            if len(times) == self.steps:
+                return torch.tensor([*times, 0.0])
+        return time_grid(self.steps, "linear" if self.sigmas else self.grid, self.shift)
+
+
+def with_overrides(defaults: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
+    """The settings that weights came with, some fields replaced, those that are not None.
+
+    ConfigError for unknown or wrong ones.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    settings = from_dict(SamplingConfig, {**to_dict(defaults), **given}, "sampling")
+    if defaults.sigmas and settings.sampler != defaults.sampler and not settings.force:
+        raise ConfigError(
+            f"these weights were distilled for sampler '{defaults.sampler}', not '{settings.sampler}'; leave it out, "
+            "or insist with --force (force: true)"
+        )
+    return settings
+
+
+def check_sigmas(times: Sequence[float]) -> None:
+    """Refuse times that are not falling within (0, 1]."""
+    if not times or not 1 >= times[0] or not times[-1] > 0 or any(a <= b for a, b in zip(times, times[1:])):
+        raise ConfigError(f"sigmas must be falling times between 1 and 0 (without the 0), got {list(times)}")
+
+
+def sample(
+    model: Denoiser, text: TextEmbedding, negative: TextEmbedding, settings: SamplingConfig, noise: Tensor,
+    seeds: Sequence[int], progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Latents (B, C, h, w) from noise of the same shape, on the noise's device.
+
+    text, negative: embeddings of B prompts each. seeds: one per picture, for samplers that draw more noise.
+    """
+    velocity = guide(scale_time(model, settings.time_scale), text, negative, settings.guidance_scale)
+    times = settings.times().to(noise.device)
+    if settings.sampler == "renoise":
+        return renoise(velocity, noise, times, fresh_noise(seeds, noise), progress)
+    return SAMPLERS[settings.sampler](velocity, noise, times, progress)
+
+
+def scale_time(model: Denoiser, scale: float) -> Denoiser:
+    """A model that is told `scale * t`; NitroFusion's timestep shift (arXiv 2412.02030) with scale < 1."""
+    if scale == 1:
+        return model
+    return lambda x, t, text: model(x, scale * t, text)
+
+
+def guide(model: Denoiser, text: TextEmbedding, negative: TextEmbedding, guidance_scale: float) -> Velocity:
+    """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
+
+    text, negative: embeddings of B prompts each. Scales 0 and 1 mean no guidance (the text alone, one pass).
+    """
+    if guidance_scale in (0, 1):
+        return lambda x, t: model(x, t, text).float()
+    both = TextEmbedding(*(torch.cat(pair) for pair in zip(negative, text)))
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        without, with_text = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        return torch.lerp(without, with_text, guidance_scale)
+
+    return velocity
+
+
+def euler(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:
+    """First-order steps along `times` (falling, from 1 to 0)."""
+    for t, t_next in _steps(times, progress):
+        x = x + (t_next - t) * velocity(x, t.expand(len(x)))
+    return x
+
+
+def heun(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:
+    """Second-order steps (trapezoidal rule); the last one, to t = 0 where no model was trained, is an Euler step."""
+    for t, t_next in _steps(times, progress):
+        slope = velocity(x, t.expand(len(x)))
+        guess = x + (t_next - t) * slope
+        if t_next > 0:
+            slope = (slope + velocity(guess, t_next.expand(len(x)))) / 2
+        x = x + (t_next - t) * slope
+    return x
+
+
+def renoise(
+    velocity: Velocity, x: Tensor, times: Tensor, fresh: Callable[[int], Tensor], progress: bool = False
+) -> Tensor:
+    """Predict the data, noise it anew for the next time, and so on (multistep consistency sampling, arXiv 2303.01469,
+    algorithm 1). fresh(step) -> noise like x.
+    """
+    for step, (t, t_next) in enumerate(_steps(times, progress)):
+        t = t.expand(len(x))
+        x = flow.to_data(x, t, velocity(x, t))
+        if t_next > 0:
+            x = flow.interpolate(x, fresh(step), t_next.expand(len(x)))
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
+
+
+def _steps(times: Tensor, progress: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    pairs = list(zip(times[:-1], times[1:]))
+    return bar(pairs, brief=True, desc="sampling", leave=False) if progress else pairs
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """(len(seeds), *shape) standard normal, on the CPU: each image depends on its own seed, not on its batch."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def fresh_noise(seeds: Sequence[int], like: Tensor) -> Callable[[int], Tensor]:
+    """Noise of later steps, which also depends on each image's own seed only."""
+
+    def fresh(step: int) -> Tensor:
+        return initial_noise([seed_of(seed, "renoise", step) for seed in seeds], like.shape[1:]).to(like)
+
+    return fresh
