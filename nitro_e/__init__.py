@@ -1,7 +1,7 @@
 """Train, post-train, distil and ablate E-MMDiT, a small and fast text-to-image model.
 
 from nitro_e import TextToImage
-pictures = TextToImage.from_pretrained("runs/shapes-1-pretrain")(["a photo of a red circle"])
+images = TextToImage.from_pretrained("runs/shapes-1-pretrain")(["a photo of a red circle"])
 """
 
 from typing import TYPE_CHECKING, Any

@@ -277,7 +277,9 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         where = f"{path}.{key}" if path else str(key)
         parent = f"{path}." if path else ""
         if key in getattr(cls, "RENAMED", {}):
-            raise ConfigError(f"key '{where}' is of an older version; write {parent}{cls.RENAMED[key]} instead")
+            raise ConfigError(
+                f"key '{where}' is of an older version; write {parent}{cls.RENAMED[key]} instead"
+            )
         if key not in fields:
             raise ConfigError(
                 f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields])

@@ -7,10 +7,11 @@ import errno
 import hashlib
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from PIL import Image
@@ -245,3 +246,37 @@ def _os_errors(path: Path) -> Iterator[None]:
         if error.filename is None:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; rename it to `path` when the block ends well, delete it otherwise.
+
+    What an earlier, killed process of this host left behind for the same path is removed first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for stale in path.parent.glob(f"{path.name}.{host}.*.tmp"):
+        pid = stale.name.split(".")[-2]
+        if not pid.isdigit() or not _is_alive(int(pid)):
+            stale.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{host}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -128,7 +128,7 @@ def noise_and_classes(count, seed):
 
 
 class Pairs:
-    """The teacher's pictures, and how students are compared with them."""
+    """The teacher's images, and how students are compared with them."""
 
     def __init__(self, teacher, count=32768, compared=12000):
         self.teacher, self.grid = teacher, time_grid(20, "linear")

@@ -1,4 +1,4 @@
-"""A toy world for the GRPO stage: 32 numbers per picture, prompts are one-hot, a reward of patterns of signs.
+"""A toy world for the GRPO stage: 32 numbers per image, prompts are one-hot, a reward of patterns of signs.
 
 Run as a script it trains in this process, or in each process of torchrun, one run after another:
     python grpo_toy.py '{"RUN": {"steps": 6, "stage": {...}}, ...}'
@@ -113,7 +113,7 @@ def brightness(pixels, prompts, info):
 
 @reward
 def moody(pixels, prompts, info):
-    """Cannot score pictures whose first number is negative."""
+    """Cannot score images whose first number is negative."""
     return torch.where(pixels.flatten(1)[:, 0] < 0, torch.nan, pixels.flatten(1).mean(dim=1))
 
 

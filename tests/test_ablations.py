@@ -96,8 +96,8 @@ def test_builds_trains_saves_loads_and_samples(choices, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x, t, text), model(x, t, text))
         null = TextEmbedding(torch.zeros_like(text.tokens), torch.ones_like(text.mask))
-        pictures = euler(guide(loaded, text, null, 2.0), x, SamplingConfig(steps=2).times())
-    assert pictures.shape == x.shape and pictures.isfinite().all()
+        images = euler(guide(loaded, text, null, 2.0), x, SamplingConfig(steps=2).times())
+    assert images.shape == x.shape and images.isfinite().all()
 
 
 def test_the_product_is_of_all_choices():

@@ -122,7 +122,7 @@ def test_full_disk_while_shapes_are_made(tmp_path, limit):
     check_full_disk(tmp_path, ["tools/make_shapes.py", str(tmp_path / "out"), "--num", "200"], limit)
 
 
-def test_full_disk_while_pictures_are_drawn(tmp_path):
+def test_full_disk_while_images_are_drawn(tmp_path):
     prompts = ["--prompt", "a red circle", "--steps", "1", "--out", str(tmp_path / "out")]
     check_full_disk(tmp_path, ["sample.py", "shapes", *prompts], 3000)
 
@@ -134,11 +134,11 @@ def test_full_disk_while_tools_write(tmp_path, command, limit):
     out = ["--out", str(tmp_path / "out")]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{number} red circles\n" for number in range(40)))
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(40):
-        Image.effect_noise((64, 64), 50).save(pictures / f"fox_{number}.png")
-    data = ["tools/data.py", "pack", "folder", str(pictures), "--captions-from-names"]
+        Image.effect_noise((64, 64), 50).save(images / f"fox_{number}.png")
+    data = ["tools/data.py", "pack", "folder", str(images), "--captions-from-names"]
     if command == "encode":
         subprocess.run([sys.executable, *data, "--out", str(tmp_path / "packed")], check=True, cwd=ROOT)
     commands = {

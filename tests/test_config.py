@@ -359,3 +359,20 @@ def test_numbers_that_look_like_what_they_are(tmp_path):
     path.write_text("base: &base {lr: 1, steps: 3}\nname: a\noptim: {<<: *base, lr: 2}\n")
     with pytest.raises(ConfigError, match="unknown key 'base'"):  # merged keys are no duplicates
         config.load(Tree, path)
+
+
+def test_keys_and_values_of_older_recipes():
+    """A renamed key is refused with its new name; an older name of a value is taken for today's."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Renamed(Config):
+        RENAMED = {"odds": "probabilities"}
+        ALIASES = {"sampler": {"renoise": "multistep"}}
+        probabilities: float = 1.0
+        sampler: str = "euler"
+
+    assert from_dict(Renamed, {"sampler": "renoise"}).sampler == "multistep"
+    with pytest.raises(
+        ConfigError, match=r"^key 'stage.odds' is of an older version; write stage.probabilities"
+    ):
+        from_dict(Renamed, {"odds": 1}, "stage")

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from nitro_e.cli import data as tool
 from nitro_e.config import ConfigError
-from nitro_e.data import DataConfig, open_data, write_shard
+from nitro_e.data import DataConfig, open_data
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.decode import decode_array
 from nitro_e.data.index import scan_tar
+from nitro_e.data.making import write_shard
 from nitro_e.data.making.encode import EncodeConfig, Encoders, encode, weights_digest
 from nitro_e.data.making.jobs import JobConfig
 from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder

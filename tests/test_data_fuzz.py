@@ -7,9 +7,9 @@ import pytest
 from data_samples import image_samples, latent_samples
 from PIL import Image
 
-from nitro_e.data import write_shard
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import DamagedTar, scan_tar
+from nitro_e.data.making import write_shard
 from nitro_e.data.making.writer import field_bytes
 
 

@@ -11,7 +11,8 @@ import webdataset
 
 from nitro_e.config import ConfigError
 from nitro_e.data.index import DamagedTar, scan_tar, shard_index, split_name
-from nitro_e.data.making.writer import atomic_file, write_shard, write_shards
+from nitro_e.data.making.writer import write_shard, write_shards
+from nitro_e.files import atomic_file
 
 
 def samples(n=10, prefix="s"):

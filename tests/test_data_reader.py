@@ -17,10 +17,11 @@ from data_samples import flip_byte, image_samples, latent, latent_samples, png
 from PIL import Image
 
 from nitro_e.config import ConfigError
-from nitro_e.data import BadDataError, DataConfig, SourceConfig, catalog, open_data, write_shard, write_shards
+from nitro_e.data import BadDataError, DataConfig, SourceConfig, catalog, open_data
 from nitro_e.data.catalog import expand_braces
 from nitro_e.data.dataset import TarDataset
 from nitro_e.data.decode import BadSample, decode_image
+from nitro_e.data.making import write_shard, write_shards
 from nitro_e.data.order import quotas
 from nitro_e.data.reader import BadSamples
 

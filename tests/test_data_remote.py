@@ -11,8 +11,9 @@ import pytest
 from data_samples import latent_samples
 
 from nitro_e.config import ConfigError
-from nitro_e.data import DataConfig, open_data, write_shard
+from nitro_e.data import DataConfig, open_data
 from nitro_e.data.index import shard_index
+from nitro_e.data.making import write_shard
 from nitro_e.data.remote import ShardCache
 
 pytest.importorskip("aiohttp")

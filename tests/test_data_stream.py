@@ -11,7 +11,8 @@ import torch
 from data_samples import image_samples, latent, latent_samples
 
 from nitro_e.config import ConfigError
-from nitro_e.data import DataConfig, SourceConfig, open_data, stream, write_shard, write_shards
+from nitro_e.data import DataConfig, SourceConfig, open_data, stream
+from nitro_e.data.making import write_shard, write_shards
 from nitro_e.data.order import quotas
 
 

@@ -12,7 +12,7 @@ from tiny import OPTIMIZER
 
 from nitro_e.cli import data as tool
 from nitro_e.cli.benchmark import data as benchmark_data
-from nitro_e.data import write_shards
+from nitro_e.data.making import write_shards
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from data_samples import flip_byte, latent, png
 
-from nitro_e.data import write_shard
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import scan_tar, shard_index
+from nitro_e.data.making import write_shard
 from nitro_e.data.making.jobs import publish_entry
 from nitro_e.data.making.stats import Plan, head, plan_compute, plan_storage, stats
 from nitro_e.data.making.verify import verify

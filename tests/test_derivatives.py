@@ -167,7 +167,7 @@ def test_second_derivatives_that_are_refused():
         torch.autograd.grad(velocity, x, forward_ad.make_dual(case.upstream, case.dx))
 
 
-def test_gradients_per_picture():
+def test_gradients_per_image():
     """vmap over grad, as for per-sample gradients."""
     case = Case("real", torch.float64)
     parameters = {name: parameter.detach() for name, parameter in case.model.named_parameters()}

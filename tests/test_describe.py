@@ -1,7 +1,6 @@
 """The counts of `nitro_e.model.describe` against torch's own counter on the real forward, and the published numbers."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from einops import rearrange
 from tiny import OPTIMIZER
 from torch.utils.flop_counter import FlopCounterMode
 
+import nitro_e.cli.describe
 from nitro_e.config import from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe
@@ -18,12 +18,9 @@ ROOT = Path(__file__).parents[1]
 MICRO = from_dict(ModelConfig, {"preset": "micro-8", "latent_channels": 3, "text_width": 10})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("describe_tool", ROOT / "tools" / "describe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return nitro_e.cli.describe.main
 
 
 def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tuple[int, dict[str, int]]:

@@ -85,8 +85,8 @@ def test_u3_euler_on_stored_sigmas_is_that_of_diffusers():
     torch.testing.assert_close(euler(velocity, ours, config.times()), x, rtol=0, atol=1e-6)
 
 
-def test_renoising_draws_each_pictures_noise_from_its_own_seed():
-    """Two pictures in one batch or one by one; the formula step by step."""
+def test_renoising_draws_each_images_noise_from_its_own_seed():
+    """Two images in one batch or one by one; the formula step by step."""
     model = lambda x, t, text: torch.tanh(x) * t.reshape(-1, 1, 1, 1)  # noqa: E731
     config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, sampler="renoise", guidance_scale=1)
     noise = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))

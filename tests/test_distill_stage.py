@@ -146,7 +146,7 @@ def test_two_processes_train_as_one(pairs, tmp_path):
     assert one[-1]["adversarial_weight"] > 0
 
 
-def test_from_pairs_to_pictures(pairs, tmp_path, capsys):
+def test_from_pairs_to_images(pairs, tmp_path, capsys):
     path, run = recipe(pairs, tmp_path), tmp_path / "run"
     assert train.main([str(path)]) == 0
     published = json.loads((checkpoint.latest(run) / "ema/config.json").read_text())["use"]["sampling"]
@@ -229,7 +229,7 @@ def test_what_cannot_work_is_one_line(pairs, tmp_path, capsys, overrides, messag
 def test_shards_without_noise_are_refused_where_it_is_needed(pairs, tmp_path, capsys):
     import numpy as np
 
-    from nitro_e.data import write_shard
+    from nitro_e.data.making import write_shard
 
     samples = [
         {"__key__": f"{n:03d}", "npy": np.zeros((24, 8, 8), np.float16), "txt": f"a thing {n}"}

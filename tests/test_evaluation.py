@@ -1,4 +1,4 @@
-"""Scores, intervals, pictures kept and reused, pages, the command, and scores during training."""
+"""Scores, intervals, images kept and reused, pages, the command, and scores during training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from test_report import Page, assert_self_contained
 from nitro_e.cli import evaluate as tool
 from nitro_e.cli import train
 from nitro_e.config import ConfigError, from_dict, to_dict
-from nitro_e.data import write_shard
+from nitro_e.data.making import write_shard
 from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.evaluation import intervals as statistics
 from nitro_e.evaluation import page, results
 from nitro_e.evaluation.benchmarks import benchmark, describe
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator, Share
-from nitro_e.evaluation.pictures import (
+from nitro_e.evaluation.images import (
     Judged,
     collect,
     noise_seeds,
@@ -78,8 +78,8 @@ def test_intervals_of_the_mean_of_tasks_cover_the_truth(shares):
     assert 0.92 <= covered(draw, statistics.score, np.mean(shares)) <= 0.985
 
 
-def test_interval_of_several_pictures_per_prompt_knows_that_they_are_alike():
-    """Prompts differ in difficulty: 4 pictures of each say less than 4 times as many prompts."""
+def test_interval_of_several_images_per_prompt_knows_that_they_are_alike():
+    """Prompts differ in difficulty: 4 images of each say less than 4 times as many prompts."""
     rng = np.random.default_rng(1)
 
     def draw():
@@ -142,11 +142,11 @@ def test_unknown_scores_are_left_out():
         statistics.difference([[1.0]], [[1.0, 0.0]])
 
 
-# --- pictures and scores
+# --- images and scores
 
 
 class Painter:
-    """A pipeline whose pictures are the true scenes, rolled by `shift` prompts; counts what it draws."""
+    """A pipeline whose images are the true scenes, rolled by `shift` prompts; counts what it draws."""
 
     def __init__(self, shift: int = 0, num: int = 120, stop_after: int | None = None) -> None:
         images = [render(scene(0, "heldout", (index + shift) % num), 64) for index in range(num)]
@@ -171,7 +171,7 @@ def run(pipeline, folder, *, num=120, batch_size=32, **options) -> tuple[list[Pr
     return prompts, rows
 
 
-def test_true_pictures_score_1_and_shuffled_ones_next_to_nothing(tmp_path):
+def test_true_images_score_1_and_shuffled_ones_next_to_nothing(tmp_path):
     prompts, true = run(Painter(), tmp_path / "true")
     for title in ("strict", "GenEval"):
         score = results.summarize(prompts, true, title)
@@ -223,11 +223,11 @@ def test_other_words_at_the_same_place_are_drawn_anew(tmp_path):
 
 @reward
 def undecided(pixels, prompts, info):
-    """Cannot tell for pictures of two objects."""
+    """Cannot tell for images of two objects."""
     return torch.tensor([math.nan if record["tag"] == "two_object" else 1.0 for record in info])
 
 
-def test_pictures_without_a_score_are_counted_and_asked_about_again(tmp_path):
+def test_images_without_a_score_are_counted_and_asked_about_again(tmp_path):
     chosen, painter = benchmark("shapes", 12), Painter()
     scorer = build_rewards([RewardConfig(name=f"{__name__}:undecided", label="s")])
     prompts = load_prompts(chosen.prompts)
@@ -236,7 +236,7 @@ def test_pictures_without_a_score_are_counted_and_asked_about_again(tmp_path):
     score = results.summarize(prompts, rows, "s")
     assert score.unscored == 2 and math.isnan(score.overall.value) and score.tasks["colors"].value == 1
     assert painter.drawn.total() == 12 and scorer.tally["s"].unscored == 4
-    assert "2 pictures could not be scored" in results.note({"s": score})
+    assert "2 images could not be scored" in results.note({"s": score})
 
 
 def tiny_model(folder: Path, seed: int = 0) -> Path:
@@ -247,7 +247,7 @@ def tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def test_pictures_do_not_depend_on_the_batch_or_on_how_many_there_are(tmp_path):
+def test_images_do_not_depend_on_the_batch_or_on_how_many_there_are(tmp_path):
     pipeline = TextToImage.from_pretrained(tiny_model(tmp_path / "model"))
     _, rows = run(pipeline, tmp_path / "a", num=6, batch_size=6)
     run(pipeline, tmp_path / "b", num=12, batch_size=5)
@@ -317,7 +317,7 @@ def test_settings_and_two_checkpoints_in_one_command(tmp_path, capsys):
     assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
     for entry in record["results"]:
         rows = read_rows(next((out / entry["folder"]).glob("scores-*.jsonl")))
-        assert len(rows) == entry["pictures"] == 12
+        assert len(rows) == entry["images"] == 12
         strict = entry["scores"]["strict"]
         assert strict["overall"]["value"] == pytest.approx(
             np.mean([row.scores["strict"] for row in rows.values()])
@@ -326,7 +326,7 @@ def test_settings_and_two_checkpoints_in_one_command(tmp_path, capsys):
     assert [d["scores"]["strict"]["overall"]["num"] for d in record["differences"]] == [12, 12]
     text = (out / "report.html").read_text()
     assert_self_contained(text)
-    assert {image.size for image in Page(text).pictures()} == {(64, 64)}
+    assert {image.size for image in Page(text).images()} == {(64, 64)}
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert len(stamps) == 48 and tool.main([*command, "--guidance", "1", "--dtype", "float32"]) == 0
@@ -336,14 +336,14 @@ def test_settings_and_two_checkpoints_in_one_command(tmp_path, capsys):
     assert len(list(out.rglob("*.png"))) == 72
 
 
-def test_low_precision_draws_the_same_pictures_nearly(tmp_path):
+def test_low_precision_draws_the_same_images_nearly(tmp_path):
     model = tiny_model(tmp_path / "model")
-    pictures = []
+    images = []
     for precision in ("float32", "bfloat16"):
         out = tmp_path / precision
         assert tool.main(["shapes", str(model), "--num", "6", "--dtype", precision, "--out", str(out)]) == 0
-        pictures.append([np.asarray(Image.open(path)).astype(float) for path in sorted(out.rglob("*.png"))])
-    difference = np.abs(np.subtract(*pictures)).mean()
+        images.append([np.asarray(Image.open(path)).astype(float) for path in sorted(out.rglob("*.png"))])
+    difference = np.abs(np.subtract(*images)).mean()
     assert 0 < difference < 5  # of 255
 
 
@@ -415,8 +415,8 @@ def test_scores_during_training_are_those_of_the_command(tmp_path):
     assert "Loss" in charts
 
 
-def test_processes_share_the_pictures(tmp_path):
-    """What two processes score adds up to what one does, and each draws its own pictures only."""
+def test_processes_share_the_images(tmp_path):
+    """What two processes score adds up to what one does, and each draws its own images only."""
     pipeline = TextToImage.from_pretrained(tiny_model(tmp_path / "model"))
     rewards = (
         RewardConfig(name=f"{__name__}:undecided", label="u"),
@@ -468,7 +468,7 @@ def test_wrong_evaluation_sections(change, message):
 
 @reward
 def darkness(pixels, prompts, info, *, scale: float = 1.0):
-    """How dark a picture is, in any unit."""
+    """How dark an image is, in any unit."""
     return -scale * pixels.mean(dim=(1, 2, 3))
 
 
@@ -502,7 +502,7 @@ def test_a_file_of_prompts_with_any_reward(tmp_path, capsys):
 
 
 def test_geneval_by_its_own_judge(tmp_path, capsys):
-    """Random weights: nothing is right, but all of it runs; the pictures are kept and the verdicts GenEval's."""
+    """Random weights: nothing is right, but all of it runs; the images are kept and the verdicts GenEval's."""
     tiny_rewards.save_mask2former(tmp_path / "detector")
     tiny_rewards.save_clip(tmp_path / "clip")
     out, model = tmp_path / "out", tiny_model(tmp_path / "model")
@@ -510,7 +510,7 @@ def test_geneval_by_its_own_judge(tmp_path, capsys):
     weights = ["--reward-path", str(tmp_path / "detector"), "--reward-option", f"clip={tmp_path / 'clip'}"]
     assert tool.main([*command, *weights]) == 0
     record = json.loads((out / "results.json").read_text())
-    assert record["results"][0]["pictures"] == 6 and record["prompts"] == 3
+    assert record["results"][0]["images"] == 6 and record["prompts"] == 3
     assert record["results"][0]["scores"]["GenEval"]["overall"]["num"] == 3
     assert len(list(out.rglob("*.png"))) == 6
     judge = record["judges"]["GenEval"]

@@ -50,7 +50,7 @@ from tiny import SHARDS_ON_CPU
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, TrainingError, from_dict
-from nitro_e.data import write_shard
+from nitro_e.data.making import write_shard
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained
@@ -187,7 +187,7 @@ def test_a_full_disk_on_one_process_is_a_failed_save_on_both(runs):
 
 
 def test_flipped_bits_are_replaced_and_counted_with_the_batch_size_kept(runs):
-    """Two pictures of 24 are damaged after the index was made; every process still gets 4 samples at every step."""
+    """Two images of 24 are damaged after the index was made; every process still gets 4 samples at every step."""
     seen = [json.loads((runs / "flipped" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [[size for size, _ in batches] for batches in seen] == [
         [4] * 5
@@ -211,9 +211,9 @@ def test_a_checkpoint_of_any_layout_has_the_same_names_and_draws(runs, name):
     names = names_in(checkpoint.latest(runs / name))
     assert names == names_in(checkpoint.latest(runs / "one"))
     assert not any("module." in key or "_orig_mod" in key for keys in names.values() for key in keys)
-    picture = TextToImage.from_pretrained(runs / name)(["a plain red square"], seeds=[0])[0]
+    image = TextToImage.from_pretrained(runs / name)(["a plain red square"], seeds=[0])[0]
     reference = TextToImage.from_pretrained(runs / "one")(["a plain red square"], seeds=[0])[0]
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(reference).astype(int)).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(reference).astype(int)).max() <= 1
 
 
 def names_in(folder: Path) -> dict[str, list[str]]:
@@ -468,8 +468,7 @@ def test_every_ablation_trains_all_its_parameters(run, choices):
 
 def test_the_engine_trains_what_a_bare_loop_trains(monkeypatch, tmp_path, capsys):
     """The two sides of tools/benchmark_engine.py, without the noise: equal weights after some steps. Then its table."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import benchmark_engine
+    from nitro_e.cli.benchmark import engine as benchmark_engine
 
     def loss(model, batch):
         return (model(batch.latents, torch.full((2,), 0.5), batch.text) - batch.latents).square().mean()

@@ -133,7 +133,7 @@ def test_consent_on_the_command_line(hub, foreign, tmp_path):
 
 
 CODE = """
-from nitro_e.components import ComponentConfig, build_text_encoder
+from nitro_e.encoders.components import ComponentConfig, build_text_encoder
 from nitro_e.cli import common as cli
 import sys
 sys.exit(cli.run(lambda: build_text_encoder(ComponentConfig(name="llama-3.2-1b"))))

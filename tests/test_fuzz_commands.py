@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nitro_e.data import write_shard
+from nitro_e.data.making import write_shard
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,17 +120,17 @@ DATA = "W/data-0.tar"
 TOOLS = {
     "data": f"""
         ; foo ; pack ; pack foo W --out W/o ; pack folder W/none --out W/o ; pack folder W/empty_folder --out W/o
-        pack folder W/pictures --out W/o/p1 ; pack folder W/pictures --captions-from-names --out W/o/p2 --resize -5
-        pack folder W/pictures --captions-from-names --out W/o/p3 --resize 0
-        pack folder W/pictures --captions-from-names --out W/o/p4 --samples-per-shard 0
-        pack folder W/pictures --captions-from-names --out W/o/p5 --processes 0
-        pack folder W/pictures --captions-from-names --out W/o/p5 --processes 100000
-        pack folder W/pictures --captions-from-names --out W/o/p6 --min-side -1
-        pack folder W/pictures --captions-from-names --out W/o/p7 --max-bad-fraction nan
-        pack folder W/pictures --captions-from-names --out W/o/p8 --max-bad-fraction 7
-        pack folder W/pictures --captions-from-names --out W/o/p9 --shuffle 1e30
-        pack folder W/pictures --captions-from-names --out W/o/pa --name ../x
-        pack folder W/pictures --captions W/latin.csv --out W/o/pb ; pack table W/latin.csv --out W/o/t1
+        pack folder W/images --out W/o/p1 ; pack folder W/images --captions-from-names --out W/o/p2 --resize -5
+        pack folder W/images --captions-from-names --out W/o/p3 --resize 0
+        pack folder W/images --captions-from-names --out W/o/p4 --samples-per-shard 0
+        pack folder W/images --captions-from-names --out W/o/p5 --processes 0
+        pack folder W/images --captions-from-names --out W/o/p5 --processes 100000
+        pack folder W/images --captions-from-names --out W/o/p6 --min-side -1
+        pack folder W/images --captions-from-names --out W/o/p7 --max-bad-fraction nan
+        pack folder W/images --captions-from-names --out W/o/p8 --max-bad-fraction 7
+        pack folder W/images --captions-from-names --out W/o/p9 --shuffle 1e30
+        pack folder W/images --captions-from-names --out W/o/pa --name ../x
+        pack folder W/images --captions W/latin.csv --out W/o/pb ; pack table W/latin.csv --out W/o/t1
         pack table W/lists.jsonl --out W/o/t2 ; pack table W/numbers.jsonl --out W/o/t3 ; pack table W/deep.jsonl --out W/o/t4
         pack table /etc/passwd --out W/o/t5 ; pack table W/binary.txt --out W/o/t6 ; pack table W/none.csv --out W/o/t7
         pack table W/columns.csv --out W/o/t8 ; pack table W/object.json --out W/o/t9 ; pack table W/bad.csv.gz --out W/o/ta
@@ -215,7 +215,7 @@ RIGHT = {
         "shapes --prompt '🚀 ../../etc/passwd \u202e' --steps 1 --guidance 0 --device cpu --out W/out",
     ],
     "tools/data.py": ["plan --images 25e6", f"index {DATA}", f"head {DATA} --count 1", "which W/tiny.yaml --step 1",
-                      "pack folder W/pictures --captions-from-names --out W/o/right --resize 8"],
+                      "pack folder W/images --captions-from-names --out W/o/right --resize 8"],
     "tools/report.py": ["W/damaged_run"],
     "tools/evaluate.py": ["shapes shapes --num 2 --steps 1 --out W/o/right_v"],
     "tools/synthesize.py": ["shapes --prompts W/ok.txt --limit 1 --steps 1 --out W/o/right_y"],
@@ -232,7 +232,7 @@ FEW = {  # at once, in this process
     "sample": ["shapes --prompt x --device foo", "shapes --prompt x --seed 1e30", "shapes --prompt SURROGATE",
                "shapes --prompts-file W/binary.txt", "W/ok.txt --prompt x"],
     "data": ["pack table W/lists.jsonl --out W/o", "pack table /etc/passwd --out W/o", "pack table W/deep.jsonl --out W/o",
-             "pack folder W/pictures --out W/o", "pack folder W/pictures --resize -5 --captions-from-names --out W/o",
+             "pack folder W/images --out W/o", "pack folder W/images --resize -5 --captions-from-names --out W/o",
              "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1", "which W/tiny.yaml --step 1 --world 0", "plan --images 1e400",
              "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o", "verify W/damaged/data-0.tar",
              "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o"],
@@ -246,11 +246,11 @@ FEW = {  # at once, in this process
 def make_files(folder: Path) -> None:
     """All that stands as W/... above, but for the run and models."""
     pixels = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     (folder / "empty_folder").mkdir()
     for index in range(4):
-        Image.fromarray(pixels + index).save(folder / "pictures" / f"a_red_fox_{index}.png")
-    png = (folder / "pictures/a_red_fox_0.png").read_bytes()
+        Image.fromarray(pixels + index).save(folder / "images" / f"a_red_fox_{index}.png")
+    png = (folder / "images/a_red_fox_0.png").read_bytes()
     write_shard(
         folder / "data-0.tar", [{"__key__": f"{i:04d}", "png": png, "txt": "a fox"} for i in range(8)]
     )
@@ -414,10 +414,12 @@ FEW_LINES = [(program, line) for program, lines in FEW.items() for line in lines
 
 
 @pytest.mark.parametrize("program, line", FEW_LINES, ids=[f"{program} {line}" for program, line in FEW_LINES])
-def test_wrong_command_lines(folder, capsys, program, line):
+def test_wrong_command_lines(folder, capsys, monkeypatch, program, line):
     import importlib
 
-    main = importlib.import_module(program).main
+    monkeypatch.setattr(sys, "argv", [f"{program}.py"])
+
+    main = importlib.import_module(f"nitro_e.cli.{program}").main
     try:
         code = main(arguments_of(line, folder))
     except SystemExit as error:

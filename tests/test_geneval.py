@@ -11,7 +11,7 @@ import pytest
 
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
-from nitro_e.evaluation.pictures import Judged
+from nitro_e.evaluation.images import Judged
 from nitro_e.evaluation.results import summarize
 from nitro_e.rewards.geneval import generator as prompts
 from nitro_e.rewards.geneval import tasks as requests
@@ -119,7 +119,7 @@ def test_fractions_by_hand(record, found, part):
     assert is_correct(found, record) == (part == 1)
 
 
-def test_overall_is_the_mean_of_tasks_not_of_pictures():
+def test_overall_is_the_mean_of_tasks_not_of_images():
     scores = summarized(["colors", "colors", "colors", "counting"], [1, 1, 0, 0])
     assert scores == pytest.approx({"colors": 2 / 3, "counting": 0, "overall": 1 / 3})
 
@@ -134,7 +134,7 @@ def test_test_prompts_are_the_benchmark(cases):
 
 
 def equivalents(prompt: str) -> set[str]:
-    """All wordings of the same picture: objects swapped, relations mirrored. Words only."""
+    """All wordings of the same image: objects swapped, relations mirrored. Words only."""
     mirrored = {
         "left of": "right of",
         "right of": "left of",
@@ -151,7 +151,7 @@ def equivalents(prompt: str) -> set[str]:
 
 
 @pytest.mark.parametrize("objects", ["all", "seen", "unseen"])
-def test_training_prompts_ask_for_no_tested_picture(cases, objects):
+def test_training_prompts_ask_for_no_tested_image(cases, objects):
     tested = {text for case in cases[1::2] for text in equivalents(case["metadata"]["prompt"])}
     drawn = prompts.train_prompts(6000 if objects == "all" else 1500, 1, objects)
     texts = {record["prompt"] for record in drawn}

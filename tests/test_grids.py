@@ -145,7 +145,7 @@ def test_taps_are_checked():
             model.forward_intermediates(*inputs, taps=[1, wrong])
 
 
-# ---- pictures of any size
+# ---- images of any size
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def pipeline() -> TextToImage:
     )
 
 
-def test_pictures_have_the_size_asked_for(pipeline):
+def test_images_have_the_size_asked_for(pipeline):
     assert pipeline(["a"])[0].size == (64, 64)
     assert pipeline(["a"], height=128)[0].size == (64, 128)
     assert pipeline(["a"], height=64, width=128)[0].size == (128, 64)

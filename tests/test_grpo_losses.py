@@ -61,7 +61,7 @@ def test_policy_gradient_of_a_linear_chain(name):
         )  # fmt: skip
     rewards = drawn.latents.flatten()
     advantage = rewards - rewards.mean()
-    per_picture = torch.zeros(count)
+    per_image = torch.zeros(count)
     for i in range(window.first, window.stop):
         row = schedule.sde.at(torch.tensor([i]))
         start, end = drawn.states[i - window.first], drawn.states[i - window.first + 1]
@@ -72,9 +72,9 @@ def test_policy_gradient_of_a_linear_chain(name):
         # REINFORCE on the same samples: A * d log N(end; mean, std) / d theta
         score = advantage * ((end - mean.detach()) / row.std**2 * row.v_coef).flatten()
         assert -gradient.item() == pytest.approx(score.mean().item(), rel=1e-4, abs=1e-5)
-        per_picture += score
-    error = per_picture.std().item() / count**0.5
-    assert per_picture.mean().item() == pytest.approx(expected, abs=4 * error)
+        per_image += score
+    error = per_image.std().item() / count**0.5
+    assert per_image.mean().item() == pytest.approx(expected, abs=4 * error)
 
 
 def test_loss_gradient_is_reinforce_over_dimensions():
@@ -169,7 +169,7 @@ def test_step_weights_have_mean_one_over_the_trained_steps():
         assert torch.allclose(weights / weights[2], like / like[2])
 
 
-def test_nft_loss_pulls_towards_good_pictures_and_away_from_bad_ones():
+def test_nft_loss_pulls_towards_good_images_and_away_from_bad_ones():
     """At v = old the gradient is (1 - 2 r) times the flow-matching gradient's direction; r = 1/2 has none."""
     torch.manual_seed(0)
     data, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.full((4,), 0.6)
@@ -277,7 +277,7 @@ def test_score_statistics():
 
 
 def test_score_statistics_of_mixed_prompts():
-    """The reward is not asked about the second group: its pictures are neither invalid nor equal."""
+    """The reward is not asked about the second group: its images are neither invalid nor equal."""
     scores = torch.tensor([[1.0, 3.0, NAN, NAN], [NAN] * 4, [0.0, 4.0, 0.0, 4.0]])[..., None]
     logs = score_statistics(scores, ("a",), torch.ones(1), torch.tensor([[True], [False], [True]]))
     assert logs["reward/a/invalid"] == 0.25 and logs["reward/a/within_std"] == 1.5

@@ -61,7 +61,7 @@ def trained(stage):
 
 
 def steps_of(stage, rows):
-    """Steps of the rows of the first rollout, worked out here: every picture has all steps of the window."""
+    """Steps of the rows of the first rollout, worked out here: every image has all steps of the window."""
     first, stop = stage.schedule.window_of(stage.seed, 0)
     return torch.arange(first, stop).repeat(len(rows.x) // (stop - first))
 
@@ -151,7 +151,7 @@ def test_ratio_moves_after_an_update_and_the_clip_bites():
 
 
 @pytest.mark.parametrize("options", [{}, LATER, RANDOM, {"cfg_grad": "cond"}, toy.LORA])
-def test_first_update_is_reinforce_on_the_drawn_pictures(options):
+def test_first_update_is_reinforce_on_the_drawn_images(options):
     """The stage's own loss, differentiated, against scores written out with torch.distributions."""
     stage = toy.make_stage(**{"updates": 1, "algorithm": {"kind": "clipped", "kl": {"beta": 0.0}}, **options})
     (rows,) = micro_batches(stage, 1)
@@ -330,9 +330,9 @@ def test_every_update_gets_the_same_share_of_every_group(world):
     for update in range(3):
         pairs = []
         for rank in range(world):
-            pictures, steps = layout.rows(update)
+            images, steps = layout.rows(update)
             pairs += [
-                (layout.slots(rank)[p], s) for p, s in zip(pictures.tolist(), steps.tolist(), strict=True)
+                (layout.slots(rank)[p], s) for p, s in zip(images.tolist(), steps.tolist(), strict=True)
             ]
         assert pairs == [(slot, s) for slot in range(24) if slot % 3 == update for s in (0, 1)]
         assert [sum(slot // 6 == group for slot, _ in pairs) for group in range(4)] == [4] * 4
@@ -369,7 +369,7 @@ class Threads:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("options", [*BRANCHES, MOODY])  # moody: processes have unequal numbers of scores
-def test_pictures_advantages_and_gradients_do_not_depend_on_processes(options, world, monkeypatch):
+def test_images_advantages_and_gradients_do_not_depend_on_processes(options, world, monkeypatch):
     """With 4 processes the groups are spread, with 2 each has its own."""
     options = {"groups": 2, "group_size": 4, **options}
     one = toy.make_stage(**options)
@@ -404,7 +404,7 @@ def test_gradient_does_not_depend_on_micro_batches_nor_rollout_batches(options):
         assert torch.allclose(ours, gradient(stages[0], [whole[update]]), rtol=1e-4, atol=1e-6)
 
 
-def test_pictures_of_a_group_differ_and_rollouts_do_too():
+def test_images_of_a_group_differ_and_rollouts_do_too():
     stage = toy.make_stage(updates=1)
     first, second = micro_batches(stage, 2)
     flat = torch.cat([first.latents[::3], second.latents[::3]]).flatten(1)
@@ -518,22 +518,22 @@ def test_metrics(tmp_path):
 # ---- rewards that fail
 
 
-def test_pictures_without_a_score_teach_nothing_and_are_never_zero():
+def test_images_without_a_score_teach_nothing_and_are_never_zero():
     stage = toy.make_stage(rewards=[{"name": "grpo_toy:moody", "label": "moody"}], updates=1)
     (rows,) = micro_batches(stage, 1)
-    pictures = toy.Identity().decode(rows.latents[::3]).flatten(1)
-    scored = pictures[:, 0] >= 0
+    images = toy.Identity().decode(rows.latents[::3]).flatten(1)
+    scored = images[:, 0] >= 0
     advantage = rows.advantage[::3]
     assert 0 < scored.sum() < 32 and (advantage[~scored] == 0).all() and (advantage[scored] != 0).any()
     assert rows.stats["reward/moody/invalid"].item() == pytest.approx((~scored).float().mean().item())
-    mean = toy.brightness(pictures, None, None)[scored].mean().item()
+    mean = toy.brightness(images, None, None)[scored].mean().item()
     assert rows.stats["reward/moody"].item() == pytest.approx(mean, abs=1e-4)
     logs = loss_of(stage, rows)[1]
     assert logs["kl"] == 0  # all rows count, for the KL
 
 
 class Overflowing(toy.Identity):
-    """The first picture of every group is infinitely bright."""
+    """The first image of every group is infinitely bright."""
 
     def decode(self, latents):
         pixels = super().decode(latents)
@@ -541,7 +541,7 @@ class Overflowing(toy.Identity):
         return pixels
 
 
-def test_overflowed_pictures_are_invalid_and_prompts_a_reward_is_not_asked_about_are_not():
+def test_overflowed_images_are_invalid_and_prompts_a_reward_is_not_asked_about_are_not():
     stage = toy.make_stage(updates=1, rewards=[{"name": "grpo_toy:counted", "label": "c"}])
     stage.codec = Overflowing()
     stage.pool[:2] = [Prompt(prompt.text, {**prompt.info, "include": []}) for prompt in stage.pool[:2]]

@@ -27,7 +27,7 @@ def pretrained(seed):
 
 @torch.no_grad()
 def evaluate(net, guidance_scale, count=64):
-    """The reward of pictures of the 20-step ODE from fixed noise."""
+    """The reward of images of the 20-step ODE from fixed noise."""
     prompts = [prompt for prompt in toy.POOL for _ in range(count)]
     text, null = (toy.OneHot().encode(words) for words in ([p.text for p in prompts], [""] * len(prompts)))
     x = torch.randn(len(prompts), toy.DIM, 1, 1, generator=torch.Generator().manual_seed(99))

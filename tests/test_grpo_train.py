@@ -120,7 +120,7 @@ def test_train_and_resume(recipe, tmp_path, options):
 def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
     assert train.main([str(recipe), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "2 of 2 prompts x 8 pictures, 2 updates each" in out and "24 rows" in out
+    assert "2 of 2 prompts x 8 images, 2 updates each" in out and "24 rows" in out
     assert train.main([str(recipe), "stage.adapter.init_from=nowhere", "--dry-run"]) == 2
     assert "stage.adapter.init_from: folder 'nowhere' does not exist" in capsys.readouterr().err
     for overrides, message in [

@@ -142,7 +142,7 @@ def test_the_record_is_the_same_whatever_the_tracker(tmp_path, fake, tracker):
 
 
 def sheet(prompts, columns=3, size=(6, 4), gap=2) -> Image.Image:
-    """Pictures of one colour each, with their prompts."""
+    """Images of one colour each, with their prompts."""
     rows = -(-len(prompts) // columns)
     image = Image.new("RGB", (columns * (size[0] + gap) - gap, rows * (size[1] + gap) - gap), "white")
     for index in range(len(prompts)):
@@ -151,8 +151,8 @@ def sheet(prompts, columns=3, size=(6, 4), gap=2) -> Image.Image:
     return metrics.caption(image, prompts, columns, size)
 
 
-def test_a_sheet_keeps_the_prompt_of_every_picture(tmp_path, fake):
-    """In the PNG itself; wandb gets each picture with its caption."""
+def test_a_sheet_keeps_the_prompt_of_every_image(tmp_path, fake):
+    """In the PNG itself; wandb gets each image with its caption."""
     wandb = fake()
     prompts = ["a red circle", "<b> & 'ümlaut'", "", "line\nbreak", "last"]
     writer = make(tmp_path, "wandb:offline")
@@ -266,7 +266,7 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch):
     assert writer.failures == 0 and list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_tensorboard_holds_scalars_and_pictures_and_forgets_superseded_steps(tmp_path):
+def test_tensorboard_holds_scalars_and_images_and_forgets_superseded_steps(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -318,14 +318,14 @@ def test_lines_that_could_never_be_written_are_counted_at_the_end(tmp_path, capl
     assert "LOST: the last 2 lines" in caplog.text
 
 
-def test_a_picture_that_cannot_be_written_stops_nothing(tmp_path):
+def test_a_image_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "samples").write_text("in the way")
     train(tmp_path)
     assert len(rows(tmp_path)) == 6
     assert "could not be written" in metrics.read_events(tmp_path)[-1]["message"]
 
 
-def test_pictures_reach_the_disk_before_the_tracker(tmp_path):
+def test_images_reach_the_disk_before_the_tracker(tmp_path):
     class Mirror:
         def log_image(self, step, name, image):
             assert (tmp_path / "samples" / f"step-{step:07d}-{name}.png").is_file()

@@ -1,4 +1,4 @@
-"""Precision: float32, bfloat16 and float16 give the same velocity and pictures within the tolerances of docs/model.md."""
+"""Precision: float32, bfloat16 and float16 give the same velocity and images within the tolerances of docs/model.md."""
 
 import pytest
 import torch

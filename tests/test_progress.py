@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BARS = """
 import sys, time
-from nitro_e import progress
+from nitro_e.record import progress
 progress.SECONDS = 0.2
 for number in progress.bar(range(20), desc="long", unit="img"):
     time.sleep(0.05)
@@ -56,7 +56,7 @@ def test_the_log_of_a_command_has_no_bars(tmp_path):
     """Those of transformers ("Loading weights") and of the sampler were in it."""
     command = [str(ROOT / "sample.py"), "shapes", "--prompt", "a red circle", "--steps", "2", "--out", "out"]
     text = run(command, tmp_path)
-    assert text == "1 pictures and grid.png are in out/\n"
+    assert text == "1 images and grid.png are in out/\n"
 
 
 def test_a_terminal_shows_a_bar(tmp_path):

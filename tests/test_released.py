@@ -1,6 +1,5 @@
 """The released weight format in and out, LoRA adapters, and `tools/convert.py`."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import nitro_e.cli.convert
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.model import EMMDiT, ModelConfig, released
 from nitro_e.model.pretrained import load_pretrained, read_config, save_pretrained
@@ -21,13 +21,9 @@ from nitro_e.sampling.pipeline import Use
 LORA = DATA / "lora_tiny_512"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def convert():
-    path = Path(__file__).parents[1] / "tools" / "convert.py"
-    spec = importlib.util.spec_from_file_location("convert", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return nitro_e.cli.convert.main
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class Page(HTMLParser):
     def charts(self) -> list[str]:
         return [value for tag, name, value in self.attributes if tag == "svg" and name == "aria-label"]
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         sources = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
         return [
             Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in sources
@@ -115,14 +115,14 @@ def test_the_report_is_valid_self_contained_and_complete(tmp_path):
         "Loss", "critic: Loss", "Velocity loss", "REPA loss", "Loss by timestep, t in 4 bins (t0: least noise)",
         "Learning rate", "Gradient norm", "Samples per second", "Waiting for data, share of time", "reward",
     ]  # fmt: skip
-    assert [picture.getpixel((0, 0)) for picture in page.pictures()] == [(10, 0, 0), (20, 0, 0), (30, 0, 0)]
+    assert [image.getpixel((0, 0)) for image in page.images()] == [(10, 0, 0), (20, 0, 0), (30, 0, 0)]
     assert "300 of 300" in page.text["header"] and "done" in page.text["h1"] and "mine" in page.text["h1"]
     assert "the disk <is> nearly full" in page.text["li"]
     assert "kind: flow_matching" in page.text["pre"]
     assert re.search(r"torch \d", page.text["td"]) and sys.argv[0].split("/")[-1] in page.text["td"]
 
 
-def test_every_picture_of_a_grid_has_its_prompt(tmp_path):
+def test_every_image_of_a_grid_has_its_prompt(tmp_path):
     """As drawn, whatever the recipe lists: prompts of the data were nowhere to be seen."""
     folder, prompts = make_run(tmp_path / "mine"), ["a red <b>circle</b> & more", "' onload='x", "blue"]
     sheet = Image.new("RGB", (34, 34))
@@ -134,7 +134,7 @@ def test_every_picture_of_a_grid_has_its_prompt(tmp_path):
     text = write_report(folder).read_text()
     assert_self_contained(text)
     page = Page(text)
-    assert [picture.getcolors() for picture in page.pictures()[3:]] == [[(256, (i, 0, 0))] for i in (1, 2, 3)]
+    assert [image.getcolors() for image in page.images()[3:]] == [[(256, (i, 0, 0))] for i in (1, 2, 3)]
     captions = page.text["figcaption"]
     assert captions.endswith("samples, step 400" + "".join(prompts))
     assert [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")][3:] == prompts
@@ -177,12 +177,12 @@ def test_damaged_files_do_not_stop_the_report(tmp_path):
     folder = make_run(tmp_path / "mine")
     (folder / "config.yaml").write_text("name: [")
     (folder / "STATUS.json").write_text('{"state"')
-    picture = folder / "samples" / "step-0000200-samples.png"
-    picture.write_bytes(picture.read_bytes()[:50])
+    image = folder / "samples" / "step-0000200-samples.png"
+    image.write_bytes(image.read_bytes()[:50])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"attempt": 1, "step": 301, "time": 1.0, "loss": NaN, "lr": "high"}\n{"attempt": 1, "ste')
     page = Page(write_report(folder).read_text())
-    assert "step-0000200-samples.png cannot be read" in page.text["p"] and len(page.pictures()) == 2
+    assert "step-0000200-samples.png cannot be read" in page.text["p"] and len(page.images()) == 2
     assert "not valid YAML" in page.text["p"] and "1 values not finite" in page.text["figcaption"]
 
 
@@ -216,9 +216,9 @@ def test_many_and_large_grids_are_thinned_and_compressed(tmp_path):
     folder = make_run(tmp_path / "mine", grids=30)
     noise = Image.effect_noise((3000, 300), 90).convert("RGB")
     noise.save(folder / "samples" / "step-0009000-samples.png")
-    pictures = Page(write_report(folder).read_text()).pictures()
-    assert len(pictures) == 12 and pictures[0].getpixel((0, 0)) == (10, 0, 0)
-    assert pictures[-1].format == "JPEG" and pictures[-1].size == (2048, 205)
+    images = Page(write_report(folder).read_text()).images()
+    assert len(images) == 12 and images[0].getpixel((0, 0)) == (10, 0, 0)
+    assert images[-1].format == "JPEG" and images[-1].size == (2048, 205)
 
 
 def test_wall_clock_counts_every_attempt_and_no_pause(tmp_path):
@@ -260,7 +260,7 @@ def test_comparison_of_runs(tmp_path, capsys):
         and len(page.charts()) == len(LOGGED) + 4
     )
     assert "stage.optim.lr" in page.text["td"] and "engine.steps" not in page.text["td"]
-    assert "b: no sample grids" in page.text["p"] and len(page.pictures()) == 1
+    assert "b: no sample grids" in page.text["p"] and len(page.images()) == 1
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

@@ -98,7 +98,7 @@ def config(name: str, **keys) -> RewardConfig:
     return from_dict(RewardConfig, {"name": f"{HERE}:{name}"} | keys, "rewards[0]")
 
 
-def pictures(num: int = 5) -> torch.Tensor:
+def images(num: int = 5) -> torch.Tensor:
     return quantize(torch.rand(num, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
 
 
@@ -113,7 +113,7 @@ def test_columns_follow_the_configs():
     scorer = build_rewards(
         [config("brightness"), config("brightness", label="dark", weight=0, options={"factor": -2.0})]
     )
-    pixels = pictures()
+    pixels = images()
     values, valid = score(scorer, pixels)
     mean = pixels.mean(dim=(1, 2, 3))
     torch.testing.assert_close(values, torch.stack([mean, -2 * mean], dim=1))
@@ -132,9 +132,9 @@ def test_scores_are_those_of_the_saved_png():
     torch.testing.assert_close(score(scorer, rough.double()).values[:, 0], expected)
 
 
-def test_pictures_come_in_batches():
-    whole = score(build_rewards([config("brightness")]), pictures())
-    parts = score(build_rewards([config("brightness", batch_size=2)]), pictures())
+def test_images_come_in_batches():
+    whole = score(build_rewards([config("brightness")]), images())
+    parts = score(build_rewards([config("brightness", batch_size=2)]), images())
     assert calls == [5, 2, 2, 1]
     torch.testing.assert_close(parts.values, whole.values, rtol=0, atol=0)
 
@@ -161,9 +161,9 @@ def test_a_class_is_built_once_when_first_used_and_moved():
     assert calls == [("built", None, "cpu", torch.bfloat16), ("to", "cpu")]
     calls.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = score(scorer, pictures()).values
+        values = score(scorer, images()).values
     assert calls == [("to", "cpu"), ("scored", False, False), ("to", "cpu")]
-    torch.testing.assert_close(values[:, 0], 3 * pictures().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(values[:, 0], 3 * images().mean(dim=(1, 2, 3)))
     calls.clear()
     scorer.load()
     assert calls == []
@@ -172,7 +172,7 @@ def test_a_class_is_built_once_when_first_used_and_moved():
 def test_metadata_where_it_is_needed():
     scorer = build_rewards([config("counts_objects", batch_size=2)])
     info = [{"include": [1]}, {}, {"include": [1, 2]}, {"prompt": "x"}, {"include": []}]
-    values, valid = score(scorer, pictures(), info)
+    values, valid = score(scorer, images(), info)
     assert valid[:, 0].tolist() == [True, False, True, False, True] and calls == [2, 1]
     assert values[[0, 2, 4], 0].tolist() == [1, 2, 0]
     assert vars(scorer.tally[f"{HERE}:counts_objects"]) | {"seconds": 0} == {
@@ -185,10 +185,10 @@ def test_metadata_where_it_is_needed():
 
 
 def test_no_rewards_and_wrong_lengths():
-    values, valid = score(build_rewards([]), pictures())
+    values, valid = score(build_rewards([]), images())
     assert values.shape == valid.shape == (5, 0)
-    with pytest.raises(ValueError, match="5 pictures, 1 prompts"):
-        build_rewards([])(pictures(), ["a"], [{}] * 5)
+    with pytest.raises(ValueError, match="5 images, 1 prompts"):
+        build_rewards([])(images(), ["a"], [{}] * 5)
 
 
 # --- failures (T16) ---
@@ -197,46 +197,46 @@ def test_no_rewards_and_wrong_lengths():
 def test_a_failure_is_tried_again():
     scorer = build_rewards([config("failing", options={"every": 3})], backoff=0)
     calls[:] = [0, 0]  # the next call is the third: it fails, the fourth does not
-    values, valid = score(scorer, pictures())
+    values, valid = score(scorer, images())
     assert valid.all() and calls[2:] == [5, 5] and scorer.tally[scorer.names[0]].failures == 1
-    torch.testing.assert_close(values[:, 0], pictures().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(values[:, 0], images().mean(dim=(1, 2, 3)))
 
 
 def test_failures_are_masked_counted_and_end_the_run(caplog):
     scorer = build_rewards([config("brightness"), config("failing")], retries=1, max_failures=3, backoff=0)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            values, valid = score(scorer, pictures())
+            values, valid = score(scorer, images())
             assert valid[:, 0].all() and not valid[:, 1].any()
             assert values[:, 1].isnan().all()  # never a number
     assert "failed, attempt 2 of 2 (RuntimeError: server is away)" in caplog.text
     tally = scorer.tally[f"{HERE}:failing"]
     assert (tally.scored, tally.unscored, tally.failures) == (0, 10, 4)
     with pytest.raises(TrainingError, match="scored nothing in 3 batches in a row.*server is away") as error:
-        score(scorer, pictures())
+        score(scorer, images())
     assert "\n" not in str(error.value)
 
 
 def test_only_failures_in_a_row_end_the_run():
     scorer = build_rewards([config("failing", options={"every": 2})], retries=0, max_failures=2)
-    failed = [not score(scorer, pictures()).valid.any() for _ in range(6)]
+    failed = [not score(scorer, images()).valid.any() for _ in range(6)]
     assert failed == [False, True] * 3
 
 
 def test_one_batch_fails_alone():
     scorer = build_rewards([config("failing", batch_size=2, options={"every": 2})], retries=0)
-    assert score(scorer, pictures()).valid[:, 0].tolist() == [True, True, False, False, True]
+    assert score(scorer, images()).valid[:, 0].tolist() == [True, True, False, False, True]
 
 
 def test_nan_and_infinity_are_not_scores():
     scorer = build_rewards([config("half_known")])
-    values, valid = score(scorer, pictures())
+    values, valid = score(scorer, images())
     assert valid[:, 0].tolist() == [False, False, False, True, False]
     assert values[:, 0].isnan().tolist() == [True, True, True, False, True]
     assert (scorer.tally[scorer.names[0]].scored, scorer.tally[scorer.names[0]].unscored) == (1, 4)
 
 
-def test_broken_pictures_are_not_scored_by_any_reward():
+def test_broken_images_are_not_scored_by_any_reward():
     """`shapes` and others would make a number of them."""
     prompts = load_prompts(PromptsConfig(source="shapes-heldout", num=4))
     pixels = torch.ones(4, 3, 64, 64)
@@ -261,31 +261,31 @@ def test_weights_that_judge_are_named():
 
 def test_endless_nan_ends_the_run():
     scorer = build_rewards([config("half_known")], max_failures=2)
-    score(scorer, pictures(1))
+    score(scorer, images(1))
     with pytest.raises(TrainingError, match="because of NaN scores"):
-        score(scorer, pictures(1))
+        score(scorer, images(1))
 
 
 def test_a_slow_reward_does_not_hang_the_run():
     released.clear()
     scorer = build_rewards([config("slow", timeout=0.05)], retries=1, max_failures=3, backoff=0)
-    assert not score(scorer, pictures()).valid.any()
-    assert not score(scorer, pictures()).valid.any()
+    assert not score(scorer, images()).valid.any()
+    assert not score(scorer, images()).valid.any()
     assert calls == [5]  # while the first call is out, no second one is started
     released.set()
     scorer._slots[0].worker.join(10)
-    assert score(scorer, pictures()).valid.all() and calls == [5, 5]
+    assert score(scorer, images()).valid.all() and calls == [5, 5]
 
 
 def test_errors_of_a_call_with_a_time_limit_are_its_own():
     scorer = build_rewards([config("failing", timeout=10.0)], retries=0, max_failures=1)
     with pytest.raises(TrainingError, match="server is away"):
-        score(scorer, pictures())
+        score(scorer, images())
 
 
 def test_a_wrong_shape_is_a_mistake_not_a_failure():
-    with pytest.raises(ConfigError, match=r"returned \(5, 8, 8\) for 5 pictures.*shape \(5,\)"):
-        score(build_rewards([config("misshapen")]), pictures())
+    with pytest.raises(ConfigError, match=r"returned \(5, 8, 8\) for 5 images.*shape \(5,\)"):
+        score(build_rewards([config("misshapen")]), images())
 
 
 # --- ranks ---
@@ -320,7 +320,7 @@ def test_win_rates():
 
 def test_only_ranked_rewards_are_ranked():
     scorer = build_rewards([config("brightness"), config("brightness", label="ranked", transform="rank")])
-    scores = score(scorer, pictures(4))
+    scores = score(scorer, images(4))
     values, valid = scorer.transform(scores, torch.tensor([7, 7, 8, 8]))
     torch.testing.assert_close(values[:, 0], scores.values[:, 0], rtol=0, atol=0)
     assert sorted(values[:2, 1].tolist()) == [0, 1] and sorted(values[2:, 1].tolist()) == [0, 1]
@@ -418,4 +418,4 @@ def test_prompts_and_rewards_fit_together():
     scorer = build_rewards([RewardConfig(name="shapes")])
     scorer.check([prompt.info for prompt in prompts])
     values, valid = scorer(torch.ones(12, 3, 64, 64), *zip(*prompts))
-    assert valid.all() and (values == 0).all()  # empty pictures
+    assert valid.all() and (values == 0).all()  # empty images

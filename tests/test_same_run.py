@@ -117,7 +117,7 @@ def test_first_weights_follow_from_the_seed_alone(shards, tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """A folder of 16 pictures of the shipped model, for distillation."""
+    """A folder of 16 images of the shipped model, for distillation."""
     folder = tmp_path_factory.mktemp("pairs")
     arguments = ["shapes", "--prompts", "shapes-train", "--limit", "16", "--steps", "2", "--text-embeddings"]
     assert synthesize.main([*arguments, "--out", str(folder)]) == 0

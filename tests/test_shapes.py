@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import json
 import math
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+import nitro_e.cli.make_shapes
 from nitro_e.config import ConfigError
 from nitro_e.encoders.codec import DCT_SIZES, DCTCodec
 from nitro_e.rewards.geneval.rules import Detection, graded, is_correct, is_strict, relations
@@ -201,7 +200,7 @@ def test_rendering_agrees_with_supersampled_polygons(shape):
     assert np.abs(alpha - expected).sum() < 0.02 * expected.sum()
 
 
-def test_resolution_changes_the_sampling_not_the_picture():
+def test_resolution_changes_the_sampling_not_the_image():
     for index in range(12):
         drawn = scene(0, "train", index)
         small, large = render(drawn, 64).astype(float), render(drawn, 128).astype(float)
@@ -386,7 +385,7 @@ def half_size(pixels: torch.Tensor) -> torch.Tensor:
     return F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
 
 
-CODEC = DCTCodec(*DCT_SIZES["dct-f8c24"])  # 29 dB on these pictures
+CODEC = DCTCodec(*DCT_SIZES["dct-f8c24"])  # 29 dB on these images
 
 
 def noisy_latents(pixels: torch.Tensor, sigma: float, rng: torch.Generator) -> torch.Tensor:
@@ -449,8 +448,8 @@ def test_tricks_earn_nothing():
         "noise": torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1,
     }
     red_circle = metadata(Request("colors", (Thing("circle", "red"),)))
-    pictures = torch.stack([*tricks.values(), paint((circle, "red"))])
-    verdicts = judge(pictures, [red_circle] * len(pictures))
+    images = torch.stack([*tricks.values(), paint((circle, "red"))])
+    verdicts = judge(images, [red_circle] * len(images))
     assert {name: verdict.geneval for name, verdict in zip(tricks, verdicts)} == dict.fromkeys(tricks, False)
     assert verdicts[-1].strict  # the honest one
     debris = judge(paint((circle, "red"), (disk(8, 8, 2.5), "blue"))[None], [red_circle])[0]
@@ -541,7 +540,7 @@ def test_reward():
     info = [metadata(one.request) for one in drawn]
     prompts = [record["prompt"] for record in info]
     pixels = pixels_of(drawn)
-    pixels[0] = 1.0  # an empty picture
+    pixels[0] = 1.0  # an empty image
     for score in ("mixed", "strict", "geneval", "partial"):
         reward = ShapesReward(score)(pixels, prompts, info)
         assert reward.shape == (12,) and reward.dtype == torch.float32
@@ -551,7 +550,7 @@ def test_reward():
     assert 0 <= half.item() < 0.5  # mixed cannot reach a half without being strict
     with pytest.raises(ConfigError, match="unknown score 'best'"):
         ShapesReward("best")
-    with pytest.raises(ConfigError, match="12 pictures but 1 metadata"):
+    with pytest.raises(ConfigError, match="12 images but 1 metadata"):
         judge(pixels, info[:1])
     with pytest.raises(ConfigError, match="has no 'include'"):
         judge(pixels[:1], [{"prompt": "a dog"}])
@@ -560,13 +559,9 @@ def test_reward():
 # --- shards ---
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    path = Path(__file__).parents[1] / "tools" / "make_shapes.py"
-    spec = importlib.util.spec_from_file_location("make_shapes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return nitro_e.cli.make_shapes
 
 
 def test_shards_hold_the_scenes(tool, tmp_path):

@@ -24,7 +24,7 @@ def held_out():
 
 
 def test_codec_keeps_what_the_judge_needs(held_out):
-    """Pictures of combinations it has never seen, clean and after the errors a sampler makes."""
+    """Images of combinations it has never seen, clean and after the errors a sampler makes."""
     codec = build_codec(ComponentConfig(name="shapes-dc-ae"))
     pixels = held_out.pixels(slice(None))
     latents = codec.normalize(codec.encode_pixels(pixels))
@@ -38,8 +38,8 @@ def test_codec_keeps_what_the_judge_needs(held_out):
         latents + 0.2 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     )
     infos = [metadata(drawn.request) for drawn in held_out.scenes]
-    for pictures in (decoded, noisy):
-        assert np.mean([verdict.strict for verdict in judge(pictures, infos)]) >= 0.97
+    for images in (decoded, noisy):
+        assert np.mean([verdict.strict for verdict in judge(images, infos)]) >= 0.97
 
 
 def ridge(features: torch.Tensor, classes: torch.Tensor, count: int) -> torch.Tensor:

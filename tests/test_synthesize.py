@@ -1,4 +1,4 @@
-"""Synthetic pairs: equal to the pipeline's own pictures, from any rank, continued, and read back."""
+"""Synthetic pairs: equal to the pipeline's own images, from any rank, continued, and read back."""
 
 import json
 import os
@@ -153,7 +153,7 @@ def test_ranks_and_restarts_give_the_same_bytes(tmp_path, model, prompts, capsys
     assert "made from other input or with other options" in capsys.readouterr().err
 
 
-def test_other_seeds_other_pictures(tmp_path, model, prompts):
+def test_other_seeds_other_images(tmp_path, model, prompts):
     for seed in (0, 1):
         run(model, "--prompts", prompts, "--limit", 2, "--seed", seed, "--out", tmp_path / str(seed))
     assert tars(tmp_path / "0") != tars(tmp_path / "1")
@@ -167,7 +167,7 @@ def test_prompts_of_a_table_keep_their_columns(tmp_path):
     assert read_jobs(tmp_path / "p.tsv", "Prompt", 3, 0)[2].k == 2
 
 
-def test_a_prompt_that_comes_again_gets_other_pictures(tmp_path):
+def test_a_prompt_that_comes_again_gets_other_images(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
     jobs = read_jobs(tmp_path / "p.txt", "prompt", 2, 0)
     assert [(job.prompt, job.k) for job in jobs if job.prompt == "a cat"] == [("a cat", k) for k in range(4)]
@@ -192,7 +192,7 @@ def test_a_model_that_fails_is_reported(tmp_path, model, prompts, capsys):
 
 
 class FakeDiffusers:
-    """What DiffusersGenerator uses of a pipeline; the colour of a picture is its seed's first numbers."""
+    """What DiffusersGenerator uses of a pipeline; the colour of an image is its seed's first numbers."""
 
     def to(self, device):
         return self
@@ -328,7 +328,7 @@ def test_a_real_diffusers_pipeline_is_continued(tmp_path, prompts):
     run(*command)
     before = tars(tmp_path / "o")
     (tmp_path / "o/synth-000001.tar").unlink()
-    run(*command)  # loaded again: the same fingerprint, the same pictures
+    run(*command)  # loaded again: the same fingerprint, the same images
     assert tars(tmp_path / "o") == before and len(before) == 2
     assert before["synth-000000.tar"] != before["synth-000001.tar"]
     data = open_data(

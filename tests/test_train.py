@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nitro_e.cli import sample, train
-from nitro_e.data import write_shard
+from nitro_e.data.making import write_shard
 from nitro_e.model import EMMDiT
 from nitro_e.record import metrics
 from nitro_e.sampling.pipeline import TextToImage
@@ -91,13 +91,13 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--prompt", "a plain red square", "--num-images", "2", "--seed", "5", "--out", str(out)]
     assert sample.main([str(run), *arguments]) == 0
-    pictures = sorted(out.glob("0*.png"))
-    assert len(pictures) == 2 and (out / "grid.png").is_file()
-    first = Image.open(pictures[0])
+    images = sorted(out.glob("0*.png"))
+    assert len(images) == 2 and (out / "grid.png").is_file()
+    first = Image.open(images[0])
     assert first.size == (64, 64) and first.text["prompt"] == "a plain red square"
     assert json.loads(first.text["settings"])["seed"] == 5
     one = TextToImage.from_pretrained(f"{run}@ema")(["a plain red square"], seeds=[6])
-    assert np.abs(np.asarray(one[0]).astype(int) - np.asarray(Image.open(pictures[1])).astype(int)).max() <= 1
+    assert np.abs(np.asarray(one[0]).astype(int) - np.asarray(Image.open(images[1])).astype(int)).max() <= 1
 
 
 def test_training_learns_the_colours(recipe, tmp_path):
@@ -297,7 +297,7 @@ def break_captions(folder: Path) -> None:
 
 
 def break_images(folder: Path) -> None:
-    write_shard(folder / "toy-000000.tar", ({**item, "png": b"not a picture"} for item in samples()))
+    write_shard(folder / "toy-000000.tar", ({**item, "png": b"not an image"} for item in samples()))
 
 
 def truncate(folder: Path) -> None:
@@ -324,9 +324,9 @@ BAD = {
     "REPA alone": (["stage.repa={tap: 1}"], "REPA needs a vision encoder"),
     "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose 1 to 1 or 4 to 4"),
     "init_from": (["init_from=nowhere"], "'nowhere' does not exist"),
-    "height of the pictures": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
-    "width of the pictures": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),
-    "pictures that are scored": (
+    "height of the images": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
+    "width of the images": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),
+    "images that are scored": (
         [
             "evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {resolution: 64, width: 7}}"
         ],
@@ -350,7 +350,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, recipe, tmp_path, capsys):
 
 def test_one_image_that_does_not_decode_is_replaced_and_counted(recipe, tmp_path, caplog):
     items = list(samples())
-    items[7]["png"] = b"not a picture"
+    items[7]["png"] = b"not an image"
     write_shard(tmp_path / "toy-000000.tar", items)
     run = tmp_path / "run"
     assert run_train(recipe, run) == 0

@@ -16,8 +16,8 @@ writes a folder that the library class of the real component loads. Stopped, the
   is. A supervised stand-in for DINOv2.
 
 A task has a `module` with everything that is trained, in it the one that is `shipped`, `loss(step)` of one batch,
-`export(folder)`, and `measure(folder)` through the component as users load it. Pictures are of the train split only. Captions are of both, as a real language
-model has read of things no picture of the training set shows: trained on those of the train split alone, the reader
+`export(folder)`, and `measure(folder)` through the component as users load it. Images are of the train split only. Captions are of both, as a real language
+model has read of things no image of the training set shows: trained on those of the train split alone, the reader
 misread a quarter of the held-out captions.
 """
 

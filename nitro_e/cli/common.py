@@ -141,7 +141,7 @@ def _within(number: Number, least: Number, most: Number, text: str) -> Number:
     return number
 
 
-seed = whole(0, 2**62)  # pictures count up from it
+seed = whole(0, 2**62)  # images count up from it
 
 
 def text(given: str) -> str:

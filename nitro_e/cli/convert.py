@@ -1,12 +1,12 @@
 """Convert weights between the released format and our model folders, both ways, merging a LoRA adapter on the way.
 
-    python tools/convert.py amd/Nitro-E models/nitro-e-512 --file Nitro-E-512px.safetensors
-    python tools/convert.py amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
-    python tools/convert.py runs/mine@ema mine-512px.safetensors --to-released
-    python tools/convert.py runs/mine@ema models/mine --dtype float16
+    nitro-e convert amd/Nitro-E models/nitro-e-512 --file Nitro-E-512px.safetensors
+    nitro-e convert amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
+    nitro-e convert runs/mine@ema mine-512px.safetensors --to-released
+    nitro-e convert runs/mine@ema models/mine --dtype float16
 
 SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint. A model
-folder can be sampled at once (python sample.py models/nitro-e-512 ...); what sampling needs is written beside the
+folder can be sampled at once (nitro-e sample models/nitro-e-512 ...); what sampling needs is written beside the
 weights, and of a run its step, resolved config and environment (`provenance`). The released format holds the weights alone, bit for bit, for other programs. The REPA projector that some
 released files carry is left out and reported: it serves training only.
 """
@@ -93,7 +93,7 @@ def convert(options: argparse.Namespace) -> str:
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
         write_folder(model, out, use, provenance(path) or from_hub(options))
-        lines = [f'{out}: model folder; try it: python sample.py {out} --prompt "..."']
+        lines = [f'{out}: model folder; try it: nitro-e sample {out} --prompt "..."']
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines.append(
         f"{parameters:,} parameters in {next(model.parameters()).dtype}"

@@ -1,11 +1,11 @@
 """Prepare and look at training data. Every command can be killed and run again.
 
-    python tools/data.py pack folder photos/ --captions photos/captions.csv --out data/photos --name photos
-    python tools/data.py pack sa1b 'sa1b/sa_*.tar' --captions captions.parquet --out data/sa1b --name sa1b --processes 32
-    python tools/data.py encode 'data/photos/images-*.tar' --out data/photos --codec dc-ae-f32c32
-    torchrun --nproc_per_node 8 tools/data.py encode 'data/sa1b/images-*.tar' --out data/sa1b --codec dc-ae-f32c32
-    python tools/data.py verify 'data/photos/*.tar' --deep
-    python tools/data.py plan --images 25e6
+    nitro-e data pack folder photos/ --captions photos/captions.csv --out data/photos --name photos
+    nitro-e data pack sa1b 'sa1b/sa_*.tar' --captions captions.parquet --out data/sa1b --name sa1b --processes 32
+    nitro-e data encode 'data/photos/images-*.tar' --out data/photos --codec dc-ae-f32c32
+    torchrun --nproc_per_node 8 -m nitro_e.cli data encode 'data/sa1b/images-*.tar' --out data/sa1b --codec dc-ae-f32c32
+    nitro-e data verify 'data/photos/*.tar' --deep
+    nitro-e data plan --images 25e6
 
 Then train with data.shards='["data/photos/latents-*.tar"]'.
 """

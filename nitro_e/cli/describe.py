@@ -1,8 +1,8 @@
 """Print where a model's parameters and FLOPs are, and what each idea of the paper saves.
 
-    python tools/describe.py nitro-e-512
-    python tools/describe.py nitro-e-512 'attention=[full]' --grid 32x32
-    python tools/describe.py configs/shapes/1_pretrain.yaml model.width=256
+    nitro-e describe nitro-e-512
+    nitro-e describe nitro-e-512 'attention=[full]' --grid 32x32
+    nitro-e describe configs/shapes/1_pretrain.yaml model.width=256
 
 CONFIG is a preset of ModelConfig (key=value then sets its fields) or a recipe (key=value as for train.py; grid and
 text length are the recipe's). FLOPs are 2 per multiply-add, of one latent's forward pass. Tables are Markdown.

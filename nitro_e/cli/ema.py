@@ -1,8 +1,8 @@
 """Weights averaged over a length chosen after training (post-hoc EMA, nitro_e/training/ema.py).
 
-    python tools/ema.py list RUN
-    python tools/ema.py synthesize RUN --sigma-rel 0.08 --out models/mine-ema08 [--step 50000]
-    python sample.py models/mine-ema08 --prompt "..."
+    nitro-e ema list RUN
+    nitro-e ema synthesize RUN --sigma-rel 0.08 --out models/mine-ema08 [--step 50000]
+    nitro-e sample models/mine-ema08 --prompt "..."
 
 The run must have been trained with post-hoc snapshots. sigma_rel is the length of the average as a share of the
 training so far; good values lie between 0.03 and 0.20. The model folder has what sampling needs, like any other.
@@ -74,4 +74,4 @@ def synthesize(options: argparse.Namespace) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     save_pretrained(model, temporary, config["use"])
     temporary.rename(out)
-    print(f'{out}: {report}. Try it: python sample.py {out} --prompt "..."')
+    print(f'{out}: {report}. Try it: nitro-e sample {out} --prompt "..."')

@@ -1,12 +1,12 @@
-"""Score a model on a benchmark: pictures of its prompts, judged, with confidence intervals.
+"""Score a model on a benchmark: images of its prompts, judged, with confidence intervals.
 
-    python tools/evaluate.py shapes runs/mine                          600 held-out prompts of the offline domain
-    python tools/evaluate.py shapes runs/mine --guidance 1 2 3 --steps 4 20      a row per combination
-    python tools/evaluate.py shapes runs/mine --against runs/other     paired: the same prompts and noise
-    python tools/evaluate.py geneval nitro-e-512                       GenEval, with the detector from its hub
-    python tools/evaluate.py mine.txt runs/mine --reward hpsv2.1       your prompts, any rewards
+    nitro-e evaluate shapes runs/mine                          600 held-out prompts of the offline domain
+    nitro-e evaluate shapes runs/mine --guidance 1 2 3 --steps 4 20      a row per combination
+    nitro-e evaluate shapes runs/mine --against runs/other     paired: the same prompts and noise
+    nitro-e evaluate geneval nitro-e-512                       GenEval, with the detector from its hub
+    nitro-e evaluate mine.txt runs/mine --reward hpsv2.1       your prompts, any rewards
 
-Prints a table and writes OUT/results.json and OUT/report.html, with pictures and what the judge saw. Pictures and
+Prints a table and writes OUT/results.json and OUT/report.html, with images and what the judge saw. Images and
 verdicts are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
 """
 
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
     parser.add_argument("--against", metavar="CHECKPOINT", help="another one to compare with, pair by pair")
     parser.add_argument("--num", type=int, help="prompts (default: the benchmark's)")
-    parser.add_argument("--per-prompt", type=int, metavar="N", help="pictures of each (default: likewise)")
+    parser.add_argument("--per-prompt", type=int, metavar="N", help="images of each (default: likewise)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
     parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
@@ -76,4 +76,4 @@ def command(options: argparse.Namespace) -> None:
         out,
     )  # fmt: skip
     print(tell(evaluation))
-    print(f"pictures with what the judge saw: {out / 'report.html'}; numbers: {out / 'results.json'}")
+    print(f"images with what the judge saw: {out / 'report.html'}; numbers: {out / 'results.json'}")

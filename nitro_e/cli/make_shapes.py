@@ -1,11 +1,11 @@
 """Write the offline domain as webdataset shards: png, txt (caption), json (GenEval metadata, objects drawn).
 
-    python tools/make_shapes.py data/shapes --split train --num 40000
-    python tools/make_shapes.py data/shapes --split heldout --num 600
-    python tools/make_shapes.py data/hard --num 20000 --seed 1 --tasks two_object counting color_attr
+    nitro-e make-shapes data/shapes --split train --num 40000
+    nitro-e make-shapes data/shapes --split heldout --num 600
+    nitro-e make-shapes data/hard --num 20000 --seed 1 --tasks two_object counting color_attr
 
 Sample i is a pure function of (seed, split, tasks, i). The same command continues: finished shards are kept.
-shapes-SPLIT.png, a sheet of the first pictures, and shapes-SPLIT.json, the settings, lie beside the shards.
+shapes-SPLIT.png, a sheet of the first images, and shapes-SPLIT.json, the settings, lie beside the shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, parse_json, read_text
-from nitro_e.data.making.writer import atomic_file, write_shard
+from nitro_e.data.making.writer import write_shard
+from nitro_e.files import atomic_file
 from nitro_e.record.progress import bar
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import SPLITS, TASKS, Scene, metadata, scene
@@ -101,7 +102,7 @@ def _pick(seed: int, split: str, tasks: Sequence[str], index: int) -> Scene:
 
 
 def _write_sheet(path: Path, pick: Callable[[int], Scene], resolution: int) -> None:
-    """The first 72 pictures."""
+    """The first 72 images."""
     rows, columns, side = 6, 12, resolution + 2
     images = [render(pick(index), resolution) for index in range(rows * columns)]
     framed = np.pad(np.stack(images), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)

@@ -1,7 +1,7 @@
 """Make the report of a run anew, or compare several.
 
-    python tools/report.py RUN                       RUN/report.html
-    python tools/report.py RUN RUN ... [--out FILE]  every RUN/report.html, and FILE with overlaid curves
+    nitro-e report RUN                       RUN/report.html
+    nitro-e report RUN RUN ... [--out FILE]  every RUN/report.html, and FILE with overlaid curves
 
 Training writes the report of its run when it ends; while it runs, this shows how far it is.
 """

@@ -1,4 +1,4 @@
-"""Draw pictures:  python sample.py RUN_OR_FOLDER --prompt "a photo of a red circle" --num-images 4
+"""Draw images:  nitro-e sample RUN_OR_FOLDER --prompt "a photo of a red circle" --num-images 4
 
 RUN_OR_FOLDER is a run directory, a checkpoint or a model folder; `@ema` or `@model` at its end chooses the weights.
 Every PNG carries its prompt and settings as text entries; `grid.png` shows all of them.
@@ -36,10 +36,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=cli.whole(1, 10_000),
         default=1,
         metavar="N",
-        help="pictures per prompt (default 1)",
+        help="images per prompt (default 1)",
     )
     parser.add_argument(
-        "--seed", type=cli.seed, default=0, metavar="N", help="of the first picture; the next ones count up"
+        "--seed", type=cli.seed, default=0, metavar="N", help="of the first image; the next ones count up"
     )
     parser.add_argument("--steps", type=int, help="default: what the weights came with, as for the next ones")
     parser.add_argument(
@@ -58,9 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     cli.download_flag(parser)
     cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
-    parser.add_argument(
-        "--compile", action="store_true", help="slower start, faster steps: for many pictures"
-    )
+    parser.add_argument("--compile", action="store_true", help="slower start, faster steps: for many images")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
     return parser.parse_args(arguments)
 
@@ -92,7 +90,7 @@ def draw(options: argparse.Namespace) -> None:
         name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")
     }
     overrides["force"] = options.force or None
-    pictures = pipeline(
+    images = pipeline(
         repeated,
         negative_prompt=options.negative_prompt,
         seeds=seeds,
@@ -102,7 +100,7 @@ def draw(options: argparse.Namespace) -> None:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(pipeline.settings(**overrides))
-    for index, (picture, prompt, seed) in enumerate(zip(pictures, repeated, seeds)):
+    for index, (image, prompt, seed) in enumerate(zip(images, repeated, seeds)):
         details = {
             **settings,
             "negative_prompt": options.negative_prompt,
@@ -110,10 +108,10 @@ def draw(options: argparse.Namespace) -> None:
             "model": options.source,
         }
         path = options.out / f"{index:04d}-{slug(prompt)}-{seed}.png"
-        save_png(picture, path, png_text(prompt, details))
-    columns = options.num_images if options.num_images > 1 else min(8, len(pictures))
-    save_png(image_grid(pictures, columns), options.out / "grid.png", png_text("\n".join(prompts), settings))
-    print(f"{len(pictures)} pictures and grid.png are in {options.out}/")
+        save_png(image, path, png_text(prompt, details))
+    columns = options.num_images if options.num_images > 1 else min(8, len(images))
+    save_png(image_grid(images, columns), options.out / "grid.png", png_text("\n".join(prompts), settings))
+    print(f"{len(images)} images and grid.png are in {options.out}/")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

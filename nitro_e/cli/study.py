@@ -1,7 +1,7 @@
 """Train variants of recipes over several seeds, score all of them on the same prompts and noise, print one table.
 
-    python tools/study.py tools/studies/shapes_grpo.yaml            runs/NAME/..., outputs/NAME/table.md, results.json
-    python tools/study.py STUDY.yaml --only full lora --jobs 2        some variants, two trainings at a time
+    nitro-e study tools/studies/shapes_grpo.yaml            runs/NAME/..., outputs/NAME/table.md, results.json
+    nitro-e study STUDY.yaml --only full lora --jobs 2        some variants, two trainings at a time
 
 A study names a checkpoint to start from and to compare with, variants (a recipe and overrides, or nothing for the
 checkpoint itself) and sampling settings. Differences to the base are paired by prompt and noise. Every part is kept:
@@ -117,7 +117,7 @@ def study(options: argparse.Namespace) -> str:
     text = table(plan, rows)
     (out / "table.md").write_text(text + "\n")
     (out / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    return f"{text}\n\n{out / 'table.md'}, {out / 'results.json'}; pictures under {out}"
+    return f"{text}\n\n{out / 'table.md'}, {out / 'results.json'}; images under {out}"
 
 
 def check(plan: Study, chosen: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Prompts -> shards of synthetic pairs, for distillation and for synthetic parts of a mixture.
 
-    python tools/synthesize.py runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
-    torchrun --nproc_per_node 8 tools/synthesize.py runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
-    python tools/synthesize.py diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --codec dc-ae-f32c32 --out data/flux
+    nitro-e synthesize runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
+    torchrun --nproc_per_node 8 -m nitro_e.cli synthesize runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
+    nitro-e synthesize diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --codec dc-ae-f32c32 --out data/flux
 
 Members of a sample in `synth-*.tar`:
     npy         (C, h, w) float16 final latent, raw like all latents in shards
@@ -12,8 +12,8 @@ Members of a sample in `synth-*.tar`:
     txt, json   the prompt; its seed, the settings, and what the prompts file says about it
     text.npy, mask.npy   with --text-embeddings (ours only)
     jpg         with --images, and always for diffusers pipelines; their latents are those of --codec
-The seed of picture k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
-The same command continues; OUT/preview.png shows the first pictures. A picture whose latent is not finite, or
+The seed of image k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
+The same command continues; OUT/preview.png shows the first images. An image whose latent is not finite, or
 outside --max-abs or --std (of the scaled latent; 12 and .6,1.6 suit DC-AE) is left out and counted. For
 distillation give --grid linear: the released grid spends its last step on almost nothing. Left out: scoring and
 filtering by reward.
@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-column", default="prompt", help="of a table")
     parser.add_argument("--limit", type=cli.whole(1), metavar="N", help="only so many prompts")
     parser.add_argument(
-        "--per-prompt", type=cli.whole(1, 10_000), default=1, metavar="N", help="pictures of each prompt"
+        "--per-prompt", type=cli.whole(1, 10_000), default=1, metavar="N", help="images of each prompt"
     )
     parser.add_argument(
-        "--seed", type=cli.seed, default=0, metavar="N", help="another one gives other pictures"
+        "--seed", type=cli.seed, default=0, metavar="N", help="another one gives other images"
     )
     parser.add_argument("--negative-prompt", default="", type=cli.text, help="ours only")
     parser.add_argument("--steps", type=int, help="default: what the weights came with")
@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, help="pixels per side")
     cli.component_flags(
         parser,
-        codec="the codec's files; diffusers: a name or NAME=FOLDER, which stores the latents of the pictures",
+        codec="the codec's files; diffusers: a name or NAME=FOLDER, which stores the latents of the images",
         text="the text encoder's files (ours only)",
     )
     cli.download_flag(parser)
-    parser.add_argument("--images", action="store_true", help="store the pictures too (diffusers: always)")
+    parser.add_argument("--images", action="store_true", help="store the images too (diffusers: always)")
     parser.add_argument(
         "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
     )

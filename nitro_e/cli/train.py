@@ -1,6 +1,6 @@
-"""Train a stage:  python train.py configs/shapes/1_pretrain.yaml [key=value ...]
+"""Train a stage:  nitro-e train configs/shapes/1_pretrain.yaml [key=value ...]
 
-Several processes:  torchrun --nproc_per_node 8 train.py CONFIG
+Several processes:  torchrun --nproc_per_node 8 -m nitro_e.cli train CONFIG
 To resume, run the same command again. Checkpoints, metrics and sample grids are in the run directory.
 """
 
@@ -44,7 +44,7 @@ def train(options: argparse.Namespace) -> None:
     if engine.accelerator.is_main_process:
         if finished:
             print(
-                f"done: {engine.step} steps. Sample with: python sample.py {engine.run_folder} --prompt '...'"
+                f"done: {engine.step} steps. Sample with: nitro-e sample {engine.run_folder} --prompt '...'"
             )
         else:
             print(f"stopped at step {engine.step}, checkpoint saved. Run the same command to continue.")

@@ -2,7 +2,6 @@
 
 from nitro_e.data.catalog import MissingShards
 from nitro_e.data.dataset import BadDataError, Records
-from nitro_e.data.making.writer import write_shard, write_shards
 from nitro_e.data.reader import Data, DataConfig, SourceConfig, open_data
 
 __all__ = [
@@ -13,6 +12,4 @@ __all__ = [
     "Records",
     "SourceConfig",
     "open_data",
-    "write_shard",
-    "write_shards",
 ]

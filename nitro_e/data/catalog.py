@@ -24,9 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from nitro_e.config import ConfigError, read_text
-from nitro_e.data.index import DamagedTar, Problem, ShardIndex, shard_index
-from nitro_e.data.making.writer import cache_folder, index_path
-from nitro_e.data.remote import ShardCache, is_url, list_urls
+from nitro_e.data.index import DamagedTar, Problem, ShardIndex, index_path, shard_index
+from nitro_e.data.remote import ShardCache, cache_folder, is_url, list_urls
 from nitro_e.record.progress import bar
 
 log = logging.getLogger("nitro_e.data")

@@ -28,7 +28,7 @@ from nitro_e.interfaces import TextEmbedding
 
 OPEN_FILES = 256  # per process
 ATTEMPTS = 64  # replacements tried for one position
-CHANGED = "is not what was indexed (CRC differs; after making a shard anew: tools/data.py index --force)"
+CHANGED = "is not what was indexed (CRC differs; after making a shard anew: nitro-e data index --force)"
 
 
 class BadDataError(ConfigError):
@@ -136,7 +136,7 @@ class TarDataset(Dataset):
             records.bad += failed.values()
         raise BadDataError(
             f"{ATTEMPTS} samples in a row cannot be used, the last is {records.bad[-1]};"
-            " look for the cause with `python tools/data.py verify`"
+            " look for the cause with `nitro-e data verify`"
         )
 
     def load(self, ids: np.ndarray) -> tuple[Records, dict[int, Problem]]:

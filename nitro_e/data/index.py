@@ -5,7 +5,7 @@ The index of a shard is a structured array, one row per sample:
     <extension>                 (offset u8, size u4, crc u4) of its content; offset 0 = no such member
 It is written once to `<folder>/.index/<shard>.npy` (or under $NITRO_E_CACHE when the folder is read-only) and
 is believed from then on: a shard whose length no longer fits its index is an error, content that no longer
-fits its CRC is found when it is read. `tools/data.py index --force` makes a new one.
+fits its CRC is found when it is read. `nitro-e data index --force` makes a new one.
 
 Python's tarfile and webdataset both take a damaged header for the end of the archive. This scan does not: it
 checks every header sum, the end marker, and that nothing follows it. Left out: sparse files, links.
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from nitro_e.config import ConfigError
-from nitro_e.data.making.writer import atomic_file, index_path
-from nitro_e.data.remote import ShardCache, is_url
+from nitro_e.data.remote import ShardCache, cache_folder, is_url
+from nitro_e.files import atomic_file
 
 log = logging.getLogger("nitro_e.data")
 BLOCK = 512
@@ -206,7 +206,7 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
     if len(cells) > MAX_EXTENSIONS:
         raise ConfigError(
             f"{path}: {len(cells)} different extensions ({', '.join(list(cells)[:4])}, ...): keys must not"
-            " contain dots, because a webdataset key ends at the first one; repack with `tools/data.py pack`"
+            " contain dots, because a webdataset key ends at the first one; repack with `nitro-e data pack`"
         )
     encoded = [key.encode(errors="surrogateescape") for key in row_of]
     width = max(map(len, encoded), default=1)
@@ -288,6 +288,19 @@ def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardInd
     if actual != index.nbytes:
         raise DamagedTar(
             f"{path}: {actual} bytes, but its index was made when it had {index.nbytes}: cut short or"
-            " replaced; if you replaced it, run `python tools/data.py index --force` on it"
+            " replaced; if you replaced it, run `nitro-e data index --force` on it"
         )
     return index
+
+
+def index_path(shard: str | Path) -> Path:
+    """Where the index of a shard is kept: `.index` beside it, or the user's cache if that is read-only."""
+    shard = Path(shard).absolute()
+    beside = shard.parent / ".index"
+    # the mode too: root may write anywhere
+    writable = os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222
+    if beside.is_dir() or writable:
+        return beside / f"{shard.name}.npy"
+    return (
+        cache_folder() / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
+    )

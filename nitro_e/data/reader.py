@@ -33,7 +33,7 @@ from nitro_e.data.catalog import IMAGES, Catalog, Column, MissingShards, expand_
 from nitro_e.data.dataset import ArrayLayout, BadDataError, ReadSpec, Records, TarDataset
 from nitro_e.data.decode import BadSample, npy_layout
 from nitro_e.data.index import Problem
-from nitro_e.data.making.jobs import read_manifests
+from nitro_e.data.manifests import read_manifests
 from nitro_e.data.order import Order
 from nitro_e.data.prefetch import Prefetcher
 from nitro_e.data.remote import ShardCache, is_url
@@ -152,7 +152,7 @@ class BadSamples:
         if len(self) > min(limit, early) and problems:
             raise BadDataError(
                 f"{len(self)} bad samples of {self.total} ({self.read} read), more than data.max_bad_fraction"
-                f" {self.fraction:g} allows; the last: {problems[-1]}; find all with `python tools/data.py"
+                f" {self.fraction:g} allows; the last: {problems[-1]}; find all with `nitro-e data"
                 " verify`, repair the shards or raise data.max_bad_fraction"
             )
 
@@ -196,7 +196,7 @@ class Data:
                 return TextEmbedding(*(torch.from_numpy(file[name])[None] for name in ("tokens", "mask")))
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(
-                f"{path} is damaged ({error}); encode the text again (tools/data.py encode --text ... --overwrite)"
+                f"{path} is damaged ({error}); encode the text again (nitro-e data encode --text ... --overwrite)"
             ) from None
 
     def encoders(self) -> dict[str, dict]:
@@ -389,7 +389,7 @@ def _check_members(catalog: Catalog, extensions: tuple[str, ...], what: str, rem
         if last > first and not has[first:last].any():
             raise ConfigError(
                 f"data.shards: no sample of {catalog.names[shard]} has a {what}, for example"
-                f" {catalog.describe(first)}; add {remedy} with `python tools/data.py pack`, or drop it"
+                f" {catalog.describe(first)}; add {remedy} with `nitro-e data pack`, or drop it"
             )
     if not has.all():
         catalog.keep(has, f"no {what}")

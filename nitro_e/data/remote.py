@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nitro_e.config import ConfigError
-from nitro_e.data.making.writer import atomic_file, cache_folder
+from nitro_e.files import atomic_file
 
 ATTEMPTS = 5
 CHUNK = 1 << 22
@@ -157,3 +157,7 @@ def _failure(url: str, error: Exception, after: str = "") -> ConfigError:
     return ConfigError(
         f"{url}: cannot be read{after} ({type(error).__name__}: {reason}); check the address and access"
     )
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("NITRO_E_CACHE") or Path.home() / ".cache" / "nitro_e")

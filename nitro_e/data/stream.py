@@ -31,7 +31,7 @@ from nitro_e.data.catalog import group_columns, open_catalog
 from nitro_e.data.dataset import ATTEMPTS, BadDataError, ReadSpec, Records, pad_rows, ragged_rows
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import DamagedTar, Problem, map_tar, tar_members
-from nitro_e.data.making.jobs import digest
+from nitro_e.data.manifests import digest
 from nitro_e.data.order import BLOCK, permutation, quotas
 from nitro_e.data.reader import (
     BadSamples,

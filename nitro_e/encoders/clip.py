@@ -1,6 +1,6 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020), run by transformers: pictures and texts -> unit vectors.
+"""CLIP (Radford et al. 2021, arXiv:2103.00020), run by transformers: images and texts -> unit vectors.
 
-Two ways of fitting a picture to the encoder: `fit_short_side` (OpenAI's: short side, bicubic, center crop,
+Two ways of fitting an image to the encoder: `fit_short_side` (OpenAI's: short side, bicubic, center crop,
 8 bits) and `fit_long_side` (HPSv2's: long side, zero padding, no rounding). Weights in transformers' format
 or open_clip's (`from_open_clip`).
 """

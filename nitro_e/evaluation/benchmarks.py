@@ -1,4 +1,4 @@
-"""Benchmarks by name: which prompts, how many pictures of each, and what judges them.
+"""Benchmarks by name: which prompts, how many images of each, and what judges them.
 
 shapes    the held-out requests of the offline domain; its exact judge, strictly and by GenEval's rules
 """
@@ -23,7 +23,7 @@ from nitro_e.shapes.judge import find_objects
 class Benchmark:
     name: str
     prompts: PromptsConfig
-    per_prompt: int = 1  # pictures of each prompt
+    per_prompt: int = 1  # images of each prompt
     rewards: tuple[RewardConfig, ...]  # the scores, the most important one first
     see: Callable[[Tensor], list[list[Detection]]] | None = None  # pixels (B, 3, H, W) -> objects, for people
 
@@ -54,7 +54,7 @@ def benchmark(
 ) -> Benchmark:  # fmt: skip
     """One of BENCHMARKS, or a file of prompts with rewards by name.
 
-    num, per_prompt: prompts, and pictures of each, instead of the benchmark's; path: of the weights that judge;
+    num, per_prompt: prompts, and images of each, instead of the benchmark's; path: of the weights that judge;
     options: "key=value" of every reward.
     """
     if per_prompt is not None and not 1 <= per_prompt <= 10_000:
@@ -65,7 +65,7 @@ def benchmark(
         found = BENCHMARKS[name]
     elif Path(name).suffix in (".txt", ".jsonl"):
         if not rewards:
-            raise ConfigError(f"'{name}' is a file of prompts: name what scores the pictures, --reward NAME")
+            raise ConfigError(f"'{name}' is a file of prompts: name what scores the images, --reward NAME")
         scores = tuple(RewardConfig(name=reward) for reward in rewards)
         found = Benchmark(name=Path(name).stem, prompts=PromptsConfig(source=name), rewards=scores)
     else:

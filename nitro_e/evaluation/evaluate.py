@@ -1,8 +1,8 @@
 """A benchmark over checkpoints and sampling settings: the same prompts and noise for all of them, one table.
 
 OUT/results.json    scores with intervals, settings, hashes
-OUT/report.html     the same with pictures
-OUT/NAME-HASH/      the pictures of one checkpoint and setting (evaluation.pictures)
+OUT/report.html     the same with images
+OUT/NAME-HASH/      the images of one checkpoint and setting (evaluation.images)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nitro_e.data.prompts import Prompt, load_prompts
 from nitro_e.evaluation import intervals as statistics
 from nitro_e.evaluation import page, results
 from nitro_e.evaluation.benchmarks import Benchmark
-from nitro_e.evaluation.pictures import (
+from nitro_e.evaluation.images import (
     Autocast,
     Judged,
     collect,
@@ -76,7 +76,7 @@ class Result:
         return f"{self.checkpoint['source']}, {setting_name(self.sampling)}"
 
     @property
-    def pictures_per_second(self) -> float:
+    def images_per_second(self) -> float:
         return len(self.rows) / max(sum(row.seconds for row in self.rows), 1e-9)
 
 
@@ -239,7 +239,7 @@ def tell(evaluation: Evaluation) -> str:
     parts = []
     for title, head, rows, note in tables(evaluation):
         parts += [title, results.as_text(head, rows), *([note] if note else []), ""]
-    speeds = sorted({f"{result.pictures_per_second:.3g}" for result in evaluation.results}, key=float)
+    speeds = sorted({f"{result.images_per_second:.3g}" for result in evaluation.results}, key=float)
     return (
         "\n".join(parts)
         + f"{facts(evaluation)}; drawn at {' to '.join(speeds[:: max(len(speeds) - 1, 1)])} per second"
@@ -249,7 +249,7 @@ def tell(evaluation: Evaluation) -> str:
 def facts(evaluation: Evaluation) -> str:
     benchmark, options = evaluation.benchmark, evaluation.options
     return (
-        f"{benchmark.name}: {len(evaluation.prompts)} prompts, pictures of each: {benchmark.per_prompt}, "
+        f"{benchmark.name}: {len(evaluation.prompts)} prompts, images of each: {benchmark.per_prompt}, "
         f"seed {options.seed}, {options.dtype}"
         + "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
     )
@@ -269,8 +269,8 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
             {
                 "checkpoint": result.checkpoint,
                 "sampling": to_dict(result.sampling),
-                "pictures": len(result.rows),
-                "pictures_per_second": round(result.pictures_per_second, 3),
+                "images": len(result.rows),
+                "images_per_second": round(result.images_per_second, 3),
                 "folder": result.folder.name,
                 "scores": {title: plain(score) for title, score in result.scores.items()},
             }
@@ -291,7 +291,7 @@ def report(evaluation: Evaluation) -> str:
     """report.html"""
     best = evaluation.best
     title, score = next(iter(best.scores.items()))
-    tiles = {"pictures": len(best.rows)}
+    tiles = {"images": len(best.rows)}
     for name, each in best.scores.items():
         tiles[f"{name}, mean of {len(each.tasks)} tasks"] = results.shown(each.overall)
     if score.seen is not None:

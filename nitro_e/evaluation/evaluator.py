@@ -5,7 +5,7 @@
     eval/NAME/unseen over prompts of unseen combinations only, where prompts say so; likewise seen
 
 Prompts and noise are the same every time, so that scores of different steps differ by the weights only. Every process
-draws its share of the pictures.
+draws its share of the images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed
 from nitro_e.data.prompts import PromptsConfig, load_prompts
-from nitro_e.evaluation.pictures import Autocast, Judged, draw, noise_seeds
+from nitro_e.evaluation.images import Autocast, Judged, draw, noise_seeds
 from nitro_e.evaluation.results import summarize
 from nitro_e.interfaces import LatentCodec, TextEncoder
 from nitro_e.record import progress

@@ -2,7 +2,7 @@
 
     score       mean over tasks of the mean over a task's prompts. Wilson's interval (JASA 22, 1927) for the number of
                 0/1 trials that would have the standard error of this mean (Korn & Graubard, Survey Methodology 24,
-                1998): for one task and one picture per prompt exactly Wilson's
+                1998): for one task and one image per prompt exactly Wilson's
     difference  of two models over the same prompts and noise: mean of the differences, normal interval
     ratio       MOVER-R (Donner & Zou, Statistical Methods in Medical Research 21, 2012), independent scores
 

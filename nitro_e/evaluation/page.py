@@ -1,7 +1,7 @@
-"""`report.html` of an evaluation: scores, and pictures with what was asked for and what the judge saw, in one file.
+"""`report.html` of an evaluation: scores, and images with what was asked for and what the judge saw, in one file.
 
-Failures come first in every task. Of many settings, the pictures of the best one are shown; of two checkpoints,
-also the pictures that only one of them got right, side by side.
+Failures come first in every task. Of many settings, the images of the best one are shown; of two checkpoints,
+also the images that only one of them got right, side by side.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from PIL import Image
 
 from nitro_e.data.prompts import Prompt
-from nitro_e.evaluation.pictures import Judged
+from nitro_e.evaluation.images import Judged
 from nitro_e.evaluation.results import task_of
 from nitro_e.record.pages import section
 
-PER_TASK = 48  # pictures of a task
-SIDE = 192  # larger pictures are shown smaller, as JPEG
+PER_TASK = 48  # images of a task
+SIDE = 192  # larger images are shown smaller, as JPEG
 
 
 def gallery(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, title: str) -> str:
@@ -48,7 +48,7 @@ def gallery(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, tit
 
 
 def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
-    """PER_TASK pictures, by rising score; at least a quarter of them successes if there are that many."""
+    """PER_TASK images, by rising score; at least a quarter of them successes if there are that many."""
     ordered = sorted(rows, key=lambda row: -1.0 if math.isnan(row.scores[title]) else row.scores[title])
     failures = [row for row in ordered if row.scores[title] != 1]
     successes = [row for row in ordered if row.scores[title] == 1]
@@ -59,7 +59,7 @@ def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
 def changes(
     prompts: Sequence[Prompt], ours: Sequence[Judged], theirs: Sequence[Judged], folders: tuple[Path, Path], title: str
 ) -> str:  # fmt: skip
-    """Two sections: what only `ours` got right, what only `theirs` did; both pictures of a prompt side by side."""
+    """Two sections: what only `ours` got right, what only `theirs` did; both images of a prompt side by side."""
     parts = []
     for name, sign in (("Better than the other", 1), ("Worse than the other", -1)):
         found = [(a, b) for a, b in zip(ours, theirs) if (a.scores[title] - b.scores[title]) * sign > 0]
@@ -72,7 +72,7 @@ def changes(
             )
             for a, b in found[:PER_TASK]
         )
-        note = f"{len(found)} pictures" + (f", {PER_TASK} of them here" if len(found) > PER_TASK else "")
+        note = f"{len(found)} images" + (f", {PER_TASK} of them here" if len(found) > PER_TASK else "")
         parts.append(
             section(
                 name, f"<p class='note'>{note}; left: this one, right: the other.</p><div class='cards'>{cards}</div>"
@@ -81,16 +81,16 @@ def changes(
     return "".join(parts)
 
 
-def card(pictures: Sequence[tuple[Path, str]], row: Judged, prompt: Prompt, good: bool) -> str:
-    """Pictures of one prompt, what was asked for, and the judge's words on each."""
-    images = "".join(
+def card(images: Sequence[tuple[Path, str]], row: Judged, prompt: Prompt, good: bool) -> str:
+    """Images of one prompt, what was asked for, and the judge's words on each."""
+    shown = "".join(
         f"<img alt='{escape(row.prompt, quote=True)}' title='{escape(words, quote=True)}' src='{source(path)}'>"
-        for path, words in pictures
+        for path, words in images
     )
     unseen = " <em class='fair'>unseen</em>" if prompt.info.get("seen") is False else ""
-    words = " | ".join(dict.fromkeys(words for _, words in pictures))
+    words = " | ".join(dict.fromkeys(words for _, words in images))
     return (
-        f"<figure class='card {'right' if good else 'wrong'}'><div>{images}</div>"
+        f"<figure class='card {'right' if good else 'wrong'}'><div>{shown}</div>"
         f"<figcaption>{escape(row.prompt)}{unseen}</figcaption><small>{escape(words)}</small></figure>"
     )
 

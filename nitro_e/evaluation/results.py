@@ -1,8 +1,8 @@
-"""Scores of judged pictures: per task and overall, seen and unseen combinations apart, paired differences, tables.
+"""Scores of judged images: per task and overall, seen and unseen combinations apart, paired differences, tables.
 
 A task is the prompt's `tag`, as in GenEval's metadata; overall is the mean of the tasks. Where prompts say whether
 they are `seen` (all their combinations occur in training), both kinds are scored over the tasks that have both.
-Several pictures of one prompt are averaged first.
+Several images of one prompt are averaged first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation import intervals as statistics
+from nitro_e.evaluation.images import Judged
 from nitro_e.evaluation.intervals import Estimate
-from nitro_e.evaluation.pictures import Judged
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Score:
     unseen_to_seen: Estimate | None = None
     seen_tasks: dict[str, Estimate] | None = None
     unseen_tasks: dict[str, Estimate] | None = None
-    unscored: int = 0  # pictures the judge could not tell
+    unscored: int = 0  # images the judge could not tell
 
 
 def task_of(prompt: Prompt) -> str:
@@ -39,7 +39,7 @@ def task_of(prompt: Prompt) -> str:
 
 
 def summarize(prompts: Sequence[Prompt], rows: Sequence[Judged], title: str) -> Score:
-    """The score called `title` of all pictures `rows` of these prompts."""
+    """The score called `title` of all images `rows` of these prompts."""
     values = prompt_means(len(prompts), rows, title)
     tasks = _by_task(prompts, values)
     score = Score(
@@ -74,7 +74,7 @@ def compare(
 
 
 def prompt_means(num: int, rows: Sequence[Judged], title: str) -> np.ndarray:
-    """(num,) mean over a prompt's pictures; NaN if one of them has no score."""
+    """(num,) mean over a prompt's images; NaN if one of them has no score."""
     values: list[list[float]] = [[] for _ in range(num)]
     for row in rows:
         values[row.index].append(row.scores[title])
@@ -137,7 +137,7 @@ def note(scores: dict[str, Score], ratios: bool = True) -> str:
                 f"{title}: unseen / seen = {shown(score.unseen_to_seen)}" for title, score in scores.items()
             ]
     parts += [
-        f"{title}: {score.unscored} pictures could not be scored and are left out"
+        f"{title}: {score.unscored} images could not be scored and are left out"
         for title, score in scores.items()
         if score.unscored
     ]

@@ -2,7 +2,7 @@
 
 Nothing is run or allocated: parameters are read off the model on the meta device, FLOPs (2 per multiply-add) are
 counted for every linear layer and for the two matrix products of attention. Norms, activations, sums and the
-position table are left out: they are below 1 % of the arithmetic. tools/describe.py prints what is counted here.
+position table are left out: they are below 1 % of the arithmetic. nitro-e describe prints what is counted here.
 """
 
 from __future__ import annotations

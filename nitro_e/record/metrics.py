@@ -1,7 +1,7 @@
-"""Where numbers and pictures of a run go: files in the run directory are the record, a tracker is a mirror that may fail.
+"""Where numbers and images of a run go: files in the run directory are the record, a tracker is a mirror that may fail.
 
     RUN/metrics.jsonl                  one line per report, each with its attempt, step and time; events are lines too
-    RUN/samples/step-0001000-NAME.png  pictures; what was asked for is in the text entries `prompts` and `cells`
+    RUN/samples/step-0001000-NAME.png  images; what was asked for is in the text entries `prompts` and `cells`
     RUN/wandb/ or RUN/tensorboard/     what the tracker keeps
 
 Lines are only ever appended. A resumed run starts a new attempt; lines of earlier attempts past the step where it
@@ -229,14 +229,14 @@ class _Lines:
 
 
 def caption(sheet: Image.Image, prompts: Sequence[str], columns: int, size: tuple[int, int]) -> Image.Image:
-    """Write on a sheet of pictures of this (width, height) what each of them shows, row by row, as text entries."""
+    """Write on a sheet of images of this (width, height) what each of them shows, row by row, as text entries."""
     sheet.info[PROMPTS] = json.dumps(list(prompts))
     sheet.info[CELLS] = json.dumps({"columns": columns, "size": size})
     return sheet
 
 
 def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
-    """The pictures of a captioned sheet with their prompts; none of a sheet without captions."""
+    """The images of a captioned sheet with their prompts; none of a sheet without captions."""
     if PROMPTS not in sheet.info or CELLS not in sheet.info:
         return []
     prompts, layout = json.loads(sheet.info[PROMPTS]), json.loads(sheet.info[CELLS])
@@ -245,7 +245,7 @@ def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
     found = []
     for index, prompt in enumerate(prompts):
         row, column = divmod(index, columns)
-        left = column * (sheet.width - width) // max(columns - 1, 1)  # the gaps between pictures are equal
+        left = column * (sheet.width - width) // max(columns - 1, 1)  # the gaps between images are equal
         top = row * (sheet.height - height) // max(rows - 1, 1)
         found.append((sheet.crop((left, top, left + width, top + height)), prompt))
     return found

@@ -1,7 +1,7 @@
 """`report.html` of a run: status, curves, sample grids over time, config and environment in one file.
 
-    python tools/report.py runs/mine               rebuild one
-    python tools/report.py runs/a runs/b           and compare several, curves overlaid
+    nitro-e report runs/mine               rebuild one
+    nitro-e report runs/a runs/b           and compare several, curves overlaid
 
 Everything is inline, no script, nothing is loaded from elsewhere: the file can be mailed or archived as it is. It is
 made from the files of the run directory alone; what is missing there is said in the report.
@@ -123,7 +123,7 @@ class Record:
         names = dict.fromkeys(name for row in self.rows for name in row if re.fullmatch(r"eval/[^/]+", name))
         return {name.removeprefix("eval/"): values[-1] for name in names if (values := self.values(name))}
 
-    def pictures(self) -> dict[str, list[tuple[int, Path]]]:
+    def images(self) -> dict[str, list[tuple[int, Path]]]:
         """Name -> (step, file) by step."""
         found: dict[str, list[tuple[int, Path]]] = {}
         for path in sorted((self.folder / "samples").glob("step-*.png")):
@@ -296,22 +296,22 @@ def not_recorded(record: Record) -> str:
 
 
 def samples(record: Record) -> str:
-    pictures = record.pictures()
-    if not pictures:
+    images = record.images()
+    if not images:
         return _missing("No sample grids: none were made (engine.sample_every), or samples/ is missing.")
     parts = []
-    for name, files in pictures.items():
+    for name, files in images.items():
         shown = spread(files, MAX_GRIDS)
         if len(shown) < len(files):
             parts.append(
                 f"<p class='note'>{len(shown)} of {len(files)} '{escape(name)}' grids; all are in samples/.</p>"
             )
-        parts += [picture(path, f"{name}, step {step:,}") for step, path in shown]
+        parts += [image(path, f"{name}, step {step:,}") for step, path in shown]
     return "".join(parts)
 
 
-def picture(path: Path, caption: str) -> str:
-    """A sheet of pictures, each with its prompt if the file says what was asked for."""
+def image(path: Path, caption: str) -> str:
+    """A sheet of images, each with its prompt if the file says what was asked for."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -427,10 +427,10 @@ def differences(records: Sequence[Record]) -> str:
 def last_samples(records: Sequence[Record]) -> str:
     parts = []
     for label, record in zip(_labels(records), records):
-        for name, files in record.pictures().items():
+        for name, files in record.images().items():
             step, path = files[-1]
-            parts.append(picture(path, f"{label}: {name}, step {step:,}"))
-        if not record.pictures():
+            parts.append(image(path, f"{label}: {name}, step {step:,}"))
+        if not record.images():
             parts.append(_missing(f"{label}: no sample grids."))
     return "".join(parts)
 

@@ -1,4 +1,4 @@
-"""Rewards: pictures and their prompts -> scores, by name.
+"""Rewards: images and their prompts -> scores, by name.
 
 A reward is a callable
     reward(pixels (B, 3, H, W) float32 in -1..1, prompts: Sequence[str], info: Sequence[dict]) -> (B,) float32

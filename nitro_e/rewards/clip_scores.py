@@ -1,4 +1,4 @@
-"""Rewards on CLIP: how well a picture fits its prompt, how people like it.
+"""Rewards on CLIP: how well an image fits its prompt, how people like it.
 
 clipscore   cosine of image and prompt, CLIP ViT-L/14 (about .2 to .35)
 pickscore   PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24)
@@ -148,7 +148,7 @@ class Aesthetic(nn.Module):
 
 
 def cosines(clip: CLIP, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(B,) of each picture with its own prompt; every distinct prompt is embedded once."""
+    """(B,) of each image with its own prompt; every distinct prompt is embedded once."""
     distinct = list(dict.fromkeys(prompts))
     texts = clip.text_features(distinct)  # (D, E)
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)

@@ -1,9 +1,9 @@
 """ImageReward v1.0 (Xu et al. 2023, arXiv:2304.05977) on transformers' BLIP: a prompt read with an eye on
-its picture.
+its image.
 
-A vision transformer embeds the picture, a bidirectional text encoder reads the prompt and attends to it,
+A vision transformer embeds the image, a bidirectional text encoder reads the prompt and attends to it,
 and a linear head on the first token gives the score, standardised (about -2 to 2). Watch it, don't train on
-it: pictures break when it is optimised.
+it: images break when it is optimised.
 
 The released file holds BLIP's own names; `rename_blip` turns them into transformers'.
 """

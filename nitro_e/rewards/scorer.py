@@ -1,11 +1,11 @@
 """Several rewards at once: configs -> Scorer; a scorer gives a matrix of scores and says which of them count.
 
-Pictures are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when
-it is first used (or by `load`), gets pictures in batches of its own size, without gradients, autocast and
+Images are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when
+it is first used (or by `load`), gets images in batches of its own size, without gradients, autocast and
 TF32, on its own device, and can be moved to the CPU between uses.
 
 Failures: an exception or a timeout is retried, then the rows of that batch are not valid; neither are NaN
-scores, nor pictures with a pixel that is not finite, which no reward gets to see. They are counted and never
+scores, nor images with a pixel that is not finite, which no reward gets to see. They are counted and never
 replaced by a number. After `max_failures` batches of a reward in a row without any score the run stops.
 
 A reward of weight 0 is watched: scored and logged, never trained on.
@@ -42,13 +42,13 @@ class RewardConfig(Config):
     name: str  # a built-in one, or "module:name"
     label: str | None = None  # in logs; None = the name. Two of the same name need one
     weight: float = 1.0  # of its advantages; 0 = watched: scored and logged, never trained on
-    transform: Literal["none", "rank"] = "none"  # rank: share of its group that a picture beats (`win_rates`)
+    transform: Literal["none", "rank"] = "none"  # rank: share of its group that an image beats (`win_rates`)
     path: str | None = None  # hub id or local folder of the weights; None = the default hub id
     revision: str | None = None  # of the hub repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None  # None = where training runs
     offload: bool = False  # keep the weights on the CPU between uses
-    batch_size: Annotated[int, Ge(1), Le(65536)] = 16  # pictures at a time
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 16  # images at a time
     timeout: Annotated[float, Gt(0)] | None = None  # seconds per batch
     options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of this reward
 
@@ -79,7 +79,7 @@ class Tally:
     """What happened to the rows of one reward so far."""
 
     scored: int = 0
-    unscored: int = 0  # failed, NaN, or a picture that is not finite
+    unscored: int = 0  # failed, NaN, or an image that is not finite
     skipped: int = 0  # prompts without the metadata that the reward needs
     failures: int = 0  # exceptions and timeouts, retries included
     seconds: float = 0.0
@@ -148,7 +148,7 @@ class Scorer:
         """pixels (B, 3, H, W) in -1..1; results are on the device of the pixels. TrainingError: see above."""
         prompts = as_prompts(prompts)
         if not len(pixels) == len(prompts) == len(info):
-            raise ValueError(f"{len(pixels)} pictures, {len(prompts)} prompts and {len(info)} info records")
+            raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts and {len(info)} info records")
         whole = pixels.isfinite().flatten(1).all(dim=1).tolist()  # B
         pixels = quantize(pixels)
         with _exact(pixels.device):
@@ -173,12 +173,12 @@ def parse_device(name: torch.device | str) -> torch.device:
 
 
 def quantize(pixels: Tensor) -> Tensor:
-    """float32 pixels in -1..1 on the grid of 8-bit pictures: what a saved PNG holds."""
+    """float32 pixels in -1..1 on the grid of 8-bit images: what a saved PNG holds."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255 * 2 - 1
 
 
 def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
-    """(B,) share of the other valid pictures of its group that each one beats, ties counting half.
+    """(B,) share of the other valid images of its group that each one beats, ties counting half.
 
     Group-relative like Pref-GRPO (arXiv:2508.20751), with a pointwise reward: the scale of scores is gone.
     Alone in a group: one half. Not valid: NaN."""
@@ -229,7 +229,7 @@ class _Slot:
     def score(
         self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict], whole: Sequence[bool]
     ) -> Tensor:
-        """(B,) float32 on the device of the pixels, NaN where there is no score; whole: B, pictures to look at."""
+        """(B,) float32 on the device of the pixels, NaN where there is no score; whole: B, images to look at."""
         self.load()
         start = time.perf_counter()
         values = torch.full((len(pixels),), math.nan)  # (B,)
@@ -285,7 +285,7 @@ class _Slot:
             if not isinstance(values, Tensor) or values.shape != (len(pixels),):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ConfigError(
-                    f"reward '{self.config.title}' returned {got} for {len(pixels)} pictures; it must return "
+                    f"reward '{self.config.title}' returned {got} for {len(pixels)} images; it must return "
                     f"a tensor of shape ({len(pixels)},)"
                 )
             return values.float().cpu(), "NaN scores"

@@ -1,4 +1,4 @@
-"""Prompts to pictures: text encoder, model, sampler and codec in one object."""
+"""Prompts to images: text encoder, model, sampler and codec in one object."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nitro_e.training.checkpoint import model_folder
 class Use:
     """What sampling needs besides the weights; the `use` entry of a model folder's config.json.
 
-    Hub repositories are named with their commit, so that later pictures come from the same files.
+    Hub repositories are named with their commit, so that later images come from the same files.
     """
 
     codec: ComponentConfig
@@ -72,7 +72,7 @@ class TextToImage:
         """
         if Path(source).is_file():
             raise ConfigError(
-                f"'{source}' is a file, not a folder; make a model folder of it: python tools/convert.py {source} FOLDER"
+                f"'{source}' is a file, not a folder; make a model folder of it: nitro-e convert {source} FOLDER"
             )
         folder = model_folder(source)
         use = from_dict(Use, read_config(folder)["use"], "use")
@@ -88,7 +88,7 @@ class TextToImage:
         return cls(model, *parts, use.sampling)
 
     def compile(self) -> None:
-        """Faster steps after a slower start, for many pictures: torch.compile, and packed weights where a CPU gains by them."""
+        """Faster steps after a slower start, for many images: torch.compile, and packed weights where a CPU gains by them."""
         weight = self.model.out.weight
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
             self.model = pack_for_cpu(self.model)
@@ -112,7 +112,7 @@ class TextToImage:
             progress=progress,
             **overrides,
         )
-        return [to_image(picture) for picture in pixels]
+        return [to_image(image) for image in pixels]
 
     @torch.no_grad()
     def pixels(
@@ -157,7 +157,7 @@ class TextToImage:
         return self.codec.decode(latents).float().clamp(-1, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
+        """(C, h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
         size = latent_size(self.model.config, self.codec.stride, self.text.length, height, width)
         return self.codec.channels, *size
 
@@ -165,7 +165,7 @@ class TextToImage:
 def latent_size(
     model: ModelConfig, stride: int, text_length: int, height: int, width: int
 ) -> tuple[int, int]:
-    """(h, w) of the latents of pictures of this many pixels; ConfigError if the model does not fit them."""
+    """(h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
     unit = stride * model.patch_size  # pixels per token side
     if height % unit or width % unit:
         nearest = model.nearest_grids(round(height / unit), round(width / unit))
@@ -209,7 +209,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size, row by row, two pixels apart on white."""
+    """Images of one size, row by row, two pixels apart on white."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")

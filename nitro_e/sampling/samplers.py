@@ -96,7 +96,7 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """Latents (B, C, h, w) from noise of the same shape, on the noise's device.
 
-    text, negative: embeddings of B prompts each. seeds: one per picture, for samplers that draw more noise.
+    text, negative: embeddings of B prompts each. seeds: one per image, for samplers that draw more noise.
     """
     velocity = guide(scale_time(model, settings.time_scale), text, negative, settings.guidance_scale)
     times = settings.times().to(noise.device)

@@ -1,4 +1,4 @@
-"""The offline domain: captioned scenes of one to four coloured shapes, and an exact judge of pictures.
+"""The offline domain: captioned scenes of one to four coloured shapes, and an exact judge of images.
 
 scenes   what is asked for (GenEval's six tasks), captions, metadata, layouts, the train / held-out split
 render   scenes to pixels

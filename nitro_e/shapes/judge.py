@@ -27,7 +27,7 @@ from nitro_e.shapes.scenes import COLORS, MAX_ANGLE, PALETTE, SHAPES
 FOREGROUND = 0.5  # the darkest channel of foreground is below this (0..1)
 SPECK_AREA = 12 / 64**2  # of the image; smaller components are noise
 OBJECT_AREA = 40 / 64**2  # smaller components are something, but too small to have a name
-MIN_OVERLAP = {  # soft IoU with the nearest template; sharp pictures reach .05 to .08 more, blurred ones .02
+MIN_OVERLAP = {  # soft IoU with the nearest template; sharp images reach .05 to .08 more, blurred ones .02
     "circle": 0.87, "square": 0.82, "triangle": 0.80, "cross": 0.80, "star": 0.76,
 }  # fmt: skip
 MIN_AGREEMENT = 0.7  # share of the interior that is nearest to the object's color
@@ -38,7 +38,7 @@ SCORES = ("mixed", "strict", "geneval", "partial")
 
 
 class Verdict(NamedTuple):
-    strict: bool  # GenEval's rules, and nothing else in the picture
+    strict: bool  # GenEval's rules, and nothing else in the image
     geneval: bool  # GenEval's rules: other objects are allowed
     partial: float  # 0..1, exactly 1 if and only if strict
     objects: tuple[Detection, ...]  # boxes in pixels
@@ -66,9 +66,9 @@ class ShapesReward:
 
 
 def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
-    """One verdict per picture of pixels (B, 3, H, W) in -1..1; `metadata` as `scenes.metadata` writes it."""
+    """One verdict per image of pixels (B, 3, H, W) in -1..1; `metadata` as `scenes.metadata` writes it."""
     if len(metadata) != len(pixels):
-        raise ConfigError(f"judge: {len(pixels)} pictures but {len(metadata)} metadata records")
+        raise ConfigError(f"judge: {len(pixels)} images but {len(metadata)} metadata records")
     for record in metadata:
         if "include" not in record:
             raise ConfigError(f"judge: {record} has no 'include'; every prompt needs its GenEval metadata")
@@ -79,7 +79,7 @@ def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
 
 
 def find_objects(pixels: Tensor) -> list[list[Detection]]:
-    """What each picture shows: pixels (B, 3, H, W) in -1..1, at any resolution from about 48 up."""
+    """What each image shows: pixels (B, 3, H, W) in -1..1, at any resolution from about 48 up."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ConfigError(f"judge: expected pixels (B, 3, H, W), got {tuple(pixels.shape)}")
     found = []

@@ -5,7 +5,7 @@ side. What a caption leaves open (colours, sizes, places) is drawn at random.
 
 The split is over combinations. A fifth of the colour-shape pairs, of the pairs of shapes and of the
 number-shape pairs, and four relations with their mirror images, never appear in `train`: no caption names
-them, and no training picture shows a held-out colour-shape pair even where its caption names no colour.
+them, and no training image shows a held-out colour-shape pair even where its caption names no colour.
 `heldout` alternates between requests made of seen combinations only and requests with a held-out one; a
 single object of any colour is always seen.
 

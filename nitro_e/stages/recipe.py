@@ -73,7 +73,7 @@ class RunConfig(Config):
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
     model: ModelConfig
     stage: StageConfig
-    data: DataConfig | None = None  # only for stages that read pictures
+    data: DataConfig | None = None  # only for stages that read images
     components: ComponentsConfig
     engine: EngineConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -85,9 +85,9 @@ class RunConfig(Config):
         check_file_name(self.name, "name")
         kind = self.stage_kind
         if kind.open_data is not None and self.data is None:
-            raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads pictures")
+            raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads images")
         if kind.open_data is None and self.data is not None:
-            raise ConfigError(f"data: stage.kind '{self.stage.kind}' reads no pictures; leave data out")
+            raise ConfigError(f"data: stage.kind '{self.stage.kind}' reads no images; leave data out")
         if self.data is not None and self.sampling.resolution != self.data.resolution:
             raise ConfigError(
                 f"sampling.resolution {self.sampling.resolution} differs from data.resolution {self.data.resolution}; "
@@ -102,7 +102,7 @@ class RunConfig(Config):
 
     @property
     def published_sampling(self) -> SamplingConfig:
-        """What is stored with the weights and used for pictures; a distilled student's times are part of it."""
+        """What is stored with the weights and used for images; a distilled student's times are part of it."""
         return self.stage_kind.sampling(self)
 
     @property
@@ -130,7 +130,7 @@ class RunConfig(Config):
         sizes["sampling"] = self.published_sampling.size
         if self.evaluation is not None and self.evaluation.sampling is not None:
             sizes["evaluation.sampling"] = self.evaluation.sampling.size
-        for key, size in sizes.items():  # a size that cannot be drawn would end the run at its first picture
+        for key, size in sizes.items():  # a size that cannot be drawn would end the run at its first image
             try:
                 latent_size(self.model, stride, text_length, *size)
             except ConfigError as error:
@@ -438,14 +438,14 @@ def first_sample(data: Data) -> str:
 def sample_grid_hook(
     config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]
 ) -> Hook:
-    """Fixed prompts and seeds, so that grids of different steps show the same pictures getting better."""
+    """Fixed prompts and seeds, so that grids of different steps show the same images getting better."""
 
     def run(model: torch.nn.Module) -> dict:
         training = model.training
-        pictures = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
+        images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
         model.train(training)
-        columns = min(8, len(pictures))
-        return {"samples": caption(image_grid(pictures, columns), prompts, columns, pictures[0].size)}
+        columns = min(8, len(images))
+        return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size)}
 
     return Hook(config.engine.sample_every, run)
 
@@ -555,11 +555,11 @@ def grpo_facts(config: RunConfig, data: None, world: int, flops: float) -> list[
     if adapter and checkpoint.latest(config.folder) is None and not Path(adapter).is_dir():
         raise ConfigError(f"stage.adapter.init_from: folder '{adapter}' does not exist")
     layout, pool = stage.layout(world, config.engine.accumulate), load_prompts(stage.prompts)
-    rollouts, pictures = config.engine.steps // stage.updates, stage.groups * stage.group_size
+    rollouts, images = config.engine.steps // stage.updates, stage.groups * stage.group_size
     return [
-        f"rollouts             {rollouts:,} of {stage.groups} prompts x {stage.group_size} pictures, {stage.updates} updates each",
-        f"pictures             {rollouts * pictures:,}; each of {len(pool):,} prompts {rollouts * stage.groups / len(pool):.1f} times",
-        f"micro-batch          {layout.micro_batch} rows: pictures x {layout.steps} trained steps",
+        f"rollouts             {rollouts:,} of {stage.groups} prompts x {stage.group_size} images, {stage.updates} updates each",
+        f"images             {rollouts * images:,}; each of {len(pool):,} prompts {rollouts * stage.groups / len(pool):.1f} times",
+        f"micro-batch          {layout.micro_batch} rows: images x {layout.steps} trained steps",
         f"rewards              {', '.join(f'{reward.title} x {reward.weight:g}' for reward in stage.rewards)}",
     ]
 
@@ -591,13 +591,13 @@ def distill_sampling(config: RunConfig) -> SamplingConfig:
 
 
 def open_pairs(config: RunConfig, latent_shape: tuple[int, int, int] | None = None) -> Data:
-    """Teacher's pictures, as latents, with the noise they were drawn from where the inputs need it."""
+    """Teacher's images, as latents, with the noise they were drawn from where the inputs need it."""
     data = open_run_data(
         config, latent_shape, extra=("noise.npy",) if config.stage.inputs.needs_noise else ()
     )
     if not data.has_latents:
         raise ConfigError(
-            "data.shards hold no latents; make pairs with tools/synthesize.py, or encode with tools/data.py"
+            "data.shards hold no latents; make pairs with nitro-e synthesize, or encode with nitro-e data"
         )
     return data
 

@@ -241,7 +241,7 @@ def model_folder(source: str | Path) -> Path:
         return path
     checkpoint = path if (path / "meta.json").is_file() else latest(path)
     if checkpoint is None:
-        raise ConfigError(f"'{name}' holds no complete checkpoint; train it first: python train.py CONFIG")
+        raise ConfigError(f"'{name}' holds no complete checkpoint; train it first: nitro-e train CONFIG")
     options = [folder for folder in ("ema", "model") if (checkpoint / folder).is_dir()]
     which = which or options[0]
     if which not in options:

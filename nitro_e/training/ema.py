@@ -4,7 +4,7 @@ Two averages with power-function profiles are kept while training and written ou
 linear combination of those snapshots, found by least squares. The length of a profile is sigma_rel, its standard
 deviation in time as a share of the training so far: 0.05 averages over about the last tenth.
 
-    python tools/ema.py synthesize RUN --sigma-rel 0.08 --out FOLDER
+    nitro-e ema synthesize RUN --sigma-rel 0.08 --out FOLDER
 
 Left out: averaging again in a second training run, and grids over sigma_rel (call the tool in a loop).
 """

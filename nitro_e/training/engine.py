@@ -57,7 +57,7 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIG
 
 @dataclass
 class Hook:
-    """Pictures or numbers, by name, of the published model (the average if there is one)."""
+    """Images or numbers, by name, of the published model (the average if there is one)."""
 
     every: int  # steps, and after the last one; 0: never
     run: Callable[[nn.Module], dict[str, Image.Image | float]]
@@ -82,7 +82,7 @@ class EngineConfig(Config):
     compile: bool = False  # the blocks of the model
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
     ema: EMAConfig | None = None
-    # snapshots from which tools/ema.py makes any average afterwards
+    # snapshots from which nitro-e ema makes any average afterwards
     posthoc_ema: PostHocEMAConfig | None = None
     save_every: Annotated[int, Ge(1)] = 1000
     keep_last: Annotated[int, Ge(2), "the newest one may turn out damaged"] = 2  # newest checkpoints
@@ -114,7 +114,7 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     if promised and accelerator.num_processes == 1:
         raise ConfigError(
             "accelerate launch was told of several processes but starts a single one without GPUs; use "
-            "`torchrun --nproc-per-node N train.py CONFIG` (for one process: no launcher, or unset MASTER_ADDR)"
+            "`torchrun --nproc_per_node N -m nitro_e.cli train CONFIG` (for one process: no launcher, or unset MASTER_ADDR)"
         )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world:

@@ -33,7 +33,7 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: pictures and checkpoints."""
+        """Around what is no training: images and checkpoints."""
         start = time.perf_counter()
         yield
         self._seconds_paused += time.perf_counter() - start

@@ -43,7 +43,7 @@ class Replicated:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(net)
 
     def whole(self, model: nn.Module) -> nn.Module:
-        """The model with whole tensors, for pictures and files. Every process must call it."""
+        """The model with whole tensors, for images and files. Every process must call it."""
         return model
 
 
@@ -54,7 +54,7 @@ class Sharded(Replicated):
         super().__init__(accelerator)
         if accelerator.num_processes == 1:
             raise ConfigError(
-                "engine.sharding 'fsdp' needs several processes: torchrun --nproc_per_node N train.py ..."
+                "engine.sharding 'fsdp' needs several processes: torchrun --nproc_per_node N -m nitro_e.cli train ..."
             )
         if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
             raise ConfigError(

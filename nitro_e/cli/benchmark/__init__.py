@@ -1,10 +1,10 @@
 """How fast the parts are on this machine, each beside a plain way of doing the same.
 
-    python tools/benchmark.py model     the model's forward pass and training step
-    python tools/benchmark.py data      finding and reading samples
-    python tools/benchmark.py engine    what the training loop adds to a step
+    nitro-e benchmark model     the model's forward pass and training step
+    nitro-e benchmark data      finding and reading samples
+    nitro-e benchmark engine    what the training loop adds to a step
 
-Each has its own options: `python tools/benchmark.py model --help`.
+Each has its own options: `nitro-e benchmark model --help`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How fast samples are found and read on this machine, beside plain webdataset on the same shards.
 
-    python tools/benchmark_data.py [--shards 8] [--json FILE]
+    nitro-e benchmark data [--shards 8] [--json FILE]
 
 Samples per CPU-second of the reading process, best of several passes, files in the page cache; "through one
 worker" is wall time. The shards (latents 32x16x16 float16 and captions) are made in a temporary folder.
@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 from nitro_e.cli import common as cli
-from nitro_e.data import DataConfig, open_data, write_shard
+from nitro_e.data import DataConfig, open_data
 from nitro_e.data.decode import decode_image
 from nitro_e.data.index import scan_tar, shard_index
+from nitro_e.data.making import write_shard
 from nitro_e.data.order import Order
 
 SAMPLES, BATCH = 1000, 256

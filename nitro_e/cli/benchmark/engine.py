@@ -1,6 +1,6 @@
 """What the engine costs per step over a bare training loop, on one batch that is already there.
 
-    python tools/benchmark_engine.py [--presets micro-8 tiny-8] [--batch 32] [--json FILE]
+    nitro-e benchmark engine [--presets micro-8 tiny-8] [--batch 32] [--json FILE]
 
 The bare loop is forward, backward, clip, step. The same model, batch and fused AdamW then train in the engine: once with
 the bare loop's own loss (what the engine itself costs), once with the flow-matching stage (its per-slot noise, caption

@@ -1,11 +1,11 @@
 """How fast a model's forward pass and training step are, as shares of this machine's own matrix product rate.
 
-    python tools/benchmark.py model [--preset nitro-e-512] [--batch 1 8] [--train] [--compile] [--json FILE]
+    nitro-e benchmark model [--preset nitro-e-512] [--batch 1 8] [--train] [--compile] [--json FILE]
 
 In one process, with the same weights and inputs: the plain implementation of the tests, ours as it is, packed for the
 CPU, and compiled (on CUDA sampling with CUDA graphs too). All are measured in turn, round after round, and the best of
 the rounds counts: a machine that is busy or changes its clock disturbs all alike. Shares are of the model's arithmetic
-(`tools/describe.py`; three times that for forward and backward) over the best rate of one large matrix product.
+(`nitro-e describe`; three times that for forward and backward) over the best rate of one large matrix product.
 Training is forward and backward in the dtype of the weights; the optimiser and the data are left out.
 """
 

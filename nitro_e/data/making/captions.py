@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from nitro_e.config import ConfigError, check_characters, did_you_mean, read_text
 from nitro_e.data.index import Problem
-from nitro_e.data.making.jobs import digest
+from nitro_e.data.manifests import digest
 from nitro_e.files import sha256_of
 from nitro_e.record.progress import bar
 

@@ -30,14 +30,15 @@ from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
 from nitro_e.data.dataset import ReadSpec, Records, TarDataset
 from nitro_e.data.decode import decode_array
 from nitro_e.data.index import Problem, scan_tar
-from nitro_e.data.making.jobs import JobConfig, Result, digest, publish_entry, run_job
-from nitro_e.data.making.writer import atomic_file, open_shard
+from nitro_e.data.making.jobs import JobConfig, Result, publish_entry, run_job
+from nitro_e.data.making.writer import open_shard
+from nitro_e.data.manifests import digest
 from nitro_e.data.order import Order
 from nitro_e.data.reader import identity, ignore_interrupts, image_spec, worker_faults_explained
-from nitro_e.files import add_tensors
+from nitro_e.files import add_tensors, atomic_file
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
-LARGEST = 1e4  # a latent beyond this is a failure of the codec, not a picture
+LARGEST = 1e4  # a latent beyond this is a failure of the codec, not an image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ Left out: dynamic claims between machines (units are dealt out by number, rank r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -27,10 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
-from nitro_e.config import Config, ConfigError, Fraction, Ge, Le, parse_json, read_text
-from nitro_e.data.index import Problem, ShardIndex, store_index
-from nitro_e.data.making.writer import atomic_file, index_path
-from nitro_e.files import sha256_of
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Le, read_text
+from nitro_e.data.index import Problem, ShardIndex, index_path, store_index
+from nitro_e.data.manifests import parse_record
+from nitro_e.files import atomic_file, sha256_of
 from nitro_e.record.progress import bar
 
 ALLOWED = 10  # bad samples that never stop a job, however small it is
@@ -111,7 +110,7 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     for unit in units:
         path = out / ".journal" / name / f"{unit.name}.json"
         if path.is_file():
-            entry = _record(read_text(path), str(path), JOURNAL)
+            entry = parse_record(read_text(path), str(path), JOURNAL)
             shards += entry["shards"]
             bad += entry["bad"]
             samples += entry["samples"]
@@ -132,17 +131,6 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     return shards
 
 
-def read_manifests(folders: set[Path]) -> dict[Path, dict]:
-    """Shard path -> its manifest line, from every manifest-*.jsonl in these folders."""
-    entries = {}
-    for folder in sorted(folders):
-        for manifest in sorted(folder.glob("manifest-*.jsonl")):
-            for number, line in enumerate(read_text(manifest).splitlines(), 1):
-                entry = _record(line, f"{manifest}:{number}", MANIFEST)
-                entries[(folder / entry["shard"]).resolve()] = {**entry, "manifest": manifest.name}
-    return entries
-
-
 def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
     """Store the index of a finished shard and describe it for the manifest."""
     store_index(path, index)
@@ -159,23 +147,7 @@ def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
     }
 
 
-def _record(text: str, where: str, types: dict[str, type]) -> dict:
-    """A line of a manifest or an entry of the journal, which only a damaged disk or a text editor makes another thing."""
-    record = parse_json(text, where)
-    if not isinstance(record, dict) or not all(type(record.get(key)) is kind for key, kind in types.items()):
-        raise ConfigError(
-            f"{where} is damaged: it has no {', '.join(types)}; copy it again, or delete it and make the shards again"
-        )
-    return record
-
-
-MANIFEST = {"shard": str, "bytes": int, "samples": int, "sha256": str}
 JOURNAL = {"fingerprint": str, "samples": int, "shards": list, "bad": list}
-
-
-def digest(*parts: Any) -> str:
-    """A hash of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -234,7 +206,7 @@ def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
     path = journal / f"{unit.name}.json"
     if not path.is_file():
         return None
-    entry = _record(read_text(path), str(path), JOURNAL)
+    entry = parse_record(read_text(path), str(path), JOURNAL)
     if entry["fingerprint"] != unit.fingerprint():
         if config.overwrite:
             _discard(path, config.out)
@@ -252,7 +224,7 @@ def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
 
 def _discard(path: Path, out: Path) -> None:
     """Delete a journal entry and the shards it speaks of, which a glob would still find."""
-    for shard in _record(read_text(path), str(path), JOURNAL)["shards"]:
+    for shard in parse_record(read_text(path), str(path), JOURNAL)["shards"]:
         index_path(out / shard["shard"]).unlink(missing_ok=True)
         (out / shard["shard"]).unlink(missing_ok=True)
     path.unlink()

@@ -34,8 +34,9 @@ from nitro_e.data.catalog import IMAGES, expand_shards
 from nitro_e.data.decode import BadSample, decode_caption, decode_info, to_rgb
 from nitro_e.data.index import Problem, scan_tar
 from nitro_e.data.making.captions import CaptionTable, open_parquet, rows, stem, value_at
-from nitro_e.data.making.jobs import JobConfig, Result, digest, each, publish_entry, run_job
+from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
 from nitro_e.data.making.writer import write_shard
+from nitro_e.data.manifests import digest
 from nitro_e.data.order import permutation
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

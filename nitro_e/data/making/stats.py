@@ -107,7 +107,7 @@ def _readable(path: str, key: str) -> Iterator[None]:
         yield
     except (BadSample, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ConfigError(
-            f"{Path(path).name}:{key}: {error}; python tools/data.py verify --deep finds all such samples"
+            f"{Path(path).name}:{key}: {error}; nitro-e data verify --deep finds all such samples"
         ) from None
 
 

@@ -1,6 +1,6 @@
-"""Prompts -> shards of synthetic pairs: a latent, the noise it was drawn from, its prompt (tools/synthesize.py).
+"""Prompts -> shards of synthetic pairs: a latent, the noise it was drawn from, its prompt (nitro-e synthesize).
 
-A generator turns a batch of jobs into pictures: `OwnGenerator` is any checkpoint of this project, `DiffusersGenerator`
+A generator turns a batch of jobs into images: `OwnGenerator` is any checkpoint of this project, `DiffusersGenerator`
 any diffusers pipeline. `synthesize` writes what it makes, shard by shard, resumable, as all jobs of `data.jobs`.
 """
 
@@ -26,8 +26,9 @@ from nitro_e.data.decode import decode_array
 from nitro_e.data.index import Problem, scan_tar
 from nitro_e.data.making.captions import rows, value_at
 from nitro_e.data.making.encode import LARGEST, weights_digest
-from nitro_e.data.making.jobs import JobConfig, Result, digest, each, publish_entry, run_job
+from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
 from nitro_e.data.making.writer import write_shard
+from nitro_e.data.manifests import digest
 from nitro_e.data.prompts import GENERATORS, PromptsConfig, load_prompts
 from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.randomness import seed_of
@@ -38,17 +39,17 @@ from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_n
 
 @dataclass
 class Job:
-    """One picture to make."""
+    """One image to make."""
 
     prompt: str
-    k: int  # which picture of this prompt
+    k: int  # which image of this prompt
     seed: int
     info: dict  # what the prompts file says besides the prompt
 
 
 @dataclass
 class Made:
-    """One batch of pictures; None is not stored."""
+    """One batch of images; None is not stored."""
 
     latents: Tensor | None = None  # (B, C, h, w) raw
     noise: Tensor | None = None  # (B, C, h, w)
@@ -58,7 +59,7 @@ class Made:
 
 
 class Generator(Protocol):
-    """What makes pictures."""
+    """What makes images."""
 
     identity: dict  # plain data: all that the result depends on besides prompt and seed
     codec: LatentCodec | None  # of the latents
@@ -68,7 +69,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Extras:
-    """What else a picture of ours is stored with."""
+    """What else an image of ours is stored with."""
 
     text_embeddings: bool = False
     images: bool = False
@@ -205,7 +206,7 @@ def denormalize(codec: LatentCodec, latents: Tensor) -> Tensor:
 
 @dataclass
 class SynthUnit:
-    """The pictures of exactly one shard."""
+    """The images of exactly one shard."""
 
     name: str
     first: int
@@ -225,7 +226,7 @@ def synthesize(
     keep_images: bool,
     limits: Limits = Limits(),
 ) -> list[dict]:
-    """Make every picture, in shards; see jobs.run_job."""
+    """Make every image, in shards; see jobs.run_job."""
     if samples_per_shard < 1 or batch_size < 1:
         raise ConfigError("--samples-per-shard and --batch-size must be at least 1")
     identity = {**generator.identity, **asdict(limits)}
@@ -287,7 +288,7 @@ def make_shard(
 
 
 def latent_problem(made: Made, slot: int, generator: Generator, limits: Limits) -> str | None:
-    """Why a picture cannot be stored, or None."""
+    """Why an image cannot be stored, or None."""
     if made.latents is None:
         return None
     latent = made.latents[slot]
@@ -357,7 +358,7 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         print(f"{path}: {empty} of {len(prompts)} prompts are empty and left out", file=sys.stderr)
     if empty == len(prompts):
         raise ConfigError(f"--prompts '{path}' holds no prompts")
-    made: Counter[str] = Counter()  # a prompt that comes again goes on counting: other noise, another picture
+    made: Counter[str] = Counter()  # a prompt that comes again goes on counting: other noise, another image
     jobs = []
     for prompt, info in islice(((prompt, info) for prompt, info in prompts if prompt), limit):
         for k in range(made[prompt], made[prompt] + per_prompt):

@@ -23,9 +23,9 @@ from nitro_e.data.decode import (
     decode_image,
     decode_info,
 )
-from nitro_e.data.index import Problem, ShardIndex, read_stored, scan_tar
-from nitro_e.data.making.jobs import each, read_manifests
-from nitro_e.data.making.writer import index_path
+from nitro_e.data.index import Problem, ShardIndex, index_path, read_stored, scan_tar
+from nitro_e.data.making.jobs import each
+from nitro_e.data.manifests import read_manifests
 from nitro_e.data.remote import local_path
 from nitro_e.files import sha256_of
 from nitro_e.record.progress import bar

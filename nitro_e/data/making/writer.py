@@ -7,45 +7,20 @@ Left out: PAX records (names longer than USTAR allows are refused), compression,
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import socket
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from nitro_e.config import ConfigError
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; rename it to `path` when the block ends well, delete it otherwise.
-
-    What an earlier, killed process of this host left behind for the same path is removed first.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for stale in path.parent.glob(f"{path.name}.{host}.*.tmp"):
-        pid = stale.name.split(".")[-2]
-        if not pid.isdigit() or not _is_alive(int(pid)):
-            stale.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{host}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from nitro_e.data.index import index_path
+from nitro_e.files import atomic_file
 
 
 def write_shard(
@@ -103,23 +78,6 @@ def write_shards(
     return paths
 
 
-def index_path(shard: str | Path) -> Path:
-    """Where the index of a shard is kept: `.index` beside it, or the user's cache if that is read-only."""
-    shard = Path(shard).absolute()
-    beside = shard.parent / ".index"
-    # the mode too: root may write anywhere
-    writable = os.access(shard.parent, os.W_OK) and shard.parent.stat().st_mode & 0o222
-    if beside.is_dir() or writable:
-        return beside / f"{shard.name}.npy"
-    return (
-        cache_folder() / "index" / f"{hashlib.sha256(str(shard).encode()).hexdigest()[:16]}-{shard.name}.npy"
-    )
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("NITRO_E_CACHE") or Path.home() / ".cache" / "nitro_e")
-
-
 def check_key(key: str) -> str:
     if not key or "." in key or "/" in key or not key.isprintable():
         raise ConfigError(f"sample key {key!r}: must be printable, not empty, without '.' and '/'; rename it")
@@ -148,13 +106,3 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
         tar.addfile(info, io.BytesIO(content))
     except ValueError as error:
         raise ConfigError(f"member '{name}' does not fit a USTAR header ({error}); shorten the key") from None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

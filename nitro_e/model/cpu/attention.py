@@ -1,7 +1,7 @@
 """Softmax attention for heads as narrow as E-MMDiT's (32): torch's fused kernel on CUDA, two matrix products on a CPU.
 
 On a CPU the fused kernel takes about twice the time of two matrix products (docs/speed.md), but their scores
-(B, H, N, N) leave the cache, and training would keep them: 7 MB per block and picture at 512 px, 64 MB at 1024 px. So
+(B, H, N, N) leave the cache, and training would keep them: 7 MB per block and image at 512 px, 64 MB at 1024 px. So
 they are computed a chunk at a time in one buffer; training keeps them where they are few, and computes them again in
 the backward pass where they are many. It is one operator of torch's registry: torch.compile sees one node. Like the
 fused kernels it knows first gradients only; jvp, vmap and second derivatives by torch.func take plain attention.

@@ -1,7 +1,7 @@
-"""GenEval (Ghosh et al. 2023, arXiv:2310.11513): prompts, rules, and the models that look at the pictures.
+"""GenEval (Ghosh et al. 2023, arXiv:2310.11513): prompts, rules, and the models that look at the images.
 
 requests   what a prompt asks for, its wording and its metadata
-prompts    the 553 test prompts; training prompts that ask for none of the same pictures
+prompts    the 553 test prompts; training prompts that ask for none of the same images
 rules      detections to verdicts, pure Python
 detector   pixels to objects and masks: Mask2Former
 openmmlab  the benchmark's own weights for it

@@ -1,9 +1,9 @@
-"""Objects in pictures: Mask2Former (Cheng et al. 2022, arXiv:2112.01527), run by transformers, read as
+"""Objects in images: Mask2Former (Cheng et al. 2022, arXiv:2112.01527), run by transformers, read as
 GenEval reads it.
 
 GenEval runs mmdetection; transformers' own post-processing gives other scores, and loses overlapping
 objects. Here: the best 100 of queries x classes; masks upsampled to the network's input, cropped and
-resized to the picture, cut at 0; score = class probability x mean mask probability inside the mask; boxes
+resized to the image, cut at 0; score = class probability x mean mask probability inside the mask; boxes
 tight, right and bottom edges exclusive. Overlapping objects stay. Float32 only: in less precision it finds
 next to nothing.
 
@@ -65,12 +65,12 @@ class Detector(nn.Module):
         ]
 
     def prepare(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The network's input (B, 3, h, w), padded, and the size of the picture in it."""
+        """The network's input (B, 3, h, w), padded, and the size of the image in it."""
         height, width = pixels.shape[-2:]
         factor = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
         size = (int(height * factor + 0.5), int(width * factor + 0.5))
         images = F.interpolate(pixels.float() / 2 + 0.5, size, mode="bilinear", align_corners=False)
-        images = ((images * 255).round() / 255 - self.mean) / self.std  # mmdetection resizes 8-bit pictures
+        images = ((images * 255).round() / 255 - self.mean) / self.std  # mmdetection resizes 8-bit images
         return F.pad(images, (0, -size[1] % DIVISOR, 0, -size[0] % DIVISOR)), size
 
 
@@ -82,7 +82,7 @@ def select(
     size: tuple[int, int],
     min_score: float,
 ) -> list[Found]:
-    """One picture's objects above `min_score`, best first; masks and boxes in pixels of `size`."""
+    """One image's objects above `min_score`, best first; masks and boxes in pixels of `size`."""
     probabilities = classes.softmax(-1)[:, :-1]  # (Q, 80)
     scores, index = probabilities.flatten().topk(min(MAX_CANDIDATES, probabilities.numel()))
     scores, index = scores[scores > min_score], index[scores > min_score]  # mask scores only lower them

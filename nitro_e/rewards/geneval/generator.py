@@ -1,5 +1,5 @@
 """GenEval's 553 test prompts, and training prompts of the same templates that ask for none of the same
-pictures.
+images.
 
 A test prompt is excluded by what it asks for, not by its words: "a B and an A" and "a B right of an A" are
 as forbidden as "an A and a B" and "an A left of a B". All single objects are tested, so none is trained.

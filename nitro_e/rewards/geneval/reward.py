@@ -1,4 +1,4 @@
-"""GenEval as a reward: is what the prompt asks for in the picture?
+"""GenEval as a reward: is what the prompt asks for in the image?
 
     official   the benchmark's verdict, 0 or 1
     graded     the share of the request that is there, 0..1: smoother, and 1 exactly when official is

@@ -5,7 +5,7 @@
     fraction     how much of it is there, 0..1; exactly 1 if and only if correct
     graded       the same, less for other objects; exactly 1 if and only if strict
 
-Pure Python, no pictures. The caller detects objects, and drops uncertain ones: `confident` is the
+Pure Python, no images. The caller detects objects, and drops uncertain ones: `confident` is the
 benchmark's way.
 """
 
@@ -20,7 +20,7 @@ POSITION_MARGIN = 0.1  # of the summed sizes: how far centers may overlap before
 
 
 class Detection(NamedTuple):
-    """One object found in a picture; None where what is there is no known class, or of no clear color."""
+    """One object found in an image; None where what is there is no known class, or of no clear color."""
 
     name: str | None
     color: str | None
@@ -51,7 +51,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def is_correct(found: Sequence[Detection], metadata: dict) -> bool:
-    """GenEval's verdict on a picture. `metadata`: `include` (class, count, color?, position?), `exclude`?"""
+    """GenEval's verdict on an image. `metadata`: `include` (class, count, color?, position?), `exclude`?"""
     groups: list[list[Detection] | None] = []  # what satisfied each requirement, None = nothing did
     for wanted in metadata["include"]:
         group = _best(found, wanted)
@@ -72,7 +72,7 @@ def is_strict(found: Sequence[Detection], metadata: dict) -> bool:
 
 
 def fraction(found: Sequence[Detection], metadata: dict) -> float:
-    """Mean over the parts of a request; what else is in the picture does not matter.
+    """Mean over the parts of a request; what else is in the image does not matter.
 
     The parts: of every class the share that is there (a surplus counts like a lack where the number is asked
     for), the share with the right color, and whether the relation holds; an absent object earns nothing for

@@ -76,7 +76,7 @@ def metadata(request: Request) -> dict:
 
 
 def meaning(request: Request) -> tuple:
-    """Equal for requests of the same picture: "A and B" = "B and A", "A above B" = "B below A"."""
+    """Equal for requests of the same image: "A and B" = "B and A", "A above B" = "B below A"."""
     things = tuple(tuple(thing) for thing in request.things)
     if request.relation is None:
         return tuple(sorted(things, key=repr))

@@ -1,4 +1,4 @@
-"""Pictures to the objects GenEval's rules are about: detector, confidence, and CLIP for the colors that
+"""Images to the objects GenEval's rules are about: detector, confidence, and CLIP for the colors that
 matter.
 
 A color is asked only of the best `count` objects of a class whose color the prompt names. The object is

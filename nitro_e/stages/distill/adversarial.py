@@ -1,7 +1,7 @@
 """The adversarial objective: latent adversarial diffusion distillation (LADD, arXiv 2403.12015) and its relatives.
 
 The student's data and the teacher's are noised to the same time tau; heads over the frozen teacher's features tell
-them apart. Besides: pairs of a real picture and another one's prompt count as fake (misaligned), the logits may not
+them apart. Besides: pairs of a real image and another one's prompt count as fake (misaligned), the logits may not
 change much under a small perturbation of the real input (approximate R1), and with a pool the heads change with the
 noise level (NitroFusion).
 """
@@ -90,7 +90,7 @@ class AdversarialConfig(Config):
             )
         if self.misaligned and self.null_text:
             raise ConfigError(
-                "misaligned asks whether a prompt belongs to its picture, null_text takes prompts away: set misaligned: null "
+                "misaligned asks whether a prompt belongs to its image, null_text takes prompts away: set misaligned: null "
                 "or null_text: 0"
             )
         if self.pool is not None:

@@ -112,7 +112,7 @@ class Draft:
 
 @dataclass
 class DistillBatch:
-    """One micro-batch of teacher's pictures on the device."""
+    """One micro-batch of teacher's images on the device."""
 
     step: int
     latents: Tensor  # (B, C, h, w)

@@ -69,7 +69,7 @@ PRESETS: dict[str, dict] = {
             "misaligned": {"share": 0.5, "start": 0},
             "optim": {"lr": 2e-6, **SLOW, "warmup": 0},
         },
-        "guards": None,  # they compare with pictures; a guided velocity from pure noise points at something blurred
+        "guards": None,  # they compare with images; a guided velocity from pure noise points at something blurred
         "optim": {"lr": 2e-6, **SLOW},
     },
     # InstaFlow's first round (arXiv 2309.06380): straighter paths, any number of steps; a start for the others.

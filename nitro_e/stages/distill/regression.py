@@ -40,7 +40,7 @@ class DecayConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Config):
-    """target `pair`: the teacher's picture; `teacher`: where its guided velocity points from the student's input.
+    """target `pair`: the teacher's image; `teacher`: where its guided velocity points from the student's input.
 
     Either way the target carries the teacher's guidance. Plain data without it do not teach a student to do without.
     """

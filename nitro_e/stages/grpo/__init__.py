@@ -1,12 +1,12 @@
 """Stage 3: post-training on rewards (GRPO for flow models, and DiffusionNFT).
 
 sde        samplers as one coefficient table; the window of random steps
-rollout    drawing pictures and keeping their trajectories
+rollout    drawing images and keeping their trajectories
 advantage  scores -> advantages
 losses     the objectives, as functions of velocities
 policy     the trained model beside its frozen copies; guided velocities with gradients
 adapter    LoRA, in files under the released names
-groups     which prompts and pictures, on which process, in which update
+groups     which prompts and images, on which process, in which update
 stage      all of it on the engine
 """
 

@@ -73,7 +73,7 @@ def add_adapter(model: EMMDiT, config: AdapterConfig, seed: int) -> None:
     if unknown or not paths:
         raise ConfigError(
             f"adapter.init_from: {config.init_from} has a target '{unknown[0]}' that this model's blocks have not; "
-            "merge it into the first weights instead (tools/convert.py --lora)"
+            "merge it into the first weights instead (nitro-e convert --lora)"
         )
     lora = LoraConfig(
         r=rank,
@@ -165,7 +165,7 @@ def _read(folder: Path) -> tuple[int, float, dict[str, tuple[Tensor, Tensor]]]:
     ):
         raise ConfigError(
             f"adapter.init_from: {folder} has ranks or scales per layer; merge it into the first weights instead "
-            "(tools/convert.py --lora)"
+            "(nitro-e convert --lora)"
         )
     return ranks.pop(), config["lora_alpha"], {module: (a, b) for module, a, b in pairs}
 

@@ -1,7 +1,7 @@
-"""Advantages: how much better than the other pictures of its prompt a picture was. Pure functions, float64.
+"""Advantages: how much better than the other images of its prompt an image was. Pure functions, float64.
 
-Scores stand in (G, K, R): groups, pictures of a group, rewards; NaN = could not be scored. Such a score takes no part in
-any statistic and its picture gets advantage 0 from that reward; so does a group with fewer than two scores.
+Scores stand in (G, K, R): groups, images of a group, rewards; NaN = could not be scored. Such a score takes no part in
+any statistic and its image gets advantage 0 from that reward; so does a group with fewer than two scores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which prompts a rollout draws, and who draws which picture: pure functions of seed, rollout and number of processes.
+"""Which prompts a rollout draws, and who draws which image: pure functions of seed, rollout and number of processes.
 
-A slot is a picture's place in the rollout: slot = group * group_size + number. Process r of W draws the r-th of W equal
+A slot is an image's place in the rollout: slot = group * group_size + number. Process r of W draws the r-th of W equal
 runs of slots, so groups lie on one process where their number allows it, and are spread over several where not; scores
-travel, pictures do not. Picture k of a group belongs to update k % U: the pictures of a group differ by their noise
+travel, images do not. Image k of a group belongs to update k % U: the images of a group differ by their noise
 alone, so no shuffle could mix them better, and every update gets all groups.
 """
 
@@ -38,17 +38,17 @@ class Layout:
     updates: int  # optimiser steps per rollout
     world: int
     accumulate: int  # micro-batches per process and update
-    steps: int  # trained steps per picture: rows
+    steps: int  # trained steps per image: rows
 
     def __post_init__(self) -> None:
-        pictures = self.groups * self.group_size
+        images = self.groups * self.group_size
         what = f"{self.groups} groups of {self.group_size}"
         if self.group_size % self.updates:
             raise ConfigError(
                 f"stage.updates {self.updates} must divide stage.group_size {self.group_size}: every update gets the "
                 "same share of each group"
             )
-        if pictures % (self.world * self.updates):
+        if images % (self.world * self.updates):
             raise ConfigError(
                 f"stage.groups: {what} cannot be shared by {self.world} processes and {self.updates} updates; "
                 f"groups * group_size must be a multiple of {self.world * self.updates}"
@@ -66,16 +66,16 @@ class Layout:
 
     @property
     def micro_batch(self) -> int:
-        """Rows: pictures times trained steps."""
+        """Rows: images times trained steps."""
         return self.slots_per_rank // self.updates * self.steps // self.accumulate
 
     def slots(self, rank: int) -> range:
         return range(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank)
 
     def rows(self, update: int) -> tuple[Tensor, Tensor]:
-        """(picture of the process, step of the window) of every row of an update, picture by picture."""
-        pictures = torch.arange(update, self.slots_per_rank, self.updates)
-        return pictures.repeat_interleave(self.steps), torch.arange(self.steps).repeat(len(pictures))
+        """(image of the process, step of the window) of every row of an update, image by image."""
+        images = torch.arange(update, self.slots_per_rank, self.updates)
+        return images.repeat_interleave(self.steps), torch.arange(self.steps).repeat(len(images))
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class NFTConfig(Config):
     kind: Literal["nft"] = "nft"
     # how far the two velocities reach from the old one to the new one
     beta: Annotated[float, Gt(0), Le(1)] = 1.0
-    times: Annotated[int, Ge(1)] = 9  # training times per picture: the first steps of the rollout's grid
+    times: Annotated[int, Ge(1)] = 9  # training times per image: the first steps of the rollout's grid
     kl: KLConfig = field(default_factory=lambda: KLConfig(beta=1e-4))
     lag: Annotated[float, Ge(0)] = 1e-3  # the policy that draws is an average: decay lag * rollout ...
     max_lag: Annotated[float, Ge(0), Lt(1)] = 0.5  # ... up to this

@@ -1,4 +1,4 @@
-"""Pictures drawn for training: the sampler's states inside the window, and what became of them."""
+"""Images drawn for training: the sampler's states inside the window, and what became of them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Config):
-    steps: Annotated[int, Ge(1), Le(10_000)] = 10  # of the sampler; fewer than for pictures that people see
+    steps: Annotated[int, Ge(1), Le(10_000)] = 10  # of the sampler; fewer than for images that people see
     grid: TimeGrid = "released"
     shift: Annotated[float, Gt(0)] = 1.0
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # in the rollout and in the update; 0 or 1: none
     sde: SDEConfig = field(default_factory=SDEConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
-    shared_noise: bool = False  # one first noise per group; the SDE alone makes its pictures differ
-    batch_size: Annotated[int, Ge(1), Le(65536)] = 64  # pictures at a time
+    shared_noise: bool = False  # one first noise per group; the SDE alone makes its images differ
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 64  # images at a time
 
     def schedule(self) -> Schedule:
         return Schedule(time_grid(self.steps, self.grid, self.shift), self.sde, self.window)
 
 
 class Trajectory(NamedTuple):
-    """Of B pictures and a window of n steps."""
+    """Of B images and a window of n steps."""
 
     states: Tensor  # (n + 1, B, C, h, w) float32: x before the window's first step ... after its last
     log_probs: Tensor  # (n, B) of its transitions, as drawn
@@ -78,7 +78,7 @@ def take(text: TextEmbedding, rows: Tensor) -> TextEmbedding:
 
 @dataclass
 class Experience:
-    """What one process drew in one rollout: S pictures of g prompts."""
+    """What one process drew in one rollout: S images of g prompts."""
 
     trajectory: Trajectory
     window: Window
@@ -90,7 +90,7 @@ class Experience:
 
 @dataclass
 class Rows:
-    """A micro-batch: R pairs of a picture and a step of its trajectory."""
+    """A micro-batch: R pairs of an image and a step of its trajectory."""
 
     step: Tensor  # (R,) long
     advantage: Tensor  # (R,)

@@ -1,7 +1,7 @@
 """Stage 3: post-training on rewards. A rollout is a stream of batches for the one training loop.
 
-At every `updates`-th step the stream draws pictures with the weights as they are, has them scored, and hands out rows
-(a picture and a step of its trajectory) until the updates are done. The text is encoded as for sampling, once per group.
+At every `updates`-th step the stream draws images with the weights as they are, has them scored, and hands out rows
+(an image and a step of its trajectory) until the updates are done. The text is encoded as for sampling, once per group.
 
 Left out: branching from shared prefixes, training on the best and worst of a group only, gradients through rewards.
 """
@@ -43,7 +43,7 @@ from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Traject
 from nitro_e.stages.grpo.sde import Schedule, Transitions, Window
 from nitro_e.training.optim import OptimConfig
 
-WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of its pictures unscored
+WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of its images unscored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class GRPOConfig(Config):
     prompts: PromptsConfig
     rewards: tuple[RewardConfig, ...]  # those of weight 0 are watched: scored and logged, never trained on
     groups: Annotated[int, Ge(1), Le(65536)] = 48  # prompts per rollout
-    group_size: Annotated[int, Ge(2), Le(65536)] = 24  # pictures per prompt
+    group_size: Annotated[int, Ge(2), Le(65536)] = 24  # images per prompt
     updates: Annotated[int, Ge(1)] = 2  # optimiser steps per rollout
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     # of guided velocities: through both passes or the text's alone
@@ -107,7 +107,7 @@ class GRPO:
     ) -> None:  # fmt: skip
         """model: on the device, with the weights to start from; an adapter is put into it here.
 
-        pool: the prompts; autocast: of the engine's precision; forward_flops: of one pass of one picture.
+        pool: the prompts; autocast: of the engine's precision; forward_flops: of one pass of one image.
         """
         self.config, self.pool, self.scorer, self.codec, self.text = config, list(pool), scorer, codec, text
         self.latent_shape, self.seed, self.layout = latent_shape, seed, layout
@@ -126,7 +126,7 @@ class GRPO:
         self.null = text.encode([""])
         self.forward_flops = forward_flops * self._passes_per_row()
         self.fingerprint = self._fingerprint()
-        # (R, 2) counts so far, after each of the last rollouts: pictures without a score, pictures with one
+        # (R, 2) counts so far, after each of the last rollouts: images without a score, images with one
         self.unscored: deque[Tensor] = deque(maxlen=WATCHED_ROLLOUTS + 1)
         if not nft:
             steps, kl = self.schedule.trained(), config.algorithm.kl.kind
@@ -144,7 +144,7 @@ class GRPO:
         return ((6 if c.cfg_grad == "both" else 3 + 1) + 2 * passes) / 3
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What a resume must find unchanged: where each picture comes from."""
+        """What a resume must find unchanged: where each image comes from."""
         digest = hashlib.blake2b("\n".join(prompt.text for prompt in self.pool).encode(), digest_size=8)
         c = self.config
         adapter = None if c.adapter is None else {**to_dict(c.adapter), "init_from": None}
@@ -193,12 +193,12 @@ class GRPO:
 
     @torch.no_grad()
     def collect(self, rollout: int, rank: int) -> tuple[Experience, dict[str, Tensor]]:
-        """Draw and score this process's pictures of a rollout; the advantages take all processes' scores."""
+        """Draw and score this process's images of a rollout; the advantages take all processes' scores."""
         clock, slots = Clock(self.device), self.layout.slots(rank)
         numbers = group_prompts(self.seed, rollout, self.config.groups, len(self.pool))
         prompts = [self.pool[number] for number in numbers]  # of every group
         size, window = self.config.group_size, self.schedule.window_of(self.seed, rollout)
-        first, stop = slots.start // size, -(-slots.stop // size)  # groups of pictures that are drawn here
+        first, stop = slots.start // size, -(-slots.stop // size)  # groups of images that are drawn here
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
         parts, scores, views = [], [], []
@@ -243,7 +243,7 @@ class GRPO:
 
     @torch.no_grad()
     def draw(self, rollout: int, slots: range, text: TextEmbedding, window: Window) -> Trajectory:
-        """Pictures of consecutive slots. Each has its own numbers, whatever process or chunk it is drawn in."""
+        """Images of consecutive slots. Each has its own numbers, whatever process or chunk it is drawn in."""
         purpose = (self.seed, "rollout", rollout)
         rng = SlotRandom(*purpose, first=slots.start, count=len(slots), device=self.device)
         x = rng.normal(*self.latent_shape)
@@ -261,7 +261,7 @@ class GRPO:
             )  # fmt: skip
 
     def check_rewards(self) -> None:
-        """TrainingError where too many pictures of the last rollouts got no score; every process must call it."""
+        """TrainingError where too many images of the last rollouts got no score; every process must call it."""
         counts = [[tally.unscored, tally.scored] for tally in self.scorer.tally.values()]
         total = gather(torch.tensor([counts], device=self.device)).sum(dim=0).cpu()  # (R, 2)
         self.unscored.append(total)
@@ -271,7 +271,7 @@ class GRPO:
         for name, (missing, scored) in zip(self.scorer.names, recent.tolist()):
             if missing > MAX_UNSCORED * (missing + scored):
                 raise TrainingError(
-                    f"reward '{name}' gave no score for {missing:.0f} of {missing + scored:.0f} pictures of the last "
+                    f"reward '{name}' gave no score for {missing:.0f} of {missing + scored:.0f} images of the last "
                     f"{WATCHED_ROLLOUTS} rollouts; mend it, then run the same command again"
                 )
 
@@ -287,20 +287,20 @@ class GRPO:
     def rows(self, experience: Experience, update: int) -> Iterator[Rows]:
         """The micro-batches of one update."""
         states, log_probs, latents = experience.trajectory
-        pictures, steps = self.layout.rows(update)
-        for picture, step in zip(pictures.split(self.batch_size), steps.split(self.batch_size)):
-            picture, step = picture.to(self.device), step.to(self.device)
+        images, steps = self.layout.rows(update)
+        for image, step in zip(images.split(self.batch_size), steps.split(self.batch_size)):
+            image, step = image.to(self.device), step.to(self.device)
             rows = Rows(
                 step=step + experience.window.first,
-                advantage=experience.advantages[picture],
+                advantage=experience.advantages[image],
                 prompts=experience.text,
-                group=experience.group[picture],
-                keys=[experience.keys[index] for index in picture.tolist()],
-                latents=latents[picture],
+                group=experience.group[image],
+                keys=[experience.keys[index] for index in image.tolist()],
+                latents=latents[image],
             )
             if len(states):
-                rows.x, rows.x_next = states[step, picture], states[step + 1, picture]
-                rows.log_prob = log_probs[step, picture]
+                rows.x, rows.x_next = states[step, image], states[step + 1, image]
+                rows.log_prob = log_probs[step, image]
             yield rows
 
     def remember(self, updates: list[list[Rows]]) -> None:
@@ -395,7 +395,7 @@ class GRPO:
 
 
 def diversity(views: Tensor) -> Tensor:
-    """How different the pictures of a group look: spread of their 8x8 thumbnails (G, K, D), in units of -1..1 pixels."""
+    """How different the images of a group look: spread of their 8x8 thumbnails (G, K, D), in units of -1..1 pixels."""
     return views.double().var(dim=1).mean(dim=1).sqrt().mean()
 
 

@@ -1,10 +1,10 @@
-"""The pictures of one setting: drawn, kept as PNG, judged, and what the judge said kept beside them.
+"""The images of one setting: drawn, kept as PNG, judged, and what the judge said kept beside them.
 
     FOLDER/settings.json        weights, sampling, seed
-    FOLDER/00012-0-a1b2c3.png   picture 0 of prompt 12, and a hash of its words
-    FOLDER/scores-HASH.jsonl    a line per judged picture; other rewards, or weights of theirs, get another file
+    FOLDER/00012-0-a1b2c3.png   image 0 of prompt 12, and a hash of its words
+    FOLDER/scores-HASH.jsonl    a line per judged image; other rewards, or weights of theirs, get another file
 
-The noise of a picture is a function of (seed, prompt's index, picture's number): the same for all checkpoints,
+The noise of an image is a function of (seed, prompt's index, image's number): the same for all checkpoints,
 settings, batch sizes and numbers of prompts. What is there is not drawn or judged again.
 """
 
@@ -39,10 +39,10 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class Judged(NamedTuple):
-    """One picture; a score is NaN where the judge could not tell."""
+    """One image; a score is NaN where the judge could not tell."""
 
     index: int  # of its prompt
-    number: int  # among the pictures of its prompt
+    number: int  # among the images of its prompt
     prompt: str
     scores: dict[str, float]
     saw: str
@@ -58,7 +58,7 @@ def file_name(index: int, number: int, prompt: str) -> str:
 
 
 def noise_seeds(seed: int, places: Sequence[tuple[int, int]]) -> list[int]:
-    """One per (prompt's index, picture's number)."""
+    """One per (prompt's index, image's number)."""
     return [seed_of("evaluation", seed, *place) for place in places]
 
 
@@ -67,7 +67,7 @@ def collect(
     folder: Path, *, seed: int, batch_size: int,
     autocast: Autocast = contextlib.nullcontext, rejudge: bool = False, title: str = "",
 ) -> list[Judged]:  # fmt: skip
-    """All pictures of a benchmark in order, drawing and judging what `folder` does not hold yet."""
+    """All images of a benchmark in order, drawing and judging what `folder` does not hold yet."""
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _judge(
 
 
 def read_rows(path: Path) -> dict[tuple[int, int], Judged]:
-    """The judged pictures of a file by place; damaged lines, such as a last one cut short by a kill, are left out."""
+    """The judged images of a file by place; damaged lines, such as a last one cut short by a kill, are left out."""
     rows = {}
     for line in read_text(path).splitlines() if path.exists() else ():
         with contextlib.suppress(ConfigError, KeyError, TypeError, AttributeError):
@@ -155,7 +155,7 @@ def read_rows(path: Path) -> dict[tuple[int, int], Judged]:
 
 
 def append_rows(path: Path, rows: Sequence[Judged]) -> None:
-    """Pictures whose score is not known are not written: the next call asks the judge again."""
+    """Images whose score is not known are not written: the next call asks the judge again."""
     known = [row for row in rows if not any(map(math.isnan, row.scores.values()))]
     with path.open("a+b") as file:
         file.seek(0, os.SEEK_END)
