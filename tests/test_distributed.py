@@ -65,7 +65,7 @@ def accelerate(run: Path, *options: str) -> subprocess.CompletedProcess:
 def test_accelerates_launcher_that_starts_one_of_two_is_refused(tmp_path):
     done = accelerate(tmp_path / "run", "--cpu", "--num_processes", "2")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and len(lines) == 1 and "torchrun --nproc-per-node N" in lines[0], done.stderr
+    assert done.returncode != 0 and len(lines) == 1 and "torchrun --nproc_per_node N" in lines[0], done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -384,7 +384,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, model, prompts):
         8,
     ]
     run(model, *options, "--out", tmp_path / "whole")
-    out, tool_path = tmp_path / "killed", Path(tool.__file__)
+    out, tool_path = tmp_path / "killed", Path(__file__).parents[1] / "tools" / "synthesize.py"
     command = [sys.executable, str(tool_path), *map(str, [model, *options, "--out", out])]
     environment = {**os.environ, "PYTHONPATH": str(tool_path.parent.parent)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
