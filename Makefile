@@ -3,6 +3,7 @@
 # versions of the libraries that setup.py allows.
 
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 BIN = .venv/bin
 INSTALLED = .venv/installed
 
@@ -19,12 +20,13 @@ demo: $(INSTALLED)
 	@echo "Open outputs/demo/report.html (curves; pictures in runs/*/report.html) and outputs/demo/grid.png."
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses $(TEST_PROCESSES) --dist worksteal tests
 
 # The style that pyproject.toml states; `ruff check --fix . && ruff format .` mends most of what it finds.
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 # The oldest versions that setup.py allows, on Python 3.10 where there is one (or FLOORS_PYTHON=...): several GB, then as
 # long as `make test`. `uv` comes from PyPI into the same folder.
@@ -32,7 +34,7 @@ FLOORS = .venv-floors
 FLOORS_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
 test-floors: $(FLOORS)/installed
-	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -m "not slow" tests
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -m "not slow" --numprocesses $(TEST_PROCESSES) --dist worksteal tests
 
 $(FLOORS)/installed: setup.py
 	$(FLOORS_PYTHON) -m venv $(FLOORS)

@@ -19,14 +19,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a YAML recipe, see configs/")
+    parser.add_argument("config", nargs="?", help="a YAML recipe, see configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 data.batch_size=64"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, then exit")
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="tell the keys of a recipe, all or those below KEY; exit",
+    )
     options = parser.parse_intermixed_args(arguments)  # overrides may follow --dry-run
+    if options.config is None and options.explain is None:
+        parser.error("the following arguments are required: config")
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return cli.run(lambda: train(options))
+    return cli.run(lambda: train(options) if options.explain is None else tell(options.explain))
+
+
+def tell(key: str) -> None:
+    """Print the keys of a recipe, all of them or those below `key`."""
+    from nitro_e.cli.explain import explain
+    from nitro_e.stages.recipe import RunConfig
+
+    print(explain(RunConfig, key))
 
 
 def train(options: argparse.Namespace) -> None:
