@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import importlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import nitro_e
+from nitro_e.cli import COMMANDS
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, TrainingError
 
@@ -149,3 +153,72 @@ def test_full_disk_while_tools_write(tmp_path, command, limit):
         "pack": [*data, *out],
     }  # fmt: skip
     check_full_disk(tmp_path / "out", commands[command], limit)
+
+
+# ---- the installed command
+
+
+def test_every_command_has_a_module_and_a_front_in_the_checkout():
+    for name in COMMANDS:
+        module = importlib.import_module(f"nitro_e.cli.{name.replace('-', '_')}")
+        assert callable(module.main)
+        front = (
+            ROOT / f"{name}.py"
+            if name in ("train", "sample")
+            else ROOT / "tools" / f"{name.replace('-', '_')}.py"
+        )
+        assert f'run_front("{name}")' in front.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        ([], 0, "usage: nitro-e COMMAND"),
+        (["--version"], 0, nitro_e.__version__),
+        (["smaple"], 2, "did you mean 'sample'"),
+        (["describe"], 2, "usage: nitro-e describe"),
+    ],
+)
+def test_the_command_names_what_there_is(arguments, code, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nitro-e", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        nitro_e.cli.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == code and said in printed.out + printed.err
+
+
+@pytest.mark.slow
+def test_an_installed_copy_works_elsewhere(tmp_path):
+    """Built and installed by pip into a folder of its own, run from another directory with its own package data."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(ROOT / "nitro_e", source / "nitro_e")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    install = [
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+        str(source),
+    ]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    variables = {**os.environ, "PYTHONPATH": str(target)}
+    command = [sys.executable, str(target / "bin" / "nitro-e")]
+    drawn = [
+        *command,
+        "sample",
+        "shapes",
+        "--prompt",
+        "a photo of a red circle",
+        "--steps",
+        "2",
+        "--out",
+        "out",
+    ]
+    subprocess.run(drawn, cwd=tmp_path, env=variables, check=True)
+    assert (tmp_path / "out" / "grid.png").is_file()
+    where = [sys.executable, "-c", "import nitro_e; print(nitro_e.__file__)"]
+    shown = subprocess.run(where, cwd=tmp_path, env=variables, check=True, capture_output=True, text=True)
+    assert shown.stdout.startswith(str(target))

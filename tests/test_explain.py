@@ -28,7 +28,9 @@ def test_every_key_of_a_recipe_is_known(recipe):
     for name, value in flatten(to_dict(config)).items():
         name = re.sub(r"^data\.sources\.\w+", "data.sources.NAME", name)
         parts = name.split(".")
-        assert any(".".join(parts[:depth]) in known for depth in range(len(parts), 1, -1)) or name in known, name
+        assert any(".".join(parts[:depth]) in known for depth in range(len(parts), 1, -1)) or name in known, (
+            name
+        )
         if value is not None and not isinstance(value, (list, dict)):
             assert name in known or ".options" in name, name
 
@@ -43,7 +45,9 @@ def test_the_command_prints_one_part_and_refuses_what_there_is_not(capsys):
 
 def test_defaults_are_those_of_the_classes():
     """Every scalar default, read from the dataclass that has it."""
-    told = {key.name: key.default for key in keys_of(RunConfig) if key.name.startswith("engine.") and not key.kind}
+    told = {
+        key.name: key.default for key in keys_of(RunConfig) if key.name.startswith("engine.") and not key.kind
+    }
     engine = {field.name: field.type for field in dataclasses.fields(RunConfig)}["engine"]
     assert engine == "EngineConfig"
     from nitro_e.training.engine import EngineConfig
