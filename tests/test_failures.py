@@ -54,7 +54,7 @@ from nitro_e.data.making import write_shard
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.training import checkpoint
@@ -208,8 +208,8 @@ def test_flipped_bits_are_replaced_and_counted_with_the_batch_size_kept(runs):
 
 @pytest.mark.parametrize("name", ["one", "two", *SHARDED])
 def test_a_checkpoint_of_any_layout_has_the_same_names_and_draws(runs, name):
-    names = names_in(checkpoint.latest(runs / name))
-    assert names == names_in(checkpoint.latest(runs / "one"))
+    names = names_in(run_folder.latest(runs / name))
+    assert names == names_in(run_folder.latest(runs / "one"))
     assert not any("module." in key or "_orig_mod" in key for keys in names.values() for key in keys)
     image = TextToImage.from_pretrained(runs / name)(["a plain red square"], seeds=[0])[0]
     reference = TextToImage.from_pretrained(runs / "one")(["a plain red square"], seeds=[0])[0]
@@ -244,7 +244,7 @@ def test_a_compiled_checkpoint_continues_uncompiled(runs, tmp_path, monkeypatch)
     assert (
         run_train(recipe, run, "data.batch_size=8", "engine.steps=3", "engine.compile=true") == 0 and compiled
     )
-    assert names_in(checkpoint.latest(run)) == names_in(checkpoint.latest(runs / "one"))
+    assert names_in(run_folder.latest(run)) == names_in(run_folder.latest(runs / "one"))
     assert run_train(recipe, run, "data.batch_size=8") == 0
     for step, loss in losses(run).items():
         assert loss == pytest.approx(losses(runs / "one")[step], rel=1e-6)
@@ -265,7 +265,7 @@ def test_sigterm_to_the_launcher_stops_both_at_one_step(tmp_path):
     ends = {line.split("step ")[1] for line in output.splitlines() if line.startswith("rank")}
     status = json.loads((run / "STATUS.json").read_text())
     assert len(ends) == 1 and status["state"] == "preempted", errors[-2000:]
-    assert checkpoint.read_meta(checkpoint.latest(run))["step"] == status["step"]
+    assert run_folder.read_meta(run_folder.latest(run))["step"] == status["step"]
 
 
 # ---- files of a run -----------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_a_kill_while_pruning_leaves_no_half_checkpoint(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(run, steps=16)
     monkeypatch.undo()
-    assert [checkpoint.damage(folder) for folder in checkpoint.complete(run)] == [None] * 2
+    assert [checkpoint.damage(folder) for folder in run_folder.complete(run)] == [None] * 2
     train(run, steps=20)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000016", "step-0000020"]
 
@@ -319,7 +319,7 @@ def test_a_last_save_that_fails_is_not_a_finished_run(run, monkeypatch):
         train(run)
     assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
     monkeypatch.undo()
-    assert train(run).step == 12 and checkpoint.latest(run).name == "step-0000012"
+    assert train(run).step == 12 and run_folder.latest(run).name == "step-0000012"
 
 
 # ---- data that changed --------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_changed_data_are_refused_with_the_difference(started, tmp_path, capsys)
     write_shard(tmp_path / "toy-000001.tar", samples(6))
     assert run_train(recipe, run) == 2
     assert "data samples was 24, is 30" in refusal(capsys)
-    assert checkpoint.latest(run).name == "step-0000003"
+    assert run_folder.latest(run).name == "step-0000003"
 
 
 def test_a_changed_weight_of_a_source_is_refused(started, tmp_path, capsys):
@@ -460,7 +460,7 @@ def test_every_ablation_trains_all_its_parameters(run, choices):
     trainer = train(run, PremadeStage(model), steps=2, save_every=2, ema=EMAConfig(beta=0.5))
     assert trainer.skipped == 0 and np.isfinite(list(losses(run).values())).all()
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    assert load_pretrained(checkpoint.latest(run) / "ema").config == model.config
+    assert load_pretrained(run_folder.latest(run) / "ema").config == model.config
 
 
 # ---- a bare loop ----------------------------------------------------------------------------------------------------

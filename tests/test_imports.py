@@ -13,11 +13,11 @@ ALLOWED = {
     "randomness": set(),
     "files": {"config"},
     "interfaces": {"config", "training.optim", "randomness"},  # the last two for annotations only
-    "record": {"config", "files", "training.checkpoint"},
+    "record": {"config", "files", "shapes.pretrained"},
     "model": {"config", "files", "interfaces"},
     "encoders": {"config", "files", "interfaces", "shapes.pretrained"},
-    "sampling": {"config", "interfaces", "randomness", "record", "encoders", "model", "training.checkpoint"},
-    "training": {"config", "files", "interfaces", "randomness", "record", "model", "shapes.pretrained"},
+    "sampling": {"config", "interfaces", "randomness", "record", "encoders", "model"},
+    "training": {"config", "files", "interfaces", "randomness", "record", "model"},
     "rewards": {"config", "files", "interfaces", "encoders"},
     "shapes": {"config", "interfaces", "rewards"},
     "data": {"config", "files", "interfaces", "randomness", "record", "rewards", "shapes"},
@@ -33,7 +33,7 @@ ALLOWED = {
         "rewards",
         "shapes",
     }
-    | {"data", "training.checkpoint"},
+    | {"data"},
     "stages": {
         "config",
         "files",

@@ -34,11 +34,10 @@ from nitro_e.model.pretrained import (
     read_config,
     save_pretrained,
 )
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
+from nitro_e.record.run_folder import model_folder
 from nitro_e.sampling.pipeline import Use
 from nitro_e.sampling.samplers import SamplingConfig
-from nitro_e.training import checkpoint
-from nitro_e.training.checkpoint import model_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +161,7 @@ def provenance(path: Path) -> dict[str, Any] | None:
         return about.get("provenance") if isinstance(about, dict) else None
     return {
         "weights": path.name,
-        "step": checkpoint.step_of(path.parent),
+        "step": run_folder.step_of(path.parent),
         "config": parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml")),
         "environment": metrics.read_events(run)[0]["environment"],
     }

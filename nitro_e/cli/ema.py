@@ -18,7 +18,8 @@ from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_state, read_config, save_pretrained
-from nitro_e.training import checkpoint, ema
+from nitro_e.record import run_folder
+from nitro_e.training import ema
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def synthesize(options: argparse.Namespace) -> None:
     out: Path = options.out
     if out.exists():
         raise ConfigError(f"--out '{out}' exists; remove it or give another name")
-    newest = checkpoint.latest(options.run)
+    newest = run_folder.latest(options.run)
     if newest is None:
         raise ConfigError(f"{options.run} holds no complete checkpoint, whose config.json is needed")
     state, report = ema.synthesize(snapshots_of(options.run), options.sigma_rel, options.step)

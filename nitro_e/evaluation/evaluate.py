@@ -39,10 +39,10 @@ from nitro_e.files import sha256_of, weights_hash
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.record import pages as html
 from nitro_e.record.environment import environment
+from nitro_e.record.run_folder import model_folder
 from nitro_e.rewards import Scorer, build_rewards
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.samplers import SamplingConfig
-from nitro_e.training.checkpoint import model_folder
 
 
 @dataclass(frozen=True, kw_only=True)

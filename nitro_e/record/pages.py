@@ -27,9 +27,8 @@ from typing import Any
 from PIL import Image
 
 from nitro_e.config import ConfigError, flatten, parse_yaml
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.record.charts import Series, line_chart, number
-from nitro_e.training import checkpoint
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_WARNINGS = 50
@@ -144,7 +143,7 @@ def read_record(folder: Path) -> Record:
     return Record(
         folder=folder, rows=metrics.read(folder), lines=metrics.read_lines(folder),
         config=config if isinstance(config, dict) else None, config_text=text,
-        status=checkpoint.read_status(folder),
+        status=run_folder.read_status(folder),
     )  # fmt: skip
 
 

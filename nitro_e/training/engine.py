@@ -33,8 +33,8 @@ from nitro_e.files import save_object
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.model.pretrained import check_fits, save_pretrained
 from nitro_e.randomness import SlotRandom
+from nitro_e.record import run_folder
 from nitro_e.record.metrics import Metrics, Tracker, WandBConfig
-from nitro_e.record.pages import write_report
 from nitro_e.training import checkpoint
 from nitro_e.training.ema import FOLDER as SNAPSHOTS
 from nitro_e.training.ema import PostHocEMA, PostHocEMAConfig
@@ -184,13 +184,12 @@ class Engine:
             finally:
                 self.metrics.close()
                 self.attendance.leave()
-                self._write_report()
             return self.step >= self.config.steps
 
     @contextlib.contextmanager
     def _outcome(self) -> Iterator[None]:
         """Keep `STATUS.json` true, whatever ends the training."""
-        self.presence = checkpoint.Presence(self.run_folder)
+        self.presence = run_folder.Presence(self.run_folder)
         self._status("running")
         try:
             yield
@@ -205,7 +204,7 @@ class Engine:
             self._status("crashed", everywhere=True, reason=lost or f"{type(error).__name__}: {error}")
             if lost is None:
                 raise
-            last = checkpoint.latest(self.run_folder)
+            last = run_folder.latest(self.run_folder)
             raise TrainingError(
                 f"{lost}. Run the same command again: it continues from {last or 'the start'}"
             ) from error
@@ -337,7 +336,7 @@ class Engine:
             raise TrainingError(
                 f"{self.skipped_in_row} steps in a row had a non-finite gradient, the last is step {self.step}; lower the "
                 f"learning rate or look at these samples: {', '.join(keys[:8])}. "
-                f"The last checkpoint is {checkpoint.latest(self.run_folder)}; if it fails at once from there, delete that "
+                f"The last checkpoint is {run_folder.latest(self.run_folder)}; if it fails at once from there, delete that "
                 "one to continue from the one before"
             )
 
@@ -346,7 +345,7 @@ class Engine:
         if self.skipped_in_row:
             raise TrainingError(
                 f"the last {self.skipped_in_row} of {self.config.steps} steps had a non-finite gradient and were skipped; "
-                f"the last checkpoint is {checkpoint.latest(self.run_folder)}. Look at the loss before it, lower the learning "
+                f"the last checkpoint is {run_folder.latest(self.run_folder)}. Look at the loss before it, lower the learning "
                 "rate, or set engine.steps so that it ends elsewhere"
             )
 
@@ -407,23 +406,16 @@ class Engine:
     def _status(self, state: str, everywhere: bool = False, **details: Any) -> None:
         """Write `STATUS.json`; everywhere: from whichever process is the first to know, as the main one may be gone."""
         if everywhere:
-            if checkpoint.read_status(self.run_folder).get("state") != "running":
+            if run_folder.read_status(self.run_folder).get("state") != "running":
                 return
         elif not self.main:
             return
         if self.hooks_due:
             details["hooks_due"] = True  # they come first when the run continues
         try:
-            checkpoint.write_status(self.run_folder, state, self.step, **details)
+            run_folder.write_status(self.run_folder, state, self.step, **details)
         except OSError as error:
             log.error("STATUS.json could not be written (%s); it should say: %s", error, state)
-
-    def _write_report(self) -> None:
-        if self.main:
-            try:
-                write_report(self.run_folder)
-            except Exception as error:  # a page for people must not turn a finished run into a failed one
-                log.warning("no report.html: %s", error)
 
     # ---- stopping
 
@@ -525,7 +517,7 @@ class Engine:
         if self.failed_saves >= self.config.max_failed_saves:
             raise TrainingError(
                 f"{self.failed_saves} checkpoints in a row could not be saved ({failure or 'see process 0'}); free space and "
-                f"run the same command again: it continues from {checkpoint.latest(self.run_folder)}"
+                f"run the same command again: it continues from {run_folder.latest(self.run_folder)}"
             )
 
     def _refuse_non_finite(self, state: dict[str, Any]) -> None:
@@ -542,7 +534,7 @@ class Engine:
         if broken:
             raise TrainingError(
                 f"{len(broken)} parameters are not finite after step {self.step}, such as {broken[0]}; nothing was saved. The last "
-                f"checkpoint is {checkpoint.latest(self.run_folder)}; lower the learning rate and continue from it"
+                f"checkpoint is {run_folder.latest(self.run_folder)}; lower the learning rate and continue from it"
             )
 
     def _state(self) -> dict[str, Any]:
@@ -604,7 +596,7 @@ class Engine:
         if folder is None:
             checkpoint.refuse_damaged(self.run_folder)
             return
-        meta = checkpoint.read_meta(folder)
+        meta = run_folder.read_meta(folder)
         now = self._identity()
         before = {key: meta.get(key) for key in now}
         if now != before:
@@ -634,7 +626,7 @@ class Engine:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._saved(folder, "loss_scaler"))
         self.step, self.saved_step, self.skipped = meta["step"], meta["step"], meta.get("skipped", 0)
-        status = checkpoint.read_status(self.run_folder)
+        status = run_folder.read_status(self.run_folder)
         self.hooks_due = self._any(
             self.main and status.get("hooks_due") is True and status.get("step") == self.step
         )
