@@ -13,7 +13,7 @@ from test_engine import losses
 from tiny import SHARDS_ON_CPU
 
 from nitro_e.record import run_folder
-from nitro_e.training.parallel import Attendance
+from nitro_e.training.attendance import Attendance
 
 SCRIPT = Path(__file__).parent / "toy_run.py"
 

@@ -21,6 +21,7 @@ from nitro_e.record import metrics, run_folder
 from nitro_e.training import checkpoint, engine
 from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.optim import OptimConfig, build_optimizers
+from nitro_e.training.state import TrainingState
 
 MICRO = ModelConfig(
     latent_channels=2,
@@ -90,9 +91,9 @@ def train(run, stage=None, stop=None, hooks=(), **options) -> Engine:
     if stop is not None:  # as if SIGTERM came during step `stop`
         original, trainer.update = trainer.update, None
 
-        def update(index, batches):
-            trainer.stop_requested = trainer.step + 1 >= stop
-            return original(index, batches)
+        def update(*arguments):
+            trainer.stop.requested = trainer.step + 1 >= stop
+            return original(*arguments)
 
         trainer.update = update
     trainer.run()
@@ -123,7 +124,7 @@ def test_resume_gives_the_losses_and_weights_of_an_uninterrupted_run(run, tmp_pa
     assert losses(run) == losses(clean) and len(losses(clean)) == 12
     for ours, theirs in zip(resumed.stage.model.parameters(), whole.stage.model.parameters()):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(resumed.ema.ema_model.parameters(), whole.ema.ema_model.parameters()):
+    for ours, theirs in zip(resumed.state.ema.ema_model.parameters(), whole.state.ema.ema_model.parameters()):
         assert torch.equal(ours, theirs)
 
 
@@ -163,18 +164,18 @@ def test_ema_follows_its_closed_form(run):
     expected = stage.model[0].weight.detach().clone()
     for value in (1.0, 2.0, 3.0):
         stage.model[0].weight.data.fill_(value)
-        trainer.ema.update()
+        trainer.state.ema.update()
         if value == 1.0:
-            first = trainer.ema.ema_model[0].weight.detach().clone()
+            first = trainer.state.ema.ema_model[0].weight.detach().clone()
             expected = first  # ema-pytorch copies the weights at its first update
         else:
             expected = 0.5 * expected + 0.5 * value
-    torch.testing.assert_close(trainer.ema.ema_model[0].weight, expected)
+    torch.testing.assert_close(trainer.state.ema.ema_model[0].weight, expected)
 
 
 def test_non_finite_steps_are_skipped_and_counted(run):
     trainer = train(run, ToyStage(poison=(3, 7)))
-    assert trainer.skipped == 2 and trainer.step == 12
+    assert trainer.state.skipped == 2 and trainer.step == 12
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
 
@@ -280,9 +281,9 @@ def test_only_the_newest_checkpoints_stay(run):
 @pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
 def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch, disk_of, file):
     """Two saves that the system cuts short, each library in its own way, are counted and retried; then it works."""
-    write, failures = engine.Engine._write, []
+    write, failures = TrainingState.write, []
 
-    def fails_twice(self, folder, models, state):
+    def fails_twice(self, folder, published, gathered, use):
         limit = contextlib.nullcontext()
         if self.step > 4 and len(failures) < 2:
             failures.append(run_folder.latest(run).name)
@@ -292,13 +293,13 @@ def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch, disk_of, f
             ):  # the published weights are larger than those of the trainer: leave them out
                 (folder / "trainer").mkdir()
                 with limit:
-                    save_object(state, folder / "trainer" / file)
+                    save_object(gathered, folder / "trainer" / file)
         with limit:
-            write(self, folder, models, state)
+            write(self, folder, published, gathered, use)
 
-    monkeypatch.setattr(engine.Engine, "_write", fails_twice)
+    monkeypatch.setattr(TrainingState, "write", fails_twice)
     trainer = train(run, steps=16)
-    assert failures == ["step-0000004"] * 2 and trainer.failed_saves == 0
+    assert failures == ["step-0000004"] * 2 and trainer.saver.failures == 0
     assert [path.name for path in run_folder.complete(run)] == ["step-0000012", "step-0000016"]
     assert not list((run / "checkpoints").glob("*.tmp"))
     assert max(row["failed_saves"] for row in metrics.read(run)) == 2
@@ -452,8 +453,8 @@ def test_a_nan_micro_batch_voids_the_whole_step(run):
                 yield ToyBatch(batch.x * float("nan")) if number == 6 * accumulate else batch
 
     trainer = train(run, Half(batch_size=4), accumulate=2)
-    assert trainer.skipped == 1
-    moments = [state["step"].item() for state in trainer.optimizers[0][0].optimizer.state.values()]
+    assert trainer.state.skipped == 1
+    moments = [state["step"].item() for state in trainer.state.optimizers[0][0].optimizer.state.values()]
     assert set(moments) == {11.0}
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
@@ -473,7 +474,7 @@ def test_resume_refuses_another_experiment(run):
 def test_changed_learning_rate_applies_after_resume(run):
     train(run, steps=4)
     trainer = train(run, ToyStage(optim=OptimConfig(lr=5e-4, warmup=0)), steps=5)
-    assert trainer.optimizers[0][0].optimizer.param_groups[0]["lr"] == 5e-4
+    assert trainer.state.optimizers[0][0].optimizer.param_groups[0]["lr"] == 5e-4
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
@@ -495,7 +496,7 @@ def test_averages_and_checkpoints_are_of_the_raw_module(run):
     """No `module.` in any name (for `_orig_mod.` of compiled models see test_failures.py)."""
     trainer = train(run, ema=EMAConfig(beta=0.9), steps=2)
     names = set(ToyStage().model.state_dict())
-    assert set(trainer.ema.ema_model.state_dict()) == names
+    assert set(trainer.state.ema.ema_model.state_dict()) == names
     for which in ("model", "ema"):
         state = torch.load(run_folder.latest(run) / "trainer" / f"{which}.pt", weights_only=True)
         assert set(state["module"]) == names

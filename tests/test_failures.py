@@ -60,6 +60,7 @@ from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.training import checkpoint
 from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 from nitro_e.training.optim import OptimConfig
+from nitro_e.training.state import TrainingState
 
 # ---- the real stage on one and two processes ----------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def watched_batches(seen: list):
 
 @contextlib.contextmanager
 def failing_save(step: int):
-    original = Engine._write
+    original = TrainingState.write
 
     def write(self, folder, *arguments):
         if self.step == step:
@@ -119,11 +120,11 @@ def failing_save(step: int):
             raise OSError(28, "No space left on device")
         original(self, folder, *arguments)
 
-    Engine._write = write
+    TrainingState.write = write
     try:
         yield
     finally:
-        Engine._write = original
+        TrainingState.write = original
 
 
 @pytest.fixture(scope="module")
@@ -307,14 +308,14 @@ def test_what_a_killed_save_left_is_removed(run):
 
 def test_a_last_save_that_fails_is_not_a_finished_run(run, monkeypatch):
     """Steps 9 to 12 exist in memory only: saying "done" would lose them silently."""
-    write = Engine._write
+    write = TrainingState.write
 
     def fails_at_the_end(self, *arguments):
         if self.step == 12:
             raise OSError(28, "No space left on device")
         write(self, *arguments)
 
-    monkeypatch.setattr(Engine, "_write", fails_at_the_end)
+    monkeypatch.setattr(TrainingState, "write", fails_at_the_end)
     with pytest.raises(TrainingError, match="No space left on device"):
         train(run)
     assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
@@ -458,7 +459,7 @@ def test_every_ablation_trains_all_its_parameters(run, choices):
     model = EMMDiT(from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices}))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = train(run, PremadeStage(model), steps=2, save_every=2, ema=EMAConfig(beta=0.5))
-    assert trainer.skipped == 0 and np.isfinite(list(losses(run).values())).all()
+    assert trainer.state.skipped == 0 and np.isfinite(list(losses(run).values())).all()
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert load_pretrained(run_folder.latest(run) / "ema").config == model.config
 
@@ -552,7 +553,7 @@ def test_fp16_follows_float32(fp16, run, tmp_path):
 
 def test_fp16_finds_its_scale_without_counting_skips(fp16):
     trainer = fp16(ToyStage(), scale=2.0**20, steps=30)
-    assert trainer.accelerator.scaler.get_scale() < 2.0**20 and trainer.skipped == 0
+    assert trainer.accelerator.scaler.get_scale() < 2.0**20 and trainer.state.skipped == 0
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
 
@@ -589,7 +590,9 @@ def test_fp16_with_two_optimisers_scales_both_alike(fp16, tmp_path):
         folder = tmp_path / f"scale-{scale:g}"
         folder.mkdir()
         trainer = fp16(stage, folder, scale=scale, steps=1)
-        (adamw,) = [o.optimizer for o in trainer.optimizers[0] if isinstance(o.optimizer, torch.optim.AdamW)]
+        (adamw,) = [
+            o.optimizer for o in trainer.state.optimizers[0] if isinstance(o.optimizer, torch.optim.AdamW)
+        ]
         moments.append(
             [adamw.state[p]["exp_avg"].norm().item() for group in adamw.param_groups for p in group["params"]]
         )

@@ -482,7 +482,7 @@ def test_average_is_updated_once_per_update(tmp_path):
         expected = 0.9 * expected + 0.1 * weights[2 * step]
     expected = 0.9 * expected + 0.1 * trainer.stage.model.out.weight.detach()
     assert not torch.equal(weights[0], weights[2])
-    assert torch.allclose(trainer.ema.ema_model.out.weight, expected, atol=1e-6)
+    assert torch.allclose(trainer.state.ema.ema_model.out.weight, expected, atol=1e-6)
     first = run_folder.folder_of(tmp_path / "run", 8)
     assert (first / "model").is_dir() and (first / "ema").is_dir()
 

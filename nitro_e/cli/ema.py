@@ -11,11 +11,11 @@ training so far; good values lie between 0.03 and 0.20. The model folder has wha
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
+from nitro_e.files import atomic_path
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_state, read_config, save_pretrained
 from nitro_e.record import run_folder
@@ -70,9 +70,7 @@ def synthesize(options: argparse.Namespace) -> None:
     config = read_config(newest / "model")
     model = EMMDiT(config["model"])
     load_state(model, state, options.run / ema.FOLDER)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_pretrained(model, temporary, config["use"])
-    temporary.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as temporary:
+        save_pretrained(model, temporary, config["use"])
     print(f'{out}: {report}. Try it: nitro-e sample {out} --prompt "..."')

@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import io
 import json
-import os
 import re
 import statistics
 import time
@@ -27,6 +26,7 @@ from typing import Any
 from PIL import Image
 
 from nitro_e.config import ConfigError, flatten, parse_yaml
+from nitro_e.files import write_text
 from nitro_e.record import metrics, run_folder
 from nitro_e.record.charts import Series, line_chart, number
 
@@ -530,12 +530,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
+    write_text(path, text)
     return path
 
 

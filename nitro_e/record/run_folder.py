@@ -5,7 +5,7 @@
         model/   config.json  model.safetensors      EMMDiT.from_pretrained(...), TextToImage.from_pretrained(...)
         ema/     the same, when the run keeps an average
         trainer/ what a resume needs: module and optimiser of every phase, EMA counters
-        meta.json                                     written last: step, experiment, size and sha256 of every file, its own sha256
+        meta.json                                     written last: step, experiment, size and sha256 of every file
 
 A checkpoint is complete when it has its meta.json; `training.checkpoint` writes, verifies and prunes checkpoints.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, TrainingError, did_you_mean, parse_json, read_text
+from nitro_e.files import write_text
 from nitro_e.shapes.pretrained import PRETRAINED
 
 STEP = re.compile(r"step-(\d+)")
@@ -32,11 +33,12 @@ SHIPPED = {"shapes": PRETRAINED / "model"}
 
 
 def folder_of(run: Path, step: int) -> Path:
+    """Name the folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 
 def complete(run: Path) -> list[Path]:
-    """All completely written checkpoints of a run, oldest first."""
+    """List the completely written checkpoints of a run, oldest first."""
     folders = [
         path.parent
         for path in (run / "checkpoints").glob("step-*/meta.json")
@@ -46,15 +48,17 @@ def complete(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
+    """Read the step from the name of a checkpoint's folder."""
     return int(STEP.fullmatch(folder.name)[1])
 
 
 def latest(run: Path) -> Path | None:
+    """Find the newest complete checkpoint of a run."""
     return (complete(run) or [None])[-1]
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """What `save` wrote. Raises ValueError if it is not that, OSError if it cannot be read."""
+    """Read the `meta.json` of a checkpoint. ValueError if it is not what was written, OSError if it cannot be read."""
     meta = parse_json(read_text(checkpoint / "meta.json"), "it")
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
         raise ValueError("is not the record of a checkpoint")
@@ -67,7 +71,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_folder(source: str | Path) -> Path:
-    """The model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or `shapes`, which the package ships.
+    """Find the model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or `shapes` (shipped weights).
 
     `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
     """
@@ -95,20 +99,18 @@ def model_folder(source: str | Path) -> Path:
 
 
 def write_status(run: Path, state: str, step: int, **details: Any) -> None:
-    """`STATUS.json`, replaced atomically: running, preempted, done, crashed or failed. Job scripts decide by it."""
-    path, temporary = run / "STATUS.json", run / "STATUS.json.tmp"
+    """Replace `STATUS.json` atomically: running, preempted, done, crashed or failed. Job scripts decide by it."""
+    path = run / "STATUS.json"
     text = json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n"
     try:
-        temporary.write_text(text)
-        temporary.rename(path)
-    except OSError:  # a full disk still lets what is there be written over
-        temporary.unlink(missing_ok=True)
+        write_text(path, text)
+    except OSError:  # a full disk still lets the text that is there be overwritten
         with path.open("r+") as file:
             file.write(text.rstrip("\n").ljust(path.stat().st_size - 1) + "\n")
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """What `STATUS.json` says; empty if there is none or it cannot be read."""
+    """Read `STATUS.json`; empty if there is none or it cannot be read."""
     try:
         status = parse_json(read_text(run / "STATUS.json"), "STATUS.json")
     except (OSError, ConfigError):
@@ -118,7 +120,7 @@ def read_status(run: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Only one job may train in a run directory; the kernel frees the lock however the job ends.
+    """Let only one job train in a run directory; the kernel frees the lock however the job ends.
 
     It is a record lock (POSIX), which belongs to this process alone: data workers, which outlive a killed job by some
     seconds, do not inherit it. A directory that holds nothing else afterwards, of a refused config, is removed again.
@@ -164,12 +166,12 @@ class Presence:
 
 
 def digest_of(record: dict[str, Any]) -> str:
-    """sha256 of plain data, however it is laid out in a file."""
+    """Hash plain data (sha256), however it is laid out in a file."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file or directory is the one that the path names now."""
+    """Tell whether the open file or directory is the one that the path names now."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:

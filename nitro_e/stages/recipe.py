@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from nitro_e.encoders.components import (
     text_shape,
     weights_source,
 )
-from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator, Share
+from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
@@ -50,6 +49,7 @@ from nitro_e.stages.distill import DistillConfig, DistillRun
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.stages.grpo import GRPO, GRPOConfig
 from nitro_e.training.engine import Engine, EngineConfig, Hook, make_accelerator
+from nitro_e.training.parallel import dist_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,11 +314,14 @@ def build(config: RunConfig) -> Engine:
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
     hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
     if config.evaluation is not None:
-        share = Share(
-            accelerator.process_index, accelerator.num_processes, partial(accelerator.reduce, reduction="sum")
-        )
         evaluator = Evaluator(
-            config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast, share
+            config.evaluation,
+            config.published_sampling,
+            codec,
+            text,
+            device,
+            accelerator.autocast,
+            dist_context(accelerator),
         )
         evaluator.scorer.load()  # what is missing shows before training
         hooks.append(Hook(config.evaluation.every, evaluator, first=True, everywhere=True))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nitro_e.config import TrainingError
-from nitro_e.files import sha256_of
+from nitro_e.files import sha256_of, sync
 from nitro_e.record.run_folder import STEP, complete, digest_of, folder_of, latest, read_meta, step_of
 
 log = logging.getLogger(__name__)
@@ -35,11 +34,11 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
         record["sha256"] = digest_of(record)
         (temporary / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         if final.exists():  # only after a resume from an older step
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -59,7 +58,7 @@ def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
 
 
 def latest_valid(run: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are renamed, with a warning."""
+    """Find the newest checkpoint whose files are what was written; damaged ones are renamed, with a warning."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name)]
     for folder in sorted(folders, key=step_of, reverse=True):
         problem = damage(folder)
@@ -75,7 +74,7 @@ def latest_valid(run: Path) -> Path | None:
 
 
 def refuse_damaged(run: Path) -> None:
-    """TrainingError if a run had checkpoints and none of them is whole: it must not begin anew unnoticed."""
+    """Raise TrainingError if a run had checkpoints and none is whole: it must not begin anew unnoticed."""
     damaged = sorted(run.glob("checkpoints/bad-step-*"))
     if damaged and latest(run) is None:
         raise TrainingError(
@@ -85,7 +84,7 @@ def refuse_damaged(run: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What differs from `meta.json`, or None."""
+    """Say what differs from `meta.json`, or None."""
     try:
         files = read_meta(folder)["files"]
     except (OSError, ValueError) as error:
@@ -106,13 +105,5 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> list:
-    """[bytes, sha256]"""
+    """Return [bytes, sha256], as `meta.json` holds them."""
     return [path.stat().st_size, sha256_of(path)]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
