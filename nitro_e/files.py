@@ -1,12 +1,14 @@
-"""Files behind names: a local folder or a hub repository, one line for what goes wrong with them; writing and hashing weights."""
+"""Files: found behind a name (a local folder or a hub repository), written whole or not at all, hashed."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,18 +138,19 @@ def fetch(repository: str, wanted: Sequence[str], revision: str | None = None) -
 
 
 def first_cause(error: BaseException) -> BaseException:
+    """Follow an exception's causes to the first one, which names the reason."""
     while deeper := error.__cause__ or error.__context__:
         error = deeper
     return error
 
 
 def missing(folder: Path, needed: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """The groups of patterns of which no file is there."""
+    """List the groups of patterns of which a folder has no file."""
     return [names for names in needed if not any(any(folder.glob(name)) for name in names)]
 
 
 def cached_folder(repository: str, revision: str | None = None) -> Path | None:
-    """Where the local cache has (some of) a hub repository, without asking the hub; its name is the commit."""
+    """Find the local cache's folder of a hub repository without asking the hub; the folder's name is the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -165,12 +168,13 @@ def cached_folder(repository: str, revision: str | None = None) -> Path | None:
 
 
 def commit_of(repository: str, revision: str | None = None) -> str | None:
-    """The commit that is meant by a hub repository's revision, as far as this machine knows it."""
+    """Return the commit meant by a hub repository's revision, as far as this machine knows it."""
     folder = cached_folder(repository, revision)
     return revision or REVISIONS.get(repository) if folder is None else folder.name
 
 
 def sha256_of(path: Path) -> str:
+    """Hash the content of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -179,7 +183,7 @@ def sha256_of(path: Path) -> str:
 
 
 def weights_hash(*parts: Any) -> str:
-    """Of all weights: modules, and modules and tensors that plain objects hold."""
+    """Hash all weights: those of modules, and of the modules and tensors that plain objects hold."""
     digest = hashlib.sha256()
     for part in parts:
         held = {"": part} if isinstance(part, nn.Module) else vars(part)
@@ -214,12 +218,14 @@ def save_object(value: Any, path: Path) -> None:
 
 def save_png(image: Image.Image, path: Path, about: PngInfo | None = None) -> None:
     """Write the whole file or, on a full disk, nothing of it."""
-    temporary = path.with_suffix(".tmp")
-    try:
+    with atomic_path(path, durable=False) as temporary:
         image.save(temporary, "PNG", pnginfo=about)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the whole UTF-8 file or, on a full disk, nothing of it. Its folder must exist."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 @contextlib.contextmanager
@@ -249,27 +255,53 @@ def _os_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; rename it to `path` when the block ends well, delete it otherwise.
+def atomic_path(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """Give a temporary path beside `path`, for a file or a folder; rename it to `path` when the block ends well.
 
-    What an earlier, killed process of this host left behind for the same path is removed first.
+    It is deleted if the block fails. A folder cannot replace one that is not empty.
+    durable: wait until it is on the disk, and remove what earlier, killed processes of this host left behind for the
+    same path; too slow for thousands of small files.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    for stale in path.parent.glob(f"{path.name}.{host}.*.tmp"):
-        pid = stale.name.split(".")[-2]
-        if not pid.isdigit() or not _is_alive(int(pid)):
-            stale.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{host}.{os.getpid()}.tmp")
+    if durable:
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.{host}.*.tmp"):
+            pid = stale.name.split(".")[-2]
+            if not pid.isdigit() or not _is_alive(int(pid)):
+                _remove(stale)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if durable:
+            for part in [*temporary.rglob("*"), temporary]:
+                sync(part)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing, as `atomic_path` does; the folder of `path` is made if it is not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

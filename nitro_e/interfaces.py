@@ -80,6 +80,14 @@ class Denoiser(Protocol):
         """Velocity `noise - data` at (x, t): (B, C, h, w)."""
 
 
+class DistContext(NamedTuple):
+    """Rank, world size and sum over processes, for code that runs alone as well as in one of several processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    sum: Callable[[Tensor], Tensor] = lambda values: values  # every process must call it
+
+
 @dataclass
 class Batch:
     """One micro-batch on the training device."""

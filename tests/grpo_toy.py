@@ -221,9 +221,9 @@ def train(run: Path, stage_options: dict, net=None, stop=None, seed=1, cls=ToyGR
     if stop is not None:  # as if SIGTERM came during step `stop`
         original = trainer.update
 
-        def update(index, batches):
-            trainer.stop_requested = trainer.step + 1 >= stop
-            return original(index, batches)
+        def update(*arguments):
+            trainer.stop.requested = trainer.step + 1 >= stop
+            return original(*arguments)
 
         trainer.update = update
     trainer.run()

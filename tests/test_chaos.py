@@ -18,7 +18,7 @@ import torch
 from repa_run import make_data, start
 
 from nitro_e.model.pretrained import load_pretrained
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.training import checkpoint
 
 
@@ -46,13 +46,13 @@ def kill(process: subprocess.Popen, run: Path, chance: random.Random, in_a_save:
 
 
 def newest_step(run: Path) -> int:
-    newest = checkpoint.latest(run)
-    return 0 if newest is None else checkpoint.step_of(newest)
+    newest = run_folder.latest(run)
+    return 0 if newest is None else run_folder.step_of(newest)
 
 
 def assert_all_load(run: Path) -> None:
     """Every checkpoint that looks complete has the right hashes and loads."""
-    for folder in checkpoint.complete(run):
+    for folder in run_folder.complete(run):
         assert checkpoint.damage(folder) is None
         assert load_pretrained(folder / "model") and load_pretrained(folder / "ema")
         assert torch.load(folder / "trainer" / "model.pt", weights_only=True)["module"]
@@ -84,7 +84,7 @@ def chaos(folder: Path, kills: int, steps: int, seed: int) -> None:
     assert cut >= kills // 5 and reached == sorted(reached) and 0 < reached[-1]
     for which in ("model", "ema"):
         ours, theirs = (
-            torch.load(checkpoint.latest(r) / "trainer" / f"{which}.pt", weights_only=True)["module"]
+            torch.load(run_folder.latest(r) / "trainer" / f"{which}.pt", weights_only=True)["module"]
             for r in (run, clean)
         )
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -121,8 +121,8 @@ def test_twelve_full_disks(tmp_path):
         try:
             process = start(tmp_path, f"{mount}/run", "engine.steps=12", log=log)
             code, run, text = process.wait(300), mount / "run", log.read_text()
-            status, newest = checkpoint.read_status(run), checkpoint.latest_valid(run)
-            ends.append((room, code, status.get("state"), newest and checkpoint.step_of(newest)))
+            status, newest = run_folder.read_status(run), checkpoint.latest_valid(run)
+            ends.append((room, code, status.get("state"), newest and run_folder.step_of(newest)))
             assert "Traceback" not in text, text[-3000:]
             assert (code, status.get("state")) in [(0, "done"), (3, "failed")], (
                 room,

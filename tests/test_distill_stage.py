@@ -19,13 +19,12 @@ from nitro_e.encoders.components import ComponentConfig, text_shape
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.randomness import SlotRandom
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage, Use
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.distill import DistillConfig
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.recipe import RunConfig
-from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +89,7 @@ def recipe(pairs, folder, preset="ladd4", **overrides):
 
 def states(run, step):
     """Every tensor that a resume reads."""
-    folder = checkpoint.folder_of(run, step)
+    folder = run_folder.folder_of(run, step)
     found = {
         f"{name} {key}": t
         for name in ("model", "ema")
@@ -149,7 +148,7 @@ def test_two_processes_train_as_one(pairs, tmp_path):
 def test_from_pairs_to_images(pairs, tmp_path, capsys):
     path, run = recipe(pairs, tmp_path), tmp_path / "run"
     assert train.main([str(path)]) == 0
-    published = json.loads((checkpoint.latest(run) / "ema/config.json").read_text())["use"]["sampling"]
+    published = json.loads((run_folder.latest(run) / "ema/config.json").read_text())["use"]["sampling"]
     assert published["sigmas"] == [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5, 0.25]]
     pipeline = TextToImage.from_pretrained(run)
     assert pipeline.settings(steps=4).times().tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -170,7 +169,7 @@ def test_from_pairs_to_images(pairs, tmp_path, capsys):
 def test_the_student_starts_as_the_teacher_and_another_teacher_is_refused(pairs, tmp_path, capsys):
     path, run = recipe(pairs, tmp_path), tmp_path / "run"
     assert train.main([str(path), "stage.optim.lr=0", "engine.steps=1"]) == 0
-    ours = load_file(checkpoint.latest(run) / "model/model.safetensors")
+    ours = load_file(run_folder.latest(run) / "model/model.safetensors")
     theirs = load_file(pairs / "teacher/model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     model = EMMDiT.from_pretrained(pairs / "teacher")

@@ -12,8 +12,8 @@ import torch
 from test_engine import losses
 from tiny import SHARDS_ON_CPU
 
-from nitro_e.training import checkpoint
-from nitro_e.training.parallel import Attendance
+from nitro_e.record import run_folder
+from nitro_e.training.attendance import Attendance
 
 SCRIPT = Path(__file__).parent / "toy_run.py"
 
@@ -46,7 +46,7 @@ def assert_same_losses(run: Path, other: Path) -> None:
 
 
 def weights(run: Path, which: str = "model") -> dict[str, torch.Tensor]:
-    state = torch.load(checkpoint.latest(run) / "trainer" / f"{which}.pt", weights_only=True)["module"]
+    state = torch.load(run_folder.latest(run) / "trainer" / f"{which}.pt", weights_only=True)["module"]
     return state
 
 
@@ -136,13 +136,13 @@ def test_a_process_that_dies_is_named_and_the_job_may_be_tried_again(tmp_path):
     run = tmp_path / "run"
     done = launch(run, 2, fault="dies")
     assert done.returncode != 0
-    assert checkpoint.read_meta(checkpoint.latest(run))["step"] == 4
+    assert run_folder.read_meta(run_folder.latest(run))["step"] == 4
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("training stopped")]
     assert "process 1 (pid" in line and "has died" in line and "step-0000004" in line
-    status = checkpoint.read_status(run)
+    status = run_folder.read_status(run)
     assert status["state"] == "crashed" and "process 1" in status["reason"]
     done = launch(run, 2, batch_size=8)
-    assert done.returncode == 0 and checkpoint.read_status(run)["state"] == "done", done.stderr
+    assert done.returncode == 0 and run_folder.read_status(run)["state"] == "done", done.stderr
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_a_process_that_stops_is_named(tmp_path):
     done = launch(run, 2, fault="stops")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("training stopped")]
     assert "process 1 (pid" in line and "is stopped" in line
-    assert checkpoint.read_status(run)["state"] == "crashed"
+    assert run_folder.read_status(run)["state"] == "crashed"
 
 
 @pytest.mark.skipif(SHARDS_ON_CPU, reason="this torch can")

@@ -17,10 +17,11 @@ from nitro_e.config import ConfigError, TrainingError
 from nitro_e.files import save_object
 from nitro_e.interfaces import Phase
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.training import checkpoint, engine
 from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.optim import OptimConfig, build_optimizers
+from nitro_e.training.state import TrainingState
 
 MICRO = ModelConfig(
     latent_channels=2,
@@ -90,9 +91,9 @@ def train(run, stage=None, stop=None, hooks=(), **options) -> Engine:
     if stop is not None:  # as if SIGTERM came during step `stop`
         original, trainer.update = trainer.update, None
 
-        def update(index, batches):
-            trainer.stop_requested = trainer.step + 1 >= stop
-            return original(index, batches)
+        def update(*arguments):
+            trainer.stop.requested = trainer.step + 1 >= stop
+            return original(*arguments)
 
         trainer.update = update
     trainer.run()
@@ -123,7 +124,7 @@ def test_resume_gives_the_losses_and_weights_of_an_uninterrupted_run(run, tmp_pa
     assert losses(run) == losses(clean) and len(losses(clean)) == 12
     for ours, theirs in zip(resumed.stage.model.parameters(), whole.stage.model.parameters()):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(resumed.ema.ema_model.parameters(), whole.ema.ema_model.parameters()):
+    for ours, theirs in zip(resumed.state.ema.ema_model.parameters(), whole.state.ema.ema_model.parameters()):
         assert torch.equal(ours, theirs)
 
 
@@ -163,25 +164,25 @@ def test_ema_follows_its_closed_form(run):
     expected = stage.model[0].weight.detach().clone()
     for value in (1.0, 2.0, 3.0):
         stage.model[0].weight.data.fill_(value)
-        trainer.ema.update()
+        trainer.state.ema.update()
         if value == 1.0:
-            first = trainer.ema.ema_model[0].weight.detach().clone()
+            first = trainer.state.ema.ema_model[0].weight.detach().clone()
             expected = first  # ema-pytorch copies the weights at its first update
         else:
             expected = 0.5 * expected + 0.5 * value
-    torch.testing.assert_close(trainer.ema.ema_model[0].weight, expected)
+    torch.testing.assert_close(trainer.state.ema.ema_model[0].weight, expected)
 
 
 def test_non_finite_steps_are_skipped_and_counted(run):
     trainer = train(run, ToyStage(poison=(3, 7)))
-    assert trainer.skipped == 2 and trainer.step == 12
+    assert trainer.state.skipped == 2 and trainer.step == 12
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
 
 def test_too_many_non_finite_steps_stop_with_the_keys(run):
     with pytest.raises(TrainingError, match="key-8"):
         train(run, ToyStage(poison=range(6, 12)), max_skips=2)
-    state = torch.load(checkpoint.latest(run) / "trainer" / "model.pt", weights_only=True)
+    state = torch.load(run_folder.latest(run) / "trainer" / "model.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
 
 
@@ -200,13 +201,13 @@ def test_an_explosion_leaves_the_checkpoints_before_it(run):
 def test_a_run_does_not_end_in_skipped_steps(run):
     with pytest.raises(TrainingError, match="the last 2 of 12 steps"):
         train(run, ToyStage(poison=(10, 11)))
-    assert checkpoint.latest(run).name == "step-0000008"
+    assert run_folder.latest(run).name == "step-0000008"
     assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
 
 
 def test_a_save_that_falls_into_skipped_steps_comes_after_them(run):
     train(run, ToyStage(poison=(3, 4)), keep_last=9)
-    assert [path.name[-2:] for path in checkpoint.complete(run)] == ["06", "08", "12"]
+    assert [path.name[-2:] for path in run_folder.complete(run)] == ["06", "08", "12"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -229,7 +230,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, value):
     stage.phases = (Phase("model", stage.model, loss, OptimConfig(lr=1e-2, warmup=2)),)
     with pytest.raises(TrainingError, match="1 parameters are not finite after step 8, such as 2.bias"):
         train(run, stage, steps=8)
-    assert checkpoint.latest(run).name == "step-0000004"
+    assert run_folder.latest(run).name == "step-0000004"
 
 
 def test_the_status_has_the_step_and_time_of_every_save(run):
@@ -239,7 +240,7 @@ def test_the_status_has_the_step_and_time_of_every_save(run):
     train(run, hooks=(hook,), save_every=4)
     assert [status["step"] for status in seen if status.get("hooks_due")] == [4, 8, 12]
     assert all(status["state"] == "running" and status["time"] >= began - 1 for status in seen)
-    assert checkpoint.read_status(run)["state"] == "done"
+    assert run_folder.read_status(run)["state"] == "done"
 
 
 def test_images_come_after_the_save_and_again_if_they_failed(run):
@@ -247,7 +248,7 @@ def test_images_come_after_the_save_and_again_if_they_failed(run):
     drawn = []
 
     def fails_once(model):
-        drawn.append(checkpoint.latest(run).name)
+        drawn.append(run_folder.latest(run).name)
         if len(drawn) == 1:
             raise ConfigError("sampling.height 7")
         return {}
@@ -274,32 +275,32 @@ def test_a_run_directory_deleted_under_a_run_ends_it(run):
 
 def test_only_the_newest_checkpoints_stay(run):
     train(run, steps=20, keep_last=2)
-    assert [path.name for path in checkpoint.complete(run)] == ["step-0000016", "step-0000020"]
+    assert [path.name for path in run_folder.complete(run)] == ["step-0000016", "step-0000020"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
 def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch, disk_of, file):
     """Two saves that the system cuts short, each library in its own way, are counted and retried; then it works."""
-    write, failures = engine.Engine._write, []
+    write, failures = TrainingState.write, []
 
-    def fails_twice(self, folder, models, state):
+    def fails_twice(self, folder, published, gathered, use):
         limit = contextlib.nullcontext()
         if self.step > 4 and len(failures) < 2:
-            failures.append(checkpoint.latest(run).name)
+            failures.append(run_folder.latest(run).name)
             limit = disk_of(1000)
             if (
                 file == "model.pt"
             ):  # the published weights are larger than those of the trainer: leave them out
                 (folder / "trainer").mkdir()
                 with limit:
-                    save_object(state, folder / "trainer" / file)
+                    save_object(gathered, folder / "trainer" / file)
         with limit:
-            write(self, folder, models, state)
+            write(self, folder, published, gathered, use)
 
-    monkeypatch.setattr(engine.Engine, "_write", fails_twice)
+    monkeypatch.setattr(TrainingState, "write", fails_twice)
     trainer = train(run, steps=16)
-    assert failures == ["step-0000004"] * 2 and trainer.failed_saves == 0
-    assert [path.name for path in checkpoint.complete(run)] == ["step-0000012", "step-0000016"]
+    assert failures == ["step-0000004"] * 2 and trainer.saver.failures == 0
+    assert [path.name for path in run_folder.complete(run)] == ["step-0000012", "step-0000016"]
     assert not list((run / "checkpoints").glob("*.tmp"))
     assert max(row["failed_saves"] for row in metrics.read(run)) == 2
 
@@ -354,9 +355,9 @@ def test_a_copy_under_another_step_is_damaged_and_training_ends(run, caplog):
 def test_no_flipped_bit_of_the_record_goes_unnoticed(run, stride):
     """Each either makes the checkpoint a damaged one, or leaves every value of the record as it was."""
     train(run, steps=4)
-    folder = checkpoint.latest(run)
+    folder = run_folder.latest(run)
     path, bad = folder / "meta.json", folder.with_name(f"bad-{folder.name}")
-    content, meta, found = path.read_bytes(), checkpoint.read_meta(folder), 0
+    content, meta, found = path.read_bytes(), run_folder.read_meta(folder), 0
     for bit in range(0, 8 * len(content), stride):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -365,7 +366,7 @@ def test_no_flipped_bit_of_the_record_goes_unnoticed(run, stride):
             bad.rename(folder)
             found += 1
         else:
-            now = checkpoint.read_meta(folder)
+            now = run_folder.read_meta(folder)
             assert {key: now.get(key) for key in meta} == meta, bit
     checked = len(range(0, 8 * len(content), stride))
     print(f"{checked} flips: {found} damaged, {checked - found} harmless")
@@ -377,7 +378,7 @@ def test_no_flipped_bit_of_the_record_goes_unnoticed(run, stride):
 )
 def test_a_record_that_is_none_is_damage(run, text):
     train(run, steps=4)
-    (checkpoint.latest(run) / "meta.json").write_bytes(text.encode("latin1"))
+    (run_folder.latest(run) / "meta.json").write_bytes(text.encode("latin1"))
     with pytest.raises(TrainingError, match="every checkpoint of .* is damaged"):
         train(run)
 
@@ -394,28 +395,28 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_unnoticed(run):
 def test_a_kill_between_publishing_and_pruning_only_leaves_one_more(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
     train(run, steps=12)
-    assert len(checkpoint.complete(run)) == 3
+    assert len(run_folder.complete(run)) == 3
     monkeypatch.undo()
     train(run, steps=16)
-    assert [path.name for path in checkpoint.complete(run)] == ["step-0000012", "step-0000016"]
+    assert [path.name for path in run_folder.complete(run)] == ["step-0000012", "step-0000016"]
 
 
 def test_milestones_stay(run):
     train(run, steps=24, keep_every=8)
-    assert [path.name for path in checkpoint.complete(run)] == [
+    assert [path.name for path in run_folder.complete(run)] == [
         f"step-00000{step:02d}" for step in (8, 16, 20, 24)
     ]
 
 
 def test_two_jobs_cannot_train_in_one_run_directory(run):
     """A second process is refused, until the first has ended; a child that it left behind does not hold the lock."""
-    code = f"import pathlib; from nitro_e.training.checkpoint import lock\nwith lock(pathlib.Path({str(run)!r})): pass"
+    code = f"import pathlib; from nitro_e.record.run_folder import lock\nwith lock(pathlib.Path({str(run)!r})): pass"
 
     def other_job() -> str:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
 
     (run / "config.yaml").touch()
-    with checkpoint.lock(run):
+    with run_folder.lock(run):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         assert "another job is training" in other_job()
@@ -427,10 +428,10 @@ def test_two_jobs_cannot_train_in_one_run_directory(run):
 
 
 def test_a_refused_config_leaves_no_run_directory(run):
-    with pytest.raises(ConfigError), checkpoint.lock(run):
+    with pytest.raises(ConfigError), run_folder.lock(run):
         raise ConfigError("refused")
     assert not run.exists()
-    with pytest.raises(ConfigError), checkpoint.lock(run):
+    with pytest.raises(ConfigError), run_folder.lock(run):
         (run / "metrics.jsonl").touch()
         raise ConfigError("refused")
     assert run.exists()
@@ -452,8 +453,8 @@ def test_a_nan_micro_batch_voids_the_whole_step(run):
                 yield ToyBatch(batch.x * float("nan")) if number == 6 * accumulate else batch
 
     trainer = train(run, Half(batch_size=4), accumulate=2)
-    assert trainer.skipped == 1
-    moments = [state["step"].item() for state in trainer.optimizers[0][0].optimizer.state.values()]
+    assert trainer.state.skipped == 1
+    moments = [state["step"].item() for state in trainer.state.optimizers[0][0].optimizer.state.values()]
     assert set(moments) == {11.0}
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
@@ -473,7 +474,7 @@ def test_resume_refuses_another_experiment(run):
 def test_changed_learning_rate_applies_after_resume(run):
     train(run, steps=4)
     trainer = train(run, ToyStage(optim=OptimConfig(lr=5e-4, warmup=0)), steps=5)
-    assert trainer.optimizers[0][0].optimizer.param_groups[0]["lr"] == 5e-4
+    assert trainer.state.optimizers[0][0].optimizer.param_groups[0]["lr"] == 5e-4
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
@@ -495,9 +496,9 @@ def test_averages_and_checkpoints_are_of_the_raw_module(run):
     """No `module.` in any name (for `_orig_mod.` of compiled models see test_failures.py)."""
     trainer = train(run, ema=EMAConfig(beta=0.9), steps=2)
     names = set(ToyStage().model.state_dict())
-    assert set(trainer.ema.ema_model.state_dict()) == names
+    assert set(trainer.state.ema.ema_model.state_dict()) == names
     for which in ("model", "ema"):
-        state = torch.load(checkpoint.latest(run) / "trainer" / f"{which}.pt", weights_only=True)
+        state = torch.load(run_folder.latest(run) / "trainer" / f"{which}.pt", weights_only=True)
         assert set(state["module"]) == names
 
 

@@ -23,7 +23,7 @@ from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.evaluation import intervals as statistics
 from nitro_e.evaluation import page, results
 from nitro_e.evaluation.benchmarks import benchmark, describe
-from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator, Share
+from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
 from nitro_e.evaluation.images import (
     Judged,
     collect,
@@ -31,6 +31,7 @@ from nitro_e.evaluation.images import (
     read_rows,
 )
 from nitro_e.files import weights_hash
+from nitro_e.interfaces import DistContext
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.record import metrics
@@ -428,7 +429,7 @@ def test_processes_share_the_images(tmp_path):
 
     def evaluator(*share) -> Evaluator:
         parts = (pipeline.codec, pipeline.text, torch.device("cpu"), contextlib.nullcontext)
-        return Evaluator(config, SAMPLING, *parts, Share(*share))
+        return Evaluator(config, SAMPLING, *parts, DistContext(*share))
 
     shares = [evaluator(rank, 2).draw_and_score(pipeline) for rank in (0, 1)]
     whole = evaluator().draw_and_score(pipeline)

@@ -54,12 +54,13 @@ from nitro_e.data.making import write_shard
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.training import checkpoint
 from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 from nitro_e.training.optim import OptimConfig
+from nitro_e.training.state import TrainingState
 
 # ---- the real stage on one and two processes ----------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def watched_batches(seen: list):
 
 @contextlib.contextmanager
 def failing_save(step: int):
-    original = Engine._write
+    original = TrainingState.write
 
     def write(self, folder, *arguments):
         if self.step == step:
@@ -119,11 +120,11 @@ def failing_save(step: int):
             raise OSError(28, "No space left on device")
         original(self, folder, *arguments)
 
-    Engine._write = write
+    TrainingState.write = write
     try:
         yield
     finally:
-        Engine._write = original
+        TrainingState.write = original
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +209,8 @@ def test_flipped_bits_are_replaced_and_counted_with_the_batch_size_kept(runs):
 
 @pytest.mark.parametrize("name", ["one", "two", *SHARDED])
 def test_a_checkpoint_of_any_layout_has_the_same_names_and_draws(runs, name):
-    names = names_in(checkpoint.latest(runs / name))
-    assert names == names_in(checkpoint.latest(runs / "one"))
+    names = names_in(run_folder.latest(runs / name))
+    assert names == names_in(run_folder.latest(runs / "one"))
     assert not any("module." in key or "_orig_mod" in key for keys in names.values() for key in keys)
     image = TextToImage.from_pretrained(runs / name)(["a plain red square"], seeds=[0])[0]
     reference = TextToImage.from_pretrained(runs / "one")(["a plain red square"], seeds=[0])[0]
@@ -244,7 +245,7 @@ def test_a_compiled_checkpoint_continues_uncompiled(runs, tmp_path, monkeypatch)
     assert (
         run_train(recipe, run, "data.batch_size=8", "engine.steps=3", "engine.compile=true") == 0 and compiled
     )
-    assert names_in(checkpoint.latest(run)) == names_in(checkpoint.latest(runs / "one"))
+    assert names_in(run_folder.latest(run)) == names_in(run_folder.latest(runs / "one"))
     assert run_train(recipe, run, "data.batch_size=8") == 0
     for step, loss in losses(run).items():
         assert loss == pytest.approx(losses(runs / "one")[step], rel=1e-6)
@@ -265,7 +266,7 @@ def test_sigterm_to_the_launcher_stops_both_at_one_step(tmp_path):
     ends = {line.split("step ")[1] for line in output.splitlines() if line.startswith("rank")}
     status = json.loads((run / "STATUS.json").read_text())
     assert len(ends) == 1 and status["state"] == "preempted", errors[-2000:]
-    assert checkpoint.read_meta(checkpoint.latest(run))["step"] == status["step"]
+    assert run_folder.read_meta(run_folder.latest(run))["step"] == status["step"]
 
 
 # ---- files of a run -----------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_a_kill_while_pruning_leaves_no_half_checkpoint(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(run, steps=16)
     monkeypatch.undo()
-    assert [checkpoint.damage(folder) for folder in checkpoint.complete(run)] == [None] * 2
+    assert [checkpoint.damage(folder) for folder in run_folder.complete(run)] == [None] * 2
     train(run, steps=20)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000016", "step-0000020"]
 
@@ -307,19 +308,19 @@ def test_what_a_killed_save_left_is_removed(run):
 
 def test_a_last_save_that_fails_is_not_a_finished_run(run, monkeypatch):
     """Steps 9 to 12 exist in memory only: saying "done" would lose them silently."""
-    write = Engine._write
+    write = TrainingState.write
 
     def fails_at_the_end(self, *arguments):
         if self.step == 12:
             raise OSError(28, "No space left on device")
         write(self, *arguments)
 
-    monkeypatch.setattr(Engine, "_write", fails_at_the_end)
+    monkeypatch.setattr(TrainingState, "write", fails_at_the_end)
     with pytest.raises(TrainingError, match="No space left on device"):
         train(run)
     assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"
     monkeypatch.undo()
-    assert train(run).step == 12 and checkpoint.latest(run).name == "step-0000012"
+    assert train(run).step == 12 and run_folder.latest(run).name == "step-0000012"
 
 
 # ---- data that changed --------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_changed_data_are_refused_with_the_difference(started, tmp_path, capsys)
     write_shard(tmp_path / "toy-000001.tar", samples(6))
     assert run_train(recipe, run) == 2
     assert "data samples was 24, is 30" in refusal(capsys)
-    assert checkpoint.latest(run).name == "step-0000003"
+    assert run_folder.latest(run).name == "step-0000003"
 
 
 def test_a_changed_weight_of_a_source_is_refused(started, tmp_path, capsys):
@@ -458,9 +459,9 @@ def test_every_ablation_trains_all_its_parameters(run, choices):
     model = EMMDiT(from_dict(ModelConfig, {**MICRO, "attention": CYCLE, **choices}))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = train(run, PremadeStage(model), steps=2, save_every=2, ema=EMAConfig(beta=0.5))
-    assert trainer.skipped == 0 and np.isfinite(list(losses(run).values())).all()
+    assert trainer.state.skipped == 0 and np.isfinite(list(losses(run).values())).all()
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    assert load_pretrained(checkpoint.latest(run) / "ema").config == model.config
+    assert load_pretrained(run_folder.latest(run) / "ema").config == model.config
 
 
 # ---- a bare loop ----------------------------------------------------------------------------------------------------
@@ -552,7 +553,7 @@ def test_fp16_follows_float32(fp16, run, tmp_path):
 
 def test_fp16_finds_its_scale_without_counting_skips(fp16):
     trainer = fp16(ToyStage(), scale=2.0**20, steps=30)
-    assert trainer.accelerator.scaler.get_scale() < 2.0**20 and trainer.skipped == 0
+    assert trainer.accelerator.scaler.get_scale() < 2.0**20 and trainer.state.skipped == 0
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
 
@@ -589,7 +590,9 @@ def test_fp16_with_two_optimisers_scales_both_alike(fp16, tmp_path):
         folder = tmp_path / f"scale-{scale:g}"
         folder.mkdir()
         trainer = fp16(stage, folder, scale=scale, steps=1)
-        (adamw,) = [o.optimizer for o in trainer.optimizers[0] if isinstance(o.optimizer, torch.optim.AdamW)]
+        (adamw,) = [
+            o.optimizer for o in trainer.state.optimizers[0] if isinstance(o.optimizer, torch.optim.AdamW)
+        ]
         moments.append(
             [adamw.state[p]["exp_avg"].norm().item() for group in adamw.param_groups for p in group["params"]]
         )

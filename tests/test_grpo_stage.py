@@ -18,14 +18,13 @@ from grpo_toy import merged
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.data.prompts import Prompt
 from nitro_e.randomness import SlotRandom
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import win_rates
 from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
 from nitro_e.stages.grpo.groups import Layout, group_prompts
 from nitro_e.stages.grpo.policy import without_adapter
 from nitro_e.stages.grpo.stage import Clock
-from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 NFT = {"kind": "nft", "times": 4}
@@ -452,7 +451,7 @@ def test_resume_continues_exactly_and_never_inside_a_rollout(options, tmp_path):
     assert numbers(tmp_path / "run") == numbers(tmp_path / "clean")
     assert len(numbers(tmp_path / "run")) == 8
     states = [
-        torch.load(checkpoint.folder_of(tmp_path / name, 8) / "trainer" / f"{part}.pt", weights_only=True)
+        torch.load(run_folder.folder_of(tmp_path / name, 8) / "trainer" / f"{part}.pt", weights_only=True)
         for name in ("clean", "run")
         for part in ("policy", "ema")
     ]
@@ -483,8 +482,8 @@ def test_average_is_updated_once_per_update(tmp_path):
         expected = 0.9 * expected + 0.1 * weights[2 * step]
     expected = 0.9 * expected + 0.1 * trainer.stage.model.out.weight.detach()
     assert not torch.equal(weights[0], weights[2])
-    assert torch.allclose(trainer.ema.ema_model.out.weight, expected, atol=1e-6)
-    first = checkpoint.folder_of(tmp_path / "run", 8)
+    assert torch.allclose(trainer.state.ema.ema_model.out.weight, expected, atol=1e-6)
+    first = run_folder.folder_of(tmp_path / "run", 8)
     assert (first / "model").is_dir() and (first / "ema").is_dir()
 
 

@@ -44,7 +44,7 @@ def gain(folder, seed, options, rollouts=ROLLOUTS):
     trainer = toy.train(
         folder / "run", options, net, seed=seed, steps=steps, save_every=steps, log_every=steps
     )
-    return before, *(evaluate(model, scale) - before for model in (net, trainer.ema.ema_model))
+    return before, *(evaluate(model, scale) - before for model in (net, trainer.state.ema.ema_model))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

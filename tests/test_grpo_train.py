@@ -11,11 +11,10 @@ from nitro_e.cli import train
 from nitro_e.config import ConfigError
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import reward
 from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, save_adapter
 from nitro_e.stages.recipe import RunConfig
-from nitro_e.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,7 +102,7 @@ def test_train_and_resume(recipe, tmp_path, options):
     judges = [event["judges"] for event in metrics.read_events(run) if event["event"] == "notes"]
     assert len(judges) == 2 and judges[0] == judges[1] and judges[0]["taste"].startswith("taste-v1 ")
 
-    last = checkpoint.latest(run)
+    last = run_folder.latest(run)
     base, trained = load_pretrained(tmp_path / "base"), load_pretrained(last / "model")
     assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters()))
     assert (

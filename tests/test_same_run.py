@@ -20,9 +20,8 @@ from tiny import OPTIMIZER
 from nitro_e.cli import synthesize
 from nitro_e.config import load
 from nitro_e.interfaces import Phase
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.stages.recipe import RunConfig, build
-from nitro_e.training import checkpoint
 
 PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {
@@ -70,7 +69,7 @@ def numbers(run: Path) -> list[dict]:
 def assert_same_bits(run: Path, other: Path) -> None:
     """Losses and every tensor of weights and trainer state."""
     assert numbers(run) == numbers(other)
-    ours, theirs = checkpoint.latest(run), checkpoint.latest(other)
+    ours, theirs = run_folder.latest(run), run_folder.latest(other)
     compared = 0
     for path in sorted((ours / "trainer").iterdir()):
         a, b = (torch.load(folder / "trainer" / path.name, weights_only=True) for folder in (ours, theirs))

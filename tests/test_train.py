@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from nitro_e.cli import sample, train
 from nitro_e.data.making import write_shard
 from nitro_e.model import EMMDiT
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.training import checkpoint
 
@@ -120,11 +120,11 @@ def test_sigkill_and_the_same_command_again(recipe, tmp_path):
     assert run_train(recipe, clean, *options) == 0
     command = [sys.executable, str(ROOT / "train.py"), str(recipe), f"run={run}", *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not checkpoint.latest(run):
+    while process.poll() is None and not run_folder.latest(run):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    reached = checkpoint.read_meta(checkpoint.latest(run))["step"]
+    reached = run_folder.read_meta(run_folder.latest(run))["step"]
     assert reached < 40, "the process ended before it could be killed"
     assert run_train(recipe, run, *options) == 0
     expected = {row["step"]: row["loss"] for row in metrics.read(clean)}
@@ -158,9 +158,9 @@ def test_signals_save_and_end_well(recipe, tmp_path, number, whole_group):
     time.sleep(1)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     process.wait(timeout=60)
-    text, status = log.read_text(), checkpoint.read_status(run)
+    text, status = log.read_text(), run_folder.read_status(run)
     assert process.returncode == 0 and "stopped at step" in text and "\r" not in text
-    assert checkpoint.read_meta(checkpoint.latest_valid(run))["step"] == status["step"] > 0
+    assert run_folder.read_meta(checkpoint.latest_valid(run))["step"] == status["step"] > 0
     assert status["state"] == "preempted"
     reports = [line for line in text.splitlines() if line.startswith("flow_matching ")]
     form = r"flow_matching \d+/100000  loss \S+  grad_norm \S+  lr \S+  \S+ samples/s  \S+ GB  ETA .*"
@@ -187,7 +187,7 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
     assert all(-1 <= row["repa_loss"] <= 1 for row in rows)
     for row in rows:
         assert row["loss"] == pytest.approx(row["velocity_loss"] + 0.5 * row["repa_loss"], rel=1e-4)
-    exported = EMMDiT.from_pretrained(checkpoint.model_folder(run))
+    exported = EMMDiT.from_pretrained(run_folder.model_folder(run))
     assert not any("projector" in name for name in exported.state_dict())
     assert len(TextToImage.from_pretrained(run)(["a red circle"])) == 1
     (tmp_path / "llama").rename(tmp_path / "moved")
@@ -254,8 +254,8 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_train(recipe, first) == 0
     assert run_train(recipe, second, f"init_from={first}@ema", "engine.steps=1", "stage.optim.lr=0") == 0
-    ours = EMMDiT.from_pretrained(checkpoint.model_folder(f"{second}@model")).state_dict()
-    theirs = EMMDiT.from_pretrained(checkpoint.model_folder(f"{first}@ema")).state_dict()
+    ours = EMMDiT.from_pretrained(run_folder.model_folder(f"{second}@model")).state_dict()
+    theirs = EMMDiT.from_pretrained(run_folder.model_folder(f"{first}@ema")).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     first.rename(tmp_path / "gone")  # a resume does not look for it
     assert run_train(recipe, second, f"init_from={first}@ema", "engine.steps=2") == 0
@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_are_refused(recipe, tmp_path, capsys, value
     """Wherever weights are read: they were drawn from, trained on and merged without a word."""
     assert run_train(recipe, tmp_path / "run", "engine.steps=1") == 0
     broken = tmp_path / "broken"
-    shutil.copytree(checkpoint.model_folder(tmp_path / "run"), broken)
+    shutil.copytree(run_folder.model_folder(tmp_path / "run"), broken)
     state = load_file(broken / "model.safetensors")
     for name in ("blocks.0.image.attention.qkv.weight", "out.bias"):
         state[name].view(-1)[-1] = value
@@ -393,7 +393,7 @@ def test_a_changed_config_is_told_recorded_and_the_old_one_kept(recipe, tmp_path
 def test_published_weights_have_the_permissions_of_other_files(recipe, tmp_path):
     run = tmp_path / "run"
     assert run_train(recipe, run, "engine.steps=3") == 0
-    folder = checkpoint.model_folder(run)
+    folder = run_folder.model_folder(run)
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert modes == {(run / "config.yaml").stat().st_mode}
 

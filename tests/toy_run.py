@@ -63,7 +63,7 @@ def main(run: Path, options: dict) -> None:
     stage = FaultyStage(**{"fault": None, **faults}, batch_size=batch_size)
     trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={})
     trainer.run()
-    print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.skipped}", flush=True)
+    print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.state.skipped}", flush=True)
 
 
 if __name__ == "__main__":

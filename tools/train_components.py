@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.encoders.vision import patch_tokens
-from nitro_e.files import save_object
+from nitro_e.files import atomic_path, save_object
 from nitro_e.record import progress
 from nitro_e.shapes.judge import judge
 from nitro_e.shapes.pretrained import PRETRAINED
@@ -417,9 +416,8 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
                     "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
                     "seconds": seconds + saved_at - started,
                 }  # fmt: skip
-                temporary = state.with_name(state.name + ".tmp")
-                save_object(reached, temporary)
-                os.replace(temporary, state)
+                with atomic_path(state) as temporary:
+                    save_object(reached, temporary)
     out.mkdir(parents=True, exist_ok=True)
     task.export(out)
     metrics = {

@@ -14,8 +14,6 @@ released files carry is left out and reported: it serves training only.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from safetensors import safe_open
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
 from nitro_e.encoders.components import ComponentConfig
-from nitro_e.files import commit_of, save_tensors
+from nitro_e.files import atomic_path, commit_of, save_tensors
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import (
     load_pretrained,
@@ -34,11 +32,10 @@ from nitro_e.model.pretrained import (
     read_config,
     save_pretrained,
 )
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
+from nitro_e.record.run_folder import model_folder
 from nitro_e.sampling.pipeline import Use
 from nitro_e.sampling.samplers import SamplingConfig
-from nitro_e.training import checkpoint
-from nitro_e.training.checkpoint import model_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,16 +137,13 @@ def use_of_released(name: str, model: EMMDiT) -> dict[str, Any]:
 
 
 def write_file(model: EMMDiT, out: Path) -> None:
-    temporary = out.with_name(out.name + ".tmp")
-    save_tensors(released.to_released(model), temporary)
-    os.replace(temporary, out)
+    with atomic_path(out) as temporary:
+        save_tensors(released.to_released(model), temporary)
 
 
 def write_folder(model: EMMDiT, out: Path, use: dict[str, Any], origin: dict[str, Any] | None) -> None:
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_pretrained(model, temporary, use, origin)
-    temporary.rename(out)
+    with atomic_path(out) as temporary:
+        save_pretrained(model, temporary, use, origin)
 
 
 def provenance(path: Path) -> dict[str, Any] | None:
@@ -162,7 +156,7 @@ def provenance(path: Path) -> dict[str, Any] | None:
         return about.get("provenance") if isinstance(about, dict) else None
     return {
         "weights": path.name,
-        "step": checkpoint.step_of(path.parent),
+        "step": run_folder.step_of(path.parent),
         "config": parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml")),
         "environment": metrics.read_events(run)[0]["environment"],
     }

@@ -11,14 +11,15 @@ training so far; good values lie between 0.03 and 0.20. The model folder has wha
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
+from nitro_e.files import atomic_path
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_state, read_config, save_pretrained
-from nitro_e.training import checkpoint, ema
+from nitro_e.record import run_folder
+from nitro_e.training import ema
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,16 +63,14 @@ def synthesize(options: argparse.Namespace) -> None:
     out: Path = options.out
     if out.exists():
         raise ConfigError(f"--out '{out}' exists; remove it or give another name")
-    newest = checkpoint.latest(options.run)
+    newest = run_folder.latest(options.run)
     if newest is None:
         raise ConfigError(f"{options.run} holds no complete checkpoint, whose config.json is needed")
     state, report = ema.synthesize(snapshots_of(options.run), options.sigma_rel, options.step)
     config = read_config(newest / "model")
     model = EMMDiT(config["model"])
     load_state(model, state, options.run / ema.FOLDER)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_pretrained(model, temporary, config["use"])
-    temporary.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as temporary:
+        save_pretrained(model, temporary, config["use"])
     print(f'{out}: {report}. Try it: nitro-e sample {out} --prompt "..."')

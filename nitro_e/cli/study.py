@@ -29,7 +29,7 @@ import numpy as np
 from nitro_e.cli import common as cli
 from nitro_e.config import Config, ConfigError, Ge, Seed, TrainingError, check_file_name, from_dict, load
 from nitro_e.model.pretrained import read_config
-from nitro_e.training.checkpoint import model_folder
+from nitro_e.record.run_folder import model_folder
 
 Setting = dict[str, bool | int | float | str]  # fields of SamplingConfig
 

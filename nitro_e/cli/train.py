@@ -10,9 +10,12 @@ import argparse
 import contextlib
 import logging
 import os
+from pathlib import Path
 
 from nitro_e.cli import common as cli
 from nitro_e.config import load
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,18 +49,32 @@ def tell(key: str) -> None:
     print(explain(RunConfig, key))
 
 
+def make_page(folder: Path) -> None:
+    """Write the run's report.html, however the training ended; without one a finished run is finished all the same."""
+    from nitro_e.record.pages import write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:  # a page for people must not turn a finished run into a failed one
+        log.warning("no report.html: %s", error)
+
+
 def train(options: argparse.Namespace) -> None:
+    from nitro_e.record import run_folder  # after the arguments: --help needs no torch
     from nitro_e.stages.recipe import RunConfig, build, summary
-    from nitro_e.training import checkpoint  # after the arguments: --help needs no torch
 
     config = load(RunConfig, options.config, options.overrides)
     if options.dry_run:
         print(summary(config, options.overrides))
         return
     first = os.environ.get("RANK", "0") == "0"
-    with checkpoint.lock(config.folder) if first else contextlib.nullcontext():
+    with run_folder.lock(config.folder) if first else contextlib.nullcontext():
         engine = build(config)
-        finished = engine.run()
+        try:
+            finished = engine.run()
+        finally:
+            if engine.accelerator.is_main_process:
+                make_page(engine.run_folder)
     if engine.accelerator.is_main_process:
         if finished:
             print(

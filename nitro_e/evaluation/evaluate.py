@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,14 +34,14 @@ from nitro_e.evaluation.images import (
     short_hash,
 )
 from nitro_e.evaluation.results import Score, plain
-from nitro_e.files import sha256_of, weights_hash
+from nitro_e.files import sha256_of, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.record import pages as html
 from nitro_e.record.environment import environment
+from nitro_e.record.run_folder import model_folder
 from nitro_e.rewards import Scorer, build_rewards
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.samplers import SamplingConfig
-from nitro_e.training.checkpoint import model_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +126,8 @@ def evaluate(
     evaluation = Evaluation(
         benchmark, prompts, options, scorer.sources(), list(itertools.chain(*found)), comparisons
     )
-    write(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
-    write(out / "report.html", report(evaluation))
+    write_text(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
+    write_text(out / "report.html", report(evaluation))
     return evaluation
 
 
@@ -312,12 +311,3 @@ def report(evaluation: Evaluation) -> str:
         parts.append(page.changes(evaluation.prompts, each.ours.rows, each.theirs.rows, folders, title))
     parts.append(page.gallery(evaluation.prompts, best.rows, best.folder, title))
     return html.page(f"{evaluation.benchmark.name}: {best.name}", "".join(parts))
-
-
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk

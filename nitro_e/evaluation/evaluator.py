@@ -11,9 +11,8 @@ draws its share of the images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from nitro_e.config import Config, ConfigError, Ge, Le, Seed
 from nitro_e.data.prompts import PromptsConfig, load_prompts
 from nitro_e.evaluation.images import Autocast, Judged, draw, noise_seeds
 from nitro_e.evaluation.results import summarize
-from nitro_e.interfaces import LatentCodec, TextEncoder
+from nitro_e.interfaces import DistContext, LatentCodec, TextEncoder
 from nitro_e.record import progress
 from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.sampling.pipeline import TextToImage
@@ -47,23 +46,15 @@ class EvaluationConfig(Config):
         build_rewards(self.rewards)  # their names and titles; loads nothing
 
 
-class Share(NamedTuple):
-    """What one of several processes draws."""
-
-    rank: int = 0
-    world: int = 1
-    sum: Callable[[Tensor], Tensor] = lambda values: values  # over all processes
-
-
 class Evaluator:
     """Call it with a model, in every process: name -> value, of all processes together."""
 
     def __init__(
         self, config: EvaluationConfig, sampling: SamplingConfig, codec: LatentCodec, text: TextEncoder,
-        device: torch.device, autocast: Autocast, share: Share | None = None,
+        device: torch.device, autocast: Autocast, dist: DistContext | None = None,
     ) -> None:  # fmt: skip
         self.config, self.codec, self.text, self.autocast = config, codec, text, autocast
-        self.device, self.share = device, share or Share()
+        self.device, self.dist = device, dist or DistContext()
         self.sampling = config.sampling or sampling
         self.prompts = load_prompts(config.prompts)
         self.scorer = build_rewards(config.rewards, device)
@@ -72,7 +63,7 @@ class Evaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         training = model.training
         pipeline = TextToImage(model.eval(), self.codec, self.text, self.sampling)
-        values = self.share.sum(self.draw_and_score(pipeline).to(self.device)).tolist()  # N x R
+        values = self.dist.sum(self.draw_and_score(pipeline).to(self.device)).tolist()  # N x R
         model.train(training)
         rows = [
             Judged(index, 0, prompt.text, dict(zip(self.scorer.names, row)), "", 0.0)
@@ -91,9 +82,9 @@ class Evaluator:
 
     def draw_and_score(self, pipeline: TextToImage) -> Tensor:
         """(prompts, rewards) float32: the scores of this process's prompts, zero for those of the others."""
-        mine = range(len(self.prompts))[self.share.rank :: self.share.world]
+        mine = range(len(self.prompts))[self.dist.rank :: self.dist.world_size]
         values = torch.zeros(len(self.prompts), len(self.scorer.names))
-        options = {"unit": "img", "leave": False, "disable": self.share.rank > 0}
+        options = {"unit": "img", "leave": False, "disable": self.dist.rank > 0}
         with progress.bar(total=len(mine), desc="evaluation", brief=True, **options) as bar:
             for start in range(0, len(mine), self.config.batch_size):
                 batch = mine[start : start + self.config.batch_size]

@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import io
 import json
-import os
 import re
 import statistics
 import time
@@ -27,9 +26,9 @@ from typing import Any
 from PIL import Image
 
 from nitro_e.config import ConfigError, flatten, parse_yaml
-from nitro_e.record import metrics
+from nitro_e.files import write_text
+from nitro_e.record import metrics, run_folder
 from nitro_e.record.charts import Series, line_chart, number
-from nitro_e.training import checkpoint
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_WARNINGS = 50
@@ -144,7 +143,7 @@ def read_record(folder: Path) -> Record:
     return Record(
         folder=folder, rows=metrics.read(folder), lines=metrics.read_lines(folder),
         config=config if isinstance(config, dict) else None, config_text=text,
-        status=checkpoint.read_status(folder),
+        status=run_folder.read_status(folder),
     )  # fmt: skip
 
 
@@ -531,12 +530,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
+    write_text(path, text)
     return path
 
 

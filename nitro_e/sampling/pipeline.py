@@ -25,8 +25,8 @@ from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder, as_promp
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
+from nitro_e.record.run_folder import model_folder
 from nitro_e.sampling.samplers import SamplingConfig, initial_noise, sample, with_overrides
-from nitro_e.training.checkpoint import model_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from nitro_e.model import EMMDiT
 from nitro_e.randomness import SlotRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
 
 
@@ -64,12 +65,8 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
 
 
 def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
-    """(sum, count) of per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
-    index = (t * bins).long().clamp(max=bins - 1)
-    values = values.detach().double()
-    pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # (B, 2)
-    sums = pairs.new_zeros(bins, 2).index_add_(0, index, pairs)
-    return {f"loss_t{number}": sums[number] for number in range(bins)}
+    """Average per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
+    return mean_by("loss_t", values, (t * bins).long().clamp(max=bins - 1), bins)
 
 
 class FlowMatching:

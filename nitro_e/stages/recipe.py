@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +34,13 @@ from nitro_e.encoders.components import (
     text_shape,
     weights_source,
 )
-from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator, Share
+from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.randomness import seeded
+from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
 from nitro_e.rewards import build_rewards
 from nitro_e.sampling.pipeline import TextToImage, Use, image_grid, latent_size
@@ -48,8 +48,8 @@ from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.distill import DistillConfig, DistillRun
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.stages.grpo import GRPO, GRPOConfig
-from nitro_e.training import checkpoint
 from nitro_e.training.engine import Engine, EngineConfig, Hook, make_accelerator
+from nitro_e.training.parallel import dist_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,15 +243,15 @@ def first_weights(config: RunConfig, given: Sequence[str]) -> tuple[list[str], l
     """
     teacher = getattr(config.stage, "teacher", None)
     sources = {} if teacher is None else {"stage.teacher": teacher}
-    if config.init_from is not None and checkpoint.latest(config.folder) is None:
+    if config.init_from is not None and run_folder.latest(config.folder) is None:
         sources["init_from"] = config.init_from
     lines, warnings = [], []
     for key, source in sources.items():
         run = Path(source.partition("@")[0])
         try:
-            folder = checkpoint.model_folder(source)
+            folder = run_folder.model_folder(source)
         except ConfigError as error:
-            trained = run.parts[:1] != ("runs",) or checkpoint.latest(run) is not None
+            trained = run.parts[:1] != ("runs",) or run_folder.latest(run) is not None
             if trained or is_given(key, given):
                 raise ConfigError(f"{key}: {error}") from None
             warnings.append(f"{key}: {error}")
@@ -314,11 +314,14 @@ def build(config: RunConfig) -> Engine:
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
     hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
     if config.evaluation is not None:
-        share = Share(
-            accelerator.process_index, accelerator.num_processes, partial(accelerator.reduce, reduction="sum")
-        )
         evaluator = Evaluator(
-            config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast, share
+            config.evaluation,
+            config.published_sampling,
+            codec,
+            text,
+            device,
+            accelerator.autocast,
+            dist_context(accelerator),
         )
         evaluator.scorer.load()  # what is missing shows before training
         hooks.append(Hook(config.evaluation.every, evaluator, first=True, everywhere=True))
@@ -340,7 +343,7 @@ def write_config(config: RunConfig) -> dict[str, list]:
     """
     path = config.folder / "config.yaml"
     changed = {}
-    if path.exists() and checkpoint.latest(config.folder) is not None:
+    if path.exists() and run_folder.latest(config.folder) is not None:
         before, now = config_at(path), flatten(to_dict(config))
         changed = {
             key: [before.get(key), now.get(key)]
@@ -369,7 +372,7 @@ def config_at(path: Path) -> dict[str, Any]:
 
 def refuse_other_architecture(config: RunConfig) -> None:
     """Before a resume: which keys of the model differ from those of its checkpoint."""
-    last = checkpoint.latest(config.folder)
+    last = run_folder.latest(config.folder)
     if last is None or not (last / "model" / "config.json").is_file():
         return  # nothing to resume, or damaged: the resume says so
     remedy = "set it back, or give this experiment its own run directory: run=..."
@@ -382,10 +385,10 @@ def build_model(config: RunConfig) -> EMMDiT:
     A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
     """
     first = config.init_from or getattr(config.stage, "teacher", None)
-    if first is None or checkpoint.latest(config.folder) is not None:
+    if first is None or run_folder.latest(config.folder) is not None:
         with seeded(config.seed, "initial weights"):
             return EMMDiT(config.model)
-    source = load_pretrained(checkpoint.model_folder(first)).float()
+    source = load_pretrained(run_folder.model_folder(first)).float()
     check_architecture(first, source.config, config.model)
     model = EMMDiT(config.model)
     model.load_state_dict(source.state_dict())
@@ -528,7 +531,7 @@ def check_grpo(config: RunConfig) -> None:
 
 def build_grpo(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
     stage, side = config.stage, config.resolution // parts.codec.stride
-    last = checkpoint.latest(config.folder)
+    last = run_folder.latest(config.folder)
     if last is not None and stage.adapter is not None and stage.adapter.init_from is not None:
         # a resume needs the first adapter no more: the checkpoint's has its rank, alpha and targets
         stage = replace(stage, adapter=replace(stage.adapter, init_from=str(last / "model" / "adapter")))
@@ -552,7 +555,7 @@ def grpo_copies(config: RunConfig) -> int:
 
 def grpo_facts(config: RunConfig, data: None, world: int, flops: float) -> list[str]:
     stage, adapter = config.stage, config.stage.adapter and config.stage.adapter.init_from
-    if adapter and checkpoint.latest(config.folder) is None and not Path(adapter).is_dir():
+    if adapter and run_folder.latest(config.folder) is None and not Path(adapter).is_dir():
         raise ConfigError(f"stage.adapter.init_from: folder '{adapter}' does not exist")
     layout, pool = stage.layout(world, config.engine.accumulate), load_prompts(stage.prompts)
     rollouts, images = config.engine.steps // stage.updates, stage.groups * stage.group_size
@@ -603,7 +606,7 @@ def open_pairs(config: RunConfig, latent_shape: tuple[int, int, int] | None = No
 
 
 def build_distill(config: RunConfig, parts: Parts) -> tuple[Stage, Sequence[str]]:
-    folder, side = checkpoint.model_folder(config.stage.teacher), config.resolution // parts.codec.stride
+    folder, side = run_folder.model_folder(config.stage.teacher), config.resolution // parts.codec.stride
     use = read_config(folder)["use"]
     for name in ("codec", "text"):
         ours, theirs = getattr(config.components, name).name, use.get(name, {}).get("name")

@@ -1,11 +1,4 @@
-"""Run directories and checkpoints.
-
-    RUN/config.yaml  metrics.jsonl  samples/  STATUS.json
-    RUN/checkpoints/step-0001000/
-        model/   config.json  model.safetensors      EMMDiT.from_pretrained(...), TextToImage.from_pretrained(...)
-        ema/     the same, when the run keeps an average
-        trainer/ what a resume needs: module and optimiser of every phase, EMA counters
-        meta.json                                     written last: step, experiment, size and sha256 of every file, its own sha256
+"""Checkpoints: how they are written, verified and pruned. Where they lie is told by `record.run_folder`.
 
 A checkpoint is written to `step-N.tmp`, synced, renamed when complete, and only then are old ones pruned: a kill, a
 full disk or a power cut at any time leaves the previous one. A resume takes the newest whose hashes are right; one
@@ -14,32 +7,18 @@ that is damaged, or has lost its meta.json, is renamed to `bad-step-N` and named
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nitro_e.config import ConfigError, TrainingError, did_you_mean, parse_json, read_text
-from nitro_e.files import sha256_of
-from nitro_e.shapes.pretrained import PRETRAINED
+from nitro_e.config import TrainingError
+from nitro_e.files import sha256_of, sync
+from nitro_e.record.run_folder import STEP, complete, digest_of, folder_of, latest, read_meta, step_of
 
 log = logging.getLogger(__name__)
-
-STEP = re.compile(r"step-(\d+)")
-SHIPPED = {"shapes": PRETRAINED / "model"}
-
-
-def folder_of(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:07d}"
 
 
 def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
@@ -52,14 +31,14 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
         write(temporary)
         files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
         record = {"step": step, **meta, "files": files}
-        record["sha256"] = _digest(record)
+        record["sha256"] = digest_of(record)
         (temporary / "meta.json").write_text(json.dumps(record, indent=1) + "\n")
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         if final.exists():  # only after a resume from an older step
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -78,26 +57,8 @@ def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
         shutil.rmtree(leftover)
 
 
-def complete(run: Path) -> list[Path]:
-    """All completely written checkpoints of a run, oldest first."""
-    folders = [
-        path.parent
-        for path in (run / "checkpoints").glob("step-*/meta.json")
-        if STEP.fullmatch(path.parent.name)
-    ]
-    return sorted(folders, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    return int(STEP.fullmatch(folder.name)[1])
-
-
-def latest(run: Path) -> Path | None:
-    return (complete(run) or [None])[-1]
-
-
 def latest_valid(run: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are renamed, with a warning."""
+    """Find the newest checkpoint whose files are what was written; damaged ones are renamed, with a warning."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name)]
     for folder in sorted(folders, key=step_of, reverse=True):
         problem = damage(folder)
@@ -113,7 +74,7 @@ def latest_valid(run: Path) -> Path | None:
 
 
 def refuse_damaged(run: Path) -> None:
-    """TrainingError if a run had checkpoints and none of them is whole: it must not begin anew unnoticed."""
+    """Raise TrainingError if a run had checkpoints and none is whole: it must not begin anew unnoticed."""
     damaged = sorted(run.glob("checkpoints/bad-step-*"))
     if damaged and latest(run) is None:
         raise TrainingError(
@@ -123,7 +84,7 @@ def refuse_damaged(run: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What differs from `meta.json`, or None."""
+    """Say what differs from `meta.json`, or None."""
     try:
         files = read_meta(folder)["files"]
     except (OSError, ValueError) as error:
@@ -139,141 +100,10 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """What `save` wrote. Raises ValueError if it is not that, OSError if it cannot be read."""
-    meta = parse_json(read_text(checkpoint / "meta.json"), "it")
-    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
-        raise ValueError("is not the record of a checkpoint")
-    written = meta.pop("sha256", None)  # absent in checkpoints of earlier versions
-    if written is not None and written != _digest(meta):
-        raise ValueError("has the wrong sha256")
-    if meta.get("step") != step_of(checkpoint):
-        raise ValueError(f"is of step {meta.get('step')!r}")
-    return meta
-
-
-def write_status(run: Path, state: str, step: int, **details: Any) -> None:
-    """`STATUS.json`, replaced atomically: running, preempted, done, crashed or failed. Job scripts decide by it."""
-    path, temporary = run / "STATUS.json", run / "STATUS.json.tmp"
-    text = json.dumps({"state": state, "step": step, "time": round(time.time(), 1), **details}) + "\n"
-    try:
-        temporary.write_text(text)
-        temporary.rename(path)
-    except OSError:  # a full disk still lets what is there be written over
-        temporary.unlink(missing_ok=True)
-        with path.open("r+") as file:
-            file.write(text.rstrip("\n").ljust(path.stat().st_size - 1) + "\n")
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """What `STATUS.json` says; empty if there is none or it cannot be read."""
-    try:
-        status = parse_json(read_text(run / "STATUS.json"), "STATUS.json")
-    except (OSError, ConfigError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Only one job may train in a run directory; the kernel frees the lock however the job ends.
-
-    It is a record lock (POSIX), which belongs to this process alone: data workers, which outlive a killed job by some
-    seconds, do not inherit it. A directory that holds nothing else afterwards, of a refused config, is removed again.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = _is_at(file.fileno(), run / ".lock")  # not removed by another job just now
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            alone = False
-        if not alone:
-            raise ConfigError(
-                f"another job is training in {run}; wait for it, stop it, or choose another run=..."
-            )
-        try:
-            yield
-        finally:
-            if os.path.isdir(run) and os.listdir(run) == [".lock"]:
-                (run / ".lock").unlink()
-                run.rmdir()
-
-
-class Presence:
-    """Tells whether a run directory is still the one that it was when this was made, also if it was made anew."""
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._handle = os.open(run, os.O_RDONLY)  # held open: its number cannot be given to another
-
-    def check(self) -> None:
-        """Raise TrainingError if the directory was deleted, moved or replaced."""
-        if not _is_at(self._handle, self.run):
-            raise TrainingError(
-                f"{self.run} was deleted, moved or replaced while this job trained in it; nothing more is written there. "
-                "Put it back and run the same command again, or begin anew"
-            )
-
-    def close(self) -> None:
-        os.close(self._handle)
-
-
-def model_folder(source: str | Path) -> Path:
-    """The model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or `shapes`, which the package ships.
-
-    `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
-    """
-    name, _, which = str(source).partition("@")
-    if str(source) in SHIPPED and not Path(source).exists():
-        return SHIPPED[str(source)]
-    if which not in ("", "model", "ema"):
-        raise ConfigError(f"'{source}': '@{which}' is unknown" + did_you_mean(which, ["model", "ema"]))
-    path = Path(name)
-    if not path.is_dir():
-        raise ConfigError(
-            f"'{name}' does not exist; give a run directory, a checkpoint, a model folder or "
-            f"the name of shipped weights ({', '.join(SHIPPED)})"
-        )
-    if (path / "config.json").is_file() and not which:
-        return path
-    checkpoint = path if (path / "meta.json").is_file() else latest(path)
-    if checkpoint is None:
-        raise ConfigError(f"'{name}' holds no complete checkpoint; train it first: nitro-e train CONFIG")
-    options = [folder for folder in ("ema", "model") if (checkpoint / folder).is_dir()]
-    which = which or options[0]
-    if which not in options:
-        raise ConfigError(f"{checkpoint} has no '{which}' weights; it has: {', '.join(options)}")
-    return checkpoint / which
-
-
-def _digest(record: dict[str, Any]) -> str:
-    """sha256 of plain data, however it is laid out in a file."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file or directory is the one that the path names now."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _fingerprint(path: Path) -> list:
-    """[bytes, sha256]"""
+    """Return [bytes, sha256], as `meta.json` holds them."""
     return [path.stat().st_size, sha256_of(path)]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""What the training loop measures of itself between two reports, and the line that a person sees of it."""
+"""Measurements of the training loop: means of metrics between two reports, throughput, and the line a person sees."""
 
 from __future__ import annotations
 
@@ -7,60 +7,98 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 from nitro_e.record import progress
+from nitro_e.training.parallel import sum_over_processes
 
 
-class Window:
-    """Sums of metrics since the last report, kept on the device, and where the time went."""
+def sum_and_count(value: Tensor) -> Tensor:
+    """Return a metric as its (2,) sum and count, of which means are made: a scalar counts once, a (2,) tensor is one."""
+    value = value.detach()
+    return value if value.ndim else torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
 
-    def __init__(self, since: int) -> None:
-        self.since, self.seconds_waiting, self._seconds_paused = since, 0.0, 0.0
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the (2,) sum and count of `values` where `mask` is 1; both have any one shape."""
+    return torch.stack([(values * mask).sum(), mask.sum()]).double()
+
+
+def mean_by(name: str, values: Tensor, index: Tensor, num: int) -> dict[str, Tensor]:
+    """Return the (2,) sums and counts of `values` (B,) by `index` (B,) in 0..num-1, as {NAME0: ..., NAME1: ...}."""
+    pairs = torch.stack(
+        [values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1
+    )  # (B, 2)
+    sums = pairs.new_zeros(num, 2).index_add_(0, index, pairs)
+    return {f"{name}{number}": sums[number] for number in range(num)}
+
+
+class MetricAverages:
+    """Sums of metrics over the steps since the last report, kept on the device, and where the time went."""
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step, self.seconds_waiting, self._seconds_excluded = first_step, 0.0, 0.0
         self._started = time.perf_counter()
         self.sums: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for batches: reading, and encoding what is not stored."""
+        """Count the block as waiting for batches: reading, and encoding what is not stored."""
         start = time.perf_counter()
         yield
         self.seconds_waiting += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is no training: images and checkpoints."""
+    def excluded(self) -> Iterator[None]:
+        """Leave the block out of the throughput: sampling and checkpointing."""
         start = time.perf_counter()
         yield
-        self._seconds_paused += time.perf_counter() - start
+        self._seconds_excluded += time.perf_counter() - start
 
     def add(self, prefix: str, logs: dict[str, Tensor]) -> None:
+        """Add the (2,) sums and counts of one step."""
         for name, pair in logs.items():
             self.sums[prefix + name] = self.sums.get(prefix + name, 0) + pair
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started - self._seconds_paused
-
-    def steps(self, now: int) -> int:
-        return now - self.since
-
-    def averages(self, device: torch.device, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over all processes, which `total` adds up on the device; names whose count is zero (an empty timestep bin) are left out."""
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Average over steps and processes, each of which must call it. Metrics that nothing was counted for are left out."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
         pairs = torch.stack([self.sums[name].to(device, torch.float64) for name in names])
-        pairs = total(pairs).cpu()
+        pairs = sum_over_processes(pairs).cpu()
         return {name: value / count for name, (value, count) in zip(names, pairs.tolist()) if count}
+
+    def throughput(
+        self,
+        step: int,
+        last_step: int,
+        batch: int,
+        forward_flops: float,
+        device: torch.device,
+        processes: int,
+    ) -> dict[str, float]:
+        """Return speed, waiting, time left and memory at `step`; batch: the global one, forward_flops: per sample."""
+        seconds, steps = time.perf_counter() - self._started - self._seconds_excluded, step - self.first_step
+        per_second = batch * steps / seconds
+        teraflops = per_second * 3 * forward_flops / 1e12  # backward costs two forwards
+        values = {
+            "samples_per_second": per_second,
+            "tflops": teraflops,
+            "data_wait": self.seconds_waiting / seconds,
+            "eta_seconds": (last_step - step) * seconds / steps,
+            "memory_gb": memory_gb(device),
+        }
+        peak = peak_teraflops(device)
+        return values if peak is None else {**values, "mfu": teraflops / (peak * processes)}
 
 
 class Progress:
-    """A bar on a terminal; in a log file one plain line per report."""
+    """Shows the training: a bar on a terminal, one plain line per report in a log file."""
 
     def __init__(self, name: str, step: int, steps: int, shown: bool) -> None:
         self.name, self.steps = name, steps
@@ -86,7 +124,7 @@ class Progress:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """`loss 2.2100  grad_norm 0.51  lr 1.0e-03  108 samples/s  0.9 GB  MFU 43%  ETA 0:12:34`"""
+    """Write a report as one line: `loss 2.2100  grad_norm 0.51  lr 1.0e-03  108 samples/s  0.9 GB  MFU 43%  ETA 0:12:34`"""
     shown = {
         "loss": lambda x: f"loss {x:.4f}", "grad_norm": lambda x: f"grad_norm {x:.3g}", "lr": lambda x: f"lr {x:.2e}",
         "samples_per_second": lambda x: f"{x:.1f} samples/s", "memory_gb": lambda x: f"{x:.1f} GB",
@@ -98,7 +136,7 @@ def summary(values: Mapping[str, float]) -> str:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Largest so far: of the GPU, or of this process."""
+    """Return the largest use of memory so far: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -106,11 +144,13 @@ def memory_gb(device: torch.device) -> float:
 
 
 # Dense bf16 peaks from the makers' data sheets.
-PEAK_TERAFLOPS = {"H200": 989, "H100": 989, "A100": 312, "MI300X": 1307, "L40S": 362, "RTX 4090": 165}
+PEAK_TERAFLOPS = {
+    "B200": 2250, "H200": 989, "H100": 989, "MI300X": 1307, "A100": 312, "L40S": 362, "RTX 4090": 165,
+}  # fmt: skip
 
 
 def peak_teraflops(device: torch.device) -> float | None:
-    """Of the GPU; None where it is not known, the CPU included."""
+    """Look up the GPU's peak; None where it is not known, the CPU included."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,54 +1,124 @@
-"""How a module is spread over processes: replicated (DDP) or sharded (FSDP2). Same numbers, same checkpoints. And who
-of the processes is missing when one of them has died.
+"""How training is spread over processes: modules replicated (DDP) or sharded (FSDP2), and sums over processes.
 
-Both give and take whole tensors under the raw module's names, so a checkpoint does not show what wrote it. The 304M
-model needs no sharding (4.9 GB for weights, Adam and average); it is there for larger ones.
+The only place that knows torch.distributed. Replicated and sharded modules give and take whole tensors under the raw
+module's names, so a checkpoint does not show what wrote it. The 304M model needs no sharding (4.9 GB for weights, Adam
+and average); it is there for larger ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import os
-import platform
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from nitro_e.config import ConfigError
+from nitro_e.interfaces import DistContext
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+# ---- collectives; every process must call them
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Add up a tensor of one shape over all processes. The argument itself stays as it is."""
+    if _is_alone():
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_processes(tensor: Tensor) -> Tensor:
+    """Concatenate the rows of all processes in the order of their ranks; every process has as many."""
+    if _is_alone():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Tell whether any process says yes."""
+    return bool(sum_over_processes(torch.tensor(int(flag), device=device)))
+
+
+def dist_context(accelerator: Accelerator) -> DistContext:
+    """Describe the processes of this run to code that may also run alone."""
+    return DistContext(accelerator.process_index, accelerator.num_processes, sum_over_processes)
+
+
+def is_collective_error(error: Exception) -> bool:
+    """Tell whether a collective failed. NCCL's errors have a class; gloo's are RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def _is_alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+# ---- sharded tensors
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Gather the shards of a DTensor, which every process must do; other tensors are returned as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor; other tensors are returned as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Put a whole tensor onto the device of `like`, sharded as `like` is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+# ---- sharded modules
 
 
 class Replicated:
-    """Every process holds everything; gradients are averaged (DDP when there are several processes)."""
+    """Every process holds all parameters; gradients are averaged (DDP when there are several processes)."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
+    def keep_whole(self, model: nn.Module) -> None:
+        """Prepare what `whole` returns; called before `place`."""
+
     def place(self, module: nn.Module) -> None:
-        """Before optimisers are made."""
+        """Distribute the parameters; called before optimisers are made of them."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """What losses call instead of the module."""
+        """Return what losses call instead of the module."""
         return self.accelerator.prepare_model(module)
 
     def synchronize(self, net: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients travel only with the last micro-batch of a step."""
+        """Exchange gradients only with the last micro-batch of a step."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(net)
 
     def whole(self, model: nn.Module) -> nn.Module:
-        """The model with whole tensors, for images and files. Every process must call it."""
+        """Return the model with whole tensors, for images and files. Every process must call it."""
         return model
 
 
 class Sharded(Replicated):
-    """Every process holds a slice of each parameter (FSDP2: `fully_shard` per block)."""
+    """Every process holds a shard of each parameter (FSDP2: `fully_shard` per block)."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
@@ -60,13 +130,10 @@ class Sharded(Replicated):
             raise ConfigError(
                 f"engine.sharding 'fsdp' on CPUs needs a newer torch than {torch.__version__}; use engine.sharding=ddp"
             )
-        self.mesh = torch.distributed.device_mesh.init_device_mesh(
-            accelerator.device.type, (accelerator.num_processes,)
-        )
+        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self._whole: dict[int, nn.Module] = {}
 
     def keep_whole(self, model: nn.Module) -> None:
-        """Make the unsharded copy that `whole` fills; call before `place`."""
         self._whole[id(model)] = copy.deepcopy(model)
 
     def place(self, module: nn.Module) -> None:
@@ -81,7 +148,7 @@ class Sharded(Replicated):
         return module
 
     @contextlib.contextmanager
-    def synchronize(self, net: nn.Module, last: bool):
+    def synchronize(self, net: nn.Module, last: bool) -> Iterator[None]:
         net.set_requires_gradient_sync(last)
         yield
 
@@ -98,132 +165,31 @@ SHARDING = {"ddp": Replicated, "fsdp": Sharded}
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: gather(tensor) for name, tensor in module.state_dict().items()}
+    """Return the state dict with whole tensors."""
+    return {name: whole_tensor(tensor) for name, tensor in module.state_dict().items()}
 
 
 def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict with whole tensors, on any device, into a module that may be sharded."""
     own = module.state_dict()
-    module.load_state_dict({name: scatter(tensor, own[name]) for name, tensor in state.items()})
+    module.load_state_dict({name: sharded_like(tensor, own[name]) for name, tensor in state.items()})
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """{parameter name: {moment: tensor}}; rates and decay belong to the config."""
+    """Return {parameter name: {moment: whole tensor}}; rates and decay belong to the config."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return {
-        names[parameter]: {key: gather(value) for key, value in values.items()}
+        names[parameter]: {key: whole_tensor(value) for key, value in values.items()}
         for parameter, values in optimizer.state.items()
     }
 
 
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` returned; moments are sharded as their parameters are."""
     parameters = dict(module.named_parameters())
     for name, values in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            key: scatter(value, parameter) if value.shape == parameter.shape else value
+            key: sharded_like(value, parameter) if value.shape == parameter.shape else value
             for key, value in values.items()
         }
-
-
-def gather(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def scatter(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor laid out as `like` is."""
-    tensor = tensor.to(like.device)
-    return (
-        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-    )
-
-
-# ---- who is there
-
-
-class Attendance:
-    """A file per process, `RUN/processes/rank-N.json`, with host, process id, step and time.
-
-    When a collective fails, the processes that are left read there which one is missing: the backends do not say.
-    """
-
-    EVERY = 5.0  # seconds between signatures
-    LATE = 20.0  # seconds between the last signatures of this process and of one that fell behind
-
-    def __init__(self, run: Path, rank: int, world: int) -> None:
-        self.folder, self.rank, self.world = run / "processes", rank, world
-        self._signed = 0.0
-
-    def sign(self, step: int) -> None:
-        """Say that this process has reached `step`; at most every few seconds, so it may be called at every step."""
-        if 0 <= time.time() - self._signed < self.EVERY:
-            return
-        self._signed = round(time.time(), 1)
-        row = {"host": platform.node(), "pid": os.getpid(), "step": step, "time": self._signed}
-        with contextlib.suppress(OSError):  # a full disk: saving reports it
-            self.folder.mkdir(exist_ok=True)
-            self._file(self.rank).write_text(json.dumps(row) + "\n")
-
-    def leave(self) -> None:
-        """Take the file away, at the end."""
-        with contextlib.suppress(OSError):
-            self._file(self.rank).unlink(missing_ok=True)
-            self.folder.rmdir()  # by the last one
-
-    def missing(self, error: Exception) -> str | None:
-        """Which processes are missing, if `error` is of a collective that one of them did not answer; else None."""
-        if self.world == 1 or not _is_of_collective(error):
-            return None
-        for _ in range(
-            30
-        ):  # a connection closes some moments before the process that held it is seen to be dead
-            found = [self._look(rank) for rank in range(self.world) if rank != self.rank]
-            if any(found):
-                break
-            time.sleep(0.1)
-        named = "; ".join(line for line in found if line)
-        return named or (
-            f"a process does not answer ({_first_line(error)}), none of this host: look at the messages of the other hosts"
-        )
-
-    def _look(self, rank: int) -> str | None:
-        """What is wrong with a process, as far as this one can see; those that wait like this one look well."""
-        try:
-            row = json.loads(self._file(rank).read_text())
-            who = f"process {rank} (pid {row['pid']} on {row['host']}, last seen at step {row['step']})"
-            behind = self._signed - row["time"]
-            state = _state_of(row["pid"]) if row["host"] == platform.node() else None
-        except FileNotFoundError:
-            return f"process {rank} has left, or has not begun to train"
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if state in ("Z", "X", "gone"):
-            return f"{who} has died: killed, or out of memory"
-        if state == "T":
-            return f"{who} is stopped: continue it (kill -CONT) or end it"
-        if behind > self.LATE:
-            return f"{who} fell {behind:.0f} s behind: it hangs, or its host is lost"
-        return None
-
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank}.json"
-
-
-def _is_of_collective(error: Exception) -> bool:
-    """NCCL's errors have a class; gloo's are plain RuntimeErrors that name its source files."""
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
-
-
-def _state_of(pid: int) -> str | None:
-    """R, S, T (stopped), Z, ... of a process on this host, or "gone"; None where there is no /proc."""
-    if not Path("/proc/self/stat").exists():
-        return None
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "gone"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -29,9 +29,8 @@ from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe, released
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.record.progress import bar
+from nitro_e.training.meters import peak_teraflops
 
-# bf16, dense
-PEAK = {"B200": 2250, "H200": 989, "H100": 989, "MI300X": 1307, "A100": 312, "L40S": 362, "4090": 165}
 # the product whose rate counts as what is possible
 MATMUL = {"cpu": (1664, 768, 2304), "cuda": (8192, 8192, 8192)}
 
@@ -212,7 +211,7 @@ def _peak(device: str, dtype: torch.dtype) -> float | None:
     """Data sheet TFLOP/s, dense, of a 16-bit type on this GPU, or None."""
     if device == "cpu" or dtype == torch.float32:
         return None
-    return next((peak for name, peak in PEAK.items() if name in torch.cuda.get_device_name()), None)
+    return peak_teraflops(torch.device(device))
 
 
 def table(rows: list[Row]) -> str:

@@ -11,7 +11,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import sqlite3
 import tarfile
 import zlib
@@ -22,7 +21,7 @@ from typing import Any, TextIO
 from nitro_e.config import ConfigError, check_characters, did_you_mean, read_text
 from nitro_e.data.index import Problem
 from nitro_e.data.manifests import digest
-from nitro_e.files import sha256_of
+from nitro_e.files import atomic_path, sha256_of
 from nitro_e.record.progress import bar
 
 csv.field_size_limit(1 << 24)
@@ -153,13 +152,8 @@ class CaptionTable:
         path = folder / f"captions-{identity[:16]}.sqlite"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.unlink(missing_ok=True)
-            try:
+            with atomic_path(path) as temporary:
                 _fill(temporary, source, id_column, caption_column)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
         table = cls(path, identity)
         with sqlite3.connect(path) as connection:
             twice = connection.execute("SELECT id FROM duplicates ORDER BY id").fetchall()

@@ -26,8 +26,9 @@ from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.gan_losses import Kind, Logits
 from nitro_e.stages.distill.heads import Backbone, FixedHeads, HeadConfig
 from nitro_e.stages.distill.inputs import DistillBatch, Draft
-from nitro_e.stages.distill.objective import Shared, masked_mean
+from nitro_e.stages.distill.objective import Shared
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
+from nitro_e.training.meters import masked_mean
 from nitro_e.training.optim import OptimConfig
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nitro_e.config import Config, Ge, Gt, TrainingError
 from nitro_e.stages.distill.inputs import DistillBatch, Draft
-from nitro_e.stages.distill.objective import masked_mean
+from nitro_e.training.meters import masked_mean
+from nitro_e.training.parallel import sum_over_processes
 
 log = logging.getLogger(__name__)
 NAMES = ("gap", "std_ratio", "mean_drift")
@@ -79,10 +80,3 @@ def act(config: GuardConfig, alarms: Tensor, values: Tensor, step: int) -> None:
             raise TrainingError(message)
         log.warning(message)
         alarms[NAMES.index(name)] = 0
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        tensor = tensor.clone()
-        torch.distributed.all_reduce(tensor)
-    return tensor

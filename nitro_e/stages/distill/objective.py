@@ -52,8 +52,3 @@ class Objective(Protocol):
 
     def loss(self, draft: Draft, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) what to minimise, and what to log as in Phase.loss."""
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """(2,) sum and count where mask is 1, as metrics want them."""
-    return torch.stack([(values * mask).sum(), mask.sum()]).double()

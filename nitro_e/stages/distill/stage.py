@@ -29,7 +29,6 @@ from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import (
     GuardConfig,
     describe_draft,
-    sum_over_processes,
 )
 from nitro_e.stages.distill.heads import Backbone
 from nitro_e.stages.distill.inputs import (
@@ -48,6 +47,7 @@ from nitro_e.stages.distill.regression import (
     ReflowConfig,
 )
 from nitro_e.training.optim import OptimConfig
+from nitro_e.training.parallel import sum_over_processes
 
 OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of DistillConfig
     "diffusion": Diffusion,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nitro_e.config import ConfigError
@@ -76,12 +75,3 @@ class Layout:
         """(image of the process, step of the window) of every row of an update, image by image."""
         images = torch.arange(update, self.slots_per_rank, self.updates)
         return images.repeat_interleave(self.steps), torch.arange(self.steps).repeat(len(images))
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """Rows of all processes, in their order."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

@@ -36,12 +36,14 @@ from nitro_e.stages.grpo.adapter import (
     save_adapter,
 )
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
-from nitro_e.stages.grpo.groups import Layout, gather, group_prompts
+from nitro_e.stages.grpo.groups import Layout, group_prompts
 from nitro_e.stages.grpo.losses import ClippedConfig, NFTConfig
 from nitro_e.stages.grpo.policy import Guided, Policy, guided_velocity
 from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory, take
 from nitro_e.stages.grpo.sde import Schedule, Transitions, Window
+from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
+from nitro_e.training.parallel import gather_over_processes
 
 WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of its images unscored
 
@@ -219,7 +221,7 @@ class GRPO:
             torch.cat([part.latents for part in parts]),
         )
         self.check_rewards()
-        everything = gather(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
+        everything = gather_over_processes(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
         advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
         asked = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
@@ -228,7 +230,7 @@ class GRPO:
         )
         stats |= {
             "advantage": advantage.abs().mean(),
-            "diversity": diversity(gather(torch.cat(views)).unflatten(0, (-1, size))),
+            "diversity": diversity(gather_over_processes(torch.cat(views)).unflatten(0, (-1, size))),
             "window": torch.tensor(float(window.first)),
             "rollout": torch.tensor(float(rollout)),
         }
@@ -263,7 +265,7 @@ class GRPO:
     def check_rewards(self) -> None:
         """TrainingError where too many images of the last rollouts got no score; every process must call it."""
         counts = [[tally.unscored, tally.scored] for tally in self.scorer.tally.values()]
-        total = gather(torch.tensor([counts], device=self.device)).sum(dim=0).cpu()  # (R, 2)
+        total = gather_over_processes(torch.tensor([counts], device=self.device)).sum(dim=0).cpu()  # (R, 2)
         self.unscored.append(total)
         if len(self.unscored) <= WATCHED_ROLLOUTS:
             return
@@ -400,10 +402,8 @@ def diversity(views: Tensor) -> Tensor:
 
 
 def by_step(name: str, values: Tensor, step: Tensor, num: int) -> dict[str, Tensor]:
-    """(sum, count) of per-row values (R,) for every step of the sampler."""
-    pairs = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1)
-    sums = pairs.new_zeros(num, 2).index_add_(0, step, pairs)
-    return {f"{name}/step{index}": sums[index] for index in range(num)}
+    """Average per-row values (R,) for every step of the sampler."""
+    return mean_by(f"{name}/step", values, step, num)
 
 
 class Clock:

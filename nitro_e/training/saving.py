@@ -1,0 +1,104 @@
+"""When a run writes its checkpoints, what happens if it cannot, and from which one it continues."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from nitro_e.config import ConfigError
+from nitro_e.record import run_folder
+from nitro_e.training import checkpoint
+from nitro_e.training.parallel import any_process
+from nitro_e.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from nitro_e.training.engine import EngineConfig
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes the training state into the run directory, and reads it back."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        run: Path,
+        state: TrainingState,
+        accelerator: Accelerator,
+        *,
+        identity: dict[str, Any],
+        use: dict[str, Any],
+    ) -> None:
+        """identity: what must be the same for a resume to continue the same run. use: stored with published weights."""
+        self.config, self.run, self.state, self.accelerator = config, run, state, accelerator
+        self.identity, self.use = identity, use
+        self.saved_step: int | None = None
+        self.failures = 0  # in a row
+        self._due = False
+
+    def due(self) -> bool:
+        """Tell whether a checkpoint is to be written: from every `save_every` steps and the last one on, until it is."""
+        every = self.config.save_every if not self.failures else max(self.config.save_every // 2, 1)
+        self._due |= self.state.step % every == 0 or self.state.step == self.config.steps
+        return self._due
+
+    def save(self) -> str | None:
+        """Write a checkpoint, in which every process takes part. Returns why it failed (a full disk), or None.
+
+        A failure is counted; it is tried again at half the interval, and training goes on from memory.
+        """
+        published, gathered = self.state.published(), self.state.gather()
+        self.state.check_finite(gathered, run_folder.latest(self.run))
+        failure, self._due = "", False
+        if self.accelerator.is_main_process:
+            try:
+                checkpoint.save(
+                    self.run,
+                    self.state.step,
+                    lambda folder: self.state.write(folder, published, gathered, self.use),
+                    self._meta(),
+                )
+                checkpoint.prune(self.run, self.config.keep_last, self.config.keep_every)
+            except OSError as error:
+                failure = str(error)
+                log.error(
+                    "step %d could not be saved (%s); the checkpoints before it are untouched",
+                    self.state.step,
+                    error,
+                )
+        if any_process(bool(failure), self.accelerator.device):
+            self.failures += 1
+            return failure or "see process 0"
+        self.failures, self.saved_step = 0, self.state.step
+        return None
+
+    def resume(self) -> bool:
+        """Continue from the newest valid checkpoint of the run directory; False if there is none."""
+        with self.accelerator.main_process_first():  # the first to look renames damaged ones
+            folder = checkpoint.latest_valid(self.run)
+        if folder is None:
+            checkpoint.refuse_damaged(self.run)
+            return False
+        meta = run_folder.read_meta(folder)
+        changed = [
+            f"{key} was {meta.get(key)!r}, is {now!r}"
+            for key, now in self.identity.items()
+            if meta.get(key) != now
+        ]
+        if changed:
+            raise ConfigError(
+                f"{folder} is of another experiment ({'; '.join(changed)}); give this one its own run directory: run=..."
+            )
+        self.state.load(folder)
+        self.state.step, self.state.skipped = meta["step"], meta.get("skipped", 0)
+        self.saved_step = self.state.step
+        return True
+
+    def _meta(self) -> dict[str, Any]:
+        extras = {"world": self.accelerator.num_processes, "skipped": self.state.skipped}
+        return {**self.identity, **extras, "torch": torch.__version__}

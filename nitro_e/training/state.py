@@ -1,0 +1,173 @@
+"""The state of a training run: what its checkpoints hold, and what a resume puts back.
+
+    model/, ema/             published weights, for sampling and for stages that begin from them
+    trainer/PHASE.pt         module and optimisers of every phase
+    trainer/ema.pt           the average with its counters
+    trainer/posthoc_ema.pt   averages of post-hoc EMA
+    trainer/loss_scaler.pt   under float16
+
+All tensors are whole and under the raw modules' names: a run may continue on other numbers of processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from nitro_e.config import ConfigError, TrainingError
+from nitro_e.files import save_object
+from nitro_e.interfaces import Stage
+from nitro_e.model.pretrained import check_fits, save_pretrained
+from nitro_e.training.ema import EMAConfig, PostHocEMA, PostHocEMAConfig, make_ema
+from nitro_e.training.optim import build_optimizers
+from nitro_e.training.parallel import (
+    SHARDING,
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+)
+
+
+class TrainingState:
+    """Modules, optimisers and averages of a stage, and the step that they have reached."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        accelerator: Accelerator,
+        *,
+        sharding: str,
+        ema: EMAConfig | None,
+        posthoc_ema: PostHocEMAConfig | None,
+        snapshots: Path | None,
+    ) -> None:
+        """snapshots: the folder of post-hoc EMA in the process that writes it, None in the others."""
+        self.stage, self.scaler = stage, accelerator.scaler
+        self.step = self.skipped = 0  # optimiser steps that were done; of them, left out as not finite
+        self.parallel = SHARDING[sharding](accelerator)
+        self.ema = None if ema is None else make_ema(stage.model, ema)
+        # Sharded before optimisers are made of the parameters.
+        for model in self._models().values():
+            self.parallel.keep_whole(model)
+        for phase in stage.phases:
+            self.parallel.place(phase.module)
+        if self.ema is not None:
+            self.parallel.place(self.ema.ema_model)
+        self.posthoc = None
+        if posthoc_ema is not None:
+            self.posthoc = PostHocEMA(stage.model, posthoc_ema.sigma_rels, snapshots, posthoc_ema.every)
+        self.optimizers = []
+        for phase in stage.phases:
+            optimizers = build_optimizers(phase.module, phase.optim)
+            self.optimizers.append([accelerator.prepare_optimizer(optimizer) for optimizer in optimizers])
+            phase.net = self.parallel.wrap(phase.module)
+
+    def update_averages(self) -> None:
+        """Average in the weights after optimiser step `self.step`."""
+        if self.ema is not None:
+            self.ema.update()
+        if self.posthoc is not None:
+            self.posthoc.update(self.step)
+
+    def finish_averages(self) -> None:
+        """Write the last snapshot of post-hoc EMA, unless it fell due by itself."""
+        if self.posthoc is not None and self.posthoc.step % self.posthoc.every:
+            self.posthoc.snapshot()
+
+    def published(self) -> dict[str, nn.Module]:
+        """Return the models to publish, by folder name. Every process must call it."""
+        return {name: self.stage.export(self.parallel.whole(model)) for name, model in self._models().items()}
+
+    def gather(self) -> dict[str, Any]:
+        """Collect everything that a resume needs, {file: content}. Every process must call it."""
+        gathered: dict[str, Any] = {
+            phase.name: {
+                "module": module_state(phase.module),
+                "optimizers": [
+                    optimizer_state(phase.module, optimizer.optimizer) for optimizer in optimizers
+                ],
+            }
+            for phase, optimizers in zip(self.stage.phases, self.optimizers)
+        }
+        if self.ema is not None:
+            gathered["ema"] = {
+                "module": module_state(self.ema.ema_model),
+                "step": self.ema.step.clone(),
+                "initted": self.ema.initted.clone(),
+            }
+        if self.posthoc is not None:
+            gathered["posthoc_ema"] = self.posthoc.state_dict()
+        if self.scaler is not None:
+            gathered["loss_scaler"] = self.scaler.state_dict()
+        return gathered
+
+    def check_finite(self, gathered: dict[str, Any], last_checkpoint: Path | None) -> None:
+        """Raise TrainingError if a parameter is NaN or infinite; buffers may hold NaN for what is not known yet."""
+        modules = {phase.name: phase.module for phase in self.stage.phases}
+        if self.ema is not None:
+            modules["ema"] = self.ema.ema_model
+        broken = [
+            name
+            for part, module in modules.items()
+            for name, _ in module.named_parameters()
+            if not gathered[part]["module"][name].isfinite().all()
+        ]
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} parameters are not finite after step {self.step}, such as {broken[0]}; nothing was "
+                f"saved. The last checkpoint is {last_checkpoint}; lower the learning rate and continue from it"
+            )
+
+    def write(
+        self, folder: Path, published: dict[str, nn.Module], gathered: dict[str, Any], use: dict[str, Any]
+    ) -> None:
+        """Fill the folder of a checkpoint. use: stored with the published weights, for sampling."""
+        write_extras = getattr(self.stage, "write_extras", None)
+        for name, model in published.items():
+            save_pretrained(model, folder / name, use)
+            if write_extras is not None:
+                write_extras(self._models()[name], folder / name)
+        (folder / "trainer").mkdir()
+        for name, content in gathered.items():
+            save_object(content, folder / "trainer" / f"{name}.pt")
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from the folder of a checkpoint. ConfigError if it is of another architecture or kind of training."""
+        for phase, optimizers in zip(self.stage.phases, self.optimizers):
+            content = _read(checkpoint, phase.name)
+            check_fits(phase.module, content["module"], checkpoint)
+            load_module_state(phase.module, content["module"])
+            if len(content["optimizers"]) != len(optimizers):
+                raise ConfigError(
+                    f"{checkpoint} was trained with another kind of optimiser; set optim.kind back, or use init_from"
+                )
+            for optimizer, saved in zip(optimizers, content["optimizers"]):
+                load_optimizer_state(phase.module, optimizer.optimizer, saved)
+        if self.ema is not None:
+            content = _read(checkpoint, "ema")
+            load_module_state(self.ema.ema_model, content["module"])
+            self.ema.step.copy_(content["step"])
+            self.ema.initted.copy_(content["initted"])
+        if self.posthoc is not None:
+            self.posthoc.load_state_dict(_read(checkpoint, "posthoc_ema"))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(_read(checkpoint, "loss_scaler"))
+
+    def _models(self) -> dict[str, nn.Module]:
+        models = {"model": self.stage.model}
+        return models if self.ema is None else {**models, "ema": self.ema.ema_model}
+
+
+def _read(checkpoint: Path, name: str) -> dict[str, Any]:
+    path = checkpoint / "trainer" / f"{name}.pt"
+    if not path.exists():
+        raise ConfigError(
+            f"{checkpoint} has no '{name}' to resume: the config asks for something that was off before; put it back, or "
+            f"start a new run with init_from={checkpoint}"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
