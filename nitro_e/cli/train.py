@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML recipe, see configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 data.batch_size=64"
+        "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 batch=64"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, then exit")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow --dry-run

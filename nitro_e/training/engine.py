@@ -28,7 +28,7 @@ from ema_pytorch import EMA
 from PIL import Image
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, Gt, Lt, TrainingError
 from nitro_e.files import save_object
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.model.pretrained import check_fits, save_pretrained
@@ -75,7 +75,6 @@ class EMAConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Config):
     steps: Annotated[int, Ge(1)]  # optimiser steps
-    accumulate: Annotated[int, Ge(1), Le(1_000_000)] = 1  # micro-batches per process and step
     # of the forward pass; weights stay float32
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -134,11 +133,15 @@ class Engine:
 
     def __init__(
         self, config: EngineConfig, stage: Stage, accelerator: Accelerator, *, run: Path, seed: int,
-        use: dict[str, Any], record: dict[str, Any], hooks: tuple[Hook, ...] = (),
+        use: dict[str, Any], record: dict[str, Any], accumulate: int = 1, hooks: tuple[Hook, ...] = (),
     ) -> None:  # fmt: skip
-        """use: stored with exported weights for sampling; record: the resolved config, for trackers."""
+        """use: stored with exported weights for sampling; record: the resolved config, for trackers.
+
+        accumulate: micro-batches per process and step, see BatchConfig.split.
+        """
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.run_folder, self.seed, self.use, self.record, self.hooks = run, seed, use, record, hooks
+        self.accumulate = accumulate
         self.main = accelerator.is_main_process
         self.step = self.skipped = self.skipped_in_row = self.failed_saves = 0
         self.saved_step: int | None = None
@@ -215,7 +218,7 @@ class Engine:
 
     def _loop(self) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        stream = self.stage.batches(self.step, rank, world, self.config.accumulate)
+        stream = self.stage.batches(self.step, rank, world, self.accumulate)
         progress = Progress(self.stage.name, self.step, self.config.steps, shown=self.main)
         self._first_step = self.step
         self._window = Window(self.step)
@@ -246,7 +249,7 @@ class Engine:
     def _train_step(self, stream: Iterator[Any]) -> None:
         """One optimiser step of every phase, and of the averages if none was skipped."""
         with self._window.waiting():
-            batches = list(islice(stream, self.config.accumulate))
+            batches = list(islice(stream, self.accumulate))
         done = [self.update(index, batches) for index in range(len(self.stage.phases))]
         if not all(done):
             self._count_skip(batches)
@@ -313,7 +316,7 @@ class Engine:
     def _random(self, phase: Phase, micro: int) -> SlotRandom:
         """The numbers of this process's slots: the global batch is ranks in order, each rank its micro-batches."""
         count = self.stage.batch_size
-        first = (self.accelerator.process_index * self.config.accumulate + micro) * count
+        first = (self.accelerator.process_index * self.accumulate + micro) * count
         purpose = (self.seed, self.stage.name, phase.name, self.step)
         return SlotRandom(*purpose, first=first, count=count, device=self.accelerator.device)
 
@@ -358,7 +361,7 @@ class Engine:
             self.presence.check()
         total = partial(self.accelerator.reduce, reduction="sum")
         values = self._window.averages(self.accelerator.device, total)
-        samples = self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
+        samples = self.stage.batch_size * self.accumulate * self.accelerator.num_processes
         per_second = samples * self._window.steps(self.step) / self._window.seconds
         teraflops = per_second * 3 * self.stage.forward_flops / 1e12  # backward costs two forwards
         values |= {
@@ -590,7 +593,7 @@ class Engine:
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resume to continue the same run."""
         data = {f"data {key}": value for key, value in self.stage.fingerprint.items()}
-        batch = self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
+        batch = self.stage.batch_size * self.accumulate * self.accelerator.num_processes
         return {"stage": self.stage.name, "seed": self.seed, "global batch": batch, **data}
 
     def _meta(self) -> dict[str, Any]:
