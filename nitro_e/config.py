@@ -10,9 +10,12 @@ Bounds stand on the key's own line, and hold however the object is made (its cla
     clip: Annotated[float, Gt(0), "a large value switches clipping off"]      # a string is the remedy
 Numbers are finite everywhere, and whole ones fit into 64 bits.
 
-A dataclass may declare two class variables that `from_dict` understands:
+A dataclass may declare what `from_dict` understands:
     PRESETS    name -> plain dict; `preset: NAME` in the data starts from that dict, other keys override it.
-    SHORTHAND  a field name; a bare string in the data stands for `{SHORTHAND: string}`.
+    SHORTHAND  a key; a bare string or number in the data stands for `{SHORTHAND: value}`.
+    derive     a class method that fills in keys which follow from others.
+A field is read and written under its own name, or under the `key` of its metadata: `metadata={"key": "global"}` for
+a word that Python keeps to itself, `metadata={"key": None}` for what is set in Python only and is no key of recipes.
 """
 
 from __future__ import annotations
@@ -85,22 +88,33 @@ Seed = Annotated[int, Ge(0)]
 class Config:
     """Base of the config dataclasses: every object, however it is made, keeps the bounds in its annotations.
 
-    A class with rules across its fields has a `__post_init__` of its own, which calls this one first."""
+    A class with rules across its fields has a `__post_init__` of its own, which calls this one first.
+    """
 
     OPTIONS: ClassVar[bool] = False  # the fields are options of a command: messages call them --so
     RENAMED: ClassVar[Mapping[str, str]] = {}  # a key of older recipes -> what to write instead
     ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # key -> older names of its values -> today's
 
     def __post_init__(self) -> None:
-        for name, hint in _annotations(type(self)).items():
-            where = f"--{name.replace('_', '-')}" if self.OPTIONS else name
-            check_bounds(hint, getattr(self, name), where)
+        hints = _annotations(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            where = f"--{field.name.replace('_', '-')}" if self.OPTIONS else key_of(field) or field.name
+            check_bounds(hints[field.name], getattr(self, field.name), where)
+
+    @classmethod
+    def derive(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Plain data -> the same with the keys that follow from others. `data` itself is not changed."""
+        return data
 
 
 @functools.cache
 def _annotations(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def key_of(field: dataclasses.Field) -> str | None:
+    """The name of a field in recipes; None if it is no key of recipes."""
+    return field.metadata.get("key", field.name)
 
 
 def check_bounds(hint: Any, value: Any, where: str, bounds: tuple = ()) -> None:
@@ -262,20 +276,28 @@ def apply_override(data: dict, override: str) -> None:
     data[leaf] = parse_yaml(value, f"override '{override}'") if value else None
 
 
+def is_overridden(key: str, overrides: Sequence[str]) -> bool:
+    """Whether overrides set this key, a part of it, or what it is a part of."""
+    names = [override.partition("=")[0] for override in overrides]
+    return any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in names)
+
+
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     """Build dataclass `cls` from plain data; unknown keys, wrong types and missing fields raise ConfigError."""
     shorthand = getattr(cls, "SHORTHAND", None)
-    if shorthand is not None and isinstance(data, str):
+    if shorthand is not None and isinstance(data, (str, int, float)) and not isinstance(data, bool):
         data = {shorthand: data}
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path or 'config'}: expected a mapping, got {data!r}")
     data = _expand_preset(cls, dict(data), path)
+    if issubclass(cls, Config):
+        data = cls.derive(data)
+    parent = f"{path}." if path else ""
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {key: field for field in dataclasses.fields(cls) if (key := key_of(field)) is not None}
     values = {}
     for key, value in data.items():
-        where = f"{path}.{key}" if path else str(key)
-        parent = f"{path}." if path else ""
+        where = f"{parent}{key}"
         if key in getattr(cls, "RENAMED", {}):
             raise ConfigError(
                 f"key '{where}' is of an older version; write {parent}{cls.RENAMED[key]} instead"
@@ -284,12 +306,14 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
             raise ConfigError(
                 f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields])
             )
+        field = fields[key]
         if isinstance(value, str):
             value = getattr(cls, "ALIASES", {}).get(key, {}).get(value, value)
-        values[key] = _coerce(hints[key], _complete(fields[key], value), where)
-    for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"missing key '{path + '.' if path else ''}{name}' ({_type_name(hints[name])})")
+        values[field.name] = _coerce(hints[field.name], _complete(field, value), where)
+    for key, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            raise ConfigError(f"missing key '{parent}{key}' ({_type_name(hints[field.name])})")
     try:
         return cls(**values)
     except ConfigError as error:  # raised by __post_init__, which does not know where it stands
@@ -303,7 +327,8 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
 def to_dict(config: Any) -> Any:
     """The plain data (dict, list, scalars) that `from_dict` turns back into an equal object."""
     if dataclasses.is_dataclass(config):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        fields = [(key_of(field), field.name) for field in dataclasses.fields(config)]
+        return {key: to_dict(getattr(config, name)) for key, name in fields if key is not None}
     if isinstance(config, Mapping):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, (tuple, list)):

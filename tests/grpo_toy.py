@@ -200,7 +200,9 @@ def pretrain(seed: int, steps: int = 800, net: Net | None = None) -> Net:
     return net
 
 
-def train(run: Path, stage_options: dict, net=None, stop=None, seed=1, cls=ToyGRPO, **options) -> Engine:
+def train(
+    run: Path, stage_options: dict, net=None, stop=None, seed=1, cls=ToyGRPO, accumulate=1, **options
+) -> Engine:
     options = {
         "steps": 8,
         "save_every": 4,
@@ -215,9 +217,9 @@ def train(run: Path, stage_options: dict, net=None, stop=None, seed=1, cls=ToyGR
         run.mkdir(exist_ok=True, parents=True)
     accelerator.wait_for_everyone()
     stage = make_stage(
-        net, accelerator.num_processes, config.accumulate, seed, cls=cls, autocast=accelerator.autocast, **stage_options
+        net, accelerator.num_processes, accumulate, seed, cls=cls, autocast=accelerator.autocast, **stage_options
     )  # fmt: skip
-    trainer = Engine(config, stage, accelerator, run=run, seed=seed, use={}, record={})
+    trainer = Engine(config, stage, accelerator, run=run, seed=seed, use={}, record={}, accumulate=accumulate)
     if stop is not None:  # as if SIGTERM came during step `stop`
         original = trainer.update
 

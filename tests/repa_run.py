@@ -12,7 +12,7 @@ from nitro_e.cli import make_shapes
 
 RECIPE = ROOT / "configs" / "shapes" / "1_pretrain.yaml"
 SMALL = (
-    "data.batch_size=4", "engine.save_every=2", "engine.log_every=1", "engine.sample_every=0", "engine.tracker=none",
+    "batch=4", "engine.save_every=2", "engine.log_every=1", "engine.sample_every=0", "engine.tracker=none",
     "evaluation=null", "stage.optim.warmup=2",
 )  # fmt: skip
 

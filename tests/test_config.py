@@ -244,12 +244,13 @@ def test_every_number_of_a_recipe_is_finite_and_has_bounds():
 
 RECIPE = """
 name: toy
-model: {preset: micro-8, latent_channels: 24, text_width: 128}
+model: {preset: micro-8}
 stage: {kind: flow_matching, optim: {warmup: 2}}
-data: {shards: [a.tar], batch_size: 4, resolution: 64}
+data: {shards: [a.tar], resolution: 64}
+batch: {global: 4}
 components: {codec: dct-f8c24, text: hash}
 engine: {steps: 6, ema: {beta: 0.9}}
-sampling: {resolution: 64, steps: 2}
+sampling: {steps: 2}
 """
 
 
@@ -287,7 +288,9 @@ sampling: {resolution: 64, steps: 2}
         ("data.cache_gb=-1", "data.cache_gb must be above 0"),
         ("data.max_bad_fraction=.nan", "data.max_bad_fraction must be a finite number"),
         ("data.workers=100000", "data.workers must be at most 512"),
-        ("data.batch_size=1e12", "data.batch_size must be at most 65536"),
+        ("batch=1e12", "batch.global must be at most 10000000"),
+        ("batch.per_device=1e12", "batch.per_device must be at most 65536"),
+        ("batch={global: 4, per_device: 0}", "batch.per_device must be at least 1, got 0"),
         ("components.text={name: hash, length: 1e9}", "components.text.length must be at most 8192"),
         ("model.mlp_ratio=1e30", "model.mlp_ratio must be at most 100"),
         ("model.position_table=1e9", "model.position_table must be at most 1024"),

@@ -82,19 +82,20 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
 
     recipe, overrides = (
         ROOT / "configs/emoji/pretrain.yaml",
-        [f"data.shards=[{tmp_path}/*.tar]", "data.batch_size=4", *OPTIMIZER],
+        [f"data.shards=[{tmp_path}/*.tar]", "batch=4", *OPTIMIZER],
     )
-    assert tool.main(["which", str(recipe), *overrides, "--step", "3", "--world", "2"]) == 0
+    assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0
     run = load(RunConfig, recipe, overrides)
     data = open_data(run.data, need_pixels=False, seed=run.seed, stage=run.name)
-    assert capsys.readouterr().out.split() == data.keys(range(24, 32))
+    assert capsys.readouterr().out.split() == data.keys(range(12, 16))
 
 
 def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     """With a vision encoder in the recipe it looked for images, although the features are stored."""
     from nitro_e.cli.make_shapes import make_shards
     from nitro_e.config import load
-    from nitro_e.stages.recipe import RunConfig, open_run_data
+    from nitro_e.stages.assembly import open_run_data
+    from nitro_e.stages.recipe import RunConfig
 
     make_shards(tmp_path, "train", 12)
     encode = ["encode", f"{tmp_path}/shapes-train-*.tar", "--out", str(tmp_path), "--resolution", "64"]
@@ -104,7 +105,7 @@ def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     capsys.readouterr()
     columns = ", ".join(f"{tmp_path}/{name}-*.tar" for name in ("latents", "text", "features"))
     recipe = ROOT / "configs/shapes/1_pretrain.yaml"
-    overrides = [f"data.shards=[{columns}]", "data.batch_size=4", *OPTIMIZER]
+    overrides = [f"data.shards=[{columns}]", "batch=4", *OPTIMIZER]
     assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0
     data = open_run_data(load(RunConfig, recipe, overrides))
     records = data.records(3)

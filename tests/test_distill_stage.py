@@ -75,7 +75,8 @@ def recipe(pairs, folder, preset="ladd4", **overrides):
             "kind": "distill", "preset": preset, "teacher": str(pairs / "teacher"), "guards": None,
             "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2}, **SMALL[preset],
         },
-        "data": {"shards": [str(pairs / "pairs/*.tar")], "batch_size": 4, "resolution": 64, "workers": 0},
+        "data": {"shards": [str(pairs / "pairs/*.tar")], "resolution": 64, "workers": 0},
+        "batch": 4,
         "components": {"codec": "dct-f8c24", "text": "hash"},
         "engine": {"steps": 6, "save_every": 3, "sample_every": 0, "log_every": 1, "precision": "float32",
                    "tracker": "none", "ema": {"beta": 0.9}},
@@ -132,7 +133,7 @@ def test_two_processes_train_as_one(pairs, tmp_path):
     """Shared forward under DDP, the same pool and the same measured weight on both: the losses of one process."""
     path = recipe(pairs, tmp_path)
     pool = "stage.adversarial={start: 2, ramp: 2, misaligned: null, pool: {copies: 4, use: 2, width: 8, refresh: .1}}"
-    assert train.main([str(path), pool, "data.batch_size=8"]) == 0
+    assert train.main([str(path), pool, "batch=8"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "train.py"), str(path), pool, f"run={tmp_path / 'two'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -182,7 +183,7 @@ def test_the_student_starts_as_the_teacher_and_another_teacher_is_refused(pairs,
 def test_guards_stop_a_run_that_passes_a_limit(pairs, tmp_path, capsys):
     """A limit that every student passes: looked at every 50 steps, after `patience` of them."""
     path = recipe(pairs, tmp_path, "reflow")
-    overrides = ["data.batch_size=2", "engine.steps=60", "engine.save_every=60", "engine.ema=null"]
+    overrides = ["batch=2", "engine.steps=60", "engine.save_every=60", "engine.ema=null"]
     guards = "stage.guards={start: 0, patience: 5, mean_drift: 1e-9, std_ratio: 100}"
     assert train.main([str(path), guards, *overrides]) not in (0, 2)
     assert "mean_drift has been above 1e-09 for 50 steps" in capsys.readouterr().err

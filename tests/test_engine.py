@@ -75,7 +75,7 @@ class ToyStage:
         return published
 
 
-def train(run, stage=None, stop=None, hooks=(), **options) -> Engine:
+def train(run, stage=None, stop=None, hooks=(), accumulate=1, **options) -> Engine:
     options = {
         "steps": 12,
         "save_every": 4,
@@ -86,8 +86,9 @@ def train(run, stage=None, stop=None, hooks=(), **options) -> Engine:
     }
     config = EngineConfig(**options)
     trainer = Engine(
-        config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={}, hooks=hooks
-    )
+        config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={},
+        accumulate=accumulate, hooks=hooks,
+    )  # fmt: skip
     if stop is not None:  # as if SIGTERM came during step `stop`
         original, trainer.update = trainer.update, None
 

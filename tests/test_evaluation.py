@@ -372,12 +372,13 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
 
 RECIPE = """
 name: toy
-model: {preset: micro-8, latent_channels: 24, text_width: 128, gate_init: one}
+model: {preset: micro-8, gate_init: one}
 stage: {kind: flow_matching, optim: {lr: 2e-3, warmup: 2}}
-data: {shards: [SHARDS], batch_size: 4, resolution: 64, workers: 0}
+data: {shards: [SHARDS], resolution: 64, workers: 0}
+batch: {global: 4}
 components: {codec: dct-f8c24, text: hash}
 engine: {steps: 5, save_every: 3, sample_every: 0, log_every: 1, precision: float32, tracker: none, ema: {beta: 0.5}}
-sampling: {resolution: 64, steps: 2, guidance_scale: 2.0, grid: linear}
+sampling: {steps: 2, guidance_scale: 2.0, grid: linear}
 evaluation:
   prompts: {source: shapes-heldout, num: 12}
   rewards: [{name: shapes, label: partial, options: {score: partial}}, {name: shapes, options: {score: strict}}]

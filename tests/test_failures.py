@@ -66,13 +66,13 @@ from nitro_e.training.state import TrainingState
 
 # Name of the run: what differs from batch 8 on one process. All have global batch 8 and end at step 6.
 LAYOUTS = {
-    "two": ["data.batch_size=4"],
-    "two-accumulate": ["data.batch_size=2", "engine.accumulate=2"],
-    "grown": ["data.batch_size=4", "data.workers=1"],  # steps 1 to 3 on one process
-    "shrunk": ["data.batch_size=2", "engine.accumulate=2", "engine.steps=3"],  # steps 4 to 6 on one process
-    "sharded": ["data.batch_size=4", "engine.sharding=fsdp", "engine.steps=3"],  # so do these
-    "full-disk": ["data.batch_size=4", "engine.save_every=2"],
-    "flipped": ["data.batch_size=4", "data.shards=[SHARDS]", "data.max_bad_fraction=0.5"],
+    "two": ["batch=8"],
+    "two-accumulate": ["batch={global: 8, per_device: 2}"],
+    "grown": ["batch=8", "data.workers=1"],  # steps 1 to 3 on one process
+    "shrunk": ["batch={global: 8, per_device: 2}", "engine.steps=3"],  # steps 4 to 6 on one process
+    "sharded": ["batch=8", "engine.sharding=fsdp", "engine.steps=3"],  # so do these
+    "full-disk": ["batch=8", "engine.save_every=2"],
+    "flipped": ["batch=8", "data.shards=[SHARDS]", "data.max_bad_fraction=0.5"],
 }
 if not SHARDS_ON_CPU:
     del LAYOUTS["sharded"]
@@ -136,11 +136,11 @@ def runs(tmp_path_factory) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.replace("SHARDS", f"{folder}/toy-*.tar"))
     damaged = f"data.shards=[{folder}/other-*.tar]"
-    assert run_train(recipe, folder / "one", "data.batch_size=8") == 0
-    assert run_train(recipe, folder / "one-accumulate", "data.batch_size=4", "engine.accumulate=2") == 0
-    assert run_train(recipe, folder / "grown", "data.batch_size=8", "engine.steps=3") == 0
+    assert run_train(recipe, folder / "one", "batch=8") == 0
+    assert run_train(recipe, folder / "one-accumulate", "batch={global: 8, per_device: 4}") == 0
+    assert run_train(recipe, folder / "grown", "batch=8", "engine.steps=3") == 0
     # indexes the shard
-    assert run_train(recipe, folder / "flipped", "data.batch_size=8", "engine.steps=1", damaged) == 0
+    assert run_train(recipe, folder / "flipped", "batch=8", "engine.steps=1", damaged) == 0
     for key in ("0003", "0010"):
         flip_byte(folder / "other-000000.tar", key, "png")
     cases = {
@@ -151,7 +151,7 @@ def runs(tmp_path_factory) -> Path:
     done = torchrun(Path(__file__), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("shrunk", *SHARDED):
-        assert run_train(recipe, folder / name, "data.batch_size=8") == 0
+        assert run_train(recipe, folder / name, "batch=8") == 0
     return folder
 
 
@@ -242,11 +242,9 @@ def test_a_compiled_checkpoint_continues_uncompiled(runs, tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     recipe, run = runs / "recipe.yaml", tmp_path / "run"
-    assert (
-        run_train(recipe, run, "data.batch_size=8", "engine.steps=3", "engine.compile=true") == 0 and compiled
-    )
+    assert run_train(recipe, run, "batch=8", "engine.steps=3", "engine.compile=true") == 0 and compiled
     assert names_in(run_folder.latest(run)) == names_in(run_folder.latest(runs / "one"))
-    assert run_train(recipe, run, "data.batch_size=8") == 0
+    assert run_train(recipe, run, "batch=8") == 0
     for step, loss in losses(run).items():
         assert loss == pytest.approx(losses(runs / "one")[step], rel=1e-6)
 
@@ -343,7 +341,7 @@ def refusal(capsys) -> str:
 
 def test_changed_data_are_refused_with_the_difference(started, tmp_path, capsys):
     recipe, run = started
-    for option, words in (("data.batch_size=8", "global batch was 4, is 8"), ("seed=1", "seed was 0, is 1")):
+    for option, words in (("batch=8", "global batch was 4, is 8"), ("seed=1", "seed was 0, is 1")):
         assert run_train(recipe, run, option) == 2
         line = refusal(capsys)
         assert words in line and "step-0000003" in line and "run=" in line
@@ -358,7 +356,7 @@ def test_a_changed_weight_of_a_source_is_refused(started, tmp_path, capsys):
     write_shard(tmp_path / "more-000000.tar", samples())
     for weight, code in ((1.0, 0), (3.0, 2)):
         sources = f"a: {{shards: [{tmp_path}/toy-*.tar], weight: 1.0}}, b: {{shards: [{tmp_path}/more-*.tar], weight: {weight}}}"
-        data = f"data={{sources: {{{sources}}}, batch_size: 4, resolution: 64, workers: 0}}"
+        data = f"data={{sources: {{{sources}}}, resolution: 64, workers: 0}}"
         assert run_train(recipe, run, "engine.steps=1", data) == code
     assert "data quotas was [256, 256], is [128, 384]" in refusal(capsys)
 

@@ -25,12 +25,13 @@ ROOT = Path(__file__).parent.parent
 RECIPE = """
 name: tiny
 run: W/run
-model: {preset: micro-8, latent_channels: 24, text_width: 128}
+model: {preset: micro-8}
 stage: {kind: flow_matching, optim: {lr: 1e-3, warmup: 2}}
-data: {shards: [W/data-*.tar], batch_size: 2, resolution: 64, workers: 0}
+data: {shards: [W/data-*.tar], resolution: 64, workers: 0}
+batch: {global: 2}
 components: {codec: dct-f8c24, text: hash}
 engine: {steps: 2, save_every: 2, sample_every: 0, log_every: 1, precision: float32, tracker: none, ema: {beta: 0.9}}
-sampling: {resolution: 64, steps: 1}
+sampling: {steps: 1}
 """
 
 # ---- train.py W/tiny.yaml KEY=VALUE --dry-run
@@ -42,7 +43,7 @@ REAL_KEYS = """stage.optim.lr stage.optim.muon_lr stage.optim.eps stage.optim.we
     stage.optim.decay stage.timesteps.std stage.timesteps.shift stage.caption_dropout engine.ema.beta
     sampling.guidance_scale sampling.shift data.max_bad_fraction data.cache_gb model.mlp_ratio"""
 COUNT_KEYS = """seed engine.steps engine.keep_every engine.sample_every engine.max_skips engine.keep_last stage.optim.warmup
-    sampling.steps sampling.resolution data.batch_size data.workers data.tolerate_shards model.width model.heads
+    sampling.steps sampling.resolution batch data.workers data.tolerate_shards model.width model.heads
     model.position_table"""
 
 OVERRIDES = """
@@ -50,7 +51,7 @@ OVERRIDES = """
     stage.optim.betas=[.nan,0.9]   stage.optim.betas=[0.9]   stage.optim.lr=1e6   engine.keep_last=1   engine.log_every=0
     engine.save_every=0   engine.tracker=mlflow   engine.compile=1   'engine.steps=['   'engine.steps=&a [*a]'   =5
     engine.steps   __class__=5   engine.posthoc_ema={every: 0}   'engine.posthoc_ema={sigma_rels: [.nan, 0.1]}'
-    'engine={steps: 3, steps: 4}'   engine.steps=2024-13-45   data.workers=100000   data.batch_size=1e12
+    'engine={steps: 3, steps: 4}'   engine.steps=2024-13-45   data.workers=100000   batch=1e12   data.batch_size=4   engine.accumulate=2
     data.resolution=0   data.resolution=63   data.shards=foo   data.shards=[]   "data.shards=['']"   data.shards=[/tmp]
     data.shards=[W/none-*.tar]   data.shards=[@W/none]   data.shards=[@W/binary.txt]   "data.shards=['pipe:id']"
     "data.shards=['a-{5..1}.tar']"   data.shards=[W/zero.tar]   data.shards=[W/cut.tar]   data.shards=[W/empty.tar]
@@ -143,7 +144,7 @@ TOOLS = {
         verify W/broken.tar --deep ; encode W/broken.tar --out W/o/ej --codec dct-f8c24 --resolution 64
         pack webdataset W/broken.tar --out W/o/w3 ; head W/cut.tar ; head W/zero.tar ; head {DATA} --sheet /proc/x.png
         which W/none --step 1 ; which W/tiny.yaml ; which W/tiny.yaml --step -1 ; which W/tiny.yaml --step 1e20
-        which W/tiny.yaml --step nan ; which W/tiny.yaml --step 1 --world 0 ; which W/tiny.yaml --step 1 --world 1e20
+        which W/tiny.yaml --step nan
         which W/recipes/latin.yaml --step 1 ; which W/tiny.yaml seed=.nan --step 1
         plan --images 1e400 ; plan --images nan ; plan --images abc ; plan --images 0 ; plan --images 1.5 ; plan --tokens nan
         plan --tflops -1 ; plan --tflops inf ; plan --samples-per-second 0 ; plan --samples-trained -5 ; plan --caption-bytes -1
@@ -233,7 +234,7 @@ FEW = {  # at once, in this process
                "shapes --prompts-file W/binary.txt", "W/ok.txt --prompt x"],
     "data": ["pack table W/lists.jsonl --out W/o", "pack table /etc/passwd --out W/o", "pack table W/deep.jsonl --out W/o",
              "pack folder W/images --out W/o", "pack folder W/images --resize -5 --captions-from-names --out W/o",
-             "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1", "which W/tiny.yaml --step 1 --world 0", "plan --images 1e400",
+             "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1", "plan --images 1e400",
              "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o", "verify W/damaged/data-0.tar",
              "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o"],
     "evaluate": ["W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = """
 name: toy
 init_from: BASE
-model: {preset: micro-8, latent_channels: 24, text_width: 128, gate_init: one}
+model: {preset: micro-8, gate_init: one}
 stage:
   kind: grpo
   prompts: {source: shapes-train, num: 8}
@@ -125,9 +125,10 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
     for overrides, message in [
         (["engine.steps=3"], "engine.steps"), (["engine.save_every=3"], "engine.save_every"),
         (["stage.updates=3", "engine.steps=3", "engine.save_every=3"], "stage.group_size"),
-        (["data={shards: [a.tar], batch_size: 4, resolution: 64}"], "leave data out"),
+        (["data={shards: [a.tar], resolution: 64}"], "leave data out"),
         (["stage.kind=gpro"], "did you mean 'grpo'"), (["components.vision=dinov2-b14"], "components.vision"),
-        (["engine.accumulate=5"], "accumulate"), (["stage.rewards=[{name: shape}]"], "did you mean 'shapes'"),
+        (["batch.per_device=5"], "the batch of 24 rows is not a multiple of 5 x 1 processes; set batch.per_device to 4 or 6"),
+        (["engine.accumulate=5"], "engine.accumulate 5: a recipe no longer"), (["batch=8"], "batch.global 8: stage.kind 'grpo'"), (["stage.rewards=[{name: shape}]"], "did you mean 'shapes'"),
         (["engine.posthoc_ema={}"], "posthoc"), (["stage.prompts=none.txt"], "none.txt"),
     ]:  # fmt: skip
         assert run_train(recipe, tmp_path / "bad", *overrides) == 2

@@ -40,7 +40,7 @@ def shards(tmp_path_factory) -> Path:
 def options(shards: Path, run: Path, *more: str, columns: str = "latents text features") -> list[str]:
     """Overrides that make a recipe tiny."""
     named = ", ".join(f"{shards}/{column}-*.tar" for column in columns.split())
-    data = [f"data.shards=[{named}]", "data.batch_size=4", "data.workers=0"] if columns else []
+    data = [f"data.shards=[{named}]", "batch=4", "data.workers=0"] if columns else []
     return [
         f"run={run}", *data, "engine.precision=float32", "engine.steps=2", "engine.save_every=2", "engine.log_every=1",
         "engine.sample_every=0", "engine.tracker=none", *OPTIMIZER, *more,
@@ -87,7 +87,7 @@ def test_repa_in_two_interpreters_and_on_two_processes(shards, tmp_path):
     finish(
         start(recipe, options(shards, one, *more)),
         start(recipe, options(shards, again, *more)),
-        start(recipe, options(shards, two, *more, "data.batch_size=2"), PAIR),
+        start(recipe, options(shards, two, *more), PAIR),
     )
     assert_same_bits(one, again)
     rows = zip(metrics.read(one), metrics.read(two), strict=True)
@@ -125,7 +125,7 @@ def pairs(tmp_path_factory) -> Path:
 
 OTHER_STAGES = {
     "2_finetune": ["evaluation=null"],
-    "3_grpo": ["stage.groups=2", "stage.group_size=4", "engine.accumulate=1", "stage.prompts.num=20",
+    "3_grpo": ["stage.groups=2", "stage.group_size=4", "batch.per_device=null", "stage.prompts.num=20",
                "stage.adapter={rank: 2}"],
     "4_distill": ["stage.adversarial.start=0", "stage.adversarial.heads={width: 8, spectral_norm: true}"],
     "4_nitrofusion": ["stage.adversarial.start=0", "stage.adversarial.pool={copies: 4, use: 2, width: 8, refresh: 0.5}"],

@@ -194,7 +194,7 @@ def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
                 "configs/shapes/2_finetune.yaml",
                 shards,
                 "init_from=null",
-                "data.batch_size=4",
+                "batch=4",
                 *OPTIMIZER,
                 "--dry-run",
             ]

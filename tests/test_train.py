@@ -30,12 +30,13 @@ ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 RECIPE = """
 name: toy
-model: {preset: micro-8, latent_channels: 24, text_width: 128}
+model: {preset: micro-8}
 stage: {kind: flow_matching, optim: {lr: 2e-3, warmup: 2}}
-data: {shards: [SHARDS], batch_size: 4, resolution: 64, workers: 0}
+data: {shards: [SHARDS], resolution: 64, workers: 0}
+batch: {global: 4}
 components: {codec: dct-f8c24, text: hash}
 engine: {steps: 6, save_every: 3, sample_every: 0, log_every: 1, precision: float32, tracker: none, ema: {beta: 0.9}}
-sampling: {resolution: 64, steps: 2, guidance_scale: 2.0}
+sampling: {steps: 2, guidance_scale: 2.0}
 """
 
 
@@ -104,7 +105,7 @@ def test_training_learns_the_colours(recipe, tmp_path):
     """After a minute's worth of toy steps the loss has fallen and prompts decide the colour."""
     run = tmp_path / "run"
     assert run_train(recipe, run, "engine.steps=120", "engine.save_every=120", "engine.log_every=20", "engine.ema=null",
-                     "data.batch_size=12", "model.gate_init=one", "stage.optim.lr=4e-3") == 0  # fmt: skip
+                     "batch=12", "model.gate_init=one", "stage.optim.lr=4e-3") == 0  # fmt: skip
     losses = [row["loss"] for row in metrics.read(run)]
     assert losses[-1] < 0.5 * losses[0]
     prompts = [f"a plain {name} square" for name in COLOURS]
@@ -177,7 +178,7 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
         f"components={{codec: dc-ae-f32c32={tmp_path}/dcae, "
         f"text: {{name: llama-3.2-1b, path: {tmp_path}/llama, length: 16}}, "
         f"vision: {{name: dinov2-b14, path: {tmp_path}/dino}}}}",
-        "model.latent_channels=8", "model.text_width=32", "data.resolution=32", "sampling.resolution=32",
+        "model.latent_channels=8", "model.text_width=32", "data.resolution=32",
         "stage.repa={tap: 1, width: 16}", "engine.ema=null",
     ]  # fmt: skip
     assert run_train(recipe, run, *options, "sampling.height=7") == 2  # the stride is in the codec's files
@@ -317,7 +318,7 @@ BAD = {
         ["components.text={name: hash, length: 18}"],
         "nearest text length that works: 16 or 20",
     ),
-    "grid and compression": (["data.resolution=48", "sampling.resolution=48"], "compression ratio 4"),
+    "grid and compression": (["data.resolution=48"], "compression ratio 4"),
     "channels": (["model.latent_channels=32"], "model.latent_channels is 32, but 'dct-f8c24' has 24"),
     "text width": (["model.text_width=64"], "model.text_width is 64, but 'hash' gives 128"),
     "codec name": (["components.codec=dct-f8c42"], "did you mean 'dct-f8c24'?"),
@@ -456,7 +457,7 @@ RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
 def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     grpo = "grpo" in path.stem
-    override = "stage.prompts.num=50" if grpo else "data.batch_size=2"
+    override = "stage.prompts.num=50" if grpo else "batch=2"
     assert train.main([str(path), override, "stage.optim.lr=1e-3", *tiny.OPTIMIZER, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "blocks inside" in told and "\ncodec  " in told and "\ncheckpoints  " in told

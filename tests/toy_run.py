@@ -45,7 +45,7 @@ class FaultyStage(ToyStage):
 
 def main(run: Path, options: dict) -> None:
     faults = {key: options.pop(key) for key in ("fault", "pause") if key in options}
-    batch_size = options.pop("batch_size", 8)
+    batch_size, accumulate = options.pop("batch_size", 8), options.pop("accumulate", 1)
     torch.set_num_threads(1)
     options = {
         "steps": 12,
@@ -61,7 +61,7 @@ def main(run: Path, options: dict) -> None:
         run.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
     stage = FaultyStage(**{"fault": None, **faults}, batch_size=batch_size)
-    trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={})
+    trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={}, accumulate=accumulate)
     trainer.run()
     print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.state.skipped}", flush=True)
 

@@ -289,9 +289,6 @@ def which_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config of a run: configs/*.yaml or RUN/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--step", type=cli.whole(0, 10**9), required=True, metavar="N")
-    parser.add_argument(
-        "--world", type=cli.whole(1, 100_000), default=1, metavar="N", help="training processes"
-    )
 
 
 def run_which(args: argparse.Namespace) -> None:
@@ -301,7 +298,7 @@ def run_which(args: argparse.Namespace) -> None:
     if run.data is None:
         raise ConfigError(f"{args.config}: stage.kind '{run.stage.kind}' reads no data")
     data = run.stage_kind.open_data(run)
-    batch = run.data.batch_size * run.engine.accumulate * args.world
+    batch = run.batch.global_
     for key in data.keys(range(args.step * batch, (args.step + 1) * batch)):
         print(key)
 

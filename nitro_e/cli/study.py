@@ -124,7 +124,8 @@ def check(plan: Study, chosen: Sequence[str]) -> None:
     """Refuse what can be known to be wrong before anything is trained: what judges, weights, data, keys, settings."""
     from nitro_e.evaluation.evaluate import prepare
     from nitro_e.sampling.pipeline import Use
-    from nitro_e.stages.recipe import RunConfig, first_weights
+    from nitro_e.stages.first_weights import check_first_weights
+    from nitro_e.stages.recipe import RunConfig
 
     prepare(judged(plan), "cpu")
     base = read_config(model_folder(plan.base))
@@ -139,7 +140,7 @@ def check(plan: Study, chosen: Sequence[str]) -> None:
             overrides = overrides_of(plan, name, seeds_of(plan, variant)[0])
             config = load(RunConfig, variant.recipe, overrides)
             if not all(is_trained(plan, name, seed) for seed in seeds_of(plan, variant)):
-                first_weights(config, overrides)
+                check_first_weights(config, overrides)
                 if config.data is not None:
                     config.data.expand()
             check_settings(settings, config.published_sampling, config.model, config.components)

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="?", help="a YAML recipe, see configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 data.batch_size=64"
+        "overrides", nargs="*", metavar="key=value", help="for example engine.steps=1000 batch=64"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, then exit")
     parser.add_argument(

@@ -60,7 +60,8 @@ class DataConfig(Config):
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     # stream: no scan of all shards at the start, a weaker order
     reader: Literal["indexed", "stream"] = "indexed"
-    batch_size: Annotated[int, Ge(1), Le(65536)] = 32  # samples per process and micro-batch
+    # samples per process and micro-batch: no key of recipes, it follows from their `batch`
+    batch_size: Annotated[int, Ge(1), Le(65536)] = field(default=32, metadata={"key": None})
     resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
     # loader processes per training process; 0 reads in the training process
     workers: Annotated[int, Ge(0), Le(512)] = 2
@@ -473,7 +474,7 @@ def worker_faults_explained(loader: DataLoader) -> Iterator[Records]:
             raise
         raise TrainingError(
             f"a DataLoader worker ended: {' '.join(str(error).split())[:200]}; most likely the machine ran out of memory"
-            " (lower data.workers or data.batch_size), or, after a bus error, a shard was cut while in use"
+            " (lower data.workers or batch.per_device), or, after a bus error, a shard was cut while in use"
         ) from None
 
 

@@ -51,6 +51,15 @@ class ComponentConfig(Config):
             raise ConfigError("path is empty; give a folder or a hub id, or leave it out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComponentsConfig(Config):
+    """The frozen encoders of a run."""
+
+    codec: ComponentConfig
+    text: ComponentConfig
+    vision: ComponentConfig | None = None  # for REPA
+
+
 def build_codec(config: ComponentConfig, device: torch.device | str = "cpu") -> LatentCodec:
     """The latent codec; ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("codec", config, CODECS)(config, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -11,13 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e.config import Config, Fraction, Ge, Gt, Le
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.data import Data, Records
-from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
+from nitro_e.encoders.components import build_vision_encoder
+from nitro_e.interfaces import Batch, LatentCodec, Phase, Stage, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.model import EMMDiT
 from nitro_e.randomness import SlotRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.stages.assembly import (
+    Parts,
+    Run,
+    StageKind,
+    data_summary,
+    first_records,
+    open_run_data,
+    split_of_data,
+)
 from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
 
@@ -157,3 +167,45 @@ class FlowMatching:
             torch.where(drop[:, None, None], self.null_text.tokens.float(), text.tokens),
             torch.where(drop[:, None], self.null_text.mask, text.mask),
         )
+
+
+# ---- from a recipe
+
+
+def check(config: Run[FlowMatchingConfig]) -> None:
+    repa, model = config.stage.repa, config.model
+    if repa is None and config.components.vision is not None:
+        raise ConfigError(
+            "components.vision and stage.repa belong together: nothing reads the vision encoder; set "
+            "components.vision: null"
+        )
+    if repa is not None and config.components.vision is None:
+        raise ConfigError(
+            "components.vision and stage.repa belong together: REPA needs a vision encoder; set components.vision or "
+            "stage.repa: null"
+        )
+    if repa is not None and not (1 <= repa.tap <= model.depth and model.on_full_grid(repa.tap)):
+        first, inside, _ = model.groups
+        raise ConfigError(
+            f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; "
+            f"choose 1 to {first} or {first + inside + 1} to {model.depth}"
+        )
+
+
+def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
+    data, vision = open_run_data(config, parts), config.components.vision
+    stage = FlowMatching(
+        config.stage,
+        parts.model,
+        data,
+        parts.codec,
+        parts.text,
+        None if vision is None else build_vision_encoder(vision, parts.device),
+        config.seed,
+        parts.device,
+        parts.flops,
+    )
+    return stage, config.prompts or first_records(data).prompts[:8]
+
+
+KIND = StageKind(check, split_of_data, build, data_summary, open_run_data)

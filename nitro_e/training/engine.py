@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, TrainingError
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.randomness import SlotRandom
 from nitro_e.record import run_folder
@@ -55,7 +55,6 @@ class Hook:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Config):
     steps: Annotated[int, Ge(1)]  # optimiser steps
-    accumulate: Annotated[int, Ge(1), Le(1_000_000)] = 1  # micro-batches per process and step
     # of the forward pass; weights stay float32
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -122,11 +121,16 @@ class Engine:
         seed: int,
         use: dict[str, Any],
         record: dict[str, Any],
+        accumulate: int = 1,
         hooks: tuple[Hook, ...] = (),
     ) -> None:
-        """use: stored with exported weights for sampling; record: the resolved config, for trackers."""
+        """use: stored with exported weights for sampling; record: the resolved config, for trackers.
+
+        accumulate: micro-batches per process and step, see BatchConfig.split.
+        """
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.run_folder, self.seed, self.record, self.hooks = run, seed, record, hooks
+        self.accumulate = accumulate
         self.main = accelerator.is_main_process
         self.skipped_in_row = 0
         self.changed: dict[str, Any] = {}  # keys of the config since the last attempt: [before, now]
@@ -154,7 +158,7 @@ class Engine:
     @property
     def global_batch(self) -> int:
         """Return the number of samples of an optimiser step, over all processes."""
-        return self.stage.batch_size * self.config.accumulate * self.accelerator.num_processes
+        return self.stage.batch_size * self.accumulate * self.accelerator.num_processes
 
     # ---- the run
 
@@ -211,7 +215,7 @@ class Engine:
 
     def _loop(self) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = self.stage.batches(self.step, rank, world, self.config.accumulate)
+        batches = self.stage.batches(self.step, rank, world, self.accumulate)
         progress = Progress(self.stage.name, self.step, self.config.steps, shown=self.main)
         self._first_step = self.step
         self._averages = MetricAverages(self.step)
@@ -250,7 +254,7 @@ class Engine:
     def _train_step(self, stream: Iterator[Any]) -> None:
         """Take one optimiser step of every phase; the averages follow, unless a gradient was not finite."""
         with self._averages.waiting():
-            batches = list(islice(stream, self.config.accumulate))
+            batches = list(islice(stream, self.accumulate))
         finite = [
             self.update(phase, optimizers, batches)
             for phase, optimizers in zip(self.stage.phases, self.state.optimizers)
@@ -312,7 +316,7 @@ class Engine:
     def _random(self, phase: Phase, number: int) -> SlotRandom:
         """Draw for the samples of a micro-batch; the global batch is ranks in order, of each its micro-batches."""
         count = self.stage.batch_size
-        first = (self.accelerator.process_index * self.config.accumulate + number) * count
+        first = (self.accelerator.process_index * self.accumulate + number) * count
         purpose = (self.seed, self.stage.name, phase.name, self.step)
         return SlotRandom(*purpose, first=first, count=count, device=self.accelerator.device)
 

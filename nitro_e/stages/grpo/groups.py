@@ -55,7 +55,7 @@ class Layout:
         rows = self.slots_per_rank // self.updates * self.steps
         if rows % self.accumulate:
             raise ConfigError(
-                f"engine.accumulate {self.accumulate} must divide the {rows} rows of a process and update ({what}, "
+                f"accumulate {self.accumulate} must divide the {rows} rows of a process and update ({what}, "
                 f"{self.steps} trained steps, {self.world} processes, {self.updates} updates)"
             )
 

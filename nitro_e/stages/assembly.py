@@ -1,0 +1,174 @@
+"""What every stage is put together from, and what differs between the stages; each has its own part beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from nitro_e.config import ConfigError
+from nitro_e.data import Data, DataConfig, Records, open_data
+from nitro_e.encoders.components import ComponentsConfig, text_shape
+from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
+from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.training.batch import BatchConfig, Split
+from nitro_e.training.engine import EngineConfig
+
+Settings = TypeVar("Settings", covariant=True)  # the stage's own config
+
+
+class Run(Protocol[Settings]):
+    """What a stage reads of the recipe it is part of. `recipe.RunConfig` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def init_from(self) -> str | None: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def stage(self) -> Settings: ...
+    @property
+    def data(self) -> DataConfig | None: ...
+    @property
+    def batch(self) -> BatchConfig: ...
+    @property
+    def components(self) -> ComponentsConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def sampling(self) -> SamplingConfig: ...
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
+
+class Parts(NamedTuple):
+    """What every stage is made of."""
+
+    device: torch.device
+    rank: int
+    world: int
+    split: Split  # of the global batch
+    autocast: Callable[[], contextlib.AbstractContextManager]  # of the engine's precision
+    codec: LatentCodec
+    text: TextEncoder
+    model: EMMDiT  # on the device
+    flops: float  # of one forward pass of one sample
+    latent_shape: tuple[int, int, int]  # (C, h, w) at the resolution that the model is trained at
+
+
+def no_copies(config: Run) -> int:
+    return 0
+
+
+def given_sampling(config: Run) -> SamplingConfig:
+    return config.sampling
+
+
+@dataclass(frozen=True)
+class StageKind(Generic[Settings]):
+    """What differs between the stages when a run is put together."""
+
+    check: Callable[[Run[Settings]], None]  # refuses what is wrong across the whole recipe
+    split: Callable[[Run[Settings], int], Split]  # of the global batch over so many processes
+    build: Callable[[Run[Settings], Parts], tuple[Stage, Sequence[str]]]  # and prompts to show by default
+    # lines of the summary: of the data, the number of processes, and the FLOPs of one forward pass of one sample
+    summary: Callable[[Run[Settings], Data | None, int, float], list[str]]
+    open_data: Callable[[Run[Settings]], Data] | None = None  # None: the stage reads none
+    sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
+    further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
+
+
+# ---- stages that read data
+
+
+def split_of_data(config: Run, world: int) -> Split:
+    return config.batch.split(world)
+
+
+def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...] = ()) -> Data:
+    """The data as this run reads it; stored columns must come from the components it names.
+
+    parts: of the run that is put together; None: only to look at the data.
+    """
+    assert config.data is not None  # RunConfig refuses a recipe without
+    vision = config.components.vision is not None
+    data = open_data(
+        config.data if parts is None else replace(config.data, batch_size=parts.split.micro_batch),
+        need_pixels=vision,
+        use_text=True,
+        use_features=vision,
+        seed=config.seed,
+        stage=config.name,
+        latent_shape=None if parts is None else parts.latent_shape,
+        text_length=text_shape(config.components.text)[1],
+        extra=extra,
+    )
+    if parts is not None:
+        data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
+    components, made = config.components, data.encoders()
+    for column, key, ours in (
+        ("latents", "codec", components.codec),
+        ("text", "text", components.text),
+        ("features", "vision", components.vision),
+    ):
+        theirs = made[column]["name"] if column in made else None
+        if ours is not None and theirs is not None and theirs["name"] != ours.name:
+            raise ConfigError(
+                f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
+            )
+    if data.text_format == "ragged" and config.model.text_mask == "none":
+        raise ConfigError(
+            "model.text_mask is 'none', which attends to padded positions, but the stored text has none (ragged); "
+            "encode it padded, or train with model.text_mask=real"
+        )
+    return data
+
+
+def data_summary(config: Run, data: Data | None, world: int, flops: float) -> list[str]:
+    """Lines about the global batch and, if it is there, the data."""
+    micro_batch, accumulate = config.batch.split(world)
+    batch = micro_batch * accumulate * world
+    samples = batch * config.engine.steps
+    lines = [
+        f"global batch         {batch} = {micro_batch} x {accumulate} (accumulate) x {world} (processes)",
+        f"compute              {3 * flops * samples:.2e} FLOP for the model (forward and backward)",
+    ]
+    if data is not None:
+        lines += [
+            f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
+            f"first sample         {first_sample(data)}",
+        ]
+    return lines
+
+
+def first_records(data: Data) -> Records:
+    """The first micro-batch of the run."""
+    records = data.records()
+    with contextlib.closing(records):
+        return next(records)
+
+
+def first_sample(data: Data) -> str:
+    """The key, caption and stored arrays of the first sample of the run."""
+    records = first_records(data)
+    text = None if records.text is None else records.text.tokens
+    arrays = {
+        "pixels": records.pixels,
+        "latents": records.latents,
+        "text": text,
+        "features": records.features,
+    }
+    shapes = [
+        f"{name} {'x'.join(map(str, array.shape[1:]))}" for name, array in arrays.items() if array is not None
+    ]
+    return f"{records.keys[0]}: {', '.join(shapes)}, '{records.prompts[0]}'"

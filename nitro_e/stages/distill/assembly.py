@@ -1,0 +1,98 @@
+"""How stage 4 is put together from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nitro_e.config import ConfigError
+from nitro_e.data import Data
+from nitro_e.files import sha256_of
+from nitro_e.interfaces import Stage
+from nitro_e.model.pretrained import load_pretrained, read_config
+from nitro_e.record import run_folder
+from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.stages.assembly import (
+    Parts,
+    Run,
+    StageKind,
+    data_summary,
+    first_records,
+    open_run_data,
+    split_of_data,
+)
+from nitro_e.stages.distill.stage import DistillConfig, DistillRun
+
+
+def check(config: Run[DistillConfig]) -> None:
+    engine, data = config.engine, config.data
+    if config.components.vision is not None:
+        raise ConfigError(
+            "components.vision: stage.kind 'distill' reads no vision encoder; set components.vision: null"
+        )
+    if engine.sharding != "ddp":
+        raise ConfigError(f"engine.sharding '{engine.sharding}': stage.kind 'distill' runs with ddp only")
+    if engine.precision == "float16":
+        raise ConfigError(
+            "engine.precision 'float16': stage.kind 'distill' takes gradients inside its loss; use bfloat16"
+        )
+    if data is None or not data.use_latents or data.reader != "indexed":
+        raise ConfigError(
+            "stage.kind 'distill' reads stored latents; set data.use_latents: true, data.reader: indexed"
+        )
+    sampling(config)
+
+
+def sampling(config: Run[DistillConfig]) -> SamplingConfig:
+    """The settings that are stored with the student: its times are part of them."""
+    return config.stage.sampling(config.sampling)
+
+
+def open_pairs(config: Run[DistillConfig], parts: Parts | None = None) -> Data:
+    """Images of the teacher, as latents, with the noise they were drawn from where the inputs need it."""
+    extra = ("noise.npy",) if config.stage.inputs.needs_noise else ()
+    data = open_run_data(config, parts, extra)
+    if not data.has_latents:
+        raise ConfigError(
+            "data.shards hold no latents; make pairs with nitro-e synthesize, or encode with nitro-e data"
+        )
+    return data
+
+
+def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
+    folder = run_folder.model_folder(config.stage.teacher)
+    use = read_config(folder)["use"]
+    for name in ("codec", "text"):
+        ours, theirs = getattr(config.components, name).name, use.get(name, {}).get("name")
+        if theirs not in (None, ours):
+            raise ConfigError(f"components.{name} is '{ours}', but stage.teacher was trained with '{theirs}'")
+    data = open_pairs(config, parts)
+    teacher = load_pretrained(folder).to(parts.device, getattr(torch, config.engine.precision))
+    teacher.gradient_checkpointing = config.engine.gradient_checkpointing
+    if config.engine.compile:
+        teacher.compile_blocks()
+    stage = DistillRun(
+        config.stage,
+        parts.model,
+        teacher,
+        data,
+        parts.codec,
+        parts.text,
+        config.seed,
+        parts.device,
+        parts.flops,
+        identity=sha256_of(folder / "model.safetensors")[:16],
+    )
+    return stage, config.prompts or first_records(data).prompts[:8]
+
+
+def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: float) -> list[str]:
+    offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
+    return [
+        *data_summary(config, data, world, flops),
+        f"student              {offered} steps of {config.stage.sampler}",
+    ]
+
+
+KIND = StageKind(check, split_of_data, build, summary, open_pairs, sampling)
