@@ -7,9 +7,9 @@ from test_grpo_sde import gaussian_velocity
 
 from nitro_e.config import ConfigError
 from nitro_e.sampling.flow import time_grid
+from nitro_e.sampling.samplers import guided_velocity
 from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
-from nitro_e.stages.grpo.policy import guided_velocity
 from nitro_e.stages.grpo.rollout import sample_trajectory
 from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, transitions
 

@@ -72,10 +72,6 @@ def sample_trajectory(
     )
 
 
-def take(text: TextEmbedding, rows: Tensor) -> TextEmbedding:
-    return TextEmbedding(text.tokens[rows], text.mask[rows])
-
-
 @dataclass
 class Experience:
     """What one process drew in one rollout: S images of g prompts."""
@@ -108,4 +104,4 @@ class Rows:
     @property
     def text(self) -> TextEmbedding:
         """(R, L, D), put together when it is needed: of long texts it is far more than all else."""
-        return take(self.prompts, self.group)
+        return self.prompts.take(self.group)

@@ -27,6 +27,7 @@ from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
 from nitro_e.randomness import SlotRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling import flow
+from nitro_e.sampling.samplers import Guided, guided_velocity
 from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.adapter import (
     AdapterConfig,
@@ -38,8 +39,8 @@ from nitro_e.stages.grpo.adapter import (
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
 from nitro_e.stages.grpo.groups import Layout, gather, group_prompts
 from nitro_e.stages.grpo.losses import ClippedConfig, NFTConfig
-from nitro_e.stages.grpo.policy import Guided, Policy, guided_velocity
-from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory, take
+from nitro_e.stages.grpo.policy import Policy
+from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory
 from nitro_e.stages.grpo.sde import Schedule, Transitions, Window
 from nitro_e.training.optim import OptimConfig
 
@@ -206,7 +207,7 @@ class GRPO:
             chunk = range(start, min(start + self.config.rollout.batch_size, slots.stop))
             group = torch.tensor([slot // size - first for slot in chunk], device=self.device)
             with clock.of("draw"):
-                parts.append(self.draw(rollout, chunk, take(text, group), window))
+                parts.append(self.draw(rollout, chunk, text.take(group), window))
             with clock.of("decode"):
                 pixels = self.codec.decode(parts[-1].latents).float()  # (B, 3, H, W)
             with clock.of("reward"):
