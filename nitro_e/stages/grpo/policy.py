@@ -17,7 +17,11 @@ class Policy(nn.Module):
     """Called like the model. The frozen copies travel with it into checkpoints, so that a resume needs nothing else."""
 
     def __init__(self, model: nn.Module, *, reference: bool, old: bool) -> None:
-        """reference: what the KL pulls to (with an adapter the model without it, no copy); old: what draws for NFT."""
+        """Copy what stays frozen.
+
+        reference: for the KL penalty; with an adapter it is the model without it, and no copy. old: for algorithms
+        that draw with an older policy.
+        """
         super().__init__()
         self.model = model
         self.reference = frozen(model) if reference and not has_adapter(model) else None
@@ -28,7 +32,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def before_training(self) -> Iterator[nn.Module]:
-        """The reference. Use it before the trained forward pass, without gradients."""
+        """Lend the reference, without gradients. Use it before the trained forward pass."""
         with torch.no_grad():
             if self.reference is not None:
                 yield self.reference
@@ -38,10 +42,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """old <- decay * old + (1 - decay) * model."""
+        """Average the old policy with the trained one: old <- decay * old + (1 - decay) * model."""
+        assert self.old is not None
         for old, new in zip(self.old.parameters(), self.model.parameters(), strict=True):
             old.lerp_(new, 1 - decay)
 
 
 def frozen(model: nn.Module) -> nn.Module:
+    """Return a copy without gradients."""
     return copy.deepcopy(model).requires_grad_(False)
