@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
@@ -29,6 +30,32 @@ class TextEmbedding(NamedTuple):
 
     tokens: Tensor  # (B, L, D) float
     mask: Tensor  # (B, L) bool, True = a real token
+
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> TextEmbedding:
+        """Move both parts to the device, then cast the tokens to `dtype` there; None keeps their own."""
+        tokens, mask = (part.to(device, non_blocking=non_blocking) for part in self)
+        return TextEmbedding(tokens.to(dtype or tokens.dtype), mask)
+
+    def expand(self, rows: int) -> TextEmbedding:
+        """Repeat one prompt `rows` times without a copy; `rows` prompts stay as they are."""
+        return TextEmbedding(*(part.expand(rows, *part.shape[1:]) for part in self))
+
+    def cat(self, *others: TextEmbedding) -> TextEmbedding:
+        """Put the rows of the others below these."""
+        return TextEmbedding(*(torch.cat(parts) for parts in zip(self, *others)))
+
+    def take(self, rows: Tensor | Sequence[int] | slice) -> TextEmbedding:
+        """Pick rows, as indexing does."""
+        return TextEmbedding(self.tokens[rows], self.mask[rows])
+
+    def where(self, keep: Tensor, other: TextEmbedding) -> TextEmbedding:
+        """Keep the rows where `keep` (B,) is true and take the others from `other`, of B rows or of one."""
+        return TextEmbedding(
+            torch.where(keep[:, None, None], self.tokens, other.tokens.to(self.tokens)),
+            torch.where(keep[:, None], self.mask, other.mask),
+        )
 
 
 def as_prompts(prompts: Iterable[str], name: str = "prompts") -> list[str]:

@@ -7,11 +7,13 @@ from test_grpo_sde import gaussian_velocity
 
 from nitro_e.config import ConfigError
 from nitro_e.sampling.flow import time_grid
-from nitro_e.stages.grpo import losses
+from nitro_e.sampling.samplers import guided_velocity
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
-from nitro_e.stages.grpo.policy import guided_velocity
+from nitro_e.stages.grpo.clipped import clipped_objective, log_ratio, step_weights
+from nitro_e.stages.grpo.kl import convert_beta, kl_coefficients
+from nitro_e.stages.grpo.nft import nft_loss
 from nitro_e.stages.grpo.rollout import sample_trajectory
-from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, transitions
+from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, per_sample, transitions
 
 NAN = float("nan")
 
@@ -66,8 +68,8 @@ def test_policy_gradient_of_a_linear_chain(name):
         row = schedule.sde.at(torch.tensor([i]))
         start, end = drawn.states[i - window.first], drawn.states[i - window.first + 1]
         mean = row.mean(start, gaussian_velocity(row.t[0]) * start + theta)
-        ratio = losses.log_ratio(end, mean, mean.detach(), row.std, False).exp()
-        loss = losses.clipped_objective(ratio, advantage, 1e-4, 1e-4).mean()
+        ratio = log_ratio(end, mean, mean.detach(), row.std, False).exp()
+        loss = clipped_objective(ratio, advantage, 1e-4, 1e-4).mean()
         (gradient,) = torch.autograd.grad(loss, theta)
         # REINFORCE on the same samples: A * d log N(end; mean, std) / d theta
         score = advantage * ((end - mean.detach()) / row.std**2 * row.v_coef).flatten()
@@ -87,10 +89,10 @@ def test_loss_gradient_is_reinforce_over_dimensions():
     normal = torch.distributions.Normal(mean, std)
     reinforce = torch.autograd.grad((advantage * normal.log_prob(end).sum(dim=1)).mean(), weight)[0]
     mean = 0.9 * x - 0.1 * x @ weight
-    log_ratio = (losses.per_sample(-((end - mean) / std).square() / 2)) - losses.per_sample(
+    change = (per_sample(-((end - mean) / std).square() / 2)) - per_sample(
         -((end - mean.detach()) / std).square() / 2
     )
-    loss = losses.clipped_objective(log_ratio.exp(), advantage, 1e-4, 1e-4).mean()
+    loss = clipped_objective(change.exp(), advantage, 1e-4, 1e-4).mean()
     ours = torch.autograd.grad(loss, weight)[0]
     assert torch.allclose(-6 * ours, reinforce, rtol=1e-5)
 
@@ -109,7 +111,7 @@ def test_loss_gradient_is_reinforce_over_dimensions():
 def test_clipping(advantage, ratio, value, moves):
     """Clipped at 0.9 and 1.2; outside, the gradient stops exactly where going on would pay."""
     r = torch.tensor([ratio], requires_grad=True)
-    objective = losses.clipped_objective(r, torch.tensor([advantage]), 0.1, 0.2)
+    objective = clipped_objective(r, torch.tensor([advantage]), 0.1, 0.2)
     assert objective.item() == pytest.approx(value)
     (gradient,) = torch.autograd.grad(objective.sum(), r)
     assert gradient.item() == pytest.approx(-advantage if moves else 0.0)
@@ -120,12 +122,12 @@ def test_ratio_norm_is_the_log_ratio_without_its_bias_times_std():
     old, change = torch.randn(3, 2, 4, 4), 0.01 * torch.randn(3, 2, 4, 4)
     std = torch.tensor([0.7, 0.3, 0.1]).view(3, 1, 1, 1)
     end, mean = old + std * torch.randn_like(old), old + change
-    plain = losses.log_ratio(end, mean, old, std, False)
-    normed = losses.log_ratio(end, mean, old, std, True)
-    bias = losses.per_sample(change.square()) / (2 * std.flatten().square())
+    plain = log_ratio(end, mean, old, std, False)
+    normed = log_ratio(end, mean, old, std, True)
+    bias = per_sample(change.square()) / (2 * std.flatten().square())
     assert torch.allclose(normed, (plain + bias) * std.flatten(), atol=1e-6)
-    assert torch.equal(losses.log_ratio(end, old, old, std, True), torch.zeros(3))
-    assert torch.equal(losses.log_ratio(end, old, old, std, False), torch.zeros(3))
+    assert torch.equal(log_ratio(end, old, old, std, True), torch.zeros(3))
+    assert torch.equal(log_ratio(end, old, old, std, False), torch.zeros(3))
 
 
 @pytest.mark.parametrize("kind", ["flow", "ancestral", "dance", "cps"])
@@ -138,11 +140,9 @@ def test_kl_coefficients_are_those_of_the_transition_kernels(kind):
         one, other = (torch.distributions.Normal(row.mean(x, v), row.std.expand_as(x)) for v in (a, b))
         exact = torch.distributions.kl_divergence(one, other).mean()
         difference = (a - b).square().mean()
-        gaussian = losses.kl_coefficients("gaussian", table)[i]
+        gaussian = kl_coefficients("gaussian", table)[i]
         assert torch.allclose(gaussian * difference, exact, rtol=1e-4)
-        assert losses.kl_coefficients("gaussian_dt", table)[i] == pytest.approx(
-            (gaussian * table.h[i]).item()
-        )
+        assert kl_coefficients("gaussian_dt", table)[i] == pytest.approx((gaussian * table.h[i]).item())
 
 
 def test_beta_is_converted_between_kinds():
@@ -150,7 +150,7 @@ def test_beta_is_converted_between_kinds():
 
     def convert(source, target, steps, num=10):
         table = transitions("flow", time_grid(num), 0.7)
-        return losses.convert_beta(0.04, source, target, table, range(steps))
+        return convert_beta(0.04, source, target, table, range(steps))
 
     assert convert("gaussian_dt", "gaussian", 9) == pytest.approx(0.0044, rel=0.02)
     assert convert("gaussian_dt", "velocity", 9) == pytest.approx(1.4e-3, rel=0.02)
@@ -158,13 +158,13 @@ def test_beta_is_converted_between_kinds():
     assert convert("gaussian_dt", "velocity", 19, num=20) == pytest.approx(4.4e-4, rel=0.02)
     config = toy.make_config(algorithm={"kind": "clipped", "kl": {"kind": "velocity", "units": "gaussian_dt", "beta": 0.04}},
                              rollout={"window": {"size": 6}})  # fmt: skip
-    assert config.beta() == pytest.approx(3.9e-4, rel=0.02)
+    assert config.algorithm.kl.weight(config.schedule()) == pytest.approx(3.9e-4, rel=0.02)
 
 
 def test_step_weights_have_mean_one_over_the_trained_steps():
     table = transitions("flow", time_grid(10), 0.7)
     for kind, like in (("none", torch.ones(10)), ("noise", table.std), ("1/h", 1 / table.h)):
-        weights = losses.step_weights(kind, table, range(2, 8))
+        weights = step_weights(kind, table, range(2, 8))
         assert weights[2:8].mean().item() == pytest.approx(1)
         assert torch.allclose(weights / weights[2], like / like[2])
 
@@ -178,14 +178,14 @@ def test_nft_loss_pulls_towards_good_images_and_away_from_bad_ones():
     for beta in (1.0, 0.1):
         velocity = old.clone().requires_grad_()
         optimality = torch.tensor([1.0, 0.75, 0.5, 0.0])
-        losses.nft_loss(data, x, t, velocity, old, optimality, beta).sum().backward()
+        nft_loss(data, x, t, velocity, old, optimality, beta).sum().backward()
         gradient, towards = velocity.grad.flatten(1), (noise - data - old).flatten(1)
         cosine = torch.cosine_similarity(-gradient, towards)
         assert torch.allclose(cosine[[0, 1, 3]], torch.tensor([1.0, 1.0, -1.0]), atol=1e-4)
         assert gradient[2].abs().max() < 1e-6
         assert gradient[1].norm() / gradient[0].norm() < 0.8
     # the loss of a perfect positive velocity, at optimality 1, is zero
-    assert losses.nft_loss(data, x, t, noise - data, old, torch.ones(4), 1.0).abs().max() < 1e-5
+    assert nft_loss(data, x, t, noise - data, old, torch.ones(4), 1.0).abs().max() < 1e-5
 
 
 # ---- guidance
@@ -263,7 +263,7 @@ def test_several_rewards_weigh_alike_whatever_their_scale():
     correlations = [torch.corrcoef(torch.stack([result.flatten(), part.flatten()]))[0, 1] for part in parts]
     assert abs(correlations[0] - correlations[1]) < 0.02
     half = advantages(scores, torch.tensor([1.0, 0.0, 0.0]), AdvantageConfig())
-    assert torch.allclose(half, parts[0])  # weight 0: watched only
+    assert torch.allclose(half, parts[0])  # weight 0: monitored only
 
 
 def test_score_statistics():

@@ -7,9 +7,8 @@ from torch.distributions import Normal
 from nitro_e.config import ConfigError
 from nitro_e.sampling.flow import time_grid
 from nitro_e.sampling.samplers import euler
-from nitro_e.stages.grpo.losses import log_prob
 from nitro_e.stages.grpo.rollout import sample_trajectory
-from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, transitions
+from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, log_prob, transitions
 
 KINDS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 0.8}
 

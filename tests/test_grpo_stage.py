@@ -20,10 +20,12 @@ from nitro_e.data.prompts import Prompt
 from nitro_e.randomness import SlotRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import win_rates
-from nitro_e.stages.grpo import losses
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
+from nitro_e.stages.grpo.clipped import clipped_objective, log_ratio, step_weights
 from nitro_e.stages.grpo.groups import Layout, group_prompts
+from nitro_e.stages.grpo.kl import convert_beta, kl_coefficients
 from nitro_e.stages.grpo.policy import without_adapter
+from nitro_e.stages.grpo.sde import per_sample
 from nitro_e.stages.grpo.stage import Clock
 
 ROOT = Path(__file__).parent.parent
@@ -138,10 +140,8 @@ def test_ratio_moves_after_an_update_and_the_clip_bites():
     assert logs["ratio_error"] > 1e-5 and logs["delta"] > 0
     table = stage.schedule.sde.at(steps_of(stage, second))
     means = [table.mean(second.x, v) for v in (guided(stage, stage.model, second), second.old)]
-    ratio = losses.log_ratio(second.x_next, *means, table.std, False).exp()
-    silent = (
-        losses.clipped_objective(ratio, second.advantage, 1e-4, 2e-4) != -second.advantage * ratio
-    ).float()
+    ratio = log_ratio(second.x_next, *means, table.std, False).exp()
+    silent = (clipped_objective(ratio, second.advantage, 1e-4, 2e-4) != -second.advantage * ratio).float()
     assert 0 < logs["clip_low"] and 0 < logs["clip_high"]
     assert (logs["clip_low"] + logs["clip_high"]).item() == pytest.approx(silent.mean().item(), abs=0.05)
     assert logs["kl_old"].item() == pytest.approx(
@@ -187,18 +187,18 @@ def test_the_loss_is_put_together_from_its_parts(options, window):
     move(stage, -3.0 * gradient(stage, [first]))
     table, step, steps = stage.schedule.sde, steps_of(stage, rows), stage.schedule.trained()
     here, velocity = table.at(step), guided(stage, stage.model, rows)
-    change = losses.per_sample((velocity - guided(stage, stage.policy.reference, rows)).square())
+    change = per_sample((velocity - guided(stage, stage.policy.reference, rows)).square())
 
     def parts(clip_low, clip_high, kl, ratio_norm=False, step_weight="none", **_):
         """Loss and gradient."""
         means = [here.mean(rows.x, v) for v in (velocity, rows.old)]
-        ratio = losses.log_ratio(rows.x_next, *means, here.std, ratio_norm).exp()
-        objective = losses.clipped_objective(ratio, rows.advantage, clip_low, clip_high)
+        ratio = log_ratio(rows.x_next, *means, here.std, ratio_norm).exp()
+        objective = clipped_objective(ratio, rows.advantage, clip_low, clip_high)
         kind, beta = kl.get("kind", "velocity"), kl["beta"]
         if "units" in kl:
-            beta = losses.convert_beta(beta, kl["units"], kind, table, steps)
-        pull = beta * losses.kl_coefficients(kind, table)[step] * change
-        loss = (objective * losses.step_weights(step_weight, table, steps)[step] + pull).mean()
+            beta = convert_beta(beta, kl["units"], kind, table, steps)
+        penalty = beta * kl_coefficients(kind, table)[step] * change
+        loss = (objective * step_weights(step_weight, table, steps)[step] + penalty).mean()
         return loss.item(), flat(torch.autograd.grad(loss, trained(stage), retain_graph=True))
 
     def flat(tensors):
@@ -216,8 +216,9 @@ def test_the_loss_is_put_together_from_its_parts(options, window):
 def test_beta_is_converted_to_the_kind_that_is_trained_on():
     kl = {"kind": "velocity", "units": "gaussian_dt", "beta": 0.04}
     stage = toy.make_stage(algorithm={"kind": "clipped", "kl": kl}, rollout={"window": {"size": 6}})
-    assert stage.beta == stage.config.beta() == pytest.approx(3.9e-4, rel=0.02)
-    assert stage.kl_weights.tolist() == pytest.approx([stage.beta] * 10)
+    weight = stage.config.algorithm.kl.weight(stage.schedule)
+    assert weight == pytest.approx(3.9e-4, rel=0.02)
+    assert stage.algorithm.shared.kl.weights.tolist() == pytest.approx([weight] * 10)
 
 
 def test_gradient_of_lora_factors_is_that_of_finite_differences():
@@ -324,17 +325,17 @@ def test_groups_go_through_all_prompts_before_any_comes_again():
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_every_update_gets_the_same_share_of_every_group(world):
     layout = Layout(groups=4, group_size=6, updates=3, world=world, accumulate=1, steps=2)
-    slots = [slot for rank in range(world) for slot in layout.slots(rank)]
-    assert slots == list(range(24))
+    images = [image for rank in range(world) for image in layout.images(rank)]
+    assert images == list(range(24))
     for update in range(3):
         pairs = []
         for rank in range(world):
-            images, steps = layout.rows(update)
+            places, steps = layout.rows(update)
             pairs += [
-                (layout.slots(rank)[p], s) for p, s in zip(images.tolist(), steps.tolist(), strict=True)
+                (layout.images(rank)[p], s) for p, s in zip(places.tolist(), steps.tolist(), strict=True)
             ]
-        assert pairs == [(slot, s) for slot in range(24) if slot % 3 == update for s in (0, 1)]
-        assert [sum(slot // 6 == group for slot, _ in pairs) for group in range(4)] == [4] * 4
+        assert pairs == [(image, s) for image in range(24) if image % 3 == update for s in (0, 1)]
+        assert [sum(image // 6 == group for image, _ in pairs) for group in range(4)] == [4] * 4
 
 
 class Threads:
@@ -495,7 +496,7 @@ def test_lr_zero_stays_where_it_is(tmp_path):
 
 
 def test_metrics(tmp_path):
-    """Everything that should be watched is there."""
+    """Everything that should be monitored is there."""
     rewards = [
         {"name": "grpo_toy:signs", "label": "signs"},
         {"name": "grpo_toy:brightness", "label": "held out", "weight": 0},

@@ -119,7 +119,7 @@ def test_columns_follow_the_configs():
     torch.testing.assert_close(values, torch.stack([mean, -2 * mean], dim=1))
     assert values.dtype == torch.float32 and valid.all() and not values.requires_grad
     assert scorer.names == (f"{HERE}:brightness", "dark") and scorer.weights.tolist() == [1, 0]
-    assert [one.watched for one in scorer.configs] == [False, True]
+    assert [one.monitored for one in scorer.configs] == [False, True]
     assert scorer.tally["dark"].scored == 5 and scorer.tally["dark"].unscored == 0
 
 

@@ -8,7 +8,7 @@ Failures: an exception or a timeout is retried, then the rows of that batch are 
 scores, nor images with a pixel that is not finite, which no reward gets to see. They are counted and never
 replaced by a number. After `max_failures` batches of a reward in a row without any score the run stops.
 
-A reward of weight 0 is watched: scored and logged, never trained on.
+A reward of weight 0 is monitored: scored and logged, never trained on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RewardConfig(Config):
 
     name: str  # a built-in one, or "module:name"
     label: str | None = None  # in logs; None = the name. Two of the same name need one
-    weight: float = 1.0  # of its advantages; 0 = watched: scored and logged, never trained on
+    weight: float = 1.0  # of its advantages; 0 = monitored: scored and logged, never trained on
     transform: Literal["none", "rank"] = "none"  # rank: share of its group that an image beats (`win_rates`)
     path: str | None = None  # hub id or local folder of the weights; None = the default hub id
     revision: str | None = None  # of the hub repository
@@ -65,7 +65,7 @@ class RewardConfig(Config):
         return self.label or self.name
 
     @property
-    def watched(self) -> bool:
+    def monitored(self) -> bool:
         return self.weight == 0
 
 
@@ -114,7 +114,7 @@ class Scorer:
         self._slots = tuple(slots)
         self.configs = tuple(slot.config for slot in slots)
         self.names = tuple(slot.config.title for slot in slots)
-        self.weights = torch.tensor([slot.config.weight for slot in slots])  # (R,); 0 = watched
+        self.weights = torch.tensor([slot.config.weight for slot in slots])  # (R,); 0 = monitored
 
     @property
     def tally(self) -> dict[str, Tally]:

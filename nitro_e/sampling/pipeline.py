@@ -21,7 +21,7 @@ from nitro_e.encoders.components import (
     chosen_component,
     pinned,
 )
-from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder, as_prompts
+from nitro_e.interfaces import LatentCodec, TextEncoder, as_prompts
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
@@ -152,7 +152,6 @@ class TextToImage:
         x = initial_noise(seeds, self.latent_shape(*settings.size)).to(device)  # (B, C, h, w)
         text = self.text.encode(prompts)
         negative = self.text.encode(negatives if len(set(negatives)) > 1 else negatives[:1])
-        negative = TextEmbedding(*(part.expand(len(prompts), *part.shape[1:]) for part in negative))
         latents = sample(self.model, text, negative, settings, x, seeds, progress)
         return self.codec.decode(latents).float().clamp(-1, 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """Latents (B, C, h, w) from noise of the same shape, on the noise's device.
 
-    text, negative: embeddings of B prompts each. seeds: one per image, for samplers that draw more noise.
+    text: B rows; negative: B rows or one; seeds: one per image, for samplers that draw more noise.
     """
     velocity = guide(scale_time(model, settings.time_scale), text, negative, settings.guidance_scale)
     times = settings.times().to(noise.device)
@@ -112,20 +112,38 @@ def scale_time(model: Denoiser, scale: float) -> Denoiser:
     return lambda x, t, text: model(x, scale * t, text)
 
 
-def guide(model: Denoiser, text: TextEmbedding, negative: TextEmbedding, guidance_scale: float) -> Velocity:
+class Guided(NamedTuple):
+    velocity: Tensor  # (B, C, h, w) float32
+    unconditional: Tensor | None  # the same, of the negative prompt; None without guidance
+
+
+def guided_velocity(
+    model: Denoiser, x: Tensor, t: Tensor, text: TextEmbedding, negative: TextEmbedding, scale: float,
+    gradient: Literal["both", "cond"] = "both", bare: Denoiser | None = None,
+) -> Guided:  # fmt: skip
     """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
 
-    text, negative: embeddings of B prompts each. Scales 0 and 1 mean no guidance (the text alone, one pass).
+    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass.
+    gradient: through both passes, or through the one with text alone, which halves the memory; `bare`, the model
+    without DDP around it, then computes the other.
     """
-    if guidance_scale in (0, 1):
-        return lambda x, t: model(x, t, text).float()
-    both = TextEmbedding(*(torch.cat(pair) for pair in zip(negative, text)))
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
+    if scale in (0, 1):
+        return Guided(model(x, t, text).float(), None)
+    negative = negative.expand(len(x))
+    if gradient == "both":
+        both = negative.cat(text)
         without, with_text = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
-        return torch.lerp(without, with_text, guidance_scale)
+    else:
+        # Text pass first: autocast caches the cast weights of the first pass, which must be the one with gradients.
+        with_text = model(x, t, text).float()
+        with torch.no_grad():
+            without = (bare or model)(x, t, negative).float()
+    return Guided(torch.lerp(without, with_text, scale), without)
 
-    return velocity
+
+def guide(model: Denoiser, text: TextEmbedding, negative: TextEmbedding, scale: float) -> Velocity:
+    """Make the guided velocity field of B prompts; see `guided_velocity`."""
+    return lambda x, t: guided_velocity(model, x, t, text, negative, scale).velocity
 
 
 def euler(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
-from nitro_e.data import Data, Records
+from nitro_e.data import Data
 from nitro_e.encoders.components import build_vision_encoder
 from nitro_e.interfaces import Batch, LatentCodec, Phase, Stage, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.model import EMMDiT
@@ -28,6 +28,7 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
+from nitro_e.stages.batches import encode, null_prompt
 from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
 
@@ -92,12 +93,7 @@ class FlowMatching:
         self.batch_size = data.config.batch_size
         self.forward_flops = forward_flops
         self.fingerprint = data.fingerprint()
-        stored_null = data.null_text()
-        self.null_text = (
-            text.encode([""])
-            if stored_null is None
-            else TextEmbedding(*(part.to(device) for part in stored_null))
-        )
+        self.null_text = null_prompt(data, text, device)
         with seeded(seed, "projector"):
             module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
         self.phases = (Phase("model", module, self.loss, config.optim),)
@@ -110,47 +106,18 @@ class FlowMatching:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
-        """Stored latents, text embeddings and vision features where the shards have them; the rest is encoded here."""
+        """Endless micro-batches from optimiser step `step` on."""
+        vision, grid = self.vision if self.config.repa else None, self.model.config.latent_grid
         records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
         with contextlib.closing(records):
             for record in records:
-                yield self.encode(record)
-
-    def encode(self, record: Records) -> Batch:
-        """Records on the CPU -> a batch on the device."""
-        pixels = None
-        if record.pixels is not None:
-            pixels = record.pixels.to(self.device, non_blocking=True).float() / 127.5 - 1  # (B, 3, H, W)
-        raw = self.codec.encode_pixels(pixels) if record.latents is None else self.to_device(record.latents)
-        latents = self.codec.normalize(raw)  # (B, C, h, w)
-        if record.text is None:
-            text = self.text.encode(record.prompts)
-        else:
-            text = TextEmbedding(self.to_device(record.text.tokens), record.text.mask.to(self.device))
-        features = None
-        if self.config.repa is not None:
-            grid = self.model.config.latent_grid(*latents.shape[-2:])
-            stored = record.features
-            # (B, N, F)
-            features = self.vision.features(pixels, grid) if stored is None else self.to_device(stored)
-        return Batch(
-            latents=latents,
-            text=text,
-            prompts=record.prompts,
-            keys=record.keys,
-            features=features,
-            info=record.info,
-        )
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Stored half precision is widened: all arithmetic around the model is float32."""
-        return tensor.to(self.device, non_blocking=True).float()
+                yield encode(record, self.codec, self.text, self.device, vision, grid)
 
     def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared velocity error, plus the weighted REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
-        text = self.drop_captions(batch.text, rng.uniform() < self.config.caption_dropout)
+        text = batch.text.where(rng.uniform() >= self.config.caption_dropout, self.null_text)
         velocity, projected = net(flow.interpolate(batch.latents, noise, t), t, text)
         error = velocity.float() - flow.velocity_target(batch.latents, noise)  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)
@@ -160,13 +127,6 @@ class FlowMatching:
         alignment = repa_loss(projected, batch.features)
         logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
         return squared.mean() + self.config.repa.weight * alignment, logs
-
-    def drop_captions(self, text: TextEmbedding, drop: Tensor) -> TextEmbedding:
-        """Replace the rows where drop (B,) is true by the null prompt."""
-        return TextEmbedding(
-            torch.where(drop[:, None, None], self.null_text.tokens.float(), text.tokens),
-            torch.where(drop[:, None], self.null_text.mask, text.mask),
-        )
 
 
 # ---- from a recipe

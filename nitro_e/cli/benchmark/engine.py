@@ -78,7 +78,7 @@ class Premade(FlowMatching):
     """The flow-matching stage on one batch; notes when each is asked for."""
 
     def __init__(self, model: EMMDiT, batch: Batch) -> None:
-        size, null = len(batch.latents), TextEmbedding(*(part[:1] for part in batch.text))
+        size, null = len(batch.latents), batch.text.take(slice(1))
         data = SimpleNamespace(
             config=SimpleNamespace(batch_size=size), fingerprint=dict, bad=(), null_text=lambda: null
         )

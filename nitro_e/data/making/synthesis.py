@@ -102,9 +102,7 @@ class OwnGenerator:
         seeds = [job.seed for job in jobs]
         noise = initial_noise(seeds, shape).half()  # what is stored is what is used
         text = pipeline.text.encode([job.prompt for job in jobs])
-        negative = TextEmbedding(
-            *(x.expand(len(jobs), *x.shape[1:]) for x in pipeline.text.encode([self.negative]))
-        )
+        negative = pipeline.text.encode([self.negative])
         start, trajectory = noise.float().to(device), None
         if self.stops:
             latents, trajectory = self.follow(start, text, negative)

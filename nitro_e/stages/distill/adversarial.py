@@ -157,11 +157,7 @@ class Adversarial:
         """The prompts, a share of them replaced by the null prompt."""
         if self.config.null_text == 0:
             return text
-        drop, null = rng.uniform() < self.config.null_text, self.shared.null_text
-        return TextEmbedding(
-            torch.where(drop[:, None, None], null.tokens.to(text.tokens), text.tokens),
-            torch.where(drop[:, None], null.mask, text.mask),
-        )
+        return text.where(rng.uniform() >= self.config.null_text, self.shared.null_text)
 
     # ---- the heads
 
@@ -173,8 +169,7 @@ class Adversarial:
         keep = self.shared.training(batch)
         with torch.no_grad():
             names, xs, taus, texts = zip(*self.judged_parts(batch, draft, rng))
-            joint = TextEmbedding(*(torch.cat(column) for column in zip(*texts)))
-            features = self.backbone(torch.cat(xs), torch.cat(taus), joint)
+            features = self.backbone(torch.cat(xs), torch.cat(taus), texts[0].cat(*texts[1:]))
         logits = net(features, batch.step)
         sides = dict(zip(names, map(list, zip(*(entry.chunk(len(names)) for entry in logits)))))
         values, logs = self.compare(sides, batch)
@@ -197,7 +192,7 @@ class Adversarial:
         parts = [("real", real, tau, text), ("fake", fake, fake_tau, text)]
         if config.misaligned is not None and batch.step >= config.misaligned.start:
             others, _ = losses.misaligned(batch.prompts)
-            parts.append(("misaligned", real, tau, TextEmbedding(*(part[others] for part in text))))
+            parts.append(("misaligned", real, tau, text.take(others)))
         if config.r1 is not None and batch.step % config.r1.every == 0:
             parts.append(("perturbed", real + config.r1.sigma * rng.normal(*shape), tau, text))
         return parts

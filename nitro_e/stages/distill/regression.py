@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
-from nitro_e.interfaces import Phase, TextEmbedding
+from nitro_e.interfaces import Phase
 from nitro_e.randomness import SlotRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import expand
@@ -92,12 +92,9 @@ class Diffusion:
         """(B, C, h, w) data."""
         if self.config.target == "pair":
             return batch.latents
-        null = TextEmbedding(*(part.expand(len(draft.t), *part.shape[1:]) for part in self.shared.null_text))
+        shared, scale = self.shared, self.config.guidance_scale
         with torch.no_grad():
-            null = TextEmbedding(null.tokens.to(batch.text.tokens), null.mask)
-            velocity = guide(self.shared.teacher, batch.text, null, self.config.guidance_scale)(
-                draft.x, draft.t
-            )
+            velocity = guide(shared.teacher, batch.text, shared.null_text, scale)(draft.x, draft.t)
             return flow.to_data(draft.x, draft.t, velocity)
 
 

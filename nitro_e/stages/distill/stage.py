@@ -24,6 +24,7 @@ from nitro_e.data import Data, Records
 from nitro_e.interfaces import Denoiser, LatentCodec, Phase, TextEmbedding, TextEncoder
 from nitro_e.randomness import SlotRandom
 from nitro_e.sampling.samplers import SamplingConfig, scale_time
+from nitro_e.stages.batches import encode, null_prompt, to_device
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import (
@@ -265,8 +266,7 @@ class DistillRun(Distill):
         self.data, self.codec, self.text = data, codec, text
         self.batch_size, self.forward_flops = data.config.batch_size, forward_flops
         self.fingerprint = {**data.fingerprint(), "teacher": identity}
-        stored = data.null_text() or text.encode([""])
-        null_text = TextEmbedding(*(part.to(device) for part in stored))
+        null_text = null_prompt(data, text, device)
         super().__init__(config, model, teacher, partial(Backbone, teacher), null_text, seed, device)
 
     @property
@@ -281,13 +281,8 @@ class DistillRun(Distill):
 
     def encode(self, record: Records, step: int, alone: bool) -> DistillBatch:
         """Records on the CPU -> a batch on the device. The stored half-precision noise is what the teacher began with."""
-        latents = self.codec.normalize(self.to_device(record.latents))  # (B, C, h, w)
-        noise = self.to_device(record.extra["noise.npy"]) if self.config.inputs.needs_noise else None
-        if record.text is None:
-            text = self.text.encode(record.prompts)
-        else:
-            text = TextEmbedding(self.to_device(record.text.tokens), record.text.mask.to(self.device))
-        return DistillBatch(step, latents, noise, text, record.prompts, record.keys, alone)
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True).float()
+        batch = encode(record, self.codec, self.text, self.device)
+        noise = None
+        if self.config.inputs.needs_noise:
+            noise = to_device(record.extra["noise.npy"], self.device)
+        return DistillBatch(step, batch.latents, noise, batch.text, batch.prompts, batch.keys, alone)

@@ -98,7 +98,7 @@ def further_copies(config: Run[GRPOConfig]) -> int:
     """Frozen copies come on top; an adapter has next to no moments, and its reference is the model itself."""
     algorithm, adapter = config.stage.algorithm, config.stage.adapter
     reference = -2 if adapter is not None else int(algorithm.kl.beta > 0)
-    return reference + (algorithm.kind == "nft")
+    return reference + algorithm.keeps_old
 
 
 KIND = StageKind(check, split, build, summary, further_copies=further_copies)

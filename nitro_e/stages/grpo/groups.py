@@ -1,7 +1,7 @@
-"""Which prompts a rollout draws, and who draws which image: pure functions of seed, rollout and number of processes.
+"""The prompts that a rollout draws, and who draws which image: functions of seed, rollout and number of processes.
 
-A slot is an image's place in the rollout: slot = group * group_size + number. Process r of W draws the r-th of W equal
-runs of slots, so groups lie on one process where their number allows it, and are spread over several where not; scores
+The images of a rollout have indices: group * group_size + number. Process r of W draws the r-th of W equal runs of
+indices, so groups lie on one process where their number allows it, and are spread over several where not; scores
 travel, images do not. Image k of a group belongs to update k % U: the images of a group differ by their noise
 alone, so no shuffle could mix them better, and every update gets all groups.
 """
@@ -19,7 +19,7 @@ from nitro_e.randomness import seed_of
 
 
 def group_prompts(seed: int, rollout: int, groups: int, pool: int) -> list[int]:
-    """Prompt numbers of the groups of a rollout. The pool is gone through in shuffled order, again and again."""
+    """Choose the prompt numbers of the groups of a rollout: epoch by epoch, each through the whole pool in a new order."""
     positions = range(rollout * groups, (rollout + 1) * groups)
     orders = {
         epoch: np.random.default_rng(seed_of(seed, "prompts", epoch)).permutation(pool)
@@ -52,7 +52,7 @@ class Layout:
                 f"stage.groups: {what} cannot be shared by {self.world} processes and {self.updates} updates; "
                 f"groups * group_size must be a multiple of {self.world * self.updates}"
             )
-        rows = self.slots_per_rank // self.updates * self.steps
+        rows = self.images_per_rank // self.updates * self.steps
         if rows % self.accumulate:
             raise ConfigError(
                 f"accumulate {self.accumulate} must divide the {rows} rows of a process and update ({what}, "
@@ -60,18 +60,19 @@ class Layout:
             )
 
     @property
-    def slots_per_rank(self) -> int:
+    def images_per_rank(self) -> int:
         return self.groups * self.group_size // self.world
 
     @property
     def micro_batch(self) -> int:
         """Rows: images times trained steps."""
-        return self.slots_per_rank // self.updates * self.steps // self.accumulate
+        return self.images_per_rank // self.updates * self.steps // self.accumulate
 
-    def slots(self, rank: int) -> range:
-        return range(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank)
+    def images(self, rank: int) -> range:
+        """Indices of the images that a process draws."""
+        return range(rank * self.images_per_rank, (rank + 1) * self.images_per_rank)
 
     def rows(self, update: int) -> tuple[Tensor, Tensor]:
-        """(image of the process, step of the window) of every row of an update, image by image."""
-        images = torch.arange(update, self.slots_per_rank, self.updates)
+        """List (image of the process, step of the window) of every row of an update, image by image."""
+        images = torch.arange(update, self.images_per_rank, self.updates)
         return images.repeat_interleave(self.steps), torch.arange(self.steps).repeat(len(images))

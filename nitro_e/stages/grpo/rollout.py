@@ -12,10 +12,8 @@ from torch import Tensor
 from nitro_e.config import Config, Ge, Gt, Le
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.sampling.flow import TimeGrid, time_grid
-from nitro_e.stages.grpo.losses import log_prob
-from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
+from nitro_e.sampling.samplers import Velocity
+from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +27,13 @@ class RolloutConfig(Config):
     shared_noise: bool = False  # one first noise per group; the SDE alone makes its images differ
     batch_size: Annotated[int, Ge(1), Le(65536)] = 64  # images at a time
 
-    def schedule(self) -> Schedule:
-        return Schedule(time_grid(self.steps, self.grid, self.shift), self.sde, self.window)
+    def schedule(self, window: WindowConfig | None) -> Schedule:
+        """Build the schedule of these steps, random inside the window; None: the ODE alone."""
+        return Schedule(time_grid(self.steps, self.grid, self.shift), self.sde, window)
 
 
 class Trajectory(NamedTuple):
-    """Of B images and a window of n steps."""
+    """What was drawn of B images and a window of n steps."""
 
     states: Tensor  # (n + 1, B, C, h, w) float32: x before the window's first step ... after its last
     log_probs: Tensor  # (n, B) of its transitions, as drawn
@@ -72,13 +71,9 @@ def sample_trajectory(
     )
 
 
-def take(text: TextEmbedding, rows: Tensor) -> TextEmbedding:
-    return TextEmbedding(text.tokens[rows], text.mask[rows])
-
-
 @dataclass
 class Experience:
-    """What one process drew in one rollout: S images of g prompts."""
+    """The S images of g prompts that one process drew in one rollout."""
 
     trajectory: Trajectory
     window: Window
@@ -90,7 +85,7 @@ class Experience:
 
 @dataclass
 class Rows:
-    """A micro-batch: R pairs of an image and a step of its trajectory."""
+    """A micro-batch: R pairs of an image and a step of the sampler."""
 
     step: Tensor  # (R,) long
     advantage: Tensor  # (R,)
@@ -98,14 +93,15 @@ class Rows:
     group: Tensor  # (R,) ... and which of them
     keys: list[str]
     latents: Tensor  # (R, C, h, w), final
-    x: Tensor | None = None  # (R, C, h, w): where the transition starts; None: the window is empty
-    x_next: Tensor | None = None  # (R, C, h, w): where it ended
-    log_prob: Tensor | None = None  # (R,) of it, as drawn
+    # the transition as it was drawn; without rows if the rollout has no window
+    x: Tensor  # (R, C, h, w): where it starts
+    x_next: Tensor  # (R, C, h, w): where it ended
+    log_prob: Tensor  # (R,)
     # (R, C, h, w): velocity before the rollout's first update; None: this is the first
     old: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)  # of the rollout, with its first micro-batch
 
     @property
     def text(self) -> TextEmbedding:
-        """(R, L, D), put together when it is needed: of long texts it is far more than all else."""
-        return take(self.prompts, self.group)
+        """(R, L, D), gathered only when it is needed: long texts take far more memory than all else."""
+        return self.prompts.take(self.group)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.randomness import seed_of
+from nitro_e.training.meters import mean_by
 
 Kind = Literal["flow", "ancestral", "dance", "cps"]
 DEFAULT_NOISE = {"flow": 0.7, "ancestral": 0.8, "dance": 0.3, "cps": 0.8}
@@ -50,7 +51,7 @@ class SDEConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig(Config):
-    """Which steps are random and trained; the others are steps of the ODE (MixGRPO, arXiv 2507.21802)."""
+    """The window of steps that are random and trained; the others are steps of the ODE (MixGRPO, arXiv 2507.21802)."""
 
     kind: Literal["fixed", "random", "slide"] = "fixed"  # random: a new place per rollout; slide: moves on
     size: Annotated[int, Ge(1)] = 6  # steps
@@ -67,7 +68,7 @@ class WindowConfig(Config):
 
 
 class Transitions(NamedTuple):
-    """Of every step i: (N,) float32, computed in float64."""
+    """The table: (N,) numbers for steps i, float32, computed in float64."""
 
     t: Tensor
     h: Tensor
@@ -76,7 +77,7 @@ class Transitions(NamedTuple):
     std: Tensor
 
     def at(self, index: Tensor) -> Transitions:
-        """Rows `index` (B,), shaped (B, 1, 1, 1) to multiply latents; t stays (B,)."""
+        """Pick rows `index` (B,), shaped (B, 1, 1, 1) to multiply latents; t stays (B,)."""
         picked = [values[index] for values in self]
         return Transitions(picked[0], *(values[:, None, None, None] for values in picked[1:]))
 
@@ -84,17 +85,17 @@ class Transitions(NamedTuple):
         return Transitions(*(values.to(device) for values in self))
 
     def mean(self, x: Tensor, velocity: Tensor) -> Tensor:
-        """Of x', float32; self must be `at` the rows of x."""
+        """Compute the mean of x', float32; self must be `at` the rows of x."""
         return self.x_coef * x.float() + self.v_coef * velocity.float()
 
     @property
     def gaussian_kl(self) -> Tensor:
-        """KL between the transitions of two models over their mean squared velocity difference: kappa^2 / (2 std^2)."""
+        """KL of two models' transitions per unit of mean squared velocity difference: v_coef^2 / (2 std^2)."""
         return self.v_coef.square() / (2 * self.std.square())
 
 
 def transitions(kind: Kind | Literal["ode"], times: Tensor, noise: float = 0.0) -> Transitions:
-    """The table for falling times (N + 1,). `noise`: a of flow, eta of the others, unused by ode."""
+    """Compute the table for falling times (N + 1,). `noise`: a of flow, eta of the others, unused by ode."""
     times = times.double()
     t, t_next = times[:-1], times[1:]
     h = t - t_next
@@ -122,7 +123,20 @@ def transitions(kind: Kind | Literal["ode"], times: Tensor, noise: float = 0.0) 
     return Transitions(*(values.float() for values in (t, h, x_coef, v_coef, std)))
 
 
+def per_sample(values: Tensor) -> Tensor:
+    """Take the mean over everything but the rows, (B, ...) -> (B,)."""
+    return values.flatten(1).mean(dim=1)
+
+
+def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Compute the normal log-density (B,), averaged over D, in float32. std: (B, 1, 1, 1)."""
+    squared = ((x_next.float() - mean) / std).square()
+    return per_sample(-squared / 2) - std.log().flatten() - math.log(2 * math.pi) / 2
+
+
 class Window(NamedTuple):
+    """The random steps of one rollout."""
+
     first: int
     stop: int  # one past the last
 
@@ -149,12 +163,13 @@ class Schedule:
         return len(self.ode.t)
 
     def trained(self) -> range:
-        """All steps that some rollout trains."""
+        """Return all steps that some rollout trains."""
+        assert self.window is not None, "without a window there are no transitions to train"
         stop = self.window.start + self.window.size if self.window.kind == "fixed" else self.stop
         return range(self.window.start, stop)
 
     def window_of(self, seed: int, rollout: int) -> Window:
-        """A pure function: the window of rollout 0, 1, ..."""
+        """Return the window of rollout 0, 1, ..., a pure function of seed and rollout."""
         if self.window is None:
             return Window(0, 0)
         places = self.stop - self.window.start - self.window.size + 1
@@ -166,3 +181,7 @@ class Schedule:
             offset = rollout // self.window.every % places
         first = self.window.start + offset
         return Window(first, first + self.window.size)
+
+    def by_step(self, name: str, values: Tensor, step: Tensor) -> dict[str, Tensor]:
+        """Sum and count values (R,) of rows for every step of the sampler, to be logged as their mean."""
+        return mean_by(f"{name}/step", values, step, self.num)
