@@ -19,6 +19,7 @@ from nitro_e.data.making.captions import CaptionTable, rows, stem
 from nitro_e.data.making.jobs import JobConfig
 from nitro_e.data.making.pack import (
     ArchiveUnit,
+    CaptionSource,
     Item,
     PackConfig,
     archive_units,
@@ -64,12 +65,12 @@ def folder_sidecar(root):
     images(root, "sub/{:02d}.jpg")
     for i in range(N):
         (root / f"sub/{i:02d}.txt").write_text(f"picture {i}\n")
-    return folder_units(root, CONFIG)
+    return folder_units(root, CONFIG, CaptionSource())
 
 
 def folder_names(root):
     images(root, "picture_{}.jpg")
-    return folder_units(root, CONFIG, names=True)
+    return folder_units(root, CONFIG, CaptionSource(file_names=True))
 
 
 def folder_csv(root):
@@ -78,7 +79,7 @@ def folder_csv(root):
         csv.writer(file).writerows(
             [["image", "caption"], *[[f"{i:02d}.jpg", f"picture {i}"] for i in range(N)]]
         )
-    return folder_units(root, CONFIG, captions=root / "captions.csv")
+    return folder_units(root, CONFIG, CaptionSource(root / "captions.csv"))
 
 
 def jsonl(root):
@@ -86,7 +87,9 @@ def jsonl(root):
     lines = [json.dumps({"image": f"x/{i:02d}.jpg", "meta": {"text": f"picture {i}"}}) for i in range(N)]
     (root / "list.jsonl").write_text("\n".join(lines))
     return table_units(
-        root / "list.jsonl", PackConfig(name="t", samples_per_shard=25, caption_column="meta.text")
+        root / "list.jsonl",
+        PackConfig(name="t", samples_per_shard=25, caption_column="meta.text"),
+        CaptionSource(),
     )
 
 
@@ -127,7 +130,7 @@ def sa1b(root):
     (root / "c.jsonl").write_text(
         "\n".join(json.dumps({"id": f"sa_{i}", "caption": f"picture {i}"}) for i in range(N))
     )
-    table, _ = CaptionTable.build(root / "c.jsonl", root / "tables", "id", "caption")
+    table = CaptionTable.build(root / "c.jsonl", root / "tables", "id", "caption")
     return archive_units([str(root / "sa_*.tar")], read_sa1b, CONFIG, table)
 
 
@@ -148,8 +151,10 @@ def journeydb_archives(root):
     with tarfile.open(root / "train_anno_realease_repath.jsonl.tgz", "w:gz") as tar:
         add(tar, "train_anno_realease_repath.jsonl", annotations(root))
     return journeydb_units(
-        root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables"
-    )[0]
+        root,
+        PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"),
+        CaptionSource(folder=root / "tables"),
+    )
 
 
 def journeydb_extracted(root):
@@ -159,8 +164,10 @@ def journeydb_extracted(root):
         path.write_bytes(jpeg(i))
     (root / "train_anno.jsonl").write_bytes(annotations(root))
     return journeydb_units(
-        root, PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"), root / "tables"
-    )[0]
+        root,
+        PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"),
+        CaptionSource(folder=root / "tables"),
+    )
 
 
 LAYOUTS = [
@@ -222,7 +229,9 @@ def test_second_run_only_does_what_is_missing(tmp_path):
     kept = shards[2].stat().st_mtime_ns
     pack(units, job)
     assert {path: path.read_bytes() for path in shards} == before and shards[2].stat().st_mtime_ns == kept
-    other = folder_units(tmp_path / "in", PackConfig(name="other", samples_per_shard=25), names=True)
+    other = folder_units(
+        tmp_path / "in", PackConfig(name="other", samples_per_shard=25), CaptionSource(file_names=True)
+    )
     with pytest.raises(ConfigError, match="other input or with other options"):
         pack(other, job)
     assert pack(other, JobConfig(out=tmp_path / "out", overwrite=True))[0]["first"].startswith("other_")
@@ -242,13 +251,13 @@ def test_overwriting_leaves_no_old_shards(tmp_path):
 
 def test_changed_captions_are_noticed(tmp_path):
     (tmp_path / "c.csv").write_text("id,caption\na,one\n")
-    first, _ = CaptionTable.build(tmp_path / "c.csv", tmp_path, "id", "caption")
+    first = CaptionTable.build(tmp_path / "c.csv", tmp_path, "id", "caption")
     (tmp_path / "c.csv").write_text("\ufeffid,caption\na,two\n", encoding="utf-8")
-    second, _ = CaptionTable.build(tmp_path / "c.csv", tmp_path, "id", "caption")
+    second = CaptionTable.build(tmp_path / "c.csv", tmp_path, "id", "caption")
     assert (first.get("a"), second.get("a")) == ("one", "two") and first.identity != second.identity
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.txt").write_text("three")
-    assert CaptionTable.build(tmp_path / "d", tmp_path, "file", "caption")[0].get("a.jpg") == "three"
+    assert CaptionTable.build(tmp_path / "d", tmp_path, "file", "caption").get("a.jpg") == "three"
 
 
 def test_bad_input_is_left_out_and_reported(tmp_path):
@@ -260,7 +269,7 @@ def test_bad_input_is_left_out_and_reported(tmp_path):
     (tmp_path / "in/05.jpg").write_bytes(b"no image")
     (tmp_path / "in/07.jpg").write_bytes(jpeg(7)[:200])
     (tmp_path / "in/extra.png").write_bytes(jpeg(1))
-    units = folder_units(tmp_path / "in", CONFIG, captions=tmp_path / "list.csv")
+    units = folder_units(tmp_path / "in", CONFIG, CaptionSource(tmp_path / "list.csv"))
     entries = pack(units, JobConfig(out=tmp_path / "out"))
     assert sum(entry["samples"] for entry in entries) == N - 3
     lines = [json.loads(line) for line in (tmp_path / "out/bad-images.jsonl").read_text().splitlines()]
@@ -280,7 +289,7 @@ def test_names_and_captions_that_are_no_utf8(tmp_path):
     rows[3]["caption"] = "half \ud800"
     (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (entry,) = pack(
-        table_units(folder / "list.jsonl", replace(CONFIG, samples_per_shard=99)),
+        table_units(folder / "list.jsonl", replace(CONFIG, samples_per_shard=99), CaptionSource()),
         JobConfig(out=tmp_path / "a"),
     )
     assert entry["samples"] == N - 1
@@ -289,16 +298,16 @@ def test_names_and_captions_that_are_no_utf8(tmp_path):
 
     for path in folder.glob("*.jpg"):
         path.with_suffix(".txt").write_text("a picture")
-    units = folder_units(folder, replace(CONFIG, samples_per_shard=99))
+    units = folder_units(folder, replace(CONFIG, samples_per_shard=99), CaptionSource())
     assert pack(units, JobConfig(out=tmp_path / "b"))[0]["samples"] == N + 1
-    by_name = folder_units(folder, replace(CONFIG, samples_per_shard=99), names=True)
+    by_name = folder_units(folder, replace(CONFIG, samples_per_shard=99), CaptionSource(file_names=True))
     assert pack(by_name, JobConfig(out=tmp_path / "c"))[0]["samples"] == N  # its name is no caption
     assert json.loads((tmp_path / "c/bad-images.jsonl").read_text())["key"].endswith(f"/{odd}.jpg")
 
 
 def test_too_much_bad_input_stops(tmp_path):
     images(tmp_path / "in")
-    units = folder_units(tmp_path / "in", CONFIG)  # no caption anywhere
+    units = folder_units(tmp_path / "in", CONFIG, CaptionSource())  # no caption anywhere
     with pytest.raises(ConfigError, match="25 bad samples of 25 so far.*no caption file"):
         pack(units, JobConfig(out=tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -308,10 +317,10 @@ def test_tables_are_checked(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("imag,caption\na.jpg,x\n")
     with pytest.raises(ConfigError, match="no column 'image', did you mean 'imag'"):
-        table_units(path, CONFIG)
+        table_units(path, CONFIG, CaptionSource())
     path.write_text("image,caption\na.jpg,x\na.jpg,y\n")
     with pytest.raises(ConfigError, match="1 images appear twice, the first is .*a.jpg"):
-        table_units(path, CONFIG)
+        table_units(path, CONFIG, CaptionSource())
     (tmp_path / "t.jsonl").write_text('{"image": 1\n')
     with pytest.raises(ConfigError, match="not a valid .jsonl table"):
         list(rows(tmp_path / "t.jsonl"))
@@ -336,11 +345,11 @@ def test_tables_are_checked(tmp_path):
         list(rows(tmp_path / "t.parquet"))
 
 
-def test_caption_table(tmp_path):
+def test_caption_table(tmp_path, capsys):
     (tmp_path / "c.tsv").write_text("id\tcaption\n./0/a.jpg\tone\nb\ttwo\na\tthree\n")
-    table, twice = CaptionTable.build(tmp_path / "c.tsv", tmp_path, "id", "caption")
+    table = CaptionTable.build(tmp_path / "c.tsv", tmp_path, "id", "caption")
     assert (table.get("a"), table.get("x/b.png"), table.get("c")) == ("one", "two", None)
-    assert [(problem.key, problem.reason[:9]) for problem in twice] == [("a", "duplicate")]
+    assert "1 ids have several captions, the first is used: a\n" in capsys.readouterr().err
     assert stem("a.b c/v1.5 of it") == "v1.5 of it" and stem("x\\y.jpeg") == "y"
 
 

@@ -23,7 +23,7 @@ from nitro_e.data.dataset import TarDataset
 from nitro_e.data.decode import BadSample, decode_image
 from nitro_e.data.making import write_shard, write_shards
 from nitro_e.data.order import quotas
-from nitro_e.data.reader import BadSamples
+from nitro_e.data.problems import BadSamples
 
 
 def make(tmp_path, samples, per_shard=7):

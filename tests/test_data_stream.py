@@ -1,5 +1,6 @@
 """The streaming reader: what it promises, and that damage is not taken for the end of a shard."""
 
+import io
 import json
 import tarfile
 from collections import Counter
@@ -11,9 +12,8 @@ import torch
 from data_samples import image_samples, latent, latent_samples
 
 from nitro_e.config import ConfigError
-from nitro_e.data import DataConfig, SourceConfig, open_data, stream
+from nitro_e.data import DataConfig, SourceConfig, open_data
 from nitro_e.data.making import write_shard, write_shards
-from nitro_e.data.order import quotas
 
 
 def opened(*shards, seed=0, **kwargs):
@@ -51,29 +51,37 @@ def test_samples_are_those_of_the_indexed_reader(shards, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_same_layout_same_batches_and_exact_resume(shards, workers, monkeypatch):
-    monkeypatch.setattr(stream, "CHUNK", 10)
-    data = opened(shards, workers=workers)
-    reference = keys(data, 25)
-    assert keys(data, 12, step=10) == reference[10:22]  # a chunk starts
-    assert keys(opened(shards, workers=workers), 5, step=17) == reference[17:22]  # replayed
+def test_same_layout_and_step_same_batches(shards, workers):
+    reference = keys(opened(shards, workers=workers), 25)
+    assert keys(opened(shards, workers=workers), 12) == reference[:12]
+    # resumed at a step: shuffled anew, the same way every time
+    resumed = keys(opened(shards, workers=workers), 5, step=17)
+    assert resumed == keys(opened(shards, workers=workers), 5, step=17) != reference[17:22]
     if workers == 0:
-        by_two = keys(data, 12, micro_batches_per_step=2)
-        assert keys(data, 6, step=3, micro_batches_per_step=2) == by_two[6:]
-        assert keys(opened(shards, seed=1), 5) != reference[:5] != keys(data, 5, rank=1, world=2)
+        assert keys(opened(shards, seed=1), 5) != reference[:5] != keys(opened(shards), 5, rank=1, world=2)
 
 
-def test_weighted_sources_are_exact_in_every_block(tmp_path):
+def test_ranks_share_an_epoch(tmp_path):
+    write_shards(latent_samples(30), str(tmp_path / "a-%d.tar"), 5)
+    by_rank = [keys(opened(str(tmp_path / "*.tar")), 9, rank=rank, world=2) for rank in (0, 1)]
+    for epoch in range(3):  # 15 samples of each rank, in batches of 5
+        seen = Counter(key for rank in by_rank for batch in rank[3 * epoch : 3 * epoch + 3] for key in batch)
+        assert len(seen) == 30 and set(seen.values()) == {1}
+    assert by_rank[0][:3] != by_rank[0][3:6]
+
+
+def test_weights_of_sources_hold_on_average(tmp_path):
     sources = {}
     for name, weight in (("a", 2.0), ("b", 1.0), ("c", 0.0)):
         samples = [{**s, "__key__": f"{name}{i}"} for i, s in enumerate(latent_samples(9))]
         write_shards(samples, str(tmp_path / f"{name}-%d.tar"), 4)
         sources[name] = SourceConfig(shards=(str(tmp_path / f"{name}-*.tar"),), weight=weight)
-    config = DataConfig(sources=sources, reader="stream", workers=0, batch_size=512)
-    batches = open_data(config, need_pixels=False, seed=0, stage="s").records()
-    for records in islice(batches, 3):
-        names = Counter(key.split(":")[1][0] for key in records.keys)
-        assert [names[name] for name in "abc"] == quotas([2, 1, 0]).tolist()
+    config = DataConfig(sources=sources, reader="stream", workers=0, batch_size=3000)
+    data = open_data(config, need_pixels=False, seed=0, stage="s")
+    names = Counter(key.split(":")[1][0] for key in next(data.records()).keys)
+    # a binomial of 3000 and 2/3 has a standard deviation of 26
+    assert names["c"] == 0 and abs(names["a"] - 2000) < 130
+    assert next(data.records()).keys == next(data.records()).keys
 
 
 def test_images_and_json(tmp_path):
@@ -148,3 +156,21 @@ def test_what_a_stream_cannot_do(tmp_path, shards, caplog):
                 tar.addfile(tarfile.TarInfo(member))
     with pytest.raises(ConfigError, match="duplicate|first npy"):
         next(opened(str(tmp_path / "twice.tar")).records())
+
+
+def test_a_member_that_is_there_twice_is_reported(tmp_path):
+    samples = latent_samples(6)
+    write_shard(tmp_path / "a.tar", samples)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        member = tarfile.TarInfo("s005.txt")
+        member.size = 5
+        tar.addfile(member, io.BytesIO(b"other"))
+    data = opened(str(tmp_path / "a.tar"), max_bad_fraction=1.0)
+    records = next(data.records())
+    assert "caption 5" in {prompt for r in islice(data.records(), 3) for prompt in r.prompts}
+    assert "other" not in records.prompts and len(data.bad) == 1 and ("a.tar", "s005") in data.bad.seen
+
+
+def test_every_loader_process_needs_a_shard(shards):
+    with pytest.raises(ConfigError, match=r"5 shards \(a-000.tar, ...\) for 6 loader processes"):
+        next(opened(shards, workers=3).records(world=2))

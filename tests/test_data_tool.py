@@ -113,12 +113,6 @@ def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     records.close()
 
 
-def test_plan(capsys):
-    assert tool.main(["plan", "--images", "25e6"]) == 0
-    out = capsys.readouterr().out
-    assert "25,000,000 images" in out and "13.16 TB" in out
-
-
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -140,7 +134,6 @@ def test_plan(capsys):
             "--batch-size must be at least 1, got 0",
         ),
         ("verify IN/none.tar", "missing shards"),
-        ("plan --images 0", "--images must be at least 1, got 0"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(tmp_path, source, capsys, command, message):

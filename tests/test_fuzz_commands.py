@@ -146,8 +146,6 @@ TOOLS = {
         which W/none --step 1 ; which W/tiny.yaml ; which W/tiny.yaml --step -1 ; which W/tiny.yaml --step 1e20
         which W/tiny.yaml --step nan
         which W/recipes/latin.yaml --step 1 ; which W/tiny.yaml seed=.nan --step 1
-        plan --images 1e400 ; plan --images nan ; plan --images abc ; plan --images 0 ; plan --images 1.5 ; plan --tokens nan
-        plan --tflops -1 ; plan --tflops inf ; plan --samples-per-second 0 ; plan --samples-trained -5 ; plan --caption-bytes -1
         encode {DATA} --out W/o/e1 ; encode {DATA} --out W/o/e2 --codec foo ; encode W/cut.tar --out W/o/e3 --codec dct-f8c24
         encode W/zero.tar --out W/o/e4 --codec dct-f8c24 --resolution 64 ; encode {DATA} {DATA} --out W/o/e5 --codec dct-f8c24
         encode {DATA} --out W/o/e6 --codec dct-f8c24 --resolution 0 ; encode {DATA} --out W/o/e7 --codec dct-f8c24 --workers -1
@@ -215,7 +213,7 @@ RIGHT = {
         "W/run --prompt '' --seed 9223372036854775 --out W/out",
         "shapes --prompt '🚀 ../../etc/passwd \u202e' --steps 1 --guidance 0 --device cpu --out W/out",
     ],
-    "tools/data.py": ["plan --images 25e6", f"index {DATA}", f"head {DATA} --count 1", "which W/tiny.yaml --step 1",
+    "tools/data.py": [f"index {DATA}", f"head {DATA} --count 1", "which W/tiny.yaml --step 1",
                       "pack folder W/images --captions-from-names --out W/o/right --resize 8"],
     "tools/report.py": ["W/damaged_run"],
     "tools/evaluate.py": ["shapes shapes --num 2 --steps 1 --out W/o/right_v"],
@@ -234,7 +232,7 @@ FEW = {  # at once, in this process
                "shapes --prompts-file W/binary.txt", "W/ok.txt --prompt x"],
     "data": ["pack table W/lists.jsonl --out W/o", "pack table /etc/passwd --out W/o", "pack table W/deep.jsonl --out W/o",
              "pack folder W/images --out W/o", "pack folder W/images --resize -5 --captions-from-names --out W/o",
-             "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1", "plan --images 1e400",
+             "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1",
              "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o", "verify W/damaged/data-0.tar",
              "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o"],
     "evaluate": ["W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",

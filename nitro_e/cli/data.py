@@ -5,7 +5,6 @@
     nitro-e data encode 'data/photos/images-*.tar' --out data/photos --codec dc-ae-f32c32
     torchrun --nproc_per_node 8 -m nitro_e.cli data encode 'data/sa1b/images-*.tar' --out data/sa1b --codec dc-ae-f32c32
     nitro-e data verify 'data/photos/*.tar' --deep
-    nitro-e data plan --images 25e6
 
 Then train with data.shards='["data/photos/latents-*.tar"]'.
 """
@@ -16,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +23,7 @@ from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import shard_index
-from nitro_e.data.making import encode, jobs, pack, verify
-from nitro_e.data.making import stats as report
-from nitro_e.data.making.captions import CaptionTable
+from nitro_e.data.making import encode, jobs, pack, stats, verify
 from nitro_e.encoders.components import (
     build_codec,
     build_text_encoder,
@@ -36,8 +32,6 @@ from nitro_e.encoders.components import (
     pinned,
 )
 from nitro_e.record.progress import bar
-
-LAYOUTS = ("folder", "table", "parquet", "webdataset", "img2dataset", "sa1b", "journeydb")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("layout", choices=LAYOUTS, help="how the input is laid out")
+    parser.add_argument("layout", choices=pack.LAYOUTS, help="how the input is laid out")
     parser.add_argument("input", nargs="+", help="folder, table, or archives (globs and brace ranges)")
     parser.add_argument(
         "--captions", type=Path, help="table (csv, tsv, jsonl, parquet) or folder of .txt files"
@@ -84,7 +78,6 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    column = args.caption_column or ("prompt" if args.layout == "journeydb" else "caption")
     options = pack.PackConfig(
         name=args.name,
         samples_per_shard=args.samples_per_shard,
@@ -92,39 +85,14 @@ def run_pack(args: argparse.Namespace) -> None:
         min_side=args.min_side,
         caption_key=args.caption_key,
         image_column=args.image_column,
-        caption_column=column,
+        caption_column=args.caption_column or pack.CAPTION_COLUMN.get(args.layout, "caption"),
         shuffle=None if args.shuffle < 0 else args.shuffle,
     )
+    captions = pack.CaptionSource(
+        args.captions, args.id_column, args.captions_from_names, args.out / ".journal"
+    )
     job = make_job(args)
-    if args.layout in ("folder", "table", "journeydb") and len(args.input) > 1:
-        raise ConfigError(
-            f"pack {args.layout} takes one input, got {len(args.input)}; pack each into its own --out"
-        )
-    root, tables = Path(args.input[0]), args.out / ".journal"
-    twice: list = []
-    if args.layout == "folder":
-        units = pack.folder_units(root, options, args.captions, args.captions_from_names)
-    elif args.layout == "table":
-        units = pack.table_units(root, options)
-    elif args.layout == "journeydb":
-        units, twice = pack.journeydb_units(root, options, tables)
-    else:
-        captions = None
-        if args.captions is not None:
-            captions, twice = CaptionTable.build(args.captions, tables, args.id_column, column)
-        elif args.layout == "sa1b":
-            raise ConfigError("pack sa1b needs --captions: SA-1B comes without any")
-        readers = {"parquet": pack.read_parquet, "sa1b": pack.read_sa1b}
-        units = pack.archive_units(
-            args.input, readers.get(args.layout, pack.read_webdataset), options, captions
-        )
-    if twice:
-        print(
-            f"{len(twice)} ids have several captions, the first is used:"
-            f" {', '.join(p.key for p in twice[:5])}",
-            file=sys.stderr,
-        )
-    pack.pack(units, job)
+    pack.pack(pack.make_units(args.layout, args.input, options, captions), job)
 
 
 def encode_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +235,7 @@ def stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_stats(args: argparse.Namespace) -> None:
-    found = report.stats(expand_shards(args.shards, "shards"), args.probe)
+    found = stats.stats(expand_shards(args.shards, "shards"), args.probe)
     refuse_empty(found["samples"], args.shards)
     print(json.dumps(found, indent=2))
 
@@ -279,7 +247,7 @@ def head_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_head(args: argparse.Namespace) -> None:
-    lines = report.head(expand_shards(args.shards, "shards"), args.count, args.sheet)
+    lines = stats.head(expand_shards(args.shards, "shards"), args.count, args.sheet)
     refuse_empty(len(lines), args.shards)
     for line in lines:
         print(json.dumps(line, ensure_ascii=False))
@@ -303,17 +271,6 @@ def run_which(args: argparse.Namespace) -> None:
         print(key)
 
 
-def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    for field in dataclasses.fields(report.Plan):
-        kind = cli.whole() if isinstance(field.default, int) else float
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-
-
-def run_plan(args: argparse.Namespace) -> None:
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(report.Plan)}
-    print("\n".join(report.plan_lines(report.Plan(**values))))
-
-
 COMMANDS = {
     "pack": (pack_arguments, run_pack, "captioned images in the layouts people have -> shards"),
     "encode": (encode_arguments, run_encode, "shards -> latents, text embeddings, vision features"),
@@ -326,5 +283,4 @@ COMMANDS = {
     "stats": (stats_arguments, run_stats, "count members, captions, sizes"),
     "head": (head_arguments, run_head, "show the first samples"),
     "which": (which_arguments, run_which, "the keys of a global batch"),
-    "plan": (plan_arguments, run_plan, "storage and compute for a number of images"),
 }

@@ -1,8 +1,11 @@
-"""Captioned images and latents in webdataset tars: writing, indexing, an exact order, reading."""
+"""Captioned images and latents in webdataset tars: indexing, an exact order, reading."""
 
 from nitro_e.data.catalog import MissingShards
-from nitro_e.data.dataset import BadDataError, Records
-from nitro_e.data.reader import Data, DataConfig, SourceConfig, open_data
+from nitro_e.data.config import DataConfig, SourceConfig
+from nitro_e.data.dataset import Records
+from nitro_e.data.opening import open_data
+from nitro_e.data.problems import BadDataError
+from nitro_e.data.reader import Data
 
 __all__ = [
     "BadDataError",

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from nitro_e.config import ConfigError, read_text
-from nitro_e.data.index import DamagedTar, Problem, ShardIndex, index_path, shard_index
+from nitro_e.data.index import DamagedTar, ShardIndex, index_path, shard_index
+from nitro_e.data.problems import Problem
 from nitro_e.data.remote import ShardCache, cache_folder, is_url, list_urls
 from nitro_e.record.progress import bar
 

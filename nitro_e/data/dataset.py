@@ -21,18 +21,15 @@ from torch.utils.data import Dataset
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info, not_finite
-from nitro_e.data.index import Problem
 from nitro_e.data.order import Order
+from nitro_e.data.problems import BadDataError, Problem
 from nitro_e.data.remote import ShardCache, is_url
+from nitro_e.data.spec import ArrayLayout, ReadSpec
 from nitro_e.interfaces import TextEmbedding
 
 OPEN_FILES = 256  # per process
 ATTEMPTS = 64  # replacements tried for one position
 CHANGED = "is not what was indexed (CRC differs; after making a shard anew: nitro-e data index --force)"
-
-
-class BadDataError(ConfigError):
-    """Too much of the data cannot be used."""
 
 
 @dataclass
@@ -74,32 +71,6 @@ class Records:
         for mine, theirs in (*tensors, *extra, *zip(self.text or (), other.text or ())):
             if mine is not None:
                 mine[slot] = theirs[0]
-
-
-@dataclass(frozen=True)
-class ArrayLayout:
-    """What every array of one member looks like; settled by the first one of the data set."""
-
-    header: bytes
-    shape: tuple[int, ...]  # latents: (C, h, w)
-    dtype: str
-    nbytes: int  # header and data
-
-
-@dataclass(frozen=True)
-class ReadSpec:
-    """Which members are read."""
-
-    images: tuple[str, ...]  # extensions to look for, () = no pixels
-    info: bool  # the json member
-    resolution: int
-    caption_key: str
-    latents: ArrayLayout | None = None  # None = not read
-    features: ArrayLayout | None = None
-    extra: tuple[tuple[str, ArrayLayout], ...] = ()
-    text: ArrayLayout | None = None  # (L, D); ragged: (rows of the first one, D)
-    mask: ArrayLayout | None = None  # of padded text; None with text = ragged
-    text_length: int = 0  # L
 
 
 class TarDataset(Dataset):

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from nitro_e.config import ConfigError
+from nitro_e.data.problems import Problem
 from nitro_e.data.remote import ShardCache, cache_folder, is_url
 from nitro_e.files import atomic_file
 
@@ -41,18 +42,6 @@ KNOWN = (*REGULAR, *RECORDS, b"5")  # 5 is a folder
 
 class DamagedTar(ConfigError):
     """The archive's structure is broken; what follows the damage cannot be trusted."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One sample that is not what it should be."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.key}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -84,16 +73,11 @@ def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None 
         return read_stored(path, stored)
     index = scan_tar(path)
     try:
-        store_index(path, index)
+        with atomic_file(stored) as file:
+            file.write(_serialize(index))
     except OSError as error:
         log.warning("the index of %s is not kept (%s); set NITRO_E_CACHE to a writable folder", path, error)
     return index
-
-
-def store_index(path: str | Path, index: ShardIndex) -> None:
-    """Keep the index of the tar at `path` where `shard_index` finds it."""
-    with atomic_file(index_path(path)) as file:
-        file.write(_serialize(index))
 
 
 def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
@@ -119,6 +103,22 @@ def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
         names.append(name)
         places.append((offset, size, zlib.crc32(view[offset : offset + size]) if crc else 0))
     return _group(path, names, places, len(view))
+
+
+def read_members(
+    path: str | Path, index: ShardIndex, extensions: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield key and {extension: content} of every sample of the tar; of all extensions, or of those given."""
+    names = [name for name in index.extensions if extensions is None or name in extensions]
+    with open(path, "rb") as file:
+        for row in index.rows:
+            members = {}
+            for name in names:
+                offset, size, _ = row[name].tolist()
+                if offset:
+                    file.seek(offset)
+                    members[name] = file.read(size)
+            yield row["__key__"].decode(errors="replace"), members
 
 
 def map_tar(path: Path) -> memoryview:

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import sqlite3
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nitro_e.config import ConfigError, check_characters, did_you_mean, read_text
-from nitro_e.data.index import Problem
 from nitro_e.data.manifests import digest
 from nitro_e.files import atomic_path, sha256_of
 from nitro_e.record.progress import bar
@@ -137,10 +137,8 @@ class CaptionTable:
         self._connection: sqlite3.Connection | None = None
 
     @classmethod
-    def build(
-        cls, source: Path, folder: Path, id_column: str, caption_column: str
-    ) -> tuple[CaptionTable, list[Problem]]:
-        """Make the table from `source` unless it is there already; return it with the duplicate ids."""
+    def build(cls, source: Path, folder: Path, id_column: str, caption_column: str) -> CaptionTable:
+        """Make the table from `source` unless it is there already; says which ids have several captions."""
         if not source.exists():
             raise ConfigError(f"captions '{source}' do not exist; check the path")
         content = (
@@ -156,10 +154,11 @@ class CaptionTable:
                 _fill(temporary, source, id_column, caption_column)
         table = cls(path, identity)
         with sqlite3.connect(path) as connection:
-            twice = connection.execute("SELECT id FROM duplicates ORDER BY id").fetchall()
-        return table, [
-            Problem(source.name, key, "duplicate caption; the first one is used") for (key,) in twice
-        ]
+            twice = [key for (key,) in connection.execute("SELECT id FROM duplicates ORDER BY id")]
+        if twice:
+            some = ", ".join(twice[:5])
+            print(f"{len(twice)} ids have several captions, the first is used: {some}", file=sys.stderr)
+        return table
 
     def get(self, key: str) -> str | None:
         if self._connection is None:

@@ -23,18 +23,18 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nitro_e.config import Config, ConfigError, Ge, Le
 from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
-from nitro_e.data.dataset import ReadSpec, Records, TarDataset
-from nitro_e.data.decode import decode_array
-from nitro_e.data.index import Problem, scan_tar
+from nitro_e.data.dataset import Records, TarDataset
+from nitro_e.data.loader import load
 from nitro_e.data.making.jobs import JobConfig, Result, publish_entry, run_job
-from nitro_e.data.making.writer import open_shard
+from nitro_e.data.making.writer import check_written, open_shard
 from nitro_e.data.manifests import digest
 from nitro_e.data.order import Order
-from nitro_e.data.reader import identity, ignore_interrupts, image_spec, worker_faults_explained
+from nitro_e.data.problems import Problem
+from nitro_e.data.spec import ReadSpec, image_extensions
 from nitro_e.files import add_tensors, atomic_file
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
@@ -150,7 +150,7 @@ class UnitImages(Dataset):
         return self._current[1].load(np.asarray(ids))
 
     def _dataset(self, catalog: Catalog) -> TarDataset:
-        images = image_spec(catalog) if self.pixels else ()
+        images = image_extensions(catalog) if self.pixels else ()
         info = catalog.find("json") is not None
         spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
@@ -166,17 +166,9 @@ def _work(
                 yield number, range(start, min(start + config.batch_size, size))
 
     pixels = encoders.codec is not None or encoders.vision is not None
-    loader = DataLoader(
-        UnitImages(units, config, pixels),
-        batch_sampler=batches(),
-        num_workers=config.workers,
-        collate_fn=identity,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),
-    )
-    stream = worker_faults_explained(loader) if units else None
+    loaded = load(UnitImages(units, config, pixels), config.workers, batch_sampler=batches())
     for unit in units:
-        yield unit, _encode_unit(unit, stream, encoders, config, out)
+        yield unit, _encode_unit(unit, loaded, encoders, config, out)
 
 
 def _encode_unit(
@@ -188,7 +180,7 @@ def _encode_unit(
     paths = {name: out / f"{name}-{unit.name}.tar" for name in encoders.columns}
     with ExitStack() as stack:
         add = {
-            name: stack.enter_context(open_shard(path, partial(_check_shard, name, keys, path)))
+            name: stack.enter_context(open_shard(path, partial(check_written, keys, path)))
             for name, path in paths.items()
         }
         while remaining:
@@ -208,7 +200,7 @@ def _encode_unit(
         extra = {"encoder": encoders.describe(name, config)}
         if name == "latents":
             extra["psnr"] = psnr
-        result.shards.append(publish_entry(path, scan_tar(path), **extra))
+        result.shards.append(publish_entry(path, **extra))
     result.samples = len(keys)
     return result
 
@@ -258,26 +250,6 @@ def _round_trip(codec: LatentCodec, pixels: Tensor, raw: np.ndarray) -> float:
     decoded = codec.decode(codec.normalize(torch.from_numpy(raw)[None])).cpu()[0]
     error = ((decoded - (pixels.float() / 127.5 - 1)) / 2).square().mean().item()
     return round(-10 * float(np.log10(max(error, 1e-10))), 2)
-
-
-def _check_shard(column: str, keys: list[str], final: Path, path: Path) -> None:
-    """Open a finished shard again: every key in order, arrays of one shape, finite, in range."""
-    rows = scan_tar(path).rows
-    if [key.decode() for key in rows["__key__"]] != keys:
-        raise ConfigError(
-            f"{final}: was not written as it should be (keys differ); check the disk and run again"
-        )
-    member = {"latents": "npy", "text": "text.npy", "features": "features.npy"}[column]
-    shapes = set()
-    with open(path, "rb") as file:
-        for offset, size, _ in rows[member].tolist() if len(rows) else ():
-            file.seek(offset)
-            array = decode_array(file.read(size))
-            shapes.add((array.shape[1:] if column == "text" else array.shape, array.dtype.str))
-    if len(shapes) > 1:
-        raise ConfigError(
-            f"{final}: arrays of different shapes {sorted(shapes)}; this is a fault of the encoder"
-        )
 
 
 def _write_null_text(text: TextEncoder, path: Path) -> None:

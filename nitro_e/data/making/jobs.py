@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Le, read_text
-from nitro_e.data.index import Problem, ShardIndex, index_path, store_index
+from nitro_e.data.index import index_path, shard_index
 from nitro_e.data.manifests import parse_record
+from nitro_e.data.problems import Problem
 from nitro_e.files import atomic_file, sha256_of
 from nitro_e.record.progress import bar
 
@@ -131,9 +132,9 @@ def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
     return shards
 
 
-def publish_entry(path: Path, index: ShardIndex, **extra: Any) -> dict:
-    """Store the index of a finished shard and describe it for the manifest."""
-    store_index(path, index)
+def publish_entry(path: Path, **extra: Any) -> dict:
+    """Index a finished shard and describe it for the manifest."""
+    index = shard_index(path, force=True)
     keys = index.rows["__key__"]
     return {
         "shard": path.name,

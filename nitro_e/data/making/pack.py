@@ -32,12 +32,13 @@ from PIL import Image
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed, read_text
 from nitro_e.data.catalog import IMAGES, expand_shards
 from nitro_e.data.decode import BadSample, decode_caption, decode_info, to_rgb
-from nitro_e.data.index import Problem, scan_tar
+from nitro_e.data.index import ShardIndex, read_members, scan_tar
 from nitro_e.data.making.captions import CaptionTable, open_parquet, rows, stem, value_at
 from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
 from nitro_e.data.making.writer import write_shard
 from nitro_e.data.manifests import digest
 from nitro_e.data.order import permutation
+from nitro_e.data.problems import Problem
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -84,10 +85,15 @@ class ListUnit:
     """The files of exactly one shard."""
 
     name: str
-    first: int  # number of its first sample
     items: list[tuple[str, str | None]]  # (path, caption or None: look beside the file)
-    numbers: list[int]
+    numbers: list[int]  # place of each file before shuffling; becomes its key
     config: PackConfig
+
+    def key(self, number: int) -> str:
+        return f"{self.config.name}_{number:08d}"
+
+    def shard(self, part: int) -> str:
+        return f"images-{self.name}.tar"
 
     def fingerprint(self) -> str:
         return digest("list", self.items, self.numbers, asdict(self.config))
@@ -106,6 +112,12 @@ class ArchiveUnit:
     reader: Callable[..., Iterator[Item]]
     config: PackConfig
     captions: CaptionTable | None = None
+
+    def key(self, number: int) -> str:
+        return f"{self.config.name}_{self.name}_{number:06d}"
+
+    def shard(self, part: int) -> str:
+        return f"images-{self.name}-{part:03d}.tar"
 
     def fingerprint(self) -> str:
         path = Path(self.path)
@@ -131,23 +143,20 @@ def pack(units: Sequence[ListUnit | ArchiveUnit], job: JobConfig) -> list[dict]:
 
 
 def pack_unit(unit: ListUnit | ArchiveUnit, out: Path) -> Result:
-    """One unit -> its shards, and what could not be packed."""
+    """Write the shards of one unit; what could not be packed is in the result."""
     result, config = Result(), unit.config
     samples = _samples(unit, result.bad)
     for part, first in enumerate(samples):
-        suffix = f"-{part:03d}" if isinstance(unit, ArchiveUnit) else ""
-        path = out / f"images-{unit.name}{suffix}.tar"
+        path = out / unit.shard(part)
         result.samples += write_shard(path, chain([first], islice(samples, config.samples_per_shard - 1)))
-        result.shards.append(publish_entry(path, scan_tar(path), source=config.name))
+        result.shards.append(publish_entry(path, source=config.name))
     return result
 
 
 def _samples(unit: ListUnit | ArchiveUnit, bad: list[Problem]) -> Iterator[dict[str, Any]]:
-    digits = 8 if isinstance(unit, ListUnit) else 6
-    prefix = unit.config.name + "_" + ("" if isinstance(unit, ListUnit) else unit.name + "_")
     for number, item in unit.read():
         try:
-            yield {"__key__": f"{prefix}{number:0{digits}d}", **prepare(item, unit.config)}
+            yield {"__key__": unit.key(number), **prepare(item, unit.config)}
         except BadSample as error:
             bad.append(Problem(Path(getattr(unit, "path", unit.name)).name, item.origin, str(error)))
 
@@ -214,139 +223,38 @@ def _sidecar(path: Path) -> str:
     raise BadSample(f"no caption file {path.with_suffix('.txt').name} beside it")
 
 
-# --- units of each layout -------------------------------------------------------------------------
-
-
-def folder_units(
-    root: Path, config: PackConfig, captions: Path | None = None, names: bool = False
-) -> list[ListUnit]:
-    """Images of a tree, in the order of their paths before shuffling.
-
-    Captions: `names` takes file names (`a_red_fox.jpg` -> "a red fox"), `captions` a table, else files
-    beside.
-    """
-    if not root.is_dir():
-        raise ConfigError(f"'{root}' is not a folder; give the folder that holds the images")
-    files = sorted(
-        str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    if captions is not None:
-        return table_units(captions, config, root, files)
-    return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
-
-
-def table_units(
-    table: Path, config: PackConfig, root: Path | None = None, files: Sequence[str] = ()
-) -> list[ListUnit]:
-    """Rows that name image files, relative to `root` (default: the folder of the table).
-
-    With `files`, those without a row are kept as well, to be reported as having no caption.
-    """
-    root = root or table.parent
-    pairs: dict[str, str] = {}
-    twice = []
-    for row in rows(table, (config.image_column, config.caption_column)):
-        path = str(root / str(value_at(row, config.image_column)))
-        if path in pairs:
-            twice.append(path)
-        caption = value_at(row, config.caption_column)
-        pairs.setdefault(path, "" if caption is None else str(caption))
-    if twice:
-        raise ConfigError(
-            f"{table}: {len(twice)} images appear twice, the first is {twice[0]}; leave one row per image"
-        )
-    for path in files:
-        pairs.setdefault(path, "")
-    return list_units(list(pairs.items()), config)
-
-
-def list_units(items: list[tuple[str, str | None]], config: PackConfig) -> list[ListUnit]:
-    """Cut files into shards; a sample's number is its place before shuffling."""
-    numbers = list(range(len(items)))
-    if config.shuffle is not None:
-        numbers = permutation(len(items), "pack", config.shuffle).tolist()
-    size = config.samples_per_shard
-    return [
-        ListUnit(f"{start // size:06d}", start, [items[i] for i in numbers[start : start + size]],
-                 numbers[start : start + size], config)
-        for start in range(0, len(items), size)
-    ]  # fmt: skip
-
-
-def archive_units(
-    patterns: Iterable[str],
-    reader: Callable[..., Iterator[Item]],
-    config: PackConfig,
-    captions: CaptionTable | None = None,
-) -> list[ArchiveUnit]:
-    """One unit per archive, numbered in the order given."""
-    paths = expand_shards(list(patterns), "input")
-    return [ArchiveUnit(f"{i:05d}", path, reader, config, captions) for i, path in enumerate(paths)]
-
-
-def journeydb_units(root: Path, config: PackConfig, folder: Path) -> tuple[list, list[Problem]]:
-    """`imgs/*.tgz` or extracted `imgs/*/`, with captions from the annotation file found beside them."""
-    tables = sorted(path for path in root.glob("*anno*.json*") if path.is_file())
-    if len(tables) != 1:
-        raise ConfigError(
-            f"{root}: expected one annotation file *anno*.jsonl[.tgz], found {len(tables)}; pass --captions"
-        )
-    images = root / "imgs" if (root / "imgs").is_dir() else root
-    archives = sorted(map(str, images.glob("*.tgz")))
-    table, twice = CaptionTable.build(tables[0], folder, "img_path", config.caption_column)
-    if archives:
-        return archive_units(archives, read_tgz, config, table), twice
-    files = sorted(str(path) for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return list_units([(path, table.get(path) or "") for path in files], config), twice
-
-
 # --- readers of archives --------------------------------------------------------------------------
 
 
 def read_webdataset(path: Path, config: PackConfig) -> Iterator[Item]:
-    """Samples of a tar; captions from txt or json, small json values are carried over."""
+    """Read the samples of a tar; captions come from txt or json, small json values are carried over."""
     index = scan_tar(path, crc=False)
-    for problem in index.problems:
-        yield Item(problem.key, None, None, problem=problem.reason)
-    names = [name for name in index.extensions if name in (*IMAGES, "txt", "json")]
-    with open(path, "rb") as file:
-        for row in index.rows:
-            members = {}
-            for name in names:
-                offset, size, _ = row[name].tolist()
-                if offset:
-                    file.seek(offset)
-                    members[name] = file.read(size)
-            yield _webdataset_item(row["__key__"].decode(errors="replace"), members)
-
-
-def _webdataset_item(key: str, members: dict[str, bytes]) -> Item:
-    image = next((members[name] for name in IMAGES if name in members), None)
-    try:
-        info = decode_info(members["json"]) if len(members.get("json", b"")) else {}
-        caption = members["txt"].decode() if "txt" in members else None
-    except (BadSample, UnicodeDecodeError) as error:
-        return Item(
-            key, image, None, problem=str(error) if isinstance(error, BadSample) else "caption is not UTF-8"
-        )
-    info = {name: value for name, value in info.items() if len(repr(value)) <= LARGEST_KEPT}
-    return Item(key, image, caption, info)
+    yield from _unreadable(index)
+    for key, members in read_members(path, index, (*IMAGES, "txt", "json")):
+        image = next((members[name] for name in IMAGES if name in members), None)
+        try:
+            info = decode_info(members["json"]) if members.get("json") else {}
+            caption = members["txt"].decode() if "txt" in members else None
+        except BadSample as error:
+            yield Item(key, image, None, problem=str(error))
+        except UnicodeDecodeError:
+            yield Item(key, image, None, problem="caption is not UTF-8")
+        else:
+            kept = {name: value for name, value in info.items() if len(repr(value)) <= LARGEST_KEPT}
+            yield Item(key, image, caption, kept)
 
 
 def read_sa1b(path: Path, config: PackConfig) -> Iterator[Item]:
-    """Images of an SA-1B tar; the json beside each holds masks and is not read."""
+    """Read the images of an SA-1B tar; the json beside each holds masks and is skipped."""
     index = scan_tar(path, crc=False)
+    yield from _unreadable(index)
+    for key, members in read_members(path, index, IMAGES):
+        yield Item(key, next(iter(members.values()), None), None)
+
+
+def _unreadable(index: ShardIndex) -> Iterator[Item]:
     for problem in index.problems:
         yield Item(problem.key, None, None, problem=problem.reason)
-    names = [name for name in index.extensions if name in IMAGES]
-    with open(path, "rb") as file:
-        for row in index.rows:
-            places = [row[name].tolist() for name in names if row[name]["offset"]]
-            image = None
-            if places:
-                file.seek(places[0][0])
-                image = file.read(places[0][1])
-            yield Item(row["__key__"].decode(errors="replace"), image, None)
 
 
 def read_tgz(path: Path, config: PackConfig) -> Iterator[Item]:
@@ -374,3 +282,136 @@ def read_parquet(path: Path, config: PackConfig) -> Iterator[Item]:
             image = image.get("bytes")
         problem = None if isinstance(image, bytes) else f"column '{columns[0]}' holds no image bytes"
         yield Item(origin, image, None if caption is None else str(caption), problem=problem)
+
+
+# --- layouts: a new kind of archive is a reader above and a line in ARCHIVES ----------------------
+
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """Captions that do not lie in the input itself."""
+
+    table: Path | None = None  # or a folder of .txt files
+    id_column: str = "id"  # of the table, for archives
+    file_names: bool = False  # take the names of image files
+    folder: Path = Path(".journal")  # where the table is kept for look-ups
+
+    def open(self, column: str) -> CaptionTable | None:
+        if self.table is None:
+            return None
+        return CaptionTable.build(self.table, self.folder, self.id_column, column)
+
+
+def make_units(
+    layout: str, inputs: Sequence[str], config: PackConfig, captions: CaptionSource
+) -> list[ListUnit] | list[ArchiveUnit]:
+    """Divide an input of one of LAYOUTS into units of work."""
+    if layout in ARCHIVES:
+        return archive_units(inputs, ARCHIVES[layout], config, captions.open(config.caption_column))
+    if len(inputs) > 1:
+        raise ConfigError(f"pack {layout} takes one input, got {len(inputs)}; pack each into its own --out")
+    return TREES[layout](Path(inputs[0]), config, captions)
+
+
+def folder_units(root: Path, config: PackConfig, captions: CaptionSource) -> list[ListUnit]:
+    """Take the images of a tree, in the order of their paths before shuffling.
+
+    Captions are file names (`a_red_fox.jpg` -> "a red fox"), or come from a table, else from files beside.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"'{root}' is not a folder; give the folder that holds the images")
+    files = _image_files(root)
+    if captions.table is not None:
+        # files without a row are kept, to be reported as having no caption
+        named = _table_rows(captions.table, config, root)
+        return list_units(
+            list({**named, **{path: "" for path in files if path not in named}}.items()), config
+        )
+    names = captions.file_names
+    return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
+
+
+def table_units(table: Path, config: PackConfig, captions: CaptionSource) -> list[ListUnit]:
+    """Take the image files that the rows of a table name, relative to its folder."""
+    return list_units(list(_table_rows(table, config, table.parent).items()), config)
+
+
+def _image_files(root: Path) -> list[str]:
+    return sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _table_rows(table: Path, config: PackConfig, root: Path) -> dict[str, str]:
+    """Read {path of an image: caption}; raises ConfigError for an image that is named twice."""
+    captions: dict[str, str] = {}
+    twice = []
+    for row in rows(table, (config.image_column, config.caption_column)):
+        path = str(root / str(value_at(row, config.image_column)))
+        if path in captions:
+            twice.append(path)
+        caption = value_at(row, config.caption_column)
+        captions.setdefault(path, "" if caption is None else str(caption))
+    if twice:
+        raise ConfigError(
+            f"{table}: {len(twice)} images appear twice, the first is {twice[0]}; leave one row per image"
+        )
+    return captions
+
+
+def list_units(items: list[tuple[str, str | None]], config: PackConfig) -> list[ListUnit]:
+    """Cut files into shards; a sample's number is its place before shuffling."""
+    numbers = list(range(len(items)))
+    if config.shuffle is not None:
+        numbers = permutation(len(items), "pack", config.shuffle).tolist()
+    size = config.samples_per_shard
+    return [
+        ListUnit(f"{start // size:06d}", [items[i] for i in numbers[start : start + size]],
+                 numbers[start : start + size], config)
+        for start in range(0, len(items), size)
+    ]  # fmt: skip
+
+
+def archive_units(
+    patterns: Iterable[str],
+    reader: Callable[..., Iterator[Item]],
+    config: PackConfig,
+    captions: CaptionTable | None = None,
+) -> list[ArchiveUnit]:
+    """Make one unit per archive, numbered in the order given."""
+    if reader in IMAGES_ONLY and captions is None:
+        raise ConfigError(
+            f"pack {reader.__name__.removeprefix('read_')} needs --captions: the tars hold none"
+        )
+    paths = expand_shards(list(patterns), "input")
+    return [ArchiveUnit(f"{i:05d}", path, reader, config, captions) for i, path in enumerate(paths)]
+
+
+def journeydb_units(
+    root: Path, config: PackConfig, captions: CaptionSource
+) -> list[ListUnit] | list[ArchiveUnit]:
+    """Take `imgs/*.tgz` or extracted `imgs/*/`, with captions from the annotation file found beside them."""
+    tables = sorted(path for path in root.glob("*anno*.json*") if path.is_file())
+    if len(tables) != 1:
+        raise ConfigError(
+            f"{root}: expected one annotation file *anno*.jsonl[.tgz], found {len(tables)}; pass --captions"
+        )
+    images = root / "imgs" if (root / "imgs").is_dir() else root
+    table = CaptionTable.build(tables[0], captions.folder, "img_path", config.caption_column)
+    if archives := sorted(map(str, images.glob("*.tgz"))):
+        return archive_units(archives, read_tgz, config, table)
+    return list_units([(path, table.get(path) or "") for path in _image_files(images)], config)
+
+
+ARCHIVES: dict[str, Callable[[Path, PackConfig], Iterator[Item]]] = {
+    "parquet": read_parquet,
+    "webdataset": read_webdataset,
+    "img2dataset": read_webdataset,
+    "sa1b": read_sa1b,
+}
+IMAGES_ONLY = (read_sa1b, read_tgz)  # these need a table of captions
+TREES: dict[str, Callable[[Path, PackConfig, CaptionSource], list]] = {
+    "folder": folder_units,
+    "table": table_units,
+    "journeydb": journeydb_units,
+}
+LAYOUTS = (*TREES, *ARCHIVES)
+CAPTION_COLUMN = {"journeydb": "prompt"}  # others: "caption"

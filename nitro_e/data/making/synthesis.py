@@ -22,13 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from nitro_e.config import ConfigError, check_characters, read_text
-from nitro_e.data.decode import decode_array
-from nitro_e.data.index import Problem, scan_tar
 from nitro_e.data.making.captions import rows, value_at
 from nitro_e.data.making.encode import LARGEST, weights_digest
 from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
-from nitro_e.data.making.writer import write_shard
+from nitro_e.data.making.writer import check_written, write_shard
 from nitro_e.data.manifests import digest
+from nitro_e.data.problems import Problem
 from nitro_e.data.prompts import GENERATORS, PromptsConfig, load_prompts
 from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.randomness import seed_of
@@ -272,8 +271,8 @@ def make_shard(
                 yield {"__key__": key, **_members(made, slot, job, generator.identity, keep_images)}
 
     out.mkdir(parents=True, exist_ok=True)
-    result.samples = write_shard(path, samples(), partial(_check, keys))
-    entry = publish_entry(path, scan_tar(path), generator=generator.identity)
+    result.samples = write_shard(path, samples(), partial(check_written, keys, path))
+    entry = publish_entry(path, generator=generator.identity)
     if stats:  # of the raw latents
         mean, std, largest = np.array(stats).T
         entry["latents"] = {
@@ -315,20 +314,6 @@ def _members(made: Made, slot: int, job: Job, identity: dict, keep_images: bool)
     members["txt"] = job.prompt
     members["json"] = {**job.info, "prompt": job.prompt, "k": job.k, "seed": job.seed, "generator": identity}
     return members
-
-
-def _check(keys: list[str], path: Path) -> None:
-    """A finished shard has every key and only finite latents."""
-    rows_ = scan_tar(path).rows
-    if [key.decode() for key in rows_["__key__"]] != keys:
-        raise ConfigError(
-            f"{path}: was not written as it should be (keys differ); check the disk and run again"
-        )
-    with open(path, "rb") as file:
-        for name in (name for name in rows_.dtype.names if name.endswith("npy")):
-            for offset, size, _ in rows_[name].tolist():
-                file.seek(offset)
-                decode_array(file.read(size))
 
 
 def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | None = None) -> list[Job]:

@@ -23,9 +23,10 @@ from nitro_e.data.decode import (
     decode_image,
     decode_info,
 )
-from nitro_e.data.index import Problem, ShardIndex, index_path, read_stored, scan_tar
+from nitro_e.data.index import ShardIndex, index_path, read_members, read_stored, scan_tar
 from nitro_e.data.making.jobs import each
 from nitro_e.data.manifests import read_manifests
+from nitro_e.data.problems import Problem
 from nitro_e.data.remote import local_path
 from nitro_e.files import sha256_of
 from nitro_e.record.progress import bar
@@ -127,19 +128,13 @@ def _compare(path: Path, index: ShardIndex, stored: ShardIndex) -> list[Problem]
 
 def _check_members(path: Path, index: ShardIndex, checked: Checked, deep: bool, caption_key: str) -> None:
     """Decode what is in the shard: captions, json and arrays always, images with `deep`."""
-    with open(path, "rb") as file:
-        for row in index.rows:
-            key, members = row["__key__"].decode(errors="replace"), {}
-            for name in index.extensions:
-                offset, size, _ = row[name].tolist()
-                if offset and (deep or name not in IMAGES):
-                    file.seek(offset)
-                    members[name] = file.read(size)
-            for name, content in members.items():
-                try:
-                    _check_member(name, content, members, checked, key, caption_key)
-                except BadSample as error:
-                    checked.problems.append(Problem(path.name, key, f"{name}: {error}"))
+    extensions = [name for name in index.extensions if deep or name not in IMAGES]
+    for key, members in read_members(path, index, extensions):
+        for name, content in members.items():
+            try:
+                _check_member(name, content, members, checked, key, caption_key)
+            except BadSample as error:
+                checked.problems.append(Problem(path.name, key, f"{name}: {error}"))
 
 
 def _check_member(

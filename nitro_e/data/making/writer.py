@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from nitro_e.config import ConfigError
-from nitro_e.data.index import index_path
+from nitro_e.data.decode import decode_array
+from nitro_e.data.index import index_path, read_members, scan_tar
 from nitro_e.files import atomic_file
 
 
@@ -76,6 +77,30 @@ def write_shards(
         write_shard(path, chain([first], islice(samples, samples_per_shard - 1)))
         paths.append(path)
     return paths
+
+
+def check_written(keys: list[str], final: Path, path: Path) -> None:
+    """Open the shard at `path` again, before it becomes `final`: every key in order, arrays finite, of one shape.
+
+    Only the first axis of ragged text may differ. Raises ConfigError.
+    """
+    index, layouts = scan_tar(path), {}
+    found = []
+    arrays = [name for name in index.extensions if name.endswith("npy")]
+    for key, members in read_members(path, index, arrays):
+        found.append(key)
+        for name, content in members.items():
+            array = decode_array(content)
+            layout = array.shape[name == "text.npy" :], array.dtype.str
+            if layout != layouts.setdefault(name, layout):
+                raise ConfigError(
+                    f"{final}: {name} of {key} is {layout}, of the first sample {layouts[name]}; this is a"
+                    " fault of the encoder"
+                )
+    if found != keys:
+        raise ConfigError(
+            f"{final}: was not written as it should be (keys differ); check the disk and run again"
+        )
 
 
 def check_key(key: str) -> str:
