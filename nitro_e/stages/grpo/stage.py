@@ -50,7 +50,7 @@ WATCHED_ROLLOUTS, MAX_UNSCORED = 10, 0.05  # a reward may leave this share of it
 class GRPOConfig(Config):
     kind: Literal["grpo"] = "grpo"
     prompts: PromptsConfig
-    rewards: tuple[RewardConfig, ...]  # those of weight 0 are watched: scored and logged, never trained on
+    rewards: tuple[RewardConfig, ...]  # those of weight 0 are monitored: scored and logged, never trained on
     groups: Annotated[int, Ge(1), Le(65536)] = 48  # prompts per rollout
     group_size: Annotated[int, Ge(2), Le(65536)] = 24  # images per prompt
     updates: Annotated[int, Ge(1)] = 2  # optimiser steps per rollout
@@ -66,7 +66,7 @@ class GRPOConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if all(reward.watched for reward in self.rewards):
+        if all(reward.monitored for reward in self.rewards):
             raise ConfigError("rewards: none has a weight, so there is nothing to train on")
         if isinstance(self.algorithm, NFTConfig) and self.algorithm.times > self.rollout.steps:
             raise ConfigError(
