@@ -18,6 +18,7 @@ setup(
     package_data={
         "nitro_e.shapes.pretrained": ["*/*.json", "*/*.safetensors"],  # the offline domain's weights
         "nitro_e.rewards.geneval": ["*.txt"],  # the test prompts
+        "nitro_e.record": ["templates/*"],
         "nitro_e": ["py.typed"],
     },
     entry_points={"console_scripts": ["nitro-e = nitro_e.cli:main"]},
@@ -30,6 +31,7 @@ setup(
         "pyyaml>=6.0.1",
         "tqdm>=4.66",
         "pillow>=10.1",
+        "jinja2>=3.1",  # the pages on runs and evaluations
         "huggingface_hub>=0.34",
         "diffusers>=0.35",  # DC-AE; older ones overlook settings of the shipped codec
         "transformers>=4.57.1",  # Llama

@@ -72,6 +72,7 @@ OWNERS = {
     "timm": {"encoders.vision"},
     "peft": {"stages.grpo"},
     "tqdm": {"record.progress", "cli.make_shapes"},
+    "jinja2": {"record.render"},
     "webdataset": {"data", "cli.benchmark"},
     "huggingface_hub": {"files"},
 }

@@ -20,7 +20,8 @@ from nitro_e.config import ConfigError
 from nitro_e.record import charts
 from nitro_e.record.charts import Scale, Series, line_chart, nice_ticks, running_mean, thin_out
 from nitro_e.record.metrics import Metrics, caption
-from nitro_e.record.pages import duration, read_record, spread, write_comparison, write_report
+from nitro_e.record.pages import read_record, spread, write_comparison, write_report
+from nitro_e.record.render import TEMPLATES, duration
 from nitro_e.training.attendance import Attendance
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -203,7 +204,7 @@ def test_a_run_that_was_killed_is_not_called_running(tmp_path):
     for ages in ((10, 7200, 7200), (7200, 10, 7200), (7200, 7200, 10)):
         assert state(*ages) == "running"
     assert state(7200, 7200, 3601) == "no sign of life for 1 h 00 min"
-    assert "<em class='fair'>no sign of life" in write_report(run).read_text()
+    assert '<em class="fair">no sign of life' in write_report(run).read_text()
 
 
 def test_no_run_directory(tmp_path, capsys):
@@ -270,24 +271,18 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 
 def test_points_lie_where_the_scale_says():
-    text = line_chart("t", [Series("a", [(0, 0.0), (50, 5.0), (100, 10.0)])])
-    points = [
-        tuple(map(float, pair.split(",")))
-        for pair in re.search(r'<polyline points="([^"]+)"', text)[1].split()
-    ]
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
-    assert (
-        x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
-        and y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
-        and y0 > y2
-    )
+    (line,) = line_chart("t", [Series("a", [(0, 0.0), (50, 5.0), (100, 10.0)])]).lines
+    (x0, y0), (x1, y1), (x2, y2) = line.points
+    assert (x0, x2) == (charts.AREA.left, charts.AREA.right)
+    assert (x1, y1) == pytest.approx(((x0 + x2) / 2, (y0 + y2) / 2), abs=0.1) and y0 > y2
 
 
 def test_log_scale_and_ticks():
     scale = Scale(0.001, 1000, 100, 0, log=True)
     assert [scale(v) for v in (0.001, 1, 1000)] == pytest.approx([100, 50, 0])
-    assert scale.ticks() == pytest.approx([0.001, 0.01, 0.1, 1, 10, 100, 1000])
+    pixels, values = zip(*scale.ticks())
+    assert values == pytest.approx([0.001, 0.01, 0.1, 1, 10, 100, 1000])
+    assert pixels == pytest.approx([100, 83.3, 66.7, 50, 33.3, 16.7, 0])
     assert nice_ticks(0.13, 1.02) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert nice_ticks(-3, 7) == pytest.approx([-2, 0, 2, 4, 6])
 
@@ -296,7 +291,9 @@ def test_log_scale_and_ticks():
     "values", [[1.0], [0.0, 0.0], [float("nan")], [], [-5.0] * 50, [1e-30, 1e30], [float("inf"), 2.0]]
 )
 def test_charts_of_odd_values(values):
-    Page(line_chart("odd <values>", [Series("a & b", list(enumerate(values)))]))
+    chart = line_chart("odd <values>", [Series("a & b", list(enumerate(values)))])
+    page = Page(TEMPLATES.get_template("chart.html").render(chart=chart))
+    assert page.text["figcaption"].startswith("odd <values>")
 
 
 def test_thinning_keeps_peaks_and_means_keep_straight_lines():

@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def command(options: argparse.Namespace) -> None:
     from nitro_e.evaluation.benchmarks import benchmark
-    from nitro_e.evaluation.evaluate import Options, default_device, evaluate, tell
+    from nitro_e.evaluation.evaluate import Options, as_text, default_device, evaluate
 
     chosen = benchmark(
         options.benchmark, options.num, options.per_prompt, options.reward, options.reward_path, options.reward_option
@@ -75,5 +75,5 @@ def command(options: argparse.Namespace) -> None:
         ),
         out,
     )  # fmt: skip
-    print(tell(evaluation))
+    print(as_text(evaluation))
     print(f"images with what the judge saw: {out / 'report.html'}; numbers: {out / 'results.json'}")

@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,8 +23,7 @@ import torch
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed, parse_json, read_text, to_dict
 from nitro_e.data.prompts import Prompt, load_prompts
-from nitro_e.evaluation import intervals as statistics
-from nitro_e.evaluation import page, results
+from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
 from nitro_e.evaluation.images import (
     Autocast,
@@ -36,8 +34,8 @@ from nitro_e.evaluation.images import (
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
-from nitro_e.record import pages as html
 from nitro_e.record.environment import environment
+from nitro_e.record.render import write_page
 from nitro_e.record.run_folder import model_folder
 from nitro_e.rewards import Scorer, build_rewards
 from nitro_e.sampling.pipeline import TextToImage
@@ -127,7 +125,7 @@ def evaluate(
         benchmark, prompts, options, scorer.sources(), list(itertools.chain(*found)), comparisons
     )
     write_text(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
-    write_text(out / "report.html", report(evaluation))
+    write_report(evaluation, out / "report.html")
     return evaluation
 
 
@@ -212,57 +210,52 @@ def setting_name(sampling: SamplingConfig) -> str:
     return ", ".join(parts)
 
 
-# ---- telling
+# ---- tables and files
 
 
-def tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """Title, head, rows and a note of every table: one per task for a single setting, else one row per setting."""
+def tables(evaluation: Evaluation) -> list[results.Table]:
+    """A row per task for a single result, else a row per result; then the differences."""
     found = evaluation.results
     if len(found) == 1:
-        parts = [(found[0].name, *results.task_table(found[0].scores), results.note(found[0].scores))]
+        shown = [results.task_table(found[0].name, found[0].scores)]
     else:
         sources = list(dict.fromkeys(result.checkpoint["source"] for result in found))
         names = [result.name if len(sources) > 1 else setting_name(result.sampling) for result in found]
-        settings = results.setting_table(list(zip(names, (result.scores for result in found))))
-        first = next(iter(found[0].scores))
-        note = f"{results.note(found[0].scores, ratios=False)}; parts: {first}"
-        parts = [(f"{' and '.join(sources)}, {len(found)} settings", *settings, note)]
+        title = f"{' and '.join(sources)}, {len(found)} settings"
+        shown = [results.setting_table(title, dict(zip(names, (result.scores for result in found))))]
     for comparison in evaluation.comparisons:
         title = f"{comparison.ours.name} minus {comparison.theirs.checkpoint['source']}, the same prompts and noise"
-        parts.append((title, *results.difference_table(comparison.differences), ""))
-    return parts
+        shown.append(results.difference_table(title, comparison.differences))
+    return shown
 
 
-def tell(evaluation: Evaluation) -> str:
+def as_text(evaluation: Evaluation) -> str:
     """The tables, for a terminal."""
-    parts = []
-    for title, head, rows, note in tables(evaluation):
-        parts += [title, results.as_text(head, rows), *([note] if note else []), ""]
+    parts = [table.as_text() for table in tables(evaluation)]
     speeds = sorted({f"{result.images_per_second:.3g}" for result in evaluation.results}, key=float)
-    return (
-        "\n".join(parts)
-        + f"{facts(evaluation)}; drawn at {' to '.join(speeds[:: max(len(speeds) - 1, 1)])} per second"
-    )
+    drawn = " to ".join(speeds[:: max(len(speeds) - 1, 1)])
+    return "\n\n".join([*parts, f"{summary(evaluation)}; drawn at {drawn} per second"])
 
 
-def facts(evaluation: Evaluation) -> str:
+def summary(evaluation: Evaluation) -> str:
+    """The benchmark, the options and what scored the images, in one line."""
     benchmark, options = evaluation.benchmark, evaluation.options
+    judges = "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
     return (
         f"{benchmark.name}: {len(evaluation.prompts)} prompts, images of each: {benchmark.per_prompt}, "
-        f"seed {options.seed}, {options.dtype}"
-        + "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
+        f"seed {options.seed}, {options.dtype}{judges}"
     )
 
 
 def record(evaluation: Evaluation) -> dict[str, Any]:
-    """results.json"""
+    """Make the content of results.json."""
     benchmark = evaluation.benchmark
     return {
         "benchmark": to_dict(dataclasses.replace(benchmark, see=None)),
         "options": dataclasses.asdict(evaluation.options),
         "judges": evaluation.judges,
         "prompts": len(evaluation.prompts),
-        "intervals": (statistics.__doc__ or "").strip(),
+        "intervals": (intervals.__doc__ or "").strip(),
         "environment": environment(),
         "results": [
             {
@@ -286,28 +279,30 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def report(evaluation: Evaluation) -> str:
-    """report.html"""
-    best = evaluation.best
+def write_report(evaluation: Evaluation, path: Path) -> None:
+    """Write report.html: tables, and images of the best result."""
+    best, prompts = evaluation.best, evaluation.prompts
     title, score = next(iter(best.scores.items()))
-    tiles = {"images": len(best.rows)}
+    tiles = [("images", str(len(best.rows)))]
     for name, each in best.scores.items():
-        tiles[f"{name}, mean of {len(each.tasks)} tasks"] = results.shown(each.overall)
+        tiles.append((f"{name}, mean of {len(each.tasks)} tasks", results.shown(each.overall)))
     if score.seen is not None:
-        tiles[f"{title}, seen combinations"] = results.shown(score.seen)
-        tiles[f"{title}, unseen combinations"] = results.shown(score.unseen)
-        tiles["unseen / seen"] = results.shown(score.unseen_to_seen)
-    parts = [page.heading(f"{evaluation.benchmark.name}: {best.name}", facts(evaluation), tiles)]
-    for heading, head, rows, note in tables(evaluation):
-        parts.append(html.section(heading, html.table(head, rows) + f"<p class='note'>{escape(note)}</p>"))
+        tiles.append((f"{title}, seen combinations", results.shown(score.seen)))
+        tiles.append((f"{title}, unseen combinations", results.shown(score.unseen)))
+        tiles.append(("unseen / seen", results.shown(score.unseen_to_seen)))
+    shown = tables(evaluation)
     if len(evaluation.results) > 1:
-        body = (
-            html.table(*results.task_table(best.scores))
-            + f"<p class='note'>{escape(results.note(best.scores))}</p>"
-        )
-        parts.append(html.section(f"The best one: {best.name}", body))
+        shown.append(results.task_table(f"The best one: {best.name}", best.scores))
+    albums = page.by_task(prompts, best.rows, best.folder, title)
     for each in evaluation.comparisons[:1]:
-        folders = (each.ours.folder, each.theirs.folder)
-        parts.append(page.changes(evaluation.prompts, each.ours.rows, each.theirs.rows, folders, title))
-    parts.append(page.gallery(evaluation.prompts, best.rows, best.folder, title))
-    return html.page(f"{evaluation.benchmark.name}: {best.name}", "".join(parts))
+        sides = [(side.folder, side.rows) for side in (each.ours, each.theirs)]
+        albums = page.changes(prompts, *sides, title) + albums
+    write_page(
+        path,
+        "evaluation.html",
+        title=f"{evaluation.benchmark.name}: {best.name}",
+        summary=summary(evaluation),
+        tiles=tiles,
+        tables=shown,
+        albums=albums,
+    )

@@ -14,13 +14,14 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed
 from nitro_e.data.prompts import PromptsConfig, load_prompts
-from nitro_e.evaluation.images import Autocast, Judged, draw, noise_seeds
-from nitro_e.evaluation.results import summarize
+from nitro_e.evaluation.images import Autocast, draw, noise_seeds
+from nitro_e.evaluation.results import means
 from nitro_e.interfaces import DistContext, LatentCodec, TextEncoder
 from nitro_e.record import progress
 from nitro_e.rewards import RewardConfig, build_rewards
@@ -65,19 +66,11 @@ class Evaluator:
         pipeline = TextToImage(model.eval(), self.codec, self.text, self.sampling)
         values = self.dist.sum(self.draw_and_score(pipeline).to(self.device)).tolist()  # N x R
         model.train(training)
-        rows = [
-            Judged(index, 0, prompt.text, dict(zip(self.scorer.names, row)), "", 0.0)
-            for index, (prompt, row) in enumerate(zip(self.prompts, values))
-        ]
         logs: dict[str, float] = {}
-        for title in self.scorer.names:
-            score = summarize(self.prompts, rows, title)
-            found = {"": score.overall}
-            found |= {f"/{task}": value for task, value in score.tasks.items() if len(score.tasks) > 1}
-            found |= {} if score.seen is None else {"/seen": score.seen, "/unseen": score.unseen}
-            logs |= {f"eval/{title}{name}": estimate.value for name, estimate in found.items()}
-            if score.unscored:
-                logs[f"eval/{title}/unscored"] = float(score.unscored)
+        for title, column in zip(self.scorer.names, np.array(values).T):
+            logs |= {f"eval/{title}{part}": value for part, value in means(self.prompts, column).items()}
+            if unscored := int(np.isnan(column).sum()):
+                logs[f"eval/{title}/unscored"] = float(unscored)
         return {name: value for name, value in logs.items() if not math.isnan(value)}
 
     def draw_and_score(self, pipeline: TextToImage) -> Tensor:

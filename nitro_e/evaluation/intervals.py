@@ -1,14 +1,13 @@
-"""Scores with 95 % confidence intervals, in closed form: nothing is resampled, the same numbers come out every time.
+"""Scores with 95 % confidence intervals. The unit is the prompt: prompts and noise are taken as random, tasks as given.
 
-    score       mean over tasks of the mean over a task's prompts. Wilson's interval (JASA 22, 1927) for the number of
-                0/1 trials that would have the standard error of this mean (Korn & Graubard, Survey Methodology 24,
-                1998): for one task and one image per prompt exactly Wilson's
-    difference  of two models over the same prompts and noise: mean of the differences, normal interval
-    ratio       MOVER-R (Donner & Zou, Statistical Methods in Medical Research 21, 2012), independent scores
+    score       mean over tasks of the mean over a task's prompts. Wilson's interval (JASA 22, 1927) for one task of
+                0/1 scores, else the bootstrap: prompts are drawn anew within each task
+    difference  of two models, prompt by prompt: the bootstrap of the paired differences
+    ratio       of two scores over different prompts: the bootstrap of both
 
-A task whose prompts all score alike still has a spread: to find it, every task gets a quarter of a prompt at either
-end of the range (as Agresti & Min, Statistics in Medicine 24, 2005). Scores that leave 0..1 have no known ends: they
-get plain normal intervals. The unit is the prompt: prompts and noise are taken as drawn at random, tasks as given.
+The bootstrap (percentiles of 10,000 resamples) has a fixed seed: the same scores always give the same interval. A task
+whose prompts all score alike still has a spread: every resample draws from the task's prompts and from a quarter of
+a prompt at either end of the range. Scores that leave 0..1 have no known ends and are drawn as they are.
 """
 
 from __future__ import annotations
@@ -21,93 +20,105 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 
-Z = 1.959964  # the normal distribution's 97.5 % point
-EXTRA = 0.25  # prompts added at either end of the range to find the spread
+RESAMPLES, SEED = 10_000, 0
+EXTRA = 0.25  # prompts at either end of the range
 
 
 class Estimate(NamedTuple):
     value: float
-    low: float  # of the 95 % interval
+    low: float  # of the 95 % interval; infinite where nothing is known
     high: float
     num: int  # prompts
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0)
 
+Tasks = Sequence[Sequence[float]]  # one value per prompt of each task; NaN = unknown and left out
 
-def score(tasks: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of the tasks' means. One value per prompt, NaN = unknown and left out; a task without any makes it NaN."""
-    known = [_known(values) for values in tasks]
-    if not known or not all(map(len, known)):
+
+def score(tasks: Tasks) -> Estimate:
+    """The mean of the tasks' means; unknown if a task has no known value."""
+    known = _known(tasks)
+    if known is None:
         return UNKNOWN
-    num, value = sum(map(len, known)), _mean(known)
-    if min(map(np.min, known)) < 0 or max(map(np.max, known)) > 1:
-        return _normal(value, _variance(known, ()), num)
-    center = np.mean([(values.sum() + EXTRA) / (len(values) + 2 * EXTRA) for values in known])
-    return Estimate(value, *wilson(value, center * (1 - center) / _variance(known, (0, 1))), num)
+    if len(known) == 1 and np.isin(known[0], (0, 1)).all():
+        return _wilson(known[0])
+    resamples = _resample(known, _ends(known), np.random.default_rng(SEED))
+    return _estimate(mean(tasks), resamples, sum(map(len, known)))
 
 
-def wilson(share: float, trials: float) -> tuple[float, float]:
-    """Limits for a share of successes among this many trials."""
-    center = share + Z * Z / (2 * trials)
-    half = Z * math.sqrt(share * (1 - share) / trials + (Z / (2 * trials)) ** 2)
-    scale = 1 + Z * Z / trials
-    return max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
+def mean(tasks: Tasks) -> float:
+    """The value of `score` without its interval."""
+    known = _known(tasks)
+    return math.nan if known is None else math.fsum(values.mean() for values in known) / len(known)
 
 
-def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Estimate:
+def difference(ours: Tasks, theirs: Tasks) -> Estimate:
     """score(ours) - score(theirs), paired by prompt; a pair with an unknown value is left out."""
     if list(map(len, ours)) != list(map(len, theirs)):
         raise ConfigError("a paired comparison needs the same tasks and prompts on both sides")
-    known = [_known(np.subtract(a, b)) for a, b in zip(ours, theirs)]
-    if not known or not all(map(len, known)):
+    pairs = [np.subtract(a, b) for a, b in zip(ours, theirs)]
+    known = _known(pairs)
+    if known is None:
         return UNKNOWN
-    bounded = all(_known(values).min() >= 0 and _known(values).max() <= 1 for values in (*ours, *theirs))
-    return _normal(_mean(known), _variance(known, (-1, 1) if bounded else ()), sum(map(len, known)))
+    ends = (-1.0, 1.0) if _ends([*_known(ours), *_known(theirs)]) else ()
+    resamples = _resample(known, ends, np.random.default_rng(SEED))
+    return _estimate(mean(pairs), resamples, sum(map(len, known)))
 
 
-def ratio(top: Estimate, bottom: Estimate) -> Estimate:
-    """top / bottom of independent scores that are not negative; the upper limit is infinite where bottom may be 0."""
-    num = top.num + bottom.num
-    if not bottom.value > 0:
+def ratio(top: Tasks, bottom: Tasks) -> Estimate:
+    """score(top) / score(bottom) over different prompts; infinite at the upper limit if bottom may be 0."""
+    above, below = _known(top), _known(bottom)
+    if above is None or below is None:
+        return UNKNOWN
+    num = sum(map(len, [*above, *below]))
+    if not mean(bottom) > 0:
         return Estimate(math.nan, 0.0, math.inf, num)
-    # The limits R solve (top - R bottom)^2 = (distance to top's limit)^2 + R^2 (distance to bottom's limit)^2.
-    product = top.value * bottom.value
-    a, c = _lost(bottom.value, bottom.high), _lost(top.value, top.low)
-    low = c / (product + math.sqrt(product**2 - a * c)) if c > 0 else 0.0
-    a, c = _lost(bottom.value, bottom.low), _lost(top.value, top.high)
-    high = (product + math.sqrt(product**2 - a * c)) / a if a > 0 else math.inf
-    return Estimate(top.value / bottom.value, low, high, num)
+    rng = np.random.default_rng(SEED)
+    numerators, denominators = (_resample(tasks, _ends(tasks), rng) for tasks in (above, below))
+    resamples = np.full(RESAMPLES, math.inf)
+    np.divide(numerators, denominators, out=resamples, where=denominators > 0)
+    return _estimate(mean(top) / mean(bottom), resamples, num)
 
 
-def _lost(value: float, limit: float) -> float:
-    """value^2 - (value - limit)^2"""
-    return limit * (2 * value - limit)
+def _known(tasks: Tasks) -> list[np.ndarray] | None:
+    """The known values of every task; None if a task has none."""
+    arrays = [np.asarray(values, np.float64) for values in tasks]
+    known = [array[~np.isnan(array)] for array in arrays]
+    return known if known and all(map(len, known)) else None
 
 
-def _known(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values, np.float64)
-    return array[~np.isnan(array)]
+def _ends(tasks: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """The ends of the scores' range, if no score leaves 0..1."""
+    values = np.concatenate(tasks)
+    return (0.0, 1.0) if 0 <= values.min() and values.max() <= 1 else ()
 
 
-def _mean(tasks: Sequence[np.ndarray]) -> float:
-    return math.fsum(values.mean() for values in tasks) / len(tasks)
+def _wilson(values: np.ndarray) -> Estimate:
+    from scipy.stats import binomtest
+
+    limits = binomtest(int(values.sum()), len(values)).proportion_ci(0.95, method="wilson")
+    return Estimate(values.mean(), limits.low, limits.high, len(values))
 
 
-def _variance(tasks: Sequence[np.ndarray], ends: Sequence[float]) -> float:
-    """Of the mean of the tasks' means; `ends` of the range, if it has any, get EXTRA prompts each."""
-    total = 0.0
+def _resample(tasks: Sequence[np.ndarray], ends: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """(RESAMPLES,) means of the tasks' means, each task's prompts drawn with replacement; NaN for a task of one prompt
+    without ends."""
+    total = np.zeros(RESAMPLES)
     for values in tasks:
-        if not ends:
-            total += values.var(ddof=1) / len(values) if len(values) > 1 else math.inf
-            continue
-        weights = np.append(np.ones(len(values)), [EXTRA] * len(ends))
-        padded = np.append(values, ends)
-        center = np.average(padded, weights=weights)
-        total += np.average((padded - center) ** 2, weights=weights) / len(values)
-    return total / len(tasks) ** 2
+        if len(values) < 2 and not ends:
+            return np.full(RESAMPLES, math.nan)
+        distinct, place = np.unique([*values, *ends], return_inverse=True)
+        weights = np.bincount(place, [1.0] * len(values) + [EXTRA] * len(ends))
+        counts = rng.multinomial(
+            len(values), weights / weights.sum(), size=RESAMPLES
+        )  # (RESAMPLES, distinct)
+        total += counts @ distinct / len(values)
+    return total / len(tasks)
 
 
-def _normal(value: float, variance: float, num: int) -> Estimate:
-    half = Z * math.sqrt(variance)
-    return Estimate(value, value - half, value + half, num)
+def _estimate(value: float, resamples: np.ndarray, num: int) -> Estimate:
+    if np.isnan(resamples).any():
+        return Estimate(value, -math.inf, math.inf, num)
+    low, high = np.quantile(resamples, (0.025, 0.975), method="inverted_cdf")  # some ratios are infinite
+    return Estimate(value, min(float(low), value), max(float(high), value), num)

@@ -1,4 +1,4 @@
-"""`report.html` of an evaluation: scores, and images with what was asked for and what the judge saw, in one file.
+"""The images of an evaluation's `report.html`: what was asked for, the verdict, and what the detector saw.
 
 Failures come first in every task. Of many settings, the images of the best one are shown; of two checkpoints,
 also the images that only one of them got right, side by side.
@@ -6,45 +6,54 @@ also the images that only one of them got right, side by side.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from PIL import Image
 
 from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation.images import Judged
 from nitro_e.evaluation.results import task_of
-from nitro_e.record.pages import section
+from nitro_e.record.render import data_url
 
 PER_TASK = 48  # images of a task
-SIDE = 192  # larger images are shown smaller, as JPEG
+SIDE = 192  # pixels; larger images are shown smaller
 
 
-def gallery(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, title: str) -> str:
-    """A section per task: failures by the score called `title` first, the worst ones before the others."""
+class Card(NamedTuple):
+    """One prompt, with one image or with those of two checkpoints."""
+
+    images: list[tuple[str, str]]  # (source, verdict)
+    prompt: str
+    unseen: bool  # a combination that no training caption names
+    good: bool
+
+
+class Album(NamedTuple):
+    """A section of the page."""
+
+    title: str
+    note: str
+    cards: list[Card]
+
+
+def by_task(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, title: str) -> list[Album]:
+    """An album per task: by the score called `title`, the worst images first."""
     tasks: dict[str, list[Judged]] = {}
     for row in rows:
         tasks.setdefault(task_of(prompts[row.index]), []).append(row)
-    parts = []
+    albums = []
     for task, found in tasks.items():
         right = sum(row.scores[title] == 1 for row in found)
         shown = failures_and_successes(found, title)
-        note = f"{right} of {len(found)} right" + (
-            f"; {len(shown)} of them here, failures first; all are in {escape(folder.name)}/"
-            if len(shown) < len(found)
-            else ""
-        )
-        cards = "".join(
-            card([(folder / row.file, verdict(row))], row, prompts[row.index], good=row.scores[title] == 1)
-            for row in shown
-        )
-        parts.append(section(task, f"<p class='note'>{note}</p><div class='cards'>{cards}</div>"))
-    return "".join(parts)
+        note = f"{right} of {len(found)} right"
+        if len(shown) < len(found):
+            note += f"; {len(shown)} of them here, failures first; all are in {folder.name}/"
+        cards = [card([(folder, row)], prompts[row.index], good=row.scores[title] == 1) for row in shown]
+        albums.append(Album(task, note, cards))
+    return albums
 
 
 def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
@@ -57,42 +66,31 @@ def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
 
 
 def changes(
-    prompts: Sequence[Prompt], ours: Sequence[Judged], theirs: Sequence[Judged], folders: tuple[Path, Path], title: str
-) -> str:  # fmt: skip
-    """Two sections: what only `ours` got right, what only `theirs` did; both images of a prompt side by side."""
-    parts = []
+    prompts: Sequence[Prompt],
+    ours: tuple[Path, Sequence[Judged]],
+    theirs: tuple[Path, Sequence[Judged]],
+    title: str,
+) -> list[Album]:
+    """Two albums of pairs, each side given by its folder and rows: what only `ours` got right, what only `theirs` did."""
+    albums = []
     for name, sign in (("Better than the other", 1), ("Worse than the other", -1)):
-        found = [(a, b) for a, b in zip(ours, theirs) if (a.scores[title] - b.scores[title]) * sign > 0]
-        cards = "".join(
-            card(
-                [(folders[0] / a.file, verdict(a)), (folders[1] / b.file, verdict(b))],
-                a,
-                prompts[a.index],
-                good=sign > 0,
-            )
-            for a, b in found[:PER_TASK]
-        )
+        pairs = zip(ours[1], theirs[1])
+        found = [(a, b) for a, b in pairs if (a.scores[title] - b.scores[title]) * sign > 0]
         note = f"{len(found)} images" + (f", {PER_TASK} of them here" if len(found) > PER_TASK else "")
-        parts.append(
-            section(
-                name, f"<p class='note'>{note}; left: this one, right: the other.</p><div class='cards'>{cards}</div>"
-            )
-        )  # fmt: skip
-    return "".join(parts)
+        cards = [
+            card([(ours[0], a), (theirs[0], b)], prompts[a.index], good=sign > 0) for a, b in found[:PER_TASK]
+        ]
+        albums.append(Album(name, f"{note}; left: this one, right: the other.", cards))
+    return albums
 
 
-def card(images: Sequence[tuple[Path, str]], row: Judged, prompt: Prompt, good: bool) -> str:
-    """Images of one prompt, what was asked for, and the judge's words on each."""
-    shown = "".join(
-        f"<img alt='{escape(row.prompt, quote=True)}' title='{escape(words, quote=True)}' src='{source(path)}'>"
-        for path, words in images
-    )
-    unseen = " <em class='fair'>unseen</em>" if prompt.info.get("seen") is False else ""
-    words = " | ".join(dict.fromkeys(words for _, words in images))
-    return (
-        f"<figure class='card {'right' if good else 'wrong'}'><div>{shown}</div>"
-        f"<figcaption>{escape(row.prompt)}{unseen}</figcaption><small>{escape(words)}</small></figure>"
-    )
+def card(images: Sequence[tuple[Path, Judged]], prompt: Prompt, good: bool) -> Card:
+    """Read the images of one prompt, each given by its folder and row."""
+    shown = []
+    for folder, row in images:
+        with Image.open(folder / row.file) as image:
+            shown.append((data_url(image, SIDE), verdict(row)))
+    return Card(shown, images[0][1].prompt, prompt.info.get("seen") is False, good)
 
 
 def verdict(row: Judged) -> str:
@@ -101,24 +99,3 @@ def verdict(row: Judged) -> str:
         f"{name} {'unknown' if math.isnan(value) else f'{value:.3g}'}" for name, value in row.scores.items()
     )
     return values + (f"; saw {row.saw}" if row.saw else "")
-
-
-def source(path: Path) -> str:
-    """A data URL: small PNGs as they are."""
-    data, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(data)) as image:
-        if max(image.size) > SIDE:
-            image = image.convert("RGB")
-            image.thumbnail((SIDE, SIDE))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=88)
-            data, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def heading(title: str, facts: str, tiles: dict[str, Any]) -> str:
-    boxes = "".join(
-        f"<div class='tile'><b>{escape(str(value))}</b><span>{escape(name)}</span></div>"
-        for name, value in tiles.items()
-    )
-    return f"<header><h1>{escape(title)}</h1><p>{escape(facts)}</p><div class='tiles'>{boxes}</div></header>"

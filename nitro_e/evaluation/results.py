@@ -1,4 +1,4 @@
-"""Scores of judged images: per task and overall, seen and unseen combinations apart, paired differences, tables.
+"""Scores of images: per task and overall, seen and unseen combinations apart, paired differences, tables.
 
 A task is the prompt's `tag`, as in GenEval's metadata; overall is the mean of the tasks. Where prompts say whether
 they are `seen` (all their combinations occur in training), both kinds are scored over the tasks that have both.
@@ -8,14 +8,14 @@ Several images of one prompt are averaged first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nitro_e.data.prompts import Prompt
-from nitro_e.evaluation import intervals as statistics
+from nitro_e.evaluation import intervals
 from nitro_e.evaluation.images import Judged
 from nitro_e.evaluation.intervals import Estimate
 
@@ -31,7 +31,7 @@ class Score:
     unseen_to_seen: Estimate | None = None
     seen_tasks: dict[str, Estimate] | None = None
     unseen_tasks: dict[str, Estimate] | None = None
-    unscored: int = 0  # images the judge could not tell
+    unscored: int = 0  # images whose score is not known
 
 
 def task_of(prompt: Prompt) -> str:
@@ -41,35 +41,54 @@ def task_of(prompt: Prompt) -> str:
 def summarize(prompts: Sequence[Prompt], rows: Sequence[Judged], title: str) -> Score:
     """The score called `title` of all images `rows` of these prompts."""
     values = prompt_means(len(prompts), rows, title)
+    found = parts(prompts, values)
     tasks = _by_task(prompts, values)
-    score = Score(
-        overall=statistics.score(list(tasks.values())),
-        tasks={task: statistics.score([v]) for task, v in tasks.items()},
-        unscored=sum(math.isnan(row.scores[title]) for row in rows),
-    )
-    seen, unseen = (_by_task(prompts, values, seen=kind) for kind in (True, False))
-    both = [task for task in seen if task in unseen]
-    if not both:
-        return score
-    parts = [statistics.score([kind[task] for task in both]) for kind in (seen, unseen)]
+    every = {
+        "overall": intervals.score(found["overall"]),
+        "tasks": {task: intervals.score([v]) for task, v in tasks.items()},
+        "unscored": sum(math.isnan(row.scores[title]) for row in rows),
+    }
+    if "seen" not in found:
+        return Score(**every)
+    seen_tasks, unseen_tasks = (_by_task(prompts, values, seen=kind) for kind in (True, False))
     return Score(
-        score.overall, score.tasks, *parts, statistics.ratio(parts[1], parts[0]),
-        *({task: statistics.score([v]) for task, v in kind.items()} for kind in (seen, unseen)), score.unscored,
-    )  # fmt: skip
+        **every,
+        seen=intervals.score(found["seen"]),
+        unseen=intervals.score(found["unseen"]),
+        unseen_to_seen=intervals.ratio(found["unseen"], found["seen"]),
+        seen_tasks={task: intervals.score([v]) for task, v in seen_tasks.items()},
+        unseen_tasks={task: intervals.score([v]) for task, v in unseen_tasks.items()},
+    )
+
+
+def parts(prompts: Sequence[Prompt], values: np.ndarray) -> dict[str, list[list[float]]]:
+    """Group the prompts' values by task: overall, and of seen and unseen combinations where tasks have both."""
+    found = {"overall": list(_by_task(prompts, values).values())}
+    seen, unseen = (_by_task(prompts, values, seen=kind) for kind in (True, False))
+    if both := [task for task in seen if task in unseen]:
+        found |= {"seen": [seen[task] for task in both], "unseen": [unseen[task] for task in both]}
+    return found
+
+
+def means(prompts: Sequence[Prompt], values: np.ndarray) -> dict[str, float]:
+    """The means without intervals, by name: "" overall, "/TASK" if there are several, "/seen", "/unseen"."""
+    tasks, found = _by_task(prompts, values), parts(prompts, values)
+    logs = {"": intervals.mean(found.pop("overall"))}
+    logs |= {f"/{task}": intervals.mean([v]) for task, v in tasks.items() if len(tasks) > 1}
+    return logs | {f"/{kind}": intervals.mean(each) for kind, each in found.items()}
 
 
 def compare(
     prompts: Sequence[Prompt], ours: Sequence[Judged], theirs: Sequence[Judged], title: str
 ) -> dict[str, Any]:
     """Paired difference ours - theirs over the same prompts and noise, and how many prompts each does better."""
-    pairs = [prompt_means(len(prompts), rows, title) for rows in (ours, theirs)]
-    tasks = [_by_task(prompts, values) for values in pairs]
-    per_task = {task: statistics.difference([tasks[0][task]], [tasks[1][task]]) for task in tasks[0]}
+    a, b = (prompt_means(len(prompts), rows, title) for rows in (ours, theirs))
+    a_tasks, b_tasks = (_by_task(prompts, values) for values in (a, b))
     return {
-        "overall": statistics.difference(list(tasks[0].values()), list(tasks[1].values())),
-        "tasks": per_task,
-        "better": int((pairs[0] > pairs[1]).sum()),
-        "worse": int((pairs[0] < pairs[1]).sum()),
+        "overall": intervals.difference(list(a_tasks.values()), list(b_tasks.values())),
+        "tasks": {task: intervals.difference([a_tasks[task]], [b_tasks[task]]) for task in a_tasks},
+        "better": int((a > b).sum()),
+        "worse": int((a < b).sum()),
     }
 
 
@@ -92,7 +111,23 @@ def _by_task(
     return tasks
 
 
-# ---- telling
+# ---- tables
+
+
+class Table(NamedTuple):
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def as_text(self) -> str:
+        """The table for a terminal."""
+        lines = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        padded = [map(str.ljust, line, widths) for line in lines]
+        return "\n".join(
+            [self.title, *("  ".join(line).rstrip() for line in padded), *filter(None, [self.note])]
+        )
 
 
 def shown(estimate: Estimate | None) -> str:
@@ -103,72 +138,8 @@ def shown(estimate: Estimate | None) -> str:
 
 
 def short(estimate: Estimate) -> str:
+    """0.432"""
     return "–" if math.isnan(estimate.value) else f"{estimate.value:.3f}"
-
-
-def task_table(scores: dict[str, Score]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row per task and one for the whole; columns for every score, split into seen and unseen."""
-    head, rows = ["task", "prompts"], {}
-    first = next(iter(scores.values()))
-    for task, estimate in first.tasks.items():
-        rows[task] = [task, str(estimate.num)]
-    rows["overall"] = ["overall", str(first.overall.num)]
-    for title, score in scores.items():
-        columns = [(title, {**score.tasks, "overall": score.overall})]
-        if score.seen is not None:
-            columns.append(("seen", {**score.seen_tasks, "overall": score.seen}))
-            columns.append(("unseen", {**score.unseen_tasks, "overall": score.unseen}))
-        for name, estimates in columns:
-            head.append(name)
-            for task, row in rows.items():
-                row.append(shown(estimates.get(task)))
-    return head, list(rows.values())
-
-
-def note(scores: dict[str, Score], ratios: bool = True) -> str:
-    """What the tables mean, and what is missing."""
-    parts = ["overall: mean of the tasks; [..]: 95 % confidence interval"]
-    first = next(iter(scores.values()))
-    if first.seen is not None:
-        both = [task for task in first.seen_tasks if task in first.unseen_tasks]
-        parts.append(f"seen, unseen combinations: mean of the {len(both)} tasks that have both")
-        if ratios:
-            parts += [
-                f"{title}: unseen / seen = {shown(score.unseen_to_seen)}" for title, score in scores.items()
-            ]
-    parts += [
-        f"{title}: {score.unscored} images could not be scored and are left out"
-        for title, score in scores.items()
-        if score.unscored
-    ]
-    return "; ".join(parts)
-
-
-def setting_table(
-    settings: Sequence[tuple[str, dict[str, Score]]],
-) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row per setting; all scores overall, and the parts of the first one, without intervals."""
-    first = next(iter(settings[0][1].values()))
-    split = ["seen", "unseen", "unseen / seen"] if first.seen is not None else []
-    head = ["setting", *settings[0][1], *split, *first.tasks]
-    rows = []
-    for name, scores in settings:
-        main = next(iter(scores.values()))
-        parts = [main.seen, main.unseen, main.unseen_to_seen] if split else []
-        values = [*parts, *main.tasks.values()]
-        rows.append([name, *map(shown, (score.overall for score in scores.values())), *map(short, values)])
-    return head, rows
-
-
-def difference_table(differences: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row per score."""
-    tasks = list(next(iter(differences.values()))["tasks"])
-    rows = [
-        [title, signed(found["overall"]), str(found["better"]), str(found["worse"])]
-        + [signed(found["tasks"][task]) for task in tasks]
-        for title, found in differences.items()
-    ]
-    return ["difference", "overall", "better on", "worse on", *tasks], rows
 
 
 def signed(estimate: Estimate) -> str:
@@ -178,22 +149,73 @@ def signed(estimate: Estimate) -> str:
     return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
-def as_text(head: list[str], rows: list[list[str]]) -> str:
-    """A table for a terminal."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]
+def task_table(title: str, scores: Mapping[str, Score]) -> Table:
+    """A row per task and one for the whole; columns for every score, split into seen and unseen."""
+    first = next(iter(scores.values()))
+    counts = {**first.tasks, "overall": first.overall}
+    head, rows = ["task", "prompts"], [[task, str(estimate.num)] for task, estimate in counts.items()]
+    for name, score in scores.items():
+        columns = [(name, {**score.tasks, "overall": score.overall})]
+        if score.seen is not None:
+            columns.append(("seen", {**score.seen_tasks, "overall": score.seen}))
+            columns.append(("unseen", {**score.unseen_tasks, "overall": score.unseen}))
+        for column, estimates in columns:
+            head.append(column)
+            for row in rows:
+                row.append(shown(estimates.get(row[0])))
+    return Table(title, head, rows, note(scores))
+
+
+def setting_table(title: str, settings: Mapping[str, Mapping[str, Score]]) -> Table:
+    """A row per setting; all scores overall, and the parts of the first one, without intervals."""
+    some = next(iter(settings.values()))
+    main, first = next(iter(some.items()))
+    split = ["seen", "unseen", "unseen / seen"] if first.seen is not None else []
+    rows = []
+    for name, scores in settings.items():
+        score = scores[main]
+        parts = [score.seen, score.unseen, score.unseen_to_seen] if split else []
+        overall = [shown(each.overall) for each in scores.values()]
+        rows.append([name, *overall, *map(short, [*parts, *score.tasks.values()])])
+    return Table(
+        title, ["setting", *some, *split, *first.tasks], rows, f"{note(some, ratios=False)}; parts: {main}"
     )
 
 
+def difference_table(title: str, differences: Mapping[str, dict[str, Any]]) -> Table:
+    """A row per score."""
+    tasks = list(next(iter(differences.values()))["tasks"])
+    rows = [
+        [name, signed(found["overall"]), str(found["better"]), str(found["worse"])]
+        + [signed(found["tasks"][task]) for task in tasks]
+        for name, found in differences.items()
+    ]
+    return Table(title, ["difference", "overall", "better on", "worse on", *tasks], rows)
+
+
+def note(scores: Mapping[str, Score], ratios: bool = True) -> str:
+    """Explain what the columns of a table mean, and what is missing."""
+    parts = ["overall: mean of the tasks; [..]: 95 % confidence interval"]
+    first = next(iter(scores.values()))
+    if first.seen is not None:
+        both = [task for task in first.seen_tasks if task in first.unseen_tasks]
+        parts.append(f"seen, unseen combinations: mean of the {len(both)} tasks that have both")
+        if ratios:
+            parts += [f"{name}: unseen / seen = {shown(s.unseen_to_seen)}" for name, s in scores.items()]
+    parts += [
+        f"{name}: {score.unscored} images could not be scored and are left out"
+        for name, score in scores.items()
+        if score.unscored
+    ]
+    return "; ".join(parts)
+
+
 def plain(value: Any) -> Any:
-    """For JSON: estimates as mappings, NaN and infinity as null."""
+    """Make JSON of scores: estimates as mappings, NaN and infinity as null."""
     if isinstance(value, Estimate):
         return plain(value._asdict())
     if isinstance(value, Score):
-        return {key: plain(getattr(value, key)) for key in asdict(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {key: plain(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,11 +1,11 @@
-"""Several rewards at once: configs -> Scorer; a scorer gives a matrix of scores and says which of them count.
+"""Several rewards at once: configs -> Scorer, which gives a matrix of scores and says which of them are valid.
 
 Images are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when
 it is first used (or by `load`), gets images in batches of its own size, without gradients, autocast and
 TF32, on its own device, and can be moved to the CPU between uses.
 
-Failures: an exception or a timeout is retried, then the rows of that batch are not valid; neither are NaN
-scores, nor images with a pixel that is not finite, which no reward gets to see. They are counted and never
+Failures: a reward that raises is called again, `retries` times; then the rows of that batch are not valid. Neither are
+NaN scores, nor images with a pixel that is not finite, which no reward gets to see. They are counted and never
 replaced by a number. After `max_failures` batches of a reward in a row without any score the run stops.
 
 A reward of weight 0 is monitored: scored and logged, never trained on.
@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError
 from nitro_e.files import weights_hash
 from nitro_e.interfaces import as_prompts
 from nitro_e.rewards import registry
@@ -38,6 +36,9 @@ class RewardConfig(Config):
     """One reward. A bare string in YAML is its name."""
 
     SHORTHAND: ClassVar[str] = "name"
+    RENAMED: ClassVar[dict[str, str]] = {
+        "timeout": "options.timeout (a reward that asks a server sets its own limit)"
+    }
 
     name: str  # a built-in one, or "module:name"
     label: str | None = None  # in logs; None = the name. Two of the same name need one
@@ -49,7 +50,6 @@ class RewardConfig(Config):
     device: str | None = None  # None = where training runs
     offload: bool = False  # keep the weights on the CPU between uses
     batch_size: Annotated[int, Ge(1), Le(65536)] = 16  # images at a time
-    timeout: Annotated[float, Gt(0)] | None = None  # seconds per batch
     options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of this reward
 
     def __post_init__(self) -> None:
@@ -76,13 +76,12 @@ class Scores(NamedTuple):
 
 @dataclass
 class Tally:
-    """What happened to the rows of one reward so far."""
+    """Counts of the images that one reward was given so far."""
 
     scored: int = 0
     unscored: int = 0  # failed, NaN, or an image that is not finite
     skipped: int = 0  # prompts without the metadata that the reward needs
-    failures: int = 0  # exceptions and timeouts, retries included
-    seconds: float = 0.0
+    failures: int = 0  # calls that raised, retries included
 
 
 def build_rewards(
@@ -90,56 +89,50 @@ def build_rewards(
     device: torch.device | str = "cpu",
     retries: int = 2,
     max_failures: int = 10,
-    backoff: float = 1.0,
 ) -> Scorer:
-    """A scorer with a column per config, in their order; nothing is loaded yet.
-
-    `backoff`: seconds before the first retry, twice as many before the next and so on."""
+    """Make a scorer with a column per config, in their order; nothing is loaded yet."""
     titles = [config.title for config in configs]
     for title in titles:
         if titles.count(title) > 1:
             raise ConfigError(f"rewards: two are called '{title}'; give one of them another label")
     return Scorer(
-        [
-            _Slot(config, parse_device(config.device or device), retries, max_failures, backoff)
-            for config in configs
-        ]
+        [_Column(config, parse_device(config.device or device), retries, max_failures) for config in configs]
     )
 
 
 class Scorer:
     """`scorer(pixels, prompts, info)` -> Scores, a column per reward; not for several threads."""
 
-    def __init__(self, slots: Sequence[_Slot]) -> None:
-        self._slots = tuple(slots)
-        self.configs = tuple(slot.config for slot in slots)
-        self.names = tuple(slot.config.title for slot in slots)
-        self.weights = torch.tensor([slot.config.weight for slot in slots])  # (R,); 0 = monitored
+    def __init__(self, columns: Sequence[_Column]) -> None:
+        self._columns = tuple(columns)
+        self.configs = tuple(column.config for column in columns)
+        self.names = tuple(config.title for config in self.configs)
+        self.weights = torch.tensor([config.weight for config in self.configs])  # (R,); 0 = monitored
 
     @property
     def tally(self) -> dict[str, Tally]:
-        return {slot.config.title: slot.tally for slot in self._slots}
+        return {column.config.title: column.tally for column in self._columns}
 
     def load(self) -> None:
         """Load every reward now, so that what is missing shows before training starts."""
-        for slot in self._slots:
-            slot.load()
+        for column in self._columns:
+            column.load()
 
     def sources(self) -> dict[str, str]:
-        """Which weights judge, for the rewards that have some: their name, where the reward tells it, and a hash."""
-        return {slot.config.title: slot.source() for slot in self._slots if slot.source()}
+        """Name the weights of every reward that has some: their name, where the reward knows it, and a hash."""
+        return {column.config.title: column.source() for column in self._columns if column.source()}
 
     def applies(self, info: Sequence[dict]) -> Tensor:
-        """(B, R) bool: whether a reward is asked about such a prompt at all."""
-        rows = [[slot.applies(record) for slot in self._slots] for record in info]
-        return torch.tensor(rows, dtype=torch.bool).reshape(len(info), len(self._slots))
+        """(B, R) bool: whether a reward can score images of such a prompt."""
+        rows = [[column.applies(record) for column in self._columns] for record in info]
+        return torch.tensor(rows, dtype=torch.bool).reshape(len(info), len(self._columns))
 
     def check(self, info: Sequence[dict]) -> None:
         """ConfigError if some reward can score none of these prompts."""
-        for slot in self._slots:
-            if not any(map(slot.applies, info)):
+        for column in self._columns:
+            if not any(map(column.applies, info)):
                 raise ConfigError(
-                    f"rewards: '{slot.config.title}' needs GenEval metadata, which no prompt has; give a "
+                    f"rewards: '{column.config.title}' needs GenEval metadata, which no prompt has; give a "
                     ".jsonl file with it, or a source that makes it"
                 )
 
@@ -152,7 +145,7 @@ class Scorer:
         whole = pixels.isfinite().flatten(1).all(dim=1).tolist()  # B
         pixels = quantize(pixels)
         with _exact(pixels.device):
-            columns = [slot.score(pixels, prompts, info, whole) for slot in self._slots]
+            columns = [column.score(pixels, prompts, info, whole) for column in self._columns]
         values = torch.stack(columns, dim=1) if columns else pixels.new_zeros(len(pixels), 0)  # (B, R)
         return Scores(values, values.isfinite())
 
@@ -173,15 +166,15 @@ def parse_device(name: torch.device | str) -> torch.device:
 
 
 def quantize(pixels: Tensor) -> Tensor:
-    """float32 pixels in -1..1 on the grid of 8-bit images: what a saved PNG holds."""
+    """Round pixels in -1..1 to the grid of 8-bit images, as a saved PNG holds them; float32."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255 * 2 - 1
 
 
 def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     """(B,) share of the other valid images of its group that each one beats, ties counting half.
 
-    Group-relative like Pref-GRPO (arXiv:2508.20751), with a pointwise reward: the scale of scores is gone.
-    Alone in a group: one half. Not valid: NaN."""
+    This removes the scale of the scores, as in Pref-GRPO (arXiv:2508.20751), here with a pointwise reward.
+    An image alone in its group gets one half, one without a valid score NaN."""
     rivals = (groups[:, None] == groups[None, :]) & valid[:, None] & valid[None, :]  # (B, B)
     rivals.fill_diagonal_(False)
     wins = (values[:, None] > values[None, :]).float() + 0.5 * (values[:, None] == values[None, :]).float()
@@ -190,27 +183,23 @@ def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     return rates.masked_fill(~valid, math.nan)
 
 
-class _Slot:
-    """One reward: its config, the loaded thing, and what became of its rows."""
+class _Column:
+    """One reward of a scorer: its config, the reward once it is loaded, and the counts of its images."""
 
-    def __init__(
-        self, config: RewardConfig, device: torch.device, retries: int, max_failures: int, backoff: float
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.retries, self.max_failures, self.backoff = retries, max_failures, backoff
+    def __init__(self, config: RewardConfig, device: torch.device, retries: int, max_failures: int) -> None:
+        self.config, self.device = config, device
+        self.retries, self.max_failures = retries, max_failures
         self.tally = Tally()
         self.needs_info = getattr(registry.find(config.name), "needs_info", False)
         self.failed_batches = 0  # in a row
         self.reward: Callable[..., Tensor] | None = None
-        self.worker: threading.Thread | None = None  # of a call that ran out of time
         self._source: str | None = None
 
     def applies(self, record: dict) -> bool:
         return "include" in record or not self.needs_info
 
     def source(self) -> str:
-        """Of its weights; empty if it has none."""
+        """Name and hash of the weights; empty if there are none."""
         self.load()
         if self._source is None:
             name = getattr(self.reward, "source", "")
@@ -231,10 +220,9 @@ class _Slot:
     ) -> Tensor:
         """(B,) float32 on the device of the pixels, NaN where there is no score; whole: B, images to look at."""
         self.load()
-        start = time.perf_counter()
         values = torch.full((len(pixels),), math.nan)  # (B,)
-        asked = [i for i, record in enumerate(info) if self.applies(record)]
-        rows = [i for i in asked if whole[i]]
+        applicable = [i for i, record in enumerate(info) if self.applies(record)]
+        rows = [i for i in applicable if whole[i]]
         if self.config.offload and rows:
             self._move(self.device)
         for first in range(0, len(rows), self.config.batch_size):
@@ -246,14 +234,13 @@ class _Slot:
             self._move("cpu")
         scored = int(values.isfinite().sum())
         self.tally.scored += scored
-        self.tally.unscored += len(asked) - scored
-        self.tally.skipped += len(pixels) - len(asked)
-        self.tally.seconds += time.perf_counter() - start
+        self.tally.unscored += len(applicable) - scored
+        self.tally.skipped += len(pixels) - len(applicable)
         return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
 
     def _score_batch(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Tensor:
         """(B,) on the CPU, NaN where there is no score; TrainingError after too many batches without any."""
-        values, reason = self._try(pixels, prompts, info)
+        values, reason = self._call(pixels, prompts, info)
         if values.isfinite().any():
             self.failed_batches = 0
             return values
@@ -265,22 +252,18 @@ class _Slot:
             )
         return values
 
-    def _try(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> tuple[Tensor, str]:
-        """The scores of the first attempt that gives some, else NaN; and why there may be none."""
-        for attempt in range(1 + self.retries):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+    def _call(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> tuple[Tensor, str]:
+        """The scores of the first call that does not raise, else NaN; and the reason if none of them is a number."""
+        for attempt in range(1, 2 + self.retries):
             try:
-                values = self._call(pixels, prompts, info)
+                values = self.reward(pixels, prompts, info)
             except ConfigError:  # no retry will help
                 raise
-            except Exception as error:  # whatever a reward raises
+            except Exception as error:  # a reward may be anybody's code
                 self.tally.failures += 1
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                logger.warning(
-                    "reward '%s' failed, attempt %d of %d (%s)",
-                    *(self.config.title, attempt + 1, 1 + self.retries, reason),
-                )
+                attempts = f"attempt {attempt} of {1 + self.retries}"
+                logger.warning("reward '%s' failed, %s (%s)", self.config.title, attempts, reason)
                 continue
             if not isinstance(values, Tensor) or values.shape != (len(pixels),):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -290,29 +273,6 @@ class _Slot:
                 )
             return values.float().cpu(), "NaN scores"
         return torch.full((len(pixels),), math.nan), reason
-
-    def _call(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Any:
-        if self.config.timeout is None:
-            return self.reward(pixels, prompts, info)
-        if self.worker is not None and self.worker.is_alive():
-            raise TimeoutError("an earlier call has not returned yet")
-        result: dict[str, Any] = {}
-
-        def work() -> None:
-            try:
-                with torch.no_grad():  # holds per thread
-                    result["values"] = self.reward(pixels, prompts, info)
-            except Exception as error:
-                result["error"] = error
-
-        self.worker = threading.Thread(target=work, daemon=True)
-        self.worker.start()
-        self.worker.join(self.config.timeout)
-        if self.worker.is_alive():
-            raise TimeoutError(f"no answer within {self.config.timeout} s")
-        if "error" in result:
-            raise result["error"]
-        return result["values"]
 
     def _move(self, device: torch.device | str) -> None:
         if isinstance(self.reward, torch.nn.Module):
