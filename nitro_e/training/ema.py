@@ -46,7 +46,7 @@ class EMAConfig(Config):
     warmup_power: Annotated[float, Gt(0)] | None = None
 
 
-def make_ema(module: nn.Module, config: EMAConfig) -> EMA:
+def make_ema(module: nn.Module, config: EMAConfig, *, will_be_sharded: bool) -> EMA:
     """Make the average of a module, to be updated after every step; the first update copies the weights."""
     power = config.warmup_power
     return EMA(
@@ -59,7 +59,8 @@ def make_ema(module: nn.Module, config: EMAConfig) -> EMA:
         update_every=1,
         update_after_step=0,
         include_online_model=False,
-        use_foreach=True,
+        # foreach takes no mixture of sharded parameters and whole buffers
+        use_foreach=not will_be_sharded,
     )
 
 

@@ -50,7 +50,7 @@ class TrainingState:
         self.stage, self.scaler = stage, accelerator.scaler
         self.step = self.skipped = 0  # optimiser steps that were done; of them, left out as not finite
         self.parallel = SHARDING[sharding](accelerator)
-        self.ema = None if ema is None else make_ema(stage.model, ema)
+        self.ema = None if ema is None else make_ema(stage.model, ema, will_be_sharded=sharding == "fsdp")
         # Sharded before optimisers are made of the parameters.
         for model in self._models().values():
             self.parallel.keep_whole(model)
