@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -60,7 +60,7 @@ class Hook:
     """Images or numbers, by name, of the published model (the average if there is one)."""
 
     every: int  # steps, and after the last one; 0: never
-    run: Callable[[nn.Module], dict[str, Image.Image | float]]
+    run: Callable[[Any], Mapping[str, Image.Image | float]]
     first: bool = False  # also before the first step
     everywhere: bool = False  # in every process, not the main one alone
 
