@@ -96,8 +96,9 @@ class Config:
     ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # key -> older names of its values -> today's
 
     def __post_init__(self) -> None:
-        hints = _annotations(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+        cls: Any = type(self)  # a dataclass, as every subclass is
+        hints = _annotations(cls)
+        for field in dataclasses.fields(cls):
             where = f"--{field.name.replace('_', '-')}" if self.OPTIONS else key_of(field) or field.name
             check_bounds(hints[field.name], getattr(self, field.name), where)
 
@@ -147,7 +148,7 @@ def _check_number(bounds: tuple, value: int | float, where: str) -> None:
         raise ConfigError(f"{where} must fit into 64 bits, got a number of {value.bit_length()} bits")
     remedy = "".join(f"; {hint}" for hint in bounds if isinstance(hint, str))
     for bound in bounds:
-        if isinstance(bound, Bound) and not bound.holds(value, bound.limit):
+        if isinstance(bound, Bound) and not type(bound).holds(value, bound.limit):
             raise ConfigError(f"{where} must be {bound.words} {bound.limit}, got {value}{remedy}")
 
 
@@ -213,8 +214,9 @@ def parse_yaml(text: str, where: str) -> Any:
 class _StrictLoader(yaml.SafeLoader):
     """Refuses keys that are given twice, of which YAML would take the last, and numbers that are others in YAML 1.1."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, lines = super().compose_mapping_node(anchor), {}
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             line, name = key.start_mark.line + 1, (key.tag, str(key.value))
             if name in lines:
@@ -294,21 +296,20 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         data = cls.derive(data)
     parent = f"{path}." if path else ""
     hints = typing.get_type_hints(cls)
-    fields = {key: field for field in dataclasses.fields(cls) if (key := key_of(field)) is not None}
+    renamed, aliases = getattr(cls, "RENAMED", {}), getattr(cls, "ALIASES", {})
+    fields = _fields(cls)
     values = {}
     for key, value in data.items():
         where = f"{parent}{key}"
-        if key in getattr(cls, "RENAMED", {}):
-            raise ConfigError(
-                f"key '{where}' is of an older version; write {parent}{cls.RENAMED[key]} instead"
-            )
+        if key in renamed:
+            raise ConfigError(f"key '{where}' is of an older version; write {parent}{renamed[key]} instead")
         if key not in fields:
             raise ConfigError(
                 f"unknown key '{where}'" + did_you_mean(where, [parent + name for name in fields])
             )
         field = fields[key]
         if isinstance(value, str):
-            value = getattr(cls, "ALIASES", {}).get(key, {}).get(value, value)
+            value = aliases.get(key, {}).get(value, value)
         values[field.name] = _coerce(hints[field.name], _complete(field, value), where)
     for key, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
@@ -319,7 +320,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     except ConfigError as error:  # raised by __post_init__, which does not know where it stands
         message = str(error)
         if path and not message.startswith(path):
-            about_a_key = re.match(r"\w*", message)[0] in fields
+            about_a_key = re.split(r"\W", message, maxsplit=1)[0] in fields
             message = f"{path}.{message}" if about_a_key else f"{path}: {message}"
         raise ConfigError(message) from None
 
@@ -327,8 +328,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
 def to_dict(config: Any) -> Any:
     """The plain data (dict, list, scalars) that `from_dict` turns back into an equal object."""
     if dataclasses.is_dataclass(config):
-        fields = [(key_of(field), field.name) for field in dataclasses.fields(config)]
-        return {key: to_dict(getattr(config, name)) for key, name in fields if key is not None}
+        return {key: to_dict(getattr(config, field.name)) for key, field in _fields(config).items()}
     if isinstance(config, Mapping):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, (tuple, list)):
@@ -349,6 +349,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for name, child in tree.items()
         for key, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
     }
+
+
+def _fields(cls: Any) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass by their keys in recipes."""
+    return {key: field for field in dataclasses.fields(cls) if (key := key_of(field)) is not None}
 
 
 def _expand_preset(cls: type, data: dict, path: str) -> dict:
@@ -400,7 +405,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {value!r}")
         return {str(key): _coerce(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     return _coerce_scalar(hint, value, where)
 
@@ -453,4 +458,4 @@ def _coerce_union(args: tuple, value: Any, where: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -158,12 +158,21 @@ class Stage(Protocol):
     """
 
     name: str
-    model: nn.Module  # averaged by the EMA, shown by hooks
-    phases: tuple[Phase, ...]  # run in this order at every step
     batch_size: int  # samples of one micro-batch
     forward_flops: float  # of the trained model, per sample
-    bad_samples: int  # replaced so far in this process because they could not be used
     fingerprint: dict[str, Any]  # of the data order; a resume with another one is refused
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, which the EMA averages and hooks are shown."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What is trained, in the order of every step."""
+
+    @property
+    def bad_samples(self) -> int:
+        """Samples that this process has replaced so far because they could not be used."""
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Any]:
         """Endless micro-batches of one process, from optimiser step `step` on."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +110,7 @@ class Data:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
-    ) -> Iterator[Records]:
+    ) -> Generator[Records, None, None]:
         """Endless micro-batches of one rank from optimizer step `step` on.
 
         Closing the iterator ends the workers. Raises BadDataError when too many samples are bad, ConfigError

@@ -28,8 +28,8 @@ def write_config(config: Any, folder: Path, resumed: bool) -> dict[str, list]:
             number += 1
         path.rename(kept)
         print(f"the config has changed since the last attempt (that one is kept as {kept.name}):")
-        for key, (was, now) in changed.items():
-            print(f"  {key} was {was!r}, is {now!r}")
+        for key, (old, new) in changed.items():
+            print(f"  {key} was {old!r}, is {new!r}")
     path.write_text(dump(config))
     return changed
 

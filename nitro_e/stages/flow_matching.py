@@ -54,16 +54,20 @@ class FlowMatchingConfig(Config):
 class ProjectedModel(nn.Module):
     """The model and, for REPA, the projector that is trained with it and thrown away."""
 
-    def __init__(self, model: EMMDiT, repa: RepaConfig | None, feature_width: int | None) -> None:
+    def __init__(self, model: EMMDiT, repa: RepaConfig | None, feature_width: int) -> None:
+        """feature_width: of the vision encoder; without REPA it is not used."""
         super().__init__()
         self.model = model
         self.taps = [] if repa is None else [repa.tap]
         self.projector = None
         if repa is not None:
             self.projector = nn.Sequential(
-                nn.Linear(model.config.width, repa.width), nn.SiLU(), nn.Linear(repa.width, repa.width), nn.SiLU(),
+                nn.Linear(model.config.width, repa.width),
+                nn.SiLU(),
+                nn.Linear(repa.width, repa.width),
+                nn.SiLU(),
                 nn.Linear(repa.width, feature_width),
-            )  # fmt: skip
+            )
 
     def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor | None]:
         velocity, tokens = self.model.forward_intermediates(x, t, text, self.taps)
@@ -84,9 +88,17 @@ class FlowMatching:
     """Batches of captioned latents, one phase."""
 
     def __init__(
-        self, config: FlowMatchingConfig, model: EMMDiT, data: Data, codec: LatentCodec, text: TextEncoder,
-        vision: VisionEncoder | None, seed: int, device: torch.device, forward_flops: float,
-    ) -> None:  # fmt: skip
+        self,
+        config: FlowMatchingConfig,
+        model: EMMDiT,
+        data: Data,
+        codec: LatentCodec,
+        text: TextEncoder,
+        vision: VisionEncoder | None,
+        seed: int,
+        device: torch.device,
+        forward_flops: float,
+    ) -> None:
         self.config, self.model, self.data = config, model, data
         self.codec, self.text, self.vision, self.device = codec, text, vision, device
         self.name = "pretrain" if config.repa else "flow_matching"
@@ -95,14 +107,14 @@ class FlowMatching:
         self.fingerprint = data.fingerprint()
         self.null_text = null_prompt(data, text, device)
         with seeded(seed, "projector"):
-            module = ProjectedModel(model, config.repa, vision.width if vision else None).to(device)
+            module = ProjectedModel(model, config.repa, vision.width if vision else 0).to(device)
         self.phases = (Phase("model", module, self.loss, config.optim),)
 
     @property
     def bad_samples(self) -> int:
         return len(self.data.bad)
 
-    def export(self, model: EMMDiT) -> EMMDiT:
+    def export(self, model: nn.Module) -> nn.Module:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
@@ -122,11 +134,13 @@ class FlowMatching:
         error = velocity.float() - flow.velocity_target(batch.latents, noise)  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)
         logs = by_time(squared, t)
-        if self.config.repa is None:
+        repa = self.config.repa
+        if repa is None:
             return squared.mean(), logs
+        assert projected is not None and batch.features is not None
         alignment = repa_loss(projected, batch.features)
         logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
-        return squared.mean() + self.config.repa.weight * alignment, logs
+        return squared.mean() + repa.weight * alignment, logs
 
 
 # ---- from a recipe

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 
 from nitro_e.config import (
     Config,
@@ -32,7 +32,7 @@ from nitro_e.encoders.components import (
 )
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
 from nitro_e.interfaces import LatentCodec, TextEncoder
-from nitro_e.model import ModelConfig, describe
+from nitro_e.model import EMMDiT, ModelConfig, describe
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
 from nitro_e.record.run_config import write_config
@@ -330,7 +330,7 @@ def sample_grid_hook(
 ) -> Hook:
     """Fixed prompts and seeds, so that grids of different steps show the same images getting better."""
 
-    def run(model: torch.nn.Module) -> dict:
+    def run(model: EMMDiT) -> dict[str, Image.Image]:
         training = model.training
         images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
         model.train(training)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -47,7 +47,7 @@ class Hook:
     """Gives images or numbers, by name, for the published model (the average if there is one)."""
 
     every: int  # steps, and after the last one; 0: never
-    run: Callable[[nn.Module], dict[str, Image.Image | float]]
+    run: Callable[[Any], Mapping[str, Image.Image | float]]
     first: bool = False  # also before the first step
     everywhere: bool = False  # in every process, not the main one alone
 
