@@ -16,13 +16,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, group_columns
-from nitro_e.data.decode import (
-    BadSample,
-    decode_array,
-    decode_caption,
-    decode_image,
-    decode_info,
-)
+from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import ShardIndex, index_path, read_members, read_stored, scan_tar
 from nitro_e.data.making.jobs import each
 from nitro_e.data.manifests import read_manifests
