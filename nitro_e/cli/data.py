@@ -17,6 +17,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from nitro_e import config
 from nitro_e.cli import common as cli
@@ -32,6 +33,8 @@ from nitro_e.encoders.components import (
     pinned,
 )
 from nitro_e.record.progress import bar
+
+T = TypeVar("T", bound=config.Config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,20 +81,13 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    options = pack.PackConfig(
-        name=args.name,
-        samples_per_shard=args.samples_per_shard,
-        resize=args.resize,
-        min_side=args.min_side,
-        caption_key=args.caption_key,
-        image_column=args.image_column,
-        caption_column=args.caption_column or pack.CAPTION_COLUMN.get(args.layout, "caption"),
-        shuffle=None if args.shuffle < 0 else args.shuffle,
-    )
+    args.caption_column = args.caption_column or pack.CAPTION_COLUMN.get(args.layout, "caption")
+    args.shuffle = None if args.shuffle < 0 else args.shuffle
+    options = from_flags(pack.PackConfig, args)
     captions = pack.CaptionSource(
         args.captions, args.id_column, args.captions_from_names, args.out / ".journal"
     )
-    job = make_job(args)
+    job = from_flags(jobs.JobConfig, args)
     pack.pack(pack.make_units(args.layout, args.input, options, captions), job)
 
 
@@ -124,11 +120,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_encode(args: argparse.Namespace) -> None:
-    import torch
-
-    device = args.device or (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
+    device = args.device or rank_device()
     builders = {"codec": build_codec, "text": build_text_encoder, "vision": build_vision_encoder}
     built, names = {}, {}
     for kind, builder in builders.items():
@@ -140,14 +132,8 @@ def run_encode(args: argparse.Namespace) -> None:
             column = {"codec": "latents", "vision": "features"}.get(kind, kind)
             names[column] = config.to_dict(pinned(component))
     encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
-    options = encode.EncodeConfig(
-        resolution=args.resolution,
-        text_format=args.text_format,
-        caption_key=args.caption_key,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
-    encode.encode(expand_shards(args.shards, "shards"), encoders, options, make_job(args))
+    options, job = from_flags(encode.EncodeConfig, args), from_flags(jobs.JobConfig, args)
+    encode.encode(expand_shards(args.shards, "shards"), encoders, options, job)
 
 
 def job_arguments(parser: argparse.ArgumentParser, processes: bool = True) -> None:
@@ -168,15 +154,17 @@ def job_arguments(parser: argparse.ArgumentParser, processes: bool = True) -> No
     )
 
 
-def make_job(args: argparse.Namespace) -> jobs.JobConfig:
-    return jobs.JobConfig(
-        out=args.out,
-        processes=getattr(args, "processes", 1),
-        rank=args.rank,
-        world=args.world,
-        overwrite=args.overwrite,
-        max_bad_fraction=args.max_bad_fraction,
-    )
+def from_flags(cls: type[T], args: argparse.Namespace) -> T:
+    """Build a config from the flags of the same names; its other fields keep their defaults."""
+    names = [field.name for field in dataclasses.fields(cls) if hasattr(args, field.name)]
+    return cls(**{name: getattr(args, name) for name in names})
+
+
+def rank_device() -> str:
+    """Name this rank's GPU, or else the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,8 +53,10 @@ def make_shards(
     resolution: int = 64,
     tasks: Sequence[str] = TASKS,
 ) -> list[Path]:
-    """Write what is missing of `out/shapes-SPLIT-NNNNNN.tar` and return all paths. ConfigError for settings
-    out of range, or other than those of the shards of this split that `out` already holds."""
+    """Write what is missing of `out/shapes-SPLIT-NNNNNN.tar` and return all paths.
+
+    Raises ConfigError for settings out of range, or other than those of the shards that `out` already holds.
+    """
     settings = {"num": num, "samples_per_shard": samples_per_shard, "seed": seed, "resolution": resolution}
     limits = ((1, 10**9), (1, 10**9), (0, 2**62), (32, 2048))
     for (key, value), (least, most) in zip(settings.items(), limits):
@@ -96,13 +98,13 @@ def _check_manifest(path: Path, settings: dict) -> None:
 
 
 def _pick(seed: int, split: str, tasks: Sequence[str], index: int) -> Scene:
-    """Scene `index` of those with the given tasks, which take turns."""
+    """Make scene `index` of those with the given tasks, which take turns."""
     turn, place = divmod(index, len(tasks))
     return scene(seed, split, turn * len(TASKS) + TASKS.index(tasks[place]))
 
 
 def _write_sheet(path: Path, pick: Callable[[int], Scene], resolution: int) -> None:
-    """The first 72 images."""
+    """Write the first 72 images as one sheet."""
     rows, columns, side = 6, 12, resolution + 2
     images = [render(pick(index), resolution) for index in range(rows * columns)]
     framed = np.pad(np.stack(images), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)

@@ -1,4 +1,4 @@
-"""Prompts -> shards of synthetic pairs, for distillation and for synthetic parts of a mixture.
+"""Make shards of synthetic pairs from prompts, for distillation and for synthetic parts of a mixture.
 
     nitro-e synthesize runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
     torchrun --nproc_per_node 8 -m nitro_e.cli synthesize runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
@@ -6,7 +6,7 @@
 
 Members of a sample in `synth-*.tar`:
     npy         (C, h, w) float16 final latent, raw like all latents in shards
-    noise.npy   (C, h, w) float16 noise it was drawn from (ours only); exactly what the sampler started with
+    noise.npy   (C, h, w) float16 noise that the sampler started with (ours only)
     trajectory.npy   with --trajectory T1,T2,... (ours only): (len, C, h, w) float16 states at these times, scaled
                 like the noise; each must be on the sampler's grid (--grid linear --steps 20 has .75, .5 and .25)
     txt, json   the prompt; its seed, the settings, and what the prompts file says about it
@@ -22,12 +22,12 @@ filtering by reward.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
 from nitro_e.cli import common as cli
+from nitro_e.cli.data import from_flags, job_arguments, rank_device
 from nitro_e.config import ConfigError
 from nitro_e.data.making.jobs import JobConfig
 from nitro_e.data.making.synthesis import (
@@ -95,18 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
     cli.dtype_flag(parser, "of all parts; default: float32, of our codec and text encoder as in training")
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
-    parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
-    parser.add_argument("--overwrite", action="store_true", help="redo what was made with other settings")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.001)
+    job_arguments(parser, processes=False)
     args = parser.parse_args(argv)
     return cli.run(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    job = JobConfig(out=args.out, rank=args.rank, world=args.world, overwrite=args.overwrite,
-                    max_bad_fraction=args.max_bad_fraction)  # fmt: skip
+    job = from_flags(JobConfig, args)
     if args.std is not None and (len(args.std) != 2 or args.std[0] >= args.std[1]):
         raise ConfigError(f"--std {args.std}: expected two numbers, for example .6,1.6")
     jobs = read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit)
@@ -125,15 +120,13 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def build_generator(args: argparse.Namespace) -> Generator:
-    device = args.device or (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
+    device = args.device or rank_device()
     if args.source.startswith("diffusers:"):
         ours = ("text_embeddings", "sampler", "negative_prompt", "grid", "trajectory", "text")
         if given := [f"--{name.replace('_', '-')}" for name in ours if getattr(args, name)]:
             raise ConfigError(f"{', '.join(given)}: for our own models only")
-        settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance,
-                    "height": args.resolution, "width": args.resolution}  # fmt: skip
+        settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+        settings |= {"height": args.resolution, "width": args.resolution}
         codec = build_codec(chosen_component("codec", args.codec), device) if args.codec else None
         settings = {key: value for key, value in settings.items() if value is not None}
         source, dtype = args.source.removeprefix("diffusers:"), args.dtype or "float32"
@@ -143,9 +136,12 @@ def build_generator(args: argparse.Namespace) -> Generator:
         args.source, device, dtype, codec=args.codec, text=args.text, allow_download=args.allow_download
     )
     settings = pipeline.settings(
-        steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler, resolution=args.resolution,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        sampler=args.sampler,
+        resolution=args.resolution,
         grid=args.grid,
-    )  # fmt: skip
+    )
     if args.grid and settings.sigmas:
         raise ConfigError(
             f"--grid {args.grid}: '{args.source}' is distilled and has times of its own; leave it out"

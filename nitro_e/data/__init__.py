@@ -7,12 +7,4 @@ from nitro_e.data.opening import open_data
 from nitro_e.data.problems import BadDataError
 from nitro_e.data.reader import Data
 
-__all__ = [
-    "BadDataError",
-    "Data",
-    "DataConfig",
-    "MissingShards",
-    "Records",
-    "SourceConfig",
-    "open_data",
-]
+__all__ = ["BadDataError", "Data", "DataConfig", "MissingShards", "Records", "SourceConfig", "open_data"]

@@ -1,4 +1,4 @@
-"""Which shards there are and what their samples hold: settled before training starts.
+"""Find the shards and what their samples hold, before training starts.
 
 Shards whose names differ only in a leading column word (`images-`, `latents-`, `text-`, `features-`) are
 columns of one shard and are joined by key, so that training on latents never opens the images. When the list
@@ -25,6 +25,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError, read_text
 from nitro_e.data.index import DamagedTar, ShardIndex, index_path, shard_index
+from nitro_e.data.manifests import digest
 from nitro_e.data.problems import Problem
 from nitro_e.data.remote import ShardCache, cache_folder, is_url, list_urls
 from nitro_e.record.progress import bar
@@ -43,7 +44,7 @@ class MissingShards(ConfigError):
 
 @dataclass(eq=False)
 class Column:
-    """One tar per shard of the catalog, and one row per sample."""
+    """A tar for each shard of the catalog, and a row for each sample."""
 
     name: str  # "latents", ...; "" for shards that are no column
     paths: list[str]
@@ -78,12 +79,12 @@ class Catalog:
         return int(self.starts[-1])
 
     def find(self, extension: str) -> Column | None:
-        """The column that `extension` is read from."""
+        """Find the column that `extension` is read from."""
         holders = [column for column in self.columns if extension in column.rows.dtype.names]
         return min(holders, key=lambda column: PRIORITY.index(column.name), default=None)
 
     def has(self, *extensions: str) -> np.ndarray:
-        """(N,) bool: samples with at least one of these members."""
+        """Find the samples with at least one of these members: (N,) bool."""
         found = np.zeros(len(self), bool)
         for extension in extensions:
             column = self.find(extension)
@@ -98,7 +99,7 @@ class Catalog:
         return self.columns[0].rows["__key__"][sample].decode(errors="replace")
 
     def describe(self, sample: int) -> str:
-        """`shard.tar:key (members: jpg, txt)`, for messages."""
+        """Name a sample for messages: `shard.tar:key (members: jpg, txt)`."""
         members = [
             name
             for column in self.columns
@@ -123,7 +124,7 @@ class Catalog:
 
 
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
-    """Paths, globs, brace ranges (`a-{000..012}.tar`, `{a,b}.tar`), URLs, `@list.txt` -> shards in order.
+    """List shards in order from paths, globs, brace ranges (`a-{000..012}.tar`, `{a,b}.tar`), URLs, `@list.txt`.
 
     Raises MissingShards naming the files, or ConfigError for one that is listed twice. URLs are tried later.
     """
@@ -146,18 +147,14 @@ def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str
         raise MissingShards(
             f"{key}: missing shards: {', '.join(missing[:5])}{more}; check the path or the range"
         )
-    twice = (
-        next((path for path in paths if paths.count(path) > 1), None)
-        if len(set(paths)) < len(paths)
-        else None
-    )
-    if twice is not None:
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
         raise ConfigError(f"{key}: '{twice}' is listed twice; every shard must match one pattern only")
     return paths
 
 
 def _read_list(pattern: str, key: str) -> list[str]:
-    """The lines of an `@file`, or the pattern itself."""
+    """Read the lines of an `@file`; anything else is itself a pattern."""
     if not pattern.startswith("@"):
         return [pattern]
     path = Path(pattern[1:])
@@ -169,7 +166,7 @@ def _read_list(pattern: str, key: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{1..3}{x,y}` -> a1x, a1y, a2x, ...; ranges keep the zero padding of their first number."""
+    """Expand `a{1..3}{x,y}` to a1x, a1y, a2x, ...; ranges keep the zero padding of their first number."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -215,7 +212,7 @@ def _build_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int, cache
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
     names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
     parts: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in names}
-    shard_names, sizes, problems, damaged, digest = [], [], [], 0, hashlib.sha256()
+    shard_names, sizes, problems, damaged, content = [], [], [], 0, hashlib.sha256()
     for groups in grouped:
         sizes.append([])
         for shards in groups.values():
@@ -235,13 +232,15 @@ def _build_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int, cache
             rows = _join(indices, shards, problems)
             for name, index in indices.items():
                 parts[name].append((shards[name], rows[name]))
-                digest.update(index.digest().encode())
+                content.update(index.digest().encode())
             shard_names.append(Path(shards[names[0]]).name)
             sizes[-1].append(len(rows[names[0]]))
-    columns = [Column(name, [path for path, _ in part], _concatenate([rows for _, rows in part]))
-               for name, part in parts.items()]  # fmt: skip
+    columns = []
+    for name, part in parts.items():
+        paths, tables = [path for path, _ in part], [rows for _, rows in part]
+        columns.append(Column(name, paths, _concatenate(tables)))
     sizes = [np.array(source, np.int64) for source in sizes]
-    return Catalog(shard_names, sizes, columns, digest.hexdigest(), problems, cache)
+    return Catalog(shard_names, sizes, columns, content.hexdigest(), problems, cache)
 
 
 def map_rows(file: Path) -> np.ndarray:
@@ -249,19 +248,20 @@ def map_rows(file: Path) -> np.ndarray:
 
 
 def _merged_folder(sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache) -> Path | None:
-    """Where the catalog of exactly these shards and indices is kept; None while an index is missing."""
-    state = hashlib.sha256(f"1 {tolerate_shards}".encode())
-    for source in sources:
-        state.update(b"source")
-        for path in source:
-            stored = index_path(cache.path(path) if is_url(path) else path)
-            try:
-                status = stored.stat()
-                length = None if is_url(path) else os.path.getsize(path)
-            except OSError:
-                return None
-            state.update(f"{path}\0{length}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return cache_folder() / "catalogs" / state.hexdigest()[:32]
+    """Find the folder that keeps the catalog of exactly these shards and indices; None while an index is missing."""
+    state = []
+    for path in (path for source in sources for path in source):
+        try:
+            status = _index_of(path, cache).stat()
+            length = None if is_url(path) else os.path.getsize(path)
+        except OSError:
+            return None
+        state.append((path, length, status.st_size, status.st_mtime_ns))
+    return cache_folder() / "catalogs" / digest(tolerate_shards, list(map(len, sources)), state)[:32]
+
+
+def _index_of(path: str, cache: ShardCache) -> Path:
+    return index_path(cache.path(path) if is_url(path) else path)
 
 
 def _write_merged(catalog: Catalog, folder: Path) -> None:
@@ -306,16 +306,16 @@ def _make_indices(paths: list[str], cache: ShardCache, progress: bool) -> None:
 
     Each process goes in an order of its own, so that the ranks of a run share the work.
     """
-    todo = [path for path in paths if not index_path(cache.path(path) if is_url(path) else path).is_file()]
+    todo = [path for path in paths if not _index_of(path, cache).is_file()]
     if not todo:
         return
     random.Random(os.getpid()).shuffle(todo)
     threads = 16 if any(map(is_url, todo)) else 2  # scanning waits for the disk half of the time
     with ThreadPoolExecutor(threads) as pool:
         made = pool.map(partial(_make_index, cache=cache), todo)
-        for _ in (
-            bar(made, desc="index", total=len(todo), unit="shard") if progress and len(todo) > 20 else made
-        ):
+        if progress and len(todo) > 20:
+            made = bar(made, desc="index", total=len(todo), unit="shard")
+        for _ in made:
             pass
 
 
@@ -327,7 +327,7 @@ def _make_index(path: str, cache: ShardCache) -> None:
 
 
 def group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:
-    """{shard: {column name: path}} in order of first appearance."""
+    """Join paths that are columns of one shard: {shard: {column name: path}} in order of first appearance."""
     stems = [Path(path).name for path in paths]
     by_folder = len(set(stems)) < len(stems)
     groups: dict[tuple, dict[str, str]] = {}
@@ -341,7 +341,7 @@ def group_columns(paths: Sequence[str]) -> dict[tuple, dict[str, str]]:
 def _join(
     indices: dict[str, ShardIndex], shards: dict[str, str], problems: list[Problem]
 ) -> dict[str, np.ndarray]:
-    """Rows of one shard's columns, equal keys at equal places; keys that a column lacks become problems."""
+    """Bring the rows of one shard's columns to one order of keys; keys that a column lacks become problems."""
     for index in indices.values():
         problems += index.problems
     base, *others = indices
@@ -349,25 +349,17 @@ def _join(
     shared = np.ones(len(keys), bool)
     for name in others:
         theirs = indices[name].rows["__key__"]
-        shared &= np.isin(keys, theirs)
-        extra = theirs[~np.isin(theirs, keys)]
-        problems += [
-            Problem(Path(shards[name]).name, _text(key), f"not in {Path(shards[base]).name}") for key in extra
-        ]
-        lost = keys[~np.isin(keys, theirs)]
-        problems += [
-            Problem(Path(shards[base]).name, _text(key), f"not in {Path(shards[name]).name}") for key in lost
-        ]
+        both = np.isin(keys, theirs)
+        shared &= both
+        for lacks, has, missing in ((base, name, theirs[~np.isin(theirs, keys)]), (name, base, keys[~both])):
+            shard, other = Path(shards[has]).name, Path(shards[lacks]).name
+            problems += [Problem(shard, key.decode(errors="replace"), f"not in {other}") for key in missing]
     joined = {base: indices[base].rows[shared]}
     for name in others:
         theirs = indices[name].rows
         order = np.argsort(theirs["__key__"], kind="stable")
         joined[name] = theirs[order[np.searchsorted(theirs["__key__"], keys[shared], sorter=order)]]
     return joined
-
-
-def _text(key: bytes) -> str:
-    return key.decode(errors="replace")
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: where the samples are and how they are read."""
+"""The `data` section of a recipe says where the samples are and how they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SourceConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Where the samples are and how they are read; the seed of their order belongs to the run."""
+    """Says where the samples are and how they are read; the seed of their order belongs to the run."""
 
     # webdataset tars: paths, globs, brace ranges, URLs, @list.txt
     shards: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class DataConfig(Config):
 
     @property
     def weights(self) -> list[float] | None:
-        """One weight per source, or None for the union of all samples."""
+        """List the weights of the sources; None stands for the union of all samples."""
         weights = [source.weight for source in self.sources.values()]
         return None if not weights or None in weights else weights
 

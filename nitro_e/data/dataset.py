@@ -1,4 +1,4 @@
-"""Samples by position: tars, an order and a specification of what to read -> Records.
+"""Read samples by their positions in the order, and make batches (Records) of them.
 
 Every process compares each sample with its CRC the first time it reads it, and believes the file from then
 on. A sample that turns out bad (CRC, decoding, NaN, empty caption) is replaced by the next good one of its
@@ -11,6 +11,7 @@ import mmap
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,7 +35,7 @@ CHANGED = "is not what was indexed (CRC differs; after making a shard anew: nitr
 
 @dataclass
 class Records:
-    """One micro-batch on the CPU."""
+    """A micro-batch on the CPU."""
 
     keys: list[str]  # "shard.tar:key"
     prompts: list[str]
@@ -54,27 +55,22 @@ class Records:
         tensors = {name: getattr(self, name) for name in ("pixels", "latents", "features")}
         pinned = {name: x if x is None else x.pin_memory() for name, x in tensors.items()}
         text = self.text if self.text is None else TextEmbedding(*(x.pin_memory() for x in self.text))
-        return replace(
-            self, text=text, extra={name: x.pin_memory() for name, x in self.extra.items()}, **pinned
-        )
+        extra = {name: x.pin_memory() for name, x in self.extra.items()}
+        return replace(self, text=text, extra=extra, **pinned)
 
-    def put(self, slot: int, other: Records) -> None:
-        """Replace one sample by the only one of `other`."""
-        for mine, theirs in ((self.keys, other.keys), (self.prompts, other.prompts), (self.info, other.info)):
-            mine[slot] = theirs[0]
-        tensors = [
-            (self.pixels, other.pixels),
-            (self.latents, other.latents),
-            (self.features, other.features),
-        ]
-        extra = [(self.extra[name], other.extra[name]) for name in self.extra]
-        for mine, theirs in (*tensors, *extra, *zip(self.text or (), other.text or ())):
+    def put(self, row: int, other: Records) -> None:
+        """Replace the sample in `row` by the only one of `other`."""
+        for mine, theirs in zip(self._columns(), other._columns()):
             if mine is not None:
-                mine[slot] = theirs[0]
+                mine[row] = theirs[0]
+
+    def _columns(self) -> tuple[list | Tensor | None, ...]:
+        arrays = (self.pixels, self.latents, self.features, *self.extra.values(), *(self.text or ()))
+        return self.keys, self.prompts, self.info, *arrays
 
 
 class TarDataset(Dataset):
-    """`dataset.__getitems__(positions) -> Records`. Files are opened when needed, so it can be pickled."""
+    """Makes Records of positions: `dataset.__getitems__(range)`. Opens files when needed, so it can be pickled."""
 
     def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
         self.catalog, self.order, self.spec = catalog, order, spec
@@ -92,18 +88,18 @@ class TarDataset(Dataset):
 
     def _read(self, positions: np.ndarray) -> Records:
         records, failed = self.load(self.order.ids(positions))
-        for slot, problem in failed.items():
+        for row, problem in failed.items():
             records.bad.append(problem)
-            self._replace(records, slot, int(positions[slot]))
+            self._replace(records, row, int(positions[row]))
         return records
 
-    def _replace(self, records: Records, slot: int, position: int) -> None:
-        """Fill one slot with the next good sample of the same source."""
+    def _replace(self, records: Records, row: int, position: int) -> None:
+        """Fill a row of the batch with the next good sample of the same source."""
         (source,), (counter,) = self.order.locate(np.array([position]))
         for attempt in range(1, ATTEMPTS + 1):
             one, failed = self.load(self.order.sample(int(source), np.array([counter + attempt])))
             if not failed:
-                return records.put(slot, one)
+                return records.put(row, one)
             records.bad += failed.values()
         raise BadDataError(
             f"{ATTEMPTS} samples in a row cannot be used, the last is {records.bad[-1]};"
@@ -111,7 +107,7 @@ class TarDataset(Dataset):
         )
 
     def load(self, ids: np.ndarray) -> tuple[Records, dict[int, Problem]]:
-        """Samples by id, without replacement: what could be read, and {slot: problem} for the rest."""
+        """Read samples by id, without replacement; {row: problem} tells which rows could not be read."""
         if self._checked is None:
             self._checked = np.zeros(len(self.catalog), bool)
         shards, failed = self.catalog.shard_of(ids).tolist(), {}
@@ -128,124 +124,112 @@ class TarDataset(Dataset):
         self._checked[np.delete(ids, list(failed))] = True
         names = [self.catalog.names[shard] for shard in shards]
         keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
-        problems = {slot: Problem(names[slot], keys[slot], reason) for slot, reason in sorted(failed.items())}
+        problems = {row: Problem(names[row], keys[row], reason) for row, reason in sorted(failed.items())}
         keys = [f"{name}:{key}" for name, key in zip(names, keys)]
         return Records(keys, prompts, info, pixels, latents, text, features, extra), problems
 
-    def _contents(self, extension: str, ids, shards: list[int], failed: dict[int, str]) -> list[bytes | None]:
-        """The member's bytes per sample; None where there is none or its CRC is wrong."""
-        column = self.catalog.find(extension)
+    def _contents(
+        self, member: str, ids, shards: list[int], failed: dict[int, str]
+    ) -> Iterator[memoryview | None]:
+        """Yield one member of each sample; None where there is none or its CRC is wrong."""
+        column = self.catalog.find(member)
         if column is None:
-            return [None] * len(ids)
-        contents, checked = [], self._checked[ids].tolist()
-        for slot, (shard, (offset, size, crc)) in enumerate(
-            zip(shards, column.rows[extension][ids].tolist())
-        ):
-            content = bytes(self._files[column.paths[shard]][offset : offset + size]) if offset else None
+            yield from [None] * len(ids)
+            return
+        checked, places = self._checked[ids].tolist(), column.rows[member][ids].tolist()
+        for row, (shard, (offset, size, crc)) in enumerate(zip(shards, places)):
+            content = self._files[column.paths[shard]][offset : offset + size] if offset else None
             if content is not None and (
-                len(content) != size or not checked[slot] and zlib.crc32(content) != crc
+                len(content) != size or not checked[row] and zlib.crc32(content) != crc
             ):
-                failed.setdefault(slot, f"{extension} {CHANGED}")
+                failed.setdefault(row, f"{member} {CHANGED}")
                 content = None
-            contents.append(content)
-        return contents
+            yield content
 
     def _texts(self, ids, shards: list[int], failed: dict[int, str]) -> tuple[list[str], list[dict]]:
         prompts, info = [""] * len(ids), [{} for _ in ids]
         texts = self._contents("txt", ids, shards, failed)
         jsons = self._contents("json", ids, shards, failed) if self.spec.info else [None] * len(ids)
-        for slot, (text, content) in enumerate(zip(texts, jsons)):
+        for row, (text, content) in enumerate(zip(texts, jsons)):
             try:
                 if content is not None:
-                    info[slot] = decode_info(content)
-                prompts[slot] = decode_caption(text, info[slot], self.spec.caption_key)
+                    info[row] = decode_info(content)
+                prompts[row] = decode_caption(text, info[row], self.spec.caption_key)
             except BadSample as error:
-                failed.setdefault(slot, str(error))
+                failed.setdefault(row, str(error))
         return prompts, info
 
     def _pixels(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
         pixels = np.zeros((len(ids), 3, self.spec.resolution, self.spec.resolution), np.uint8)
         for extension in self.spec.images:
-            for slot, content in enumerate(self._contents(extension, ids, shards, failed)):
-                if content is not None and slot not in failed:
+            for row, content in enumerate(self._contents(extension, ids, shards, failed)):
+                if content is not None and row not in failed:
                     try:
-                        pixels[slot] = decode_image(content, self.spec.resolution)
+                        pixels[row] = decode_image(content, self.spec.resolution)
                     except BadSample as error:
-                        failed[slot] = str(error)
+                        failed[row] = str(error)
         return torch.from_numpy(pixels)
 
     def _arrays(
         self, member: str, layout: ArrayLayout, ids, shards: list[int], failed: dict[int, str]
     ) -> Tensor:
         """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
-        column, nbytes, checked = self.catalog.find(member), layout.nbytes, self._checked[ids].tolist()
-        buffer = np.empty((len(ids), nbytes), np.uint8)
+        nbytes = layout.nbytes
+        buffer = np.zeros((len(ids), nbytes), np.uint8)
         flat = memoryview(buffer).cast("B")
-        for slot, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[member][ids].tolist())):
-            content = self._files[column.paths[shard]][offset : offset + size]
-            if size != nbytes:
-                failed.setdefault(slot, f"{member} of {size} bytes, expected {nbytes} for {layout.shape}")
-                buffer[slot] = 0
-            elif len(content) != size or not checked[slot] and zlib.crc32(content) != crc:
-                failed.setdefault(slot, f"{member} {CHANGED}")
-                buffer[slot] = 0
-            else:
-                flat[slot * nbytes : (slot + 1) * nbytes] = content
+        for row, content in enumerate(self._contents(member, ids, shards, failed)):
+            if content is not None and len(content) == nbytes:
+                flat[row * nbytes : (row + 1) * nbytes] = content
+            elif content is not None:
+                reason = f"{member} of {len(content)} bytes, expected {nbytes} for {layout.shape}"
+                failed.setdefault(row, reason)
         start = len(layout.header)
         headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
-        for slot in np.flatnonzero(~headers).tolist():
-            failed.setdefault(slot, f"{member} is not a {layout.dtype} array of shape {layout.shape}")
+        for row in np.flatnonzero(~headers).tolist():
+            failed.setdefault(row, f"{member} is not a {layout.dtype} array of shape {layout.shape}")
         values = buffer[:, start:].view(layout.dtype)
         fresh = np.flatnonzero(~self._checked[ids])
         if values.dtype.kind == "f":
-            for slot in fresh[not_finite(values[fresh] if len(fresh) < len(ids) else values)].tolist():
-                failed.setdefault(slot, f"{member} has NaN or Inf")
+            for row in fresh[not_finite(values[fresh] if len(fresh) < len(ids) else values)].tolist():
+                failed.setdefault(row, f"{member} has NaN or Inf")
         return torch.from_numpy(values).unflatten(1, layout.shape)
 
     def _text(self, ids, shards: list[int], failed: dict[int, str]) -> TextEmbedding:
-        """Stored prompt tokens: padded ones with their mask, ragged ones padded with zeros here."""
+        """Read stored text: padded tokens with their mask, or ragged ones, padded with zeros here."""
         layout = self.spec.text
         if self.spec.mask is not None:
             tokens = self._arrays("text.npy", layout, ids, shards, failed)
             return TextEmbedding(tokens, self._arrays("mask.npy", self.spec.mask, ids, shards, failed).bool())
-        rows = []
-        for slot, content in enumerate(self._contents("text.npy", ids, shards, failed)):
+        samples = [np.zeros((0, layout.shape[1]))] * len(ids)
+        for row, content in enumerate(self._contents("text.npy", ids, shards, failed)):
             try:
-                rows.append(
-                    ragged_rows(content, self.spec) if content is not None else np.zeros((0, layout.shape[1]))
-                )
+                if content is not None:
+                    samples[row] = ragged_rows(content, self.spec)
             except BadSample as error:
-                failed.setdefault(slot, str(error))
-                rows.append(np.zeros((0, layout.shape[1])))
-        return pad_rows(rows, self.spec)
+                failed.setdefault(row, str(error))
+        return pad_rows(samples, self.spec)
 
 
-def ragged_rows(content: bytes, spec: ReadSpec) -> np.ndarray:
-    """One ragged text embedding: (up to L, D)."""
-    rows, layout = decode_array(content), spec.text
-    if (
-        rows.ndim != 2
-        or rows.shape[1] != layout.shape[1]
-        or len(rows) > spec.text_length
-        or rows.dtype.str != layout.dtype
-    ):
-        raise BadSample(
-            f"text.npy is {rows.dtype} {rows.shape}, expected up to {spec.text_length} x {layout.shape[1]}"
-        )
+def ragged_rows(content: bytes | memoryview, spec: ReadSpec) -> np.ndarray:
+    """Decode one ragged text embedding: (up to L, D)."""
+    rows, width = decode_array(content), spec.text.shape[1]
+    fits = rows.ndim == 2 and rows.shape[1] == width and len(rows) <= spec.text_length
+    if not fits or rows.dtype.str != spec.text.dtype:
+        raise BadSample(f"text.npy is {rows.dtype} {rows.shape}, expected up to {spec.text_length} x {width}")
     return rows
 
 
 def pad_rows(samples: list[np.ndarray], spec: ReadSpec) -> TextEmbedding:
-    """Ragged text embeddings with zeros after the real tokens."""
+    """Put zeros after the real tokens of ragged text embeddings."""
     tokens = np.zeros((len(samples), spec.text_length, spec.text.shape[1]), spec.text.dtype)
     mask = np.zeros(tokens.shape[:2], bool)
-    for slot, rows in enumerate(samples):
-        tokens[slot, : len(rows)], mask[slot, : len(rows)] = rows, True
+    for row, real in enumerate(samples):
+        tokens[row, : len(real)], mask[row, : len(real)] = real, True
     return TextEmbedding(torch.from_numpy(tokens), torch.from_numpy(mask))  # (B, L, D), (B, L)
 
 
 class MappedFiles(OrderedDict):
-    """path or URL -> its content, mapped into memory; beyond OPEN_FILES the one opened first is closed."""
+    """Maps files into memory, {path or URL: content}; beyond OPEN_FILES the one opened first is closed."""
 
     def __init__(self, cache: ShardCache):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Members of a sample -> pixels, captions, arrays. Everything that can be wrong with one raises BadSample."""
+"""Decode the members of a sample: images, captions, json, arrays. Whatever is wrong with one raises BadSample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BadSample(Exception):
 
 
 def decode_image(content: bytes, resolution: int) -> np.ndarray:
-    """An encoded image -> (3, R, R) uint8: upright, over white, shorter side to R (bicubic), centre crop."""
+    """Decode to (3, R, R) uint8: upright, over white, shorter side resized to R (bicubic), centre cropped."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "JPEG":
@@ -28,7 +28,7 @@ def decode_image(content: bytes, resolution: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; what is transparent becomes white, 16 bits become 8."""
+    """Convert any mode to RGB; what is transparent becomes white, 16 bits become 8."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -49,7 +49,7 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
 
 def decode_info(content: bytes) -> dict:
     try:
-        info = json.loads(content)
+        info = json.loads(bytes(content))
     except (ValueError, RecursionError) as error:
         raise BadSample(f"json does not parse ({error})") from None
     if not isinstance(info, dict):
@@ -58,9 +58,9 @@ def decode_info(content: bytes) -> dict:
 
 
 def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
-    """The txt member, or `info[caption_key]` without one."""
+    """Read the caption from the txt member, or from `info[caption_key]` without one."""
     try:
-        caption = info.get(caption_key) if content is None else content.decode()
+        caption = info.get(caption_key) if content is None else str(content, "utf-8")
         if content is None and isinstance(caption, str):
             caption.encode()  # JSON can hold halves of characters
     except UnicodeError:
@@ -78,19 +78,14 @@ def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
 @lru_cache(maxsize=256)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
-    if (
-        fortran
-        and len(shape) > 1
-        or dtype.kind not in "fiub"
-        or not dtype.isnative
-        or min(shape, default=0) < 0
-    ):
+    strange = dtype.kind not in "fiub" or not dtype.isnative or min(shape, default=0) < 0
+    if strange or fortran and len(shape) > 1:
         raise ValueError(f"{dtype} {shape}{', Fortran order,' if fortran else ''} is not read")
     return shape, dtype
 
 
 def npy_layout(content: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, bytes before the data) of a version 1 `.npy`; equal headers are parsed once."""
+    """Read (shape, dtype, bytes before the data) of a version 1 `.npy`; equal headers are parsed once."""
     if content[:8] != b"\x93NUMPY\x01\x00":
         raise BadSample("not a version 1 .npy file")
     start = 10 + int.from_bytes(content[8:10], "little")
@@ -101,7 +96,7 @@ def npy_layout(content: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
 
 
 def decode_array(content: bytes) -> np.ndarray:
-    """A `.npy` member -> array (a view of `content`), finite throughout."""
+    """Decode a `.npy` member to an array (a view of `content`) and check that it is finite throughout."""
     shape, dtype, start = npy_layout(content)
     if len(content) - start != math.prod(shape) * dtype.itemsize:
         raise BadSample(f".npy holds {len(content) - start} bytes of data, its header says {shape} {dtype}")
@@ -112,15 +107,13 @@ def decode_array(content: bytes) -> np.ndarray:
 
 
 def not_finite(rows: np.ndarray) -> np.ndarray:
-    """(B, n) float -> (B,) bool: rows with a NaN or Inf.
+    """Find the rows of (B, n) floats with a NaN or Inf: (B,) bool.
 
     Half precision is compared as integers, which needs no copy: +Inf is 0x7C00 and NaN lies above, and with
     the sign bit set 0xFC00 and above.
     """
     if rows.dtype != np.float16:
         return ~np.isfinite(rows).all(axis=1)
-    positive, any_sign = (
-        rows.view(np.int16).max(axis=1, initial=0),
-        rows.view(np.uint16).max(axis=1, initial=0),
-    )
+    positive = rows.view(np.int16).max(axis=1, initial=0)
+    any_sign = rows.view(np.uint16).max(axis=1, initial=0)
     return (positive >= 0x7C00) | (any_sign >= 0xFC00)

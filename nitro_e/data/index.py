@@ -1,4 +1,4 @@
-"""Where every member of a webdataset tar lies: one scan of the headers, kept beside the shard.
+"""Find where every member of a webdataset tar lies: one scan of the headers, kept beside the shard.
 
 The index of a shard is a structured array, one row per sample:
     __key__                     bytes: the member name up to the first dot of its last path component
@@ -60,7 +60,7 @@ class ShardIndex:
 
 
 def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None = None) -> ShardIndex:
-    """The stored index of a shard, or a fresh one, which is then stored.
+    """Read the stored index of a shard, or make one, which is then stored.
 
     A shard behind a URL is downloaded into `cache` only if no index lies beside it there.
     Raises DamagedTar (a ConfigError) when the tar is broken or its length differs from the stored index.
@@ -122,36 +122,34 @@ def read_members(
 
 
 def map_tar(path: Path) -> memoryview:
-    """The file in memory; DamagedTar when its length cannot be that of a tar."""
+    """Map the file into memory; raises DamagedTar when its length cannot be that of a tar."""
     nbytes = os.path.getsize(path)
     if nbytes < 2 * BLOCK or nbytes % BLOCK:
-        raise DamagedTar(
-            _damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)")
-        )
+        raise _damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)")
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file, after checking the structure of the whole archive."""
+    """Yield (name, offset, size) of every regular file, after checking the structure of the whole archive."""
     headers, found = [], []
     offset, name, size = 0, None, None  # name and size that a record gave for the member that follows it
     while True:
         if offset + BLOCK > len(data):
-            raise DamagedTar(_damage(path, offset, "no end marker (cut between two members?)"))
+            raise _damage(path, offset, "no end marker (cut between two members?)")
         header, start = data[offset : offset + BLOCK], offset + BLOCK
         if header[0] == 0 and not any(header):
             break
         headers.append(offset)
         kind, length = header[156:157], _number(header[124:136])
         if length is None:
-            raise DamagedTar(_damage(path, offset, "corrupt header"))
+            raise _damage(path, offset, "corrupt header")
         if kind not in RECORDS and size is not None:
             length = size
         if kind not in KNOWN or start + length > len(data):
             _check_sums(data, headers, path)  # only a good header may speak of a kind or a cut
             reason = "cut inside" if kind in KNOWN else "only files and folders are read, not"
-            raise DamagedTar(_damage(path, offset, f"{reason} member '{_name(header)}'"))
+            raise _damage(path, offset, f"{reason} member '{_name(header)}'")
         if kind == b"L":
             name = data[start : start + length].rstrip(b"\0").decode(errors="surrogateescape")
         elif kind == b"x":
@@ -165,9 +163,9 @@ def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
     _check_sums(data, headers, path)
     rest = np.frombuffer(data, np.uint8, offset=offset)
     if len(rest) < 2 * BLOCK:
-        raise DamagedTar(_damage(path, offset, "half an end marker (cut short?)"))
+        raise _damage(path, offset, "half an end marker (cut short?)")
     if rest.any():
-        raise DamagedTar(_damage(path, offset, "data after the end marker (a zeroed header?)"))
+        raise _damage(path, offset, "data after the end marker (a zeroed header?)")
     yield from found
 
 
@@ -182,11 +180,11 @@ def _check_sums(data: mmap.mmap, offsets: Sequence[int], path: Path) -> None:
     sums = headers.sum(axis=1, dtype=np.int64)
     for offset, want, got in zip(offsets, stored, sums.tolist()):
         if want != got:
-            raise DamagedTar(_damage(path, offset, "corrupt header"))
+            raise _damage(path, offset, "corrupt header")
 
 
 def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> ShardIndex:
-    """Members -> one row per key, in order of first appearance."""
+    """Make one row per key, in order of first appearance, from the members of a tar."""
     row_of: dict[str, int] = {}
     cells: dict[str, dict[int, tuple]] = {}
     problems = []
@@ -218,7 +216,7 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """`a/b.c.d` -> (`a/b`, `c.d`): webdataset's rule, extension in lower case; (None, "") without one."""
+    """Split `a/b.c.d` into `a/b` and `c.d`: webdataset's rule, extension in lower case; (None, "") without one."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not stem or not dot:
@@ -227,7 +225,7 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 
 def _number(field: bytes) -> int | None:
-    """A tar number: octal digits, or base 256 when the top bit is set."""
+    """Read a tar number: octal digits, or base 256 when the top bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     try:
@@ -245,16 +243,16 @@ def _name(header: bytes) -> str:
 
 
 def _pax_records(content: bytes, path: Path, offset: int) -> dict[str, Any]:
-    """`path` and `size` of a PAX record, if it has them."""
+    """Read `path` and `size` of a PAX record, if it has them."""
     records = {}
     while content:
         length, _, _ = content.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(content):
-            raise DamagedTar(_damage(path, offset, "corrupt PAX record"))
+            raise _damage(path, offset, "corrupt PAX record")
         keyword, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         if keyword == b"size":
             if not value.isdigit():
-                raise DamagedTar(_damage(path, offset, "corrupt PAX record"))
+                raise _damage(path, offset, "corrupt PAX record")
             records["size"] = int(value)
         elif keyword == b"path":
             records["path"] = value.decode(errors="surrogateescape")
@@ -262,12 +260,14 @@ def _pax_records(content: bytes, path: Path, offset: int) -> dict[str, Any]:
     return records
 
 
-def _damage(path: Path, offset: int, reason: str) -> str:
-    return f"{path}: damaged tar at byte {offset}: {reason}; copy the shard again, or take it off the list"
+def _damage(path: Path, offset: int, reason: str) -> DamagedTar:
+    return DamagedTar(
+        f"{path}: damaged tar at byte {offset}: {reason}; copy the shard again, or take it off the list"
+    )
 
 
 def _serialize(index: ShardIndex) -> bytes:
-    """Rows as .npy, then nbytes and the problems as a second .npy of text."""
+    """Encode an index: the rows as .npy, then nbytes and the problems as a second .npy of text."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, index.rows, allow_pickle=False)
     lines = [str(index.nbytes), *(f"{problem.key}\t{problem.reason}" for problem in index.problems)]
@@ -294,7 +294,7 @@ def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardInd
 
 
 def index_path(shard: str | Path) -> Path:
-    """Where the index of a shard is kept: `.index` beside it, or the user's cache if that is read-only."""
+    """Say where the index of a shard is kept: `.index` beside it, or the user's cache if that is read-only."""
     shard = Path(shard).absolute()
     beside = shard.parent / ".index"
     # the mode too: root may write anywhere

@@ -1,4 +1,4 @@
-"""Manifests: what the commands that make shards say of them, and the hash of plain data."""
+"""Manifests, which tell how shards were made, and the hash of plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nitro_e.config import ConfigError, parse_json, read_text
 
 
 def read_manifests(folders: set[Path]) -> dict[Path, dict]:
-    """Shard path -> its manifest line, from every manifest-*.jsonl in these folders."""
+    """Read {shard path: its manifest line} from every manifest-*.jsonl in these folders."""
     entries = {}
     for folder in sorted(folders):
         for manifest in sorted(folder.glob("manifest-*.jsonl")):
@@ -22,7 +22,7 @@ def read_manifests(folders: set[Path]) -> dict[Path, dict]:
 
 
 def parse_record(text: str, where: str, types: dict[str, type]) -> dict:
-    """A line of a manifest or an entry of the journal, which only a damaged disk or a text editor makes another thing."""
+    """Parse a line of a manifest or an entry of the journal; ConfigError if a disk or an editor has damaged it."""
     record = parse_json(text, where)
     if not isinstance(record, dict) or not all(type(record.get(key)) is kind for key, kind in types.items()):
         raise ConfigError(
@@ -35,5 +35,5 @@ MANIFEST = {"shard": str, "bytes": int, "samples": int, "sha256": str}
 
 
 def digest(*parts: Any) -> str:
-    """A hash of plain data."""
+    """Hash plain data: the SHA-256 of its JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Which sample stands at which position: a pure function of (seed, stage, position).
+"""The order of samples: which one stands at a position is a pure function of (seed, stage, position).
 
 A stage reads positions 0, 1, 2, ... without end. Nothing is remembered between positions, so any of them can
 be reached at once, and neither processes nor workers can change what a global batch holds.
@@ -27,11 +27,11 @@ REMEMBERED = 8  # permutations kept per table; they are recomputed when needed
 
 
 class Order:
-    """Positions -> sample ids.
+    """Gives the sample id at every position.
 
-    shard_sizes: for every source the number of samples in each of its shards. Sample ids count through source
-    0's shards, then source 1's, and so on. weights: one per source (0 drops it), or None for the union of
-    all.
+    shard_sizes: for every source the number of samples in each of its shards. Sample ids count through the
+    shards of source 0, then of source 1, and so on.
+    weights: one per source (0 drops it), or None for the union of all samples.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Order:
             self.firsts.append(base + np.cumsum(source) - source)
             base += int(source.sum())
         self.quotas = quotas(weights)
-        self._slot_source = np.repeat(np.arange(len(sizes), dtype=np.uint16), self.quotas)
-        self._slot_rank = np.arange(BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
+        self._block_sources = np.repeat(np.arange(len(sizes), dtype=np.uint16), self.quotas)
+        self._block_ranks = np.arange(BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
         for source, quota in enumerate(self.quotas):
             if quota and not self.totals[source]:
                 raise ConfigError(
@@ -64,7 +64,7 @@ class Order:
         self._tables: dict[str, dict] = {"epoch": {}, "window": {}}
 
     def ids(self, positions: range | np.ndarray) -> np.ndarray:
-        """Sample ids (int64) at `positions`."""
+        """Look up the sample ids (int64) at `positions`."""
         sources, counters = self.locate(positions)
         ids = np.empty(len(counters), np.int64)
         for source in np.unique(sources):
@@ -73,22 +73,22 @@ class Order:
         return ids
 
     def locate(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, how many samples of that source stand before) for each position."""
+        """Find, for each position, its source and how many samples of that source stand before it."""
         positions = np.asarray(positions, np.int64)
         if len(self.sizes) == 1:
             return np.zeros_like(positions), positions
-        blocks, slots = np.divmod(positions, BLOCK)
+        blocks, places = np.divmod(positions, BLOCK)
         sources, ranks = np.empty(len(positions), np.uint16), np.empty_like(positions)
         for block in np.unique(blocks):
             chosen = blocks == block
-            mixed = self._slot_source[self._permutation(BLOCK, "mixture", block)]
-            rank = np.empty(BLOCK, np.int64)  # how many slots of the same source stand before, in this block
-            rank[np.argsort(mixed, kind="stable")] = self._slot_rank
-            sources[chosen], ranks[chosen] = mixed[slots[chosen]], rank[slots[chosen]]
+            mixed = self._block_sources[self._permutation(BLOCK, "mixture", block)]
+            rank = np.empty(BLOCK, np.int64)  # places of the same source before, in this block
+            rank[np.argsort(mixed, kind="stable")] = self._block_ranks
+            sources[chosen], ranks[chosen] = mixed[places[chosen]], rank[places[chosen]]
         return sources, blocks * self.quotas[sources] + ranks
 
     def sample(self, source: int, counters: np.ndarray) -> np.ndarray:
-        """Ids of the samples a source gives at `counters` (0, 1, 2, ... over all its epochs)."""
+        """Look up the ids that a source gives at `counters` (0, 1, 2, ... over all its epochs)."""
         epochs, rest = np.divmod(np.asarray(counters, np.int64), self.totals[source])
         ids = np.empty(len(rest), np.int64)
         for epoch in np.unique(epochs):
@@ -100,7 +100,7 @@ class Order:
         return ids
 
     def fingerprint(self) -> dict:
-        """What the order depends on besides the content of the shards."""
+        """List what the order depends on besides the content of the shards."""
         sizes = hashlib.sha256(b"|".join(source.tobytes() for source in self.sizes)).hexdigest()[:16]
         return {
             "seed": self.seed,
@@ -111,9 +111,7 @@ class Order:
         }
 
     def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in this epoch's order, and the number of samples before each window (one edge more at the
-        end).
-        """
+        """Order the shards of an epoch, and count the samples before each window (and, last, in all)."""
 
         def build():
             shards = self._permutation(len(self.sizes[source]), "shards", source, epoch)
@@ -123,7 +121,7 @@ class Order:
         return self._remember("epoch", (source, epoch), build)
 
     def _window(self, source: int, epoch: int, window: int) -> np.ndarray:
-        """Sample ids of one window in shuffled order."""
+        """Shuffle the sample ids of one window."""
 
         def build():
             shards = self._epoch(source, epoch)[0][window * self.window : (window + 1) * self.window]
@@ -149,7 +147,7 @@ class Order:
 
 
 def permutation(n: int, *key) -> np.ndarray:
-    """A random permutation of range(n) that depends on the key's parts only."""
+    """Permute range(n) at random, as a function of the key's parts only."""
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
     bits = np.uint64(max(1, int(n - 1).bit_length()))
     values = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n) >> bits << bits
@@ -159,9 +157,9 @@ def permutation(n: int, *key) -> np.ndarray:
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
-    """Slots of each source in a block of 512, by largest remainder; 0 only for weight 0.
+    """Count the places of each source in a block of 512, by largest remainder; 0 only for weight 0.
 
-    Raises ConfigError for negative or all-zero weights, and for one too small for a slot.
+    Raises ConfigError for negative or all-zero weights, and for one too small for a single place.
     """
     shares = np.asarray(weights, np.float64)
     if not np.isfinite(shares).all() or (shares < 0).any() or not shares.sum():

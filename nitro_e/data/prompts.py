@@ -1,4 +1,4 @@
-"""Prompts to draw, for post-training and for evaluation: a name or a file -> a list of `Prompt`.
+"""Prompts to sample, for post-training and for evaluation: a name or a file gives a list of `Prompt`.
 
     shapes-train, shapes-heldout   the offline domain (nitro_e.shapes), tasks in equal parts
     geneval-train                  GenEval's templates, none of its test prompts (nitro_e.rewards.geneval.generator)
@@ -39,13 +39,13 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig(Config):
-    """Where prompts come from. A bare string in YAML is the source."""
+    """Says where prompts come from. A bare string in YAML is the source."""
 
     SHORTHAND: ClassVar[str] = "source"
 
     # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
     source: str | tuple[str, ...]
-    # of each source: to make (None = as in GENERATORS); of `geneval` and files the first
+    # how many to make, or to take from `geneval` and files; null: all, or the number in GENERATORS
     num: Annotated[int, Ge(1), Le(10_000_000)] | None = None
     seed: Seed = 0  # of the prompts that are made
     objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"
@@ -69,7 +69,7 @@ class PromptsConfig(Config):
 
 
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
-    """All prompts of the sources, in order; a function of the config alone. ConfigError for a bad file."""
+    """Load the prompts of all sources, in order: a function of the config alone. ConfigError for a bad file."""
     records = [record for source in config.sources for record in _records(source, config)]
     return [Prompt(record["prompt"], record if len(record) > 1 else {}) for record in records]
 

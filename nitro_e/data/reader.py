@@ -33,7 +33,7 @@ from nitro_e.interfaces import TextEmbedding
 
 
 class StepSampler(Sampler):
-    """Endless ranges of positions: the micro-batches of one rank, beginning with optimizer step `step`."""
+    """Yields ranges of positions without end: one rank's micro-batches from optimizer step `step` on."""
 
     def __init__(self, batch_size: int, *, step: int, micro_batches_per_step: int, rank: int, world: int):
         if not 0 <= rank < world:
@@ -69,7 +69,7 @@ class Data:
         return len(self.catalog)
 
     def null_text(self) -> TextEmbedding | None:
-        """The null prompt's embedding, (1, L, D) and (1, L), if `encode` left one beside the stored text."""
+        """Read the null prompt's embedding, (1, L, D) and (1, L), if `encode` left one beside the stored text."""
         column = self.catalog.find("text.npy") if self.has_text else None
         path = Path(column.paths[0]).parent / "null-text.npz" if column else None
         if path is None or not path.is_file():
@@ -95,11 +95,11 @@ class Data:
         return made
 
     def fingerprint(self) -> dict:
-        """Content and order as plain data; a run resumes exactly only when it is equal."""
+        """Describe content and order as plain data; a run resumes exactly only when they are equal."""
         return {"samples": len(self), "content": self.catalog.digest, **self.order.fingerprint()}
 
     def keys(self, positions: range) -> list[str]:
-        """`shard.tar:key` at these positions, without reading any sample (and so before any replacement)."""
+        """Name the samples at these positions (`shard.tar:key`) without reading any, so before replacement."""
         return [self.catalog.name_of(sample) for sample in self.order.ids(positions)]
 
     def records(
@@ -111,7 +111,7 @@ class Data:
         world: int = 1,
         pin_memory: bool = False,
     ) -> Generator[Records, None, None]:
-        """Endless micro-batches of one rank from optimizer step `step` on.
+        """Yield the micro-batches of one rank from optimizer step `step` on, without end.
 
         Closing the iterator ends the workers. Raises BadDataError when too many samples are bad, ConfigError
         when a shard can no longer be read, TrainingError when a worker was killed.

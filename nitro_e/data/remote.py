@@ -33,18 +33,15 @@ class ShardCache:
     """Local copies of remote files. Can be pickled and shared by processes and runs."""
 
     def __init__(self, folder: str | Path | None = None, limit_bytes: float = 200e9, backoff: float = 1.0):
-        self.folder, self.limit, self.backoff = (
-            Path(folder or cache_folder()) / "shards",
-            limit_bytes,
-            backoff,
-        )
+        self.folder = Path(folder or cache_folder()) / "shards"
+        self.limit, self.backoff = limit_bytes, backoff
 
     def path(self, url: str) -> Path:
         digest = hashlib.sha256(url.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}-{url.rstrip('/').rsplit('/', 1)[-1][:80]}"
 
     def fetch(self, url: str, nbytes: int | None = None) -> Path:
-        """The local copy, downloaded if it is not there. `nbytes` is the length it must have, if known.
+        """Download the file unless it is here, and return the local copy. `nbytes` is its length, if known.
 
         Raises ConfigError naming the URL when it cannot be had after several attempts.
         """
@@ -60,7 +57,7 @@ class ShardCache:
         return path
 
     def fetch_optional(self, url: str) -> Path | None:
-        """As `fetch`, but None if there is no such file."""
+        """Do as `fetch` does, but return None if there is no such file."""
         path = self.path(url)
         if not path.is_file():
             try:
@@ -104,7 +101,7 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
-        """One downloader per file and machine; the system releases it when the holder dies."""
+        """Keep others on this machine from downloading the same file; a lock dies with its process."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(path.name + ".lock"), "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -129,12 +126,12 @@ class ShardCache:
 
 
 def local_path(path: str | Path) -> Path:
-    """The file itself, or the local copy of a URL in the default cache."""
+    """Return the path of a file, or of a URL's copy in the default cache."""
     return ShardCache().fetch(str(path)) if is_url(path) else Path(path)
 
 
 def list_urls(pattern: str) -> list[str]:
-    """URLs that match a glob, sorted."""
+    """List the URLs that match a glob, sorted."""
     import fsspec
 
     try:

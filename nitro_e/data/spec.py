@@ -1,4 +1,4 @@
-"""Which members of a data set are read, and what their arrays look like: settled before the first batch."""
+"""Settle which members of a data set are read, and check the layout of their arrays, before the first batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nitro_e.data.remote import is_url
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """The header, shape and type that all arrays of one member share; the first of the data set decides."""
+    """Header, shape and type that all arrays of one member share; the first one of the data set decides."""
 
     header: bytes
     shape: tuple[int, ...]  # latents: (C, h, w)
@@ -170,7 +170,7 @@ def _text_layout(catalog: Catalog, length: int) -> ArrayLayout:
 
 
 def _check_caption_key(catalog: Catalog, key: str) -> None:
-    """Where captions come from json, the first sample must have one under the configured key."""
+    """Raise ConfigError if captions come from json and the first sample has none under the configured key."""
     if catalog.find("txt") is not None:
         return
     try:

@@ -1,12 +1,13 @@
-"""Samples from shards read one after the other, by webdataset's own pipeline: for more than one wants to scan.
+"""Read shards one after the other with webdataset's own pipeline, for data sets too large to scan first.
 
     shards shuffled -> split by rank and worker -> tar members -> samples -> shuffle buffer -> mixture -> batches
 
 The order depends on the layout: the same processes, workers and first step give the same batches, another
-layout gives others. An epoch of shards is exact over all processes, though no two of them begin it at the
-same moment. A run that is resumed at step N shuffles anew, with a seed of N. A mixture holds its weights on
-average. What this module adds to webdataset: a shard is here as a whole, and its structure checked, before its first
-sample is used (webdataset takes a damaged header for the end of the tar), and bad samples are counted.
+layout gives others. All processes together read every sample once in an epoch, but none waits for another.
+A run that is resumed at step N shuffles anew, with a seed of N. A mixture holds its weights on average.
+
+This module adds two things to webdataset. A shard is downloaded, and its structure checked, before its first
+sample is used: webdataset takes a damaged header for the end of the tar. Bad samples are counted and reported.
 Left out: columns in separate tars, extra members.
 """
 
@@ -44,7 +45,7 @@ BUFFER_SAMPLES, BUFFER_BYTES = 5000, 256 << 20  # of the shuffle, per loader pro
 
 
 class StreamData(Data):
-    """A data set that is read as a stream; `catalog` holds the first shard of each source, `len` is an estimate."""
+    """A data set that is read as a stream. `catalog` has the first shard of each source; `len` is an estimate."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class StreamData(Data):
         return self.estimate
 
     def fingerprint(self) -> dict:
-        """What the stream depends on besides step, processes and workers; shards count by name."""
+        """List what the stream depends on besides step, processes and workers; shards count by name."""
         names = [[Path(path).name for path in shards] for shards in self.sources]
         return {
             "reader": "stream",
@@ -101,7 +102,7 @@ class StreamData(Data):
         world: int = 1,
         pin_memory: bool = False,
     ) -> Iterator[Records]:
-        """Endless micro-batches of one rank, shuffled anew for every first `step`; see Data.records."""
+        """Yield micro-batches of one rank without end, shuffled anew for each first `step`; see Data.records."""
         readers = world * max(1, self.config.workers)
         used = [(shards, weight) for shards, weight in zip(self.sources, self.weights) if weight]
         for shards, _ in used:
@@ -142,7 +143,7 @@ class Batches:
         self.buffer = max(1, min(BUFFER_SAMPLES, BUFFER_BYTES * len(catalog) // max(1, nbytes)))
 
     def source(self, shards: list[str], seed: int, rank: int, world: int) -> wds.DataPipeline:
-        """Raw samples of one source without end: this rank's part of every epoch of its shards."""
+        """Make the pipeline of one source: raw samples of this rank's part of every epoch, without end."""
         return wds.DataPipeline(
             wds.SimpleShardList(shards),
             # the same on all ranks and workers, of which each then takes its own part
@@ -214,7 +215,7 @@ class Batches:
 
 
 def decode_sample(sample: dict[str, Any], spec: ReadSpec) -> tuple:
-    """Raw members -> (prompt, info, pixels, latents, features, tokens, mask); None for what is not read."""
+    """Decode raw members to (prompt, info, pixels, latents, features, tokens, mask); None for what is not read."""
     info = decode_info(sample["json"]) if spec.info and "json" in sample else {}
     prompt = decode_caption(sample.get("txt"), info, spec.caption_key)
     pixels = text = None

@@ -27,9 +27,8 @@ from nitro_e.shapes.scenes import COLORS, MAX_ANGLE, PALETTE, SHAPES
 FOREGROUND = 0.5  # the darkest channel of foreground is below this (0..1)
 SPECK_AREA = 12 / 64**2  # of the image; smaller components are noise
 OBJECT_AREA = 40 / 64**2  # smaller components are something, but too small to have a name
-MIN_OVERLAP = {  # soft IoU with the nearest template; sharp images reach .05 to .08 more, blurred ones .02
-    "circle": 0.87, "square": 0.82, "triangle": 0.80, "cross": 0.80, "star": 0.76,
-}  # fmt: skip
+# least soft IoU with the nearest template; sharp images reach .05 to .08 more, blurred ones .02
+MIN_OVERLAP = {"circle": 0.87, "square": 0.82, "triangle": 0.80, "cross": 0.80, "star": 0.76}
 MIN_AGREEMENT = 0.7  # share of the interior that is nearest to the object's color
 CELLS = 24  # silhouettes are compared on a grid of CELLS x CELLS ...
 REACH = 1.0  # ... that reaches this many sqrt(area) from the centroid
@@ -45,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 class ShapesReward:
-    """The judge as a reward. `score`: "mixed" is the mean of strict and partial."""
+    """Scores images with the judge. `score`: "mixed" is the mean of strict and partial."""
 
     name = "shapes"
     needs_info = True  # scores only prompts with GenEval metadata
@@ -56,7 +55,7 @@ class ShapesReward:
         self.score = score
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
-        """(B,) float32 in 0..1 for pixels (B, 3, H, W) in -1..1; `info` is each prompt's GenEval metadata."""
+        """Score pixels (B, 3, H, W) in -1..1: (B,) float32 in 0..1. `info` is each prompt's GenEval metadata."""
         verdicts = judge(pixels, info)
         if self.score == "mixed":
             scores = [(verdict.strict + verdict.partial) / 2 for verdict in verdicts]
@@ -66,7 +65,7 @@ class ShapesReward:
 
 
 def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
-    """One verdict per image of pixels (B, 3, H, W) in -1..1; `metadata` as `scenes.metadata` writes it."""
+    """Judge each image of pixels (B, 3, H, W) in -1..1 by its record from `scenes.metadata`."""
     if len(metadata) != len(pixels):
         raise ConfigError(f"judge: {len(pixels)} images but {len(metadata)} metadata records")
     for record in metadata:
@@ -79,7 +78,7 @@ def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
 
 
 def find_objects(pixels: Tensor) -> list[list[Detection]]:
-    """What each image shows: pixels (B, 3, H, W) in -1..1, at any resolution from about 48 up."""
+    """Find the objects of each image: pixels (B, 3, H, W) in -1..1, H and W from about 48 up."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ConfigError(f"judge: expected pixels (B, 3, H, W), got {tuple(pixels.shape)}")
     found = []
@@ -90,7 +89,7 @@ def find_objects(pixels: Tensor) -> list[list[Detection]]:
 
 
 def _find_in_chunk(images: np.ndarray) -> list[list[Detection]]:
-    """As `find_objects`, for images (B, H, W, 3) in 0..1."""
+    """Find the objects of images (B, H, W, 3) in 0..1."""
     found: list[list[Detection]] = [[] for _ in images]
     mask = images.min(axis=-1) < FOREGROUND  # (B, H, W)
     if not mask.any():
@@ -129,10 +128,11 @@ def _find_in_chunk(images: np.ndarray) -> list[list[Detection]]:
 
 
 def _components(mask: np.ndarray) -> np.ndarray:
-    """4-connected components of (B, H, W) bool: int64 labels, unique over the batch, 0 outside.
+    """Label the 4-connected components of (B, H, W) bool: int64, unique over the batch, 0 outside.
 
     Every pixel starts with its own label; rows and columns of foreground take their largest one until none
-    changes."""
+    changes.
+    """
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     rows, columns = _runs(mask), _runs(mask.swapaxes(1, 2))
     while True:
@@ -144,7 +144,7 @@ def _components(mask: np.ndarray) -> np.ndarray:
 
 
 def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of the runs of equal values along the last axis, over the flattened array."""
+    """Find the runs of equal values along the last axis: their starts in the flattened array, and lengths."""
     change = np.ones(mask.shape, bool)
     change[..., 1:] = mask[..., 1:] != mask[..., :-1]
     starts = np.flatnonzero(change)
@@ -156,7 +156,7 @@ def _spread(labels: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.n
 
 
 def _boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, num: int) -> np.ndarray:
-    """(num, 4) float: left, top, right, bottom edges of the components that the pixels (x, y) belong to."""
+    """Bound the components that the pixels (x, y) belong to: (num, 4) left, top, right, bottom edges."""
     boxes = np.empty((num, 4))
     order = np.argsort(component, kind="stable")
     starts = np.searchsorted(component[order], np.arange(num))
@@ -169,7 +169,7 @@ def _boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, num: int) -> np.
 def _overlaps(
     labels: np.ndarray, names: np.ndarray, owner: np.ndarray, center: np.ndarray, area: np.ndarray
 ) -> np.ndarray:
-    """(N, shapes): soft IoU of each silhouette, centered and of unit area, with the nearest template."""
+    """Compare silhouettes, centered and of unit area, with the templates: (N, shapes) soft IoU with the nearest."""
     grid = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * REACH
     size = np.sqrt(area)[:, None]
     labels = np.pad(labels, ((0, 0), (1, 1), (1, 1)))  # background, for places outside the image
@@ -190,7 +190,7 @@ def _overlaps(
 
 
 def _split(place: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel index and fraction for linear interpolation; places outside are held at the edge."""
+    """Split places into pixel index and fraction for linear interpolation; those outside are held at the edge."""
     place = place.clip(0, size - 1)
     index = np.minimum(place.astype(int), size - 2)
     return index, (place - index).astype(np.float32)
@@ -198,9 +198,10 @@ def _split(place: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _templates() -> tuple[Tensor, Tensor]:
-    """(T, CELLS**2) silhouettes of unit area, centered, and the index of their shape.
+    """Draw the templates: (T, CELLS**2) silhouettes of unit area, centered, and the index of their shape.
 
-    Blur rounds a star off until its outline at half height is nearer to a circle, hence blurred stars."""
+    Blur rounds a star off until its outline at half height is nearer to a circle, hence blurred stars.
+    """
     fine = (np.arange(512) + 0.5) / 512 * 4 - 2
     frequency = np.fft.fftfreq(512, 4 / 512)
     x, y = np.meshgrid(fine, fine)
@@ -221,14 +222,14 @@ def _templates() -> tuple[Tensor, Tensor]:
 
 
 def _erode(labels: np.ndarray) -> np.ndarray:
-    """Pixels whose four neighbours belong to the same component."""
+    """Find the pixels whose four neighbours belong to the same component."""
     padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
     vertical = (labels == padded[:, :-2, 1:-1]) & (labels == padded[:, 2:, 1:-1])
     return vertical & (labels == padded[:, 1:-1, :-2]) & (labels == padded[:, 1:-1, 2:])
 
 
 def _color_shares(colors: np.ndarray, component: np.ndarray, interior: np.ndarray, num: int) -> np.ndarray:
-    """(num, colors): share of each component's interior that is nearest to each palette entry, in RGB."""
+    """Measure the share of each component's interior that is nearest to each palette entry: (num, colors)."""
     hollow = np.bincount(component, interior, minlength=num) == 0
     counted = interior | hollow[component]  # a component without interior counts whole
     colors, component = colors[counted], component[counted]

@@ -1,4 +1,4 @@
-"""Scenes to pixels: anti-aliased shapes by signed distance on a soft, noisy, light background. numpy only."""
+"""Render scenes: anti-aliased shapes by signed distance on a soft, noisy, light background. numpy only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHADE = 0.06  # how far a shade may lie from its palette color, per channel
 
 
 def render(scene: Scene, resolution: int = 64) -> np.ndarray:
-    """uint8 (resolution, resolution, 3); a pure function of the scene."""
+    """Draw a scene as uint8 (resolution, resolution, 3); a pure function of the scene."""
     rng = np.random.default_rng(scene.texture)
     image = _background(rng, resolution)
     for thing in scene.objects:
@@ -23,10 +23,11 @@ def render(scene: Scene, resolution: int = 64) -> np.ndarray:
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance to the outline of a shape of radius 1 around the origin (y down), negative inside.
+    """Measure the distance to the outline of a shape of radius 1 around the origin (y down), negative inside.
 
-    Every shape fits in a circle of radius `EXTENT`. Exact next to edges, all that anti-aliasing needs;
-    corners are mitred."""
+    Every shape fits in a circle of radius `EXTENT`. Distances are exact next to edges, which is what
+    anti-aliasing needs; corners are mitred.
+    """
     if shape == "circle":
         return np.hypot(x, y) - 1
     x, y = np.abs(x), -y  # all others are symmetric; y up
@@ -64,7 +65,7 @@ def _paint(image: np.ndarray, thing: Object, shade: np.ndarray) -> None:
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Light, nearly grey, with soft spots: float32 (size, size, 3) in .7..1."""
+    """Draw a light, nearly grey background with soft spots: float32 (size, size, 3) in .7..1."""
     tint = rng.uniform(0.82, 0.97) + rng.uniform(-0.02, 0.02, 3).astype(np.float32)
     spots = 0
     for cells, strength in ((5, 0.03), (11, 0.03)):
@@ -76,7 +77,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 @cache
 def _upsampling(size: int, cells: int) -> np.ndarray:
-    """(size, cells) weights that interpolate smoothly between `cells` values."""
+    """Compute (size, cells) weights that interpolate smoothly between `cells` values."""
     place = (np.arange(size) + 0.5) / size * (cells - 1)
     index = np.minimum(place.astype(int), cells - 2)
     step = place - index

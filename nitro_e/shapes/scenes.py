@@ -38,16 +38,20 @@ PALETTE = {  # RGB in 0..1; every color has a channel below .3 and every backgro
 }
 COLORS = tuple(PALETTE)
 
-UNSEEN_COLORED = frozenset({
-    ("red", "star"), ("orange", "cross"), ("yellow", "triangle"), ("green", "square"),
-    ("cyan", "circle"), ("blue", "cross"), ("purple", "star"), ("black", "triangle"),
-})  # fmt: skip
+# no training image shows a color with this shape
+UNSEEN_COLORED = frozenset(
+    zip(COLORS, ("star", "cross", "triangle", "square", "circle", "cross", "star", "triangle"))
+)
 UNSEEN_PAIRS = frozenset({frozenset({"circle", "star"}), frozenset({"triangle", "cross"})})
 UNSEEN_COUNTS = frozenset({(2, "square"), (3, "star"), (4, "triangle")})
-UNSEEN_RELATIONS = frozenset({
-    ("square", "left of", "star"), ("circle", "right of", "triangle"),
-    ("star", "above", "cross"), ("square", "below", "cross"),
-})  # fmt: skip
+UNSEEN_RELATIONS = frozenset(
+    {
+        ("square", "left of", "star"),
+        ("circle", "right of", "triangle"),
+        ("star", "above", "cross"),
+        ("square", "below", "cross"),
+    }
+)
 
 EXTENT = 1.12  # every shape fits in a circle of this many radii
 MIN_RADIUS = 7.5 / 64
@@ -82,7 +86,7 @@ MAX_WORDS = 11  # "a photo of a red circle left of an orange square"
 
 
 def scene(seed: int, split: str, index: int) -> Scene:
-    """Sample `index` of a split; ConfigError for an unknown split."""
+    """Make sample `index` of a split; ConfigError for an unknown split."""
     if split not in SPLITS:
         raise ConfigError(f"split: unknown split '{split}'" + did_you_mean(split, SPLITS))
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -96,13 +100,16 @@ def scene(seed: int, split: str, index: int) -> Scene:
 
 
 def heldout_prompts(num: int, seed: int = 0) -> list[dict]:
-    """The first `num` held-out requests: GenEval metadata, with `prompt` and `seen`. If `num` is a multiple
-    of 12 they are balanced over tasks, and in each but single_object over seen and unseen combinations."""
+    """List the first `num` held-out requests: GenEval metadata, with `prompt` and `seen`.
+
+    If `num` is a multiple of 12 they are balanced over tasks, and in each task but single_object over seen and
+    unseen combinations.
+    """
     return [metadata(scene(seed, "heldout", index).request) for index in range(num)]
 
 
 def draw_request(rng: np.random.Generator, tag: str, colored: bool) -> Request:
-    """Any request of a task, seen or not, each combination as likely; `colored` is whether relations name colors."""
+    """Draw a request of a task, seen or not, each combination as likely; with `colored`, relations name colors."""
     first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
     color, other = (COLORS[i] for i in rng.permutation(len(COLORS))[:2])
     if tag == "single_object":
@@ -120,7 +127,7 @@ def draw_request(rng: np.random.Generator, tag: str, colored: bool) -> Request:
 
 
 def is_seen(request: Request) -> bool:
-    """Whether a request is made only of combinations that training shows."""
+    """Say whether a request is made only of combinations that training shows."""
     shapes = [thing.name for thing in request.things]
     if any((thing.color, thing.name) in UNSEEN_COLORED for thing in request.things):
         return False
@@ -139,12 +146,12 @@ caption = geneval.caption
 
 
 def metadata(request: Request) -> dict:
-    """GenEval's record of a request, plus `seen`."""
+    """Make GenEval's record of a request, plus `seen`."""
     return geneval.metadata(request) | {"seen": is_seen(request)}
 
 
 def draw_objects(rng: np.random.Generator, request: Request) -> tuple[Object, ...]:
-    """Objects that fulfil a request, apart from each other and inside the image."""
+    """Draw objects that fulfil a request, apart from each other and inside the image."""
     looks = []
     for shape, color, count in request.things:
         color = color or rng.choice([color for color in COLORS if (color, shape) not in UNSEEN_COLORED])
@@ -154,7 +161,7 @@ def draw_objects(rng: np.random.Generator, request: Request) -> tuple[Object, ..
 
 
 def _draw_places(rng: np.random.Generator, num: int, relation: str | None) -> list[list[float]]:
-    """[x, y, radius, angle] of `num` objects: the first of many layouts that keeps gaps and relation."""
+    """Draw [x, y, radius, angle] of `num` objects: the first of many layouts that keeps gaps and relation."""
     tries = 32 if num < 4 else 128
     while True:
         radius = rng.uniform(MIN_RADIUS, MAX_RADIUS[num], (tries, num))
@@ -173,7 +180,7 @@ def _draw_places(rng: np.random.Generator, num: int, relation: str | None) -> li
 
 
 def _related(relation: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Whether object 0 is in `relation` to object 1 and in no other: GenEval's rule, with some room."""
+    """Find layouts whose object 0 is in `relation` to object 1, and in no other, by GenEval's rule with some room."""
     dx, dy = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     if relation in ("left of", "above"):

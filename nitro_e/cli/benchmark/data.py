@@ -1,4 +1,4 @@
-"""How fast samples are found and read on this machine, beside plain webdataset on the same shards.
+"""Measure how fast samples are found and read, beside plain webdataset on the same shards.
 
     nitro-e benchmark data [--shards 8] [--json FILE]
 
@@ -37,7 +37,7 @@ TARGETS = {
 
 
 def measure(shards: int = 8, repeats: int = 5) -> dict[str, float]:
-    """All figures by name: samples per second, and the order's milliseconds."""
+    """Measure all figures, by name: samples per second, and the order's milliseconds."""
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
         paths = [Path(folder) / f"latents-{i:06d}.tar" for i in range(shards)]
         rng = np.random.default_rng(0)
@@ -65,23 +65,19 @@ def measure(shards: int = 8, repeats: int = 5) -> dict[str, float]:
 
 
 def order_cost(batch: int = 2048) -> dict[str, float]:
-    """Milliseconds of CPU per global batch at 25M samples in 25,000 shards, and of the first one after a
-    jump.
-    """
+    """Time the order at 25M samples in 25,000 shards: ms of CPU per global batch, and of a jump to a far one."""
     sizes, found = [[1000] * 11_100, [1000] * 4_400, [1000] * 9_500], {}
     for name, weights in (("union", None), ("mixture", [11.1, 4.4, 9.5])):
         order = Order(sizes, weights, seed=0, stage="benchmark")
         start = time.process_time()
         for i in range(200):
             order.ids(range(i * batch, (i + 1) * batch))
-        found[f"order of 25M samples, {name}: ms per {batch} samples"] = (
-            (time.process_time() - start) / 200 * 1e3
-        )
+        spent = time.process_time() - start
+        found[f"order of 25M samples, {name}: ms per {batch} samples"] = spent / 200 * 1e3
         start = time.process_time()
         order.ids(range(10**10, 10**10 + batch))
-        found[f"order of 25M samples, {name}: ms to reach position 1e10"] = (
-            time.process_time() - start
-        ) * 1e3
+        spent = time.process_time() - start
+        found[f"order of 25M samples, {name}: ms to reach position 1e10"] = spent * 1e3
     return found
 
 
@@ -95,7 +91,7 @@ def _samples(rng: np.random.Generator, shard: int) -> Iterator[dict]:
 def _rate(
     work: Callable[[], object], count: int, repeats: int, clock: Callable[[], float] = time.process_time
 ) -> float:
-    """Best rate of `work`, which handles `count` samples."""
+    """Measure the best rate of `work`, which handles `count` samples."""
     best = 0.0
     for _ in range(repeats):
         start = clock()
@@ -112,15 +108,11 @@ def _read(batches: Iterator, count: int) -> None:
 def _indexed(paths: list[Path], total: int, repeats: int) -> dict[str, float]:
     for path in paths:
         shard_index(path)
-    found, config, steps = (
-        {},
-        DataConfig(shards=tuple(map(str, paths)), batch_size=BATCH, workers=0),
-        total // BATCH,
-    )
+    found, steps = {}, total // BATCH
 
     def opened(workers: int) -> Iterator:
-        options = {**config.__dict__, "workers": workers}
-        return open_data(DataConfig(**options), need_pixels=False, seed=0, stage="benchmark").records()
+        config = DataConfig(shards=tuple(map(str, paths)), batch_size=BATCH, workers=workers)
+        return open_data(config, need_pixels=False, seed=0, stage="benchmark").records()
 
     best = 0.0
     for _ in range(repeats):
@@ -161,7 +153,7 @@ def _webdataset(paths: list[Path], total: int, repeats: int) -> dict[str, float]
 
 
 def _images(repeats: int, count: int = 20) -> dict[str, float]:
-    """JPEG of 512 px -> pixels."""
+    """Measure decoding of a JPEG of 512 px."""
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)

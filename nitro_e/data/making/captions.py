@@ -1,4 +1,4 @@
-"""Tables of captions: CSV, TSV, JSON lines (also .gz, or alone in a .tgz), parquet, folders of .txt files.
+"""Read tables of captions: CSV, TSV, JSON lines (also .gz, or alone in a .tgz), parquet, folders of .txt files.
 
 `rows` reads one; `CaptionTable` keeps one as an SQLite file beside the output, so that 25M captions need no
 memory and every worker process can look them up by id. The id of a row is the file name without folder and
@@ -28,14 +28,14 @@ csv.field_size_limit(1 << 24)
 
 
 def stem(name: str) -> str:
-    """`./000/sa_1.jpg` -> `sa_1`; only a short ending without spaces counts as an extension."""
+    """Reduce `./000/sa_1.jpg` to `sa_1`; only a short ending without spaces counts as an extension."""
     base = name.replace("\\", "/").rsplit("/", 1)[-1]
     head, dot, extension = base.rpartition(".")
     return head if dot and head and len(extension) <= 5 and extension.isalnum() else base
 
 
 def rows(path: str | Path, columns: tuple[str, ...] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table. ConfigError if the first row lacks one of `columns` (dots reach into objects)."""
+    """Read the rows of a table. ConfigError if the first lacks one of `columns` (dots reach into objects)."""
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"captions '{path}' do not exist; check the path")
@@ -52,7 +52,7 @@ def rows(path: str | Path, columns: tuple[str, ...] | None = None) -> Iterator[d
 
 
 def value_at(row: dict, column: str) -> Any:
-    """row["a"]["b"] for column "a.b", None where there is none."""
+    """Look up row["a"]["b"] for column "a.b"; None where there is none."""
     if column in row:
         return row[column]
     for part in column.split("."):

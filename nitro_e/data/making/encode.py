@@ -43,7 +43,7 @@ LARGEST = 1e4  # a latent beyond this is a failure of the codec, not an image
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(Config):
-    """What is computed; part of every unit's fingerprint, except batch_size and workers."""
+    """Options of encoding; all but batch_size and workers are part of every unit's fingerprint."""
 
     OPTIONS: ClassVar[bool] = True
 
@@ -56,7 +56,7 @@ class EncodeConfig(Config):
 
 @dataclass
 class Encoders:
-    """What to run; at least one. `names` says for the manifest what each is."""
+    """The encoders to run, at least one. `names` says for the manifest what each is."""
 
     codec: LatentCodec | None = None
     text: TextEncoder | None = None
@@ -74,7 +74,7 @@ class Encoders:
         self.identity = {name: weights_digest(encoder) for name, encoder in self.columns.items()}
 
     def describe(self, column: str, config: EncodeConfig) -> dict:
-        """The `encoder` entry of a manifest line."""
+        """Make the `encoder` entry of a manifest line."""
         described = {"name": (self.names or {}).get(column), "weights": self.identity[column]}
         if column == "text":
             return {**described, "format": config.text_format, "length": self.text.length}
@@ -83,7 +83,7 @@ class Encoders:
 
 @dataclass
 class EncodeUnit:
-    """One input shard (all its columns)."""
+    """An input shard with all its columns."""
 
     name: str
     paths: list[str]
@@ -121,7 +121,7 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
 
 
 def weights_digest(encoder: Any) -> str:
-    """Hash of an encoder's class, settings, vocabulary and every tensor that it holds."""
+    """Hash an encoder's class, settings, vocabulary and every tensor that it holds."""
     state = hashlib.sha256(type(encoder).__name__.encode())
     for name, value in sorted(vars(encoder).items()):
         if isinstance(value, nn.Module | Tensor):
@@ -133,11 +133,11 @@ def weights_digest(encoder: Any) -> str:
     return state.hexdigest()
 
 
-# --- one unit after the other, with the images of all of them coming from one loader --------------
+# --- one unit after the other; one loader reads the images of all ----------------------------------
 
 
 class UnitImages(Dataset):
-    """Batches of (unit number, sample ids) -> records without replacement, and what failed."""
+    """Reads batches of (unit number, sample ids) without replacement: records, and the problem of each bad row."""
 
     def __init__(self, units: Sequence[EncodeUnit], config: EncodeConfig, pixels: bool):
         self.units, self.config, self.pixels = units, config, pixels
@@ -187,14 +187,16 @@ def _encode_unit(
             records, failed = next(stream)
             remaining -= len(records)
             columns = _compute(records, failed, encoders, config)
-            for slot in (slot for slot in range(len(records)) if slot not in failed):
-                key = records.keys[slot].split(":", 1)[1]
+            good = [row for row in range(len(records)) if row not in failed]
+            for row in good:
+                key = records.keys[row].split(":", 1)[1]
                 keys.append(key)
                 for name, members in columns.items():
-                    add[name]({"__key__": key, **members[slot]})
-            if psnr is None and encoders.codec is not None and len(failed) < len(records):
-                slot = next(slot for slot in range(len(records)) if slot not in failed)
-                psnr = _round_trip(encoders.codec, records.pixels[slot], columns["latents"][slot]["npy"])
+                    add[name]({"__key__": key, **members[row]})
+            if psnr is None and encoders.codec is not None and good:
+                psnr = _round_trip(
+                    encoders.codec, records.pixels[good[0]], columns["latents"][good[0]]["npy"]
+                )
             result.bad += failed.values()
     for name, path in paths.items():
         extra = {"encoder": encoders.describe(name, config)}
@@ -208,7 +210,7 @@ def _encode_unit(
 def _compute(
     records: Records, failed: dict[int, Problem], encoders: Encoders, config: EncodeConfig
 ) -> dict[str, list[dict[str, Any]]]:
-    """Members of every column for one batch; samples whose result is not usable join `failed`."""
+    """Encode a batch: the members of every column. Samples whose result is not usable join `failed`."""
     columns: dict[str, list[dict]] = {}
     pixels = records.pixels.float() / 127.5 - 1 if records.pixels is not None else None  # (B, 3, R, R)
     grid = encoders.grid
@@ -240,20 +242,20 @@ def _compute(
 
 def _reject(records: Records, failed: dict[int, Problem], values: Tensor, what: str, largest: float) -> None:
     good = (values.abs().flatten(1) < largest).all(dim=1)  # False for NaN too
-    for slot in torch.nonzero(~good).flatten().tolist():
-        shard, key = records.keys[slot].split(":", 1)
-        failed.setdefault(slot, Problem(shard, key, f"{what} is not finite or beyond {largest:g}"))
+    for row in torch.nonzero(~good).flatten().tolist():
+        shard, key = records.keys[row].split(":", 1)
+        failed.setdefault(row, Problem(shard, key, f"{what} is not finite or beyond {largest:g}"))
 
 
 def _round_trip(codec: LatentCodec, pixels: Tensor, raw: np.ndarray) -> float:
-    """PSNR in dB of the stored latent decoded again; a codec that does not fit its data shows here."""
+    """Decode a stored latent again: PSNR in dB. A codec that does not fit its data shows here."""
     decoded = codec.decode(codec.normalize(torch.from_numpy(raw)[None])).cpu()[0]
     error = ((decoded - (pixels.float() / 127.5 - 1)) / 2).square().mean().item()
     return round(-10 * float(np.log10(max(error, 1e-10))), 2)
 
 
 def _write_null_text(text: TextEncoder, path: Path) -> None:
-    """The null prompt's embedding, for classifier-free guidance without the text encoder."""
+    """Store the null prompt's embedding, for classifier-free guidance without the text encoder."""
     tokens, mask = text.encode([""])
     with atomic_file(path) as file:
         np.savez(file, tokens=tokens[0].half().cpu().numpy(), mask=mask[0].cpu().numpy())

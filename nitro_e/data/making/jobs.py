@@ -40,12 +40,12 @@ class Unit(Protocol):
     name: str  # unique in the job; becomes a file name
 
     def fingerprint(self) -> str:
-        """Hash of everything that the result depends on."""
+        """Hash everything that the result depends on."""
 
 
 @dataclass
 class Result:
-    """What one unit became."""
+    """The shards that one unit became, and the samples that were left out."""
 
     shards: list[dict] = field(default_factory=list)  # manifest entries
     bad: list[Problem] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(Config):
-    """How the work is divided."""
+    """Says where the work goes and how it is divided."""
 
     OPTIONS: ClassVar[bool] = True
 
@@ -96,17 +96,19 @@ def run_job(name: str, units: Sequence[Unit], work: Work, config: JobConfig) -> 
     with progress, closing(work(todo)) as results:
         for unit, result in results:
             samples, bad = samples + result.samples, bad + len(result.bad)
-            entry = {"unit": unit.name, "fingerprint": unit.fingerprint(), "samples": result.samples,
-                     "shards": result.shards, "bad": [asdict(problem) for problem in result.bad]}  # fmt: skip
             _check_bad(bad, samples, result, config.max_bad_fraction)
-            write_json(journal / f"{unit.name}.json", entry)
+            entry = {"unit": unit.name, "fingerprint": unit.fingerprint(), **asdict(result)}
+            _write_lines(journal / f"{unit.name}.json", [entry])
             progress.set_postfix(samples=samples, bad=bad)
             progress.update()
     return write_manifest(name, units, config.out)
 
 
 def write_manifest(name: str, units: Sequence[Unit], out: Path) -> list[dict]:
-    """Entries of all finished units; written to OUT once none is missing. ConfigError if there is no sample in all."""
+    """Collect the entries of finished units, and write them to OUT once no unit is missing.
+
+    Raises ConfigError if all units together have no sample.
+    """
     shards, bad, samples, missing = [], [], 0, 0
     for unit in units:
         path = out / ".journal" / name / f"{unit.name}.json"
@@ -151,18 +153,8 @@ def publish_entry(path: Path, **extra: Any) -> dict:
 JOURNAL = {"fingerprint": str, "samples": int, "shards": list, "bad": list}
 
 
-def write_json(path: Path, value: Any) -> None:
-    with atomic_file(path) as file:
-        file.write(_line(value))
-
-
-def _line(value: Any) -> bytes:
-    """JSON in UTF-8; of names of files that are not UTF-8, the odd bytes as JSON's escapes."""
-    return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode(errors="backslashreplace")
-
-
 def each(function: Callable[[Any], Result], processes: int = 1) -> Work:
-    """Work that calls a picklable `function(unit)`, in this process or in several."""
+    """Make work of a picklable `function(unit)`, done in this process or in several."""
     return partial(_each, function, processes)
 
 
@@ -203,7 +195,7 @@ def _start_worker(parent: int) -> None:
 
 
 def _journal_entry(journal: Path, unit: Unit, config: JobConfig) -> dict | None:
-    """The entry of a finished unit, None when it has to be done."""
+    """Read the entry of a finished unit; None when it has to be done."""
     path = journal / f"{unit.name}.json"
     if not path.is_file():
         return None
@@ -240,6 +232,8 @@ def _check_bad(bad: int, samples: int, result: Result, fraction: float) -> None:
 
 
 def _write_lines(path: Path, lines: list[dict]) -> None:
+    """Write JSON lines in UTF-8; odd bytes in the names of files become JSON's escapes."""
     with atomic_file(path) as file:
         for line in lines:
-            file.write(_line(line))
+            text = json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n"
+            file.write(text.encode(errors="backslashreplace"))

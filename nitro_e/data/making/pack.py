@@ -1,4 +1,4 @@
-"""Captioned images in the layouts people have -> webdataset shards `images-*.tar` (jpg|png|webp, txt, json).
+"""Pack captioned images, in the layouts people have, into shards `images-*.tar` (jpg|png|webp, txt, json).
 
     folder        images in any tree; captions from a table, .txt files beside them, or file names
     table         a CSV, JSON lines or parquet table that names image files
@@ -47,7 +47,7 @@ LARGEST_KEPT = 4096  # bytes of json that are carried over from a source; SA-1B'
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(Config):
-    """What goes into a sample; part of every unit's fingerprint."""
+    """Options of packing; all are part of every unit's fingerprint."""
 
     OPTIONS: ClassVar[bool] = True
 
@@ -71,7 +71,7 @@ class PackConfig(Config):
 
 @dataclass
 class Item:
-    """One sample before it is packed."""
+    """A sample before it is packed."""
 
     origin: str  # path or key in the source, for reports
     image: bytes | Path | None
@@ -105,7 +105,7 @@ class ListUnit:
 
 @dataclass
 class ArchiveUnit:
-    """One tar, tgz or parquet file, which becomes one or more shards."""
+    """A tar, tgz or parquet file, which becomes one or more shards."""
 
     name: str
     path: str
@@ -162,7 +162,7 @@ def _samples(unit: ListUnit | ArchiveUnit, bad: list[Problem]) -> Iterator[dict[
 
 
 def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
-    """Item -> members, in a fixed order. Raises BadSample."""
+    """Turn an item into members, in a fixed order. Raises BadSample."""
     if item.problem is not None:
         raise BadSample(item.problem)
     content = item.image
@@ -182,7 +182,10 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
 
 
 def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[str, bytes, tuple[int, int]]:
-    """(extension, bytes, (width, height)): decoded once to be sure, encoded anew only when it has to be."""
+    """Decode an image once to be sure, and encode it anew only if it has to be.
+
+    Returns its extension, bytes, and (width, height).
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "PNG":
@@ -212,7 +215,7 @@ def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[st
 
 
 def _sidecar(path: Path) -> str:
-    """The caption file beside an image."""
+    """Read the caption file beside an image."""
     for suffix in (".txt", ".caption"):
         beside = path.with_suffix(suffix)
         if beside.is_file():
@@ -258,7 +261,7 @@ def _unreadable(index: ShardIndex) -> Iterator[Item]:
 
 
 def read_tgz(path: Path, config: PackConfig) -> Iterator[Item]:
-    """Images of a compressed tar, in order. Damage raises ConfigError: gzip has a checksum of the whole."""
+    """Read the images of a compressed tar. Damage raises ConfigError: gzip has a checksum of the whole."""
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
@@ -271,7 +274,7 @@ def read_tgz(path: Path, config: PackConfig) -> Iterator[Item]:
 
 
 def read_parquet(path: Path, config: PackConfig) -> Iterator[Item]:
-    """Rows with the encoded image as bytes, or as Hugging Face's {bytes, path}."""
+    """Read rows with the encoded image as bytes, or as Hugging Face's {bytes, path}."""
     columns = (config.image_column, config.caption_column)
     open_parquet(path)
     for number, row in enumerate(rows(path, columns)):
@@ -363,11 +366,11 @@ def list_units(items: list[tuple[str, str | None]], config: PackConfig) -> list[
     if config.shuffle is not None:
         numbers = permutation(len(items), "pack", config.shuffle).tolist()
     size = config.samples_per_shard
-    return [
-        ListUnit(f"{start // size:06d}", [items[i] for i in numbers[start : start + size]],
-                 numbers[start : start + size], config)
-        for start in range(0, len(items), size)
-    ]  # fmt: skip
+    units = []
+    for start in range(0, len(items), size):
+        part = numbers[start : start + size]
+        units.append(ListUnit(f"{start // size:06d}", [items[i] for i in part], part, config))
+    return units
 
 
 def archive_units(

@@ -21,7 +21,7 @@ from nitro_e.record.progress import bar
 
 
 def stats(shards: Sequence[str], probe: int = 16) -> dict:
-    """Counts over all shards; sizes, captions and latents from the first `probe` samples of each shard."""
+    """Count samples and members of all shards; captions, sizes and latents of the first `probe` of each."""
     members, sizes, kinds = Counter(), Counter(), Counter()
     words, sides, moments, samples = [], [], [], 0
     for path in bar(shards, desc="stats", unit="shard"):
@@ -60,7 +60,7 @@ def stats(shards: Sequence[str], probe: int = 16) -> dict:
 
 
 def head(shards: Sequence[str], count: int, sheet: Path | None = None) -> list[dict]:
-    """The first samples as plain data; with `sheet` their images side by side in one PNG."""
+    """Describe the first samples as plain data; `sheet` gets their images side by side in one PNG."""
     found, tiles = [], []
     for path in shards:
         for key, content in _samples(path, count - len(found)):

@@ -1,7 +1,8 @@
-"""Prompts -> shards of synthetic pairs: a latent, the noise it was drawn from, its prompt (nitro-e synthesize).
+"""Make shards of synthetic pairs: a latent, the noise it was sampled from, its prompt (nitro-e synthesize).
 
-A generator turns a batch of jobs into images: `OwnGenerator` is any checkpoint of this project, `DiffusersGenerator`
-any diffusers pipeline. `synthesize` writes what it makes, shard by shard, resumable, as all jobs of `data.jobs`.
+A generator turns a batch of jobs into images: `OwnGenerator` runs any checkpoint of this project,
+`DiffusersGenerator` any diffusers pipeline. `synthesize` writes them shard by shard and can be resumed, like
+all work of `jobs.py`.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_n
 
 @dataclass
 class Job:
-    """One image to make."""
+    """An image to make."""
 
     prompt: str
-    k: int  # which image of this prompt
+    k: int  # number of this image among those of its prompt
     seed: int
     info: dict  # what the prompts file says besides the prompt
 
 
 @dataclass
-class Made:
-    """One batch of images; None is not stored."""
+class Generated:
+    """A batch of images as it is stored; None stands for a member that is not."""
 
     latents: Tensor | None = None  # (B, C, h, w) raw
     noise: Tensor | None = None  # (B, C, h, w)
@@ -58,17 +59,17 @@ class Made:
 
 
 class Generator(Protocol):
-    """What makes images."""
+    """Makes images from prompts and seeds."""
 
-    identity: dict  # plain data: all that the result depends on besides prompt and seed
+    identity: dict  # plain data: everything that the result depends on besides prompt and seed
     codec: LatentCodec | None  # of the latents
 
-    def make(self, jobs: Sequence[Job]) -> Made: ...
+    def make(self, jobs: Sequence[Job]) -> Generated: ...
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What else an image of ours is stored with."""
+    """Options of OwnGenerator: members that are stored besides latent, noise and prompt."""
 
     text_embeddings: bool = False
     images: bool = False
@@ -76,7 +77,7 @@ class Extras:
 
 
 class OwnGenerator:
-    """Any checkpoint of this project."""
+    """Samples from any checkpoint of this project."""
 
     def __init__(
         self, pipeline: TextToImage, settings: SamplingConfig, negative: str = "", extras: Extras = Extras()
@@ -94,7 +95,7 @@ class OwnGenerator:
         }
 
     @torch.no_grad()
-    def make(self, jobs: Sequence[Job]) -> Made:
+    def make(self, jobs: Sequence[Job]) -> Generated:
         pipeline, settings = self.pipeline, self.settings
         device = next(pipeline.model.parameters()).device
         shape = pipeline.latent_shape(*settings.size)
@@ -109,10 +110,10 @@ class OwnGenerator:
             latents = sample(pipeline.model, text, negative, settings, start, seeds)
         images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.extras.images else None
         text = text if self.extras.text_embeddings else None
-        return Made(denormalize(pipeline.codec, latents).cpu(), noise, text, images, trajectory)
+        return Generated(denormalize(pipeline.codec, latents).cpu(), noise, text, images, trajectory)
 
     def follow(self, x: Tensor, text: TextEmbedding, negative: TextEmbedding) -> tuple[Tensor, Tensor]:
-        """The sampler's end and its states at the stops: the same steps, taken in pieces."""
+        """Sample with the same steps, taken in pieces; returns the result and the states at the stops."""
         settings = self.settings
         model = scale_time(self.pipeline.model, settings.time_scale)
         velocity = guide(model, text, negative, settings.guidance_scale)
@@ -124,7 +125,7 @@ class OwnGenerator:
 
 
 def trajectory_stops(settings: SamplingConfig, wanted: Sequence[float]) -> tuple[int, ...]:
-    """The places of these times on the sampler's grid."""
+    """Find the places of these times on the sampler's grid."""
     times = settings.times().tolist()
     if wanted and settings.sampler not in SAMPLERS:
         raise ConfigError(f"--trajectory is for {', '.join(SAMPLERS)}, not '{settings.sampler}'")
@@ -138,7 +139,7 @@ def trajectory_stops(settings: SamplingConfig, wanted: Sequence[float]) -> tuple
 
 
 class DiffusersGenerator:
-    """Any diffusers text-to-image pipeline; latents come from our codec, so that they fit our models."""
+    """Runs any diffusers text-to-image pipeline; our codec encodes its images, so latents fit our models."""
 
     def __init__(
         self, name: str, device: str, dtype: str, settings: dict[str, Any], codec: LatentCodec | None
@@ -164,26 +165,25 @@ class DiffusersGenerator:
         self.identity = {"pipeline": Path(name).name, "weights": weights, "dtype": dtype, **settings}
 
     @torch.no_grad()
-    def make(self, jobs: Sequence[Job]) -> Made:
+    def make(self, jobs: Sequence[Job]) -> Generated:
         seeds = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
         images = self.pipeline([job.prompt for job in jobs], generator=seeds, **self.settings).images
         if self.codec is None:
-            return Made(images=images)
-        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(
-            0, 3, 1, 2
-        )
-        return Made(self.codec.encode_pixels(pixels.float() / 127.5 - 1).float().cpu(), images=images)
+            return Generated(images=images)
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Generated(self.codec.encode_pixels(pixels).float().cpu(), images=images)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a scaled latent that is kept; None: not asked."""
+    """Bounds of the normalized latents that are kept; None sets no bound."""
 
     max_abs: float | None = None
     std: tuple[float, float] | None = None  # least, largest
 
     def problem(self, latent: Tensor) -> str | None:
-        """Why a latent (C, h, w) is left out."""
+        """Say why a latent (C, h, w) is left out; None keeps it."""
         largest, std = latent.abs().max().item(), latent.std().item()
         if self.max_abs is not None and largest > self.max_abs:
             return f"largest value {largest:.3g}, above --max-abs {self.max_abs:g}"
@@ -193,7 +193,7 @@ class Limits:
 
 
 def denormalize(codec: LatentCodec, latents: Tensor) -> Tensor:
-    """Latents -> raw latents: the inverse of `normalize`, which is affine in every cell."""
+    """Turn latents into raw latents: the inverse of `normalize`, which is affine in every cell."""
     offset = codec.normalize(torch.zeros_like(latents))
     return (latents - offset) / (codec.normalize(torch.ones_like(latents)) - offset)
 
@@ -227,15 +227,10 @@ def synthesize(
     if samples_per_shard < 1 or batch_size < 1:
         raise ConfigError("--samples-per-shard and --batch-size must be at least 1")
     identity = {**generator.identity, **asdict(limits)}
-    units = [
-        SynthUnit(
-            f"{start // samples_per_shard:06d}",
-            start,
-            list(jobs[start : start + samples_per_shard]),
-            identity,
-        )
-        for start in range(0, len(jobs), samples_per_shard)
-    ]
+    units = []
+    for start in range(0, len(jobs), samples_per_shard):
+        part = list(jobs[start : start + samples_per_shard])
+        units.append(SynthUnit(f"{start // samples_per_shard:06d}", start, part, identity))
     work = partial(
         make_shard,
         generator=generator,
@@ -258,17 +253,17 @@ def make_shard(
             made = generator.make(jobs)
             if start == 0 and unit.first == 0 and made.images:
                 image_grid(made.images[:16], 4).save(out / "preview.png")
-            for slot, job in enumerate(jobs):
-                key = f"synth_{unit.first + start + slot:09d}"
-                problem = latent_problem(made, slot, generator, limits)
+            for row, job in enumerate(jobs):
+                key = f"synth_{unit.first + start + row:09d}"
+                problem = latent_problem(made, row, generator, limits)
                 if problem is not None:
                     result.bad.append(Problem(path.name, key, problem))
                     continue
                 keys.append(key)
                 if made.latents is not None:
-                    latent = made.latents[slot].float()
+                    latent = made.latents[row].float()
                     stats.append((latent.mean().item(), latent.std().item(), latent.abs().max().item()))
-                yield {"__key__": key, **_members(made, slot, job, generator.identity, keep_images)}
+                yield {"__key__": key, **_members(made, row, job, generator.identity, keep_images)}
 
     out.mkdir(parents=True, exist_ok=True)
     result.samples = write_shard(path, samples(), partial(check_written, keys, path))
@@ -284,11 +279,11 @@ def make_shard(
     return result
 
 
-def latent_problem(made: Made, slot: int, generator: Generator, limits: Limits) -> str | None:
-    """Why an image cannot be stored, or None."""
+def latent_problem(made: Generated, row: int, generator: Generator, limits: Limits) -> str | None:
+    """Say why an image cannot be stored; None if it can."""
     if made.latents is None:
         return None
-    latent = made.latents[slot]
+    latent = made.latents[row]
     if not bool((latent.abs() < LARGEST).all()):
         return f"latent is not finite or beyond {LARGEST:g}"
     if limits == Limits():
@@ -296,20 +291,20 @@ def latent_problem(made: Made, slot: int, generator: Generator, limits: Limits) 
     return limits.problem(generator.codec.normalize(latent[None].float())[0].cpu())
 
 
-def _members(made: Made, slot: int, job: Job, identity: dict, keep_images: bool) -> dict[str, Any]:
+def _members(made: Generated, row: int, job: Job, identity: dict, keep_images: bool) -> dict[str, Any]:
     members: dict[str, Any] = {}
     if made.latents is not None:
-        members["npy"] = made.latents[slot].half().numpy()
+        members["npy"] = made.latents[row].half().numpy()
     if made.noise is not None:
-        members["noise.npy"] = made.noise[slot].numpy()
+        members["noise.npy"] = made.noise[row].numpy()
     if made.trajectory is not None:
-        members["trajectory.npy"] = made.trajectory[slot].numpy()
+        members["trajectory.npy"] = made.trajectory[row].numpy()
     if made.text is not None:
-        members["text.npy"] = made.text.tokens[slot].half().cpu().numpy()
-        members["mask.npy"] = made.text.mask[slot].to(torch.uint8).cpu().numpy()
+        members["text.npy"] = made.text.tokens[row].half().cpu().numpy()
+        members["mask.npy"] = made.text.mask[row].to(torch.uint8).cpu().numpy()
     if keep_images and made.images is not None:
         buffer = io.BytesIO()
-        made.images[slot].convert("RGB").save(buffer, "JPEG", quality=95)
+        made.images[row].convert("RGB").save(buffer, "JPEG", quality=95)
         members["jpg"] = buffer.getvalue()
     members["txt"] = job.prompt
     members["json"] = {**job.info, "prompt": job.prompt, "k": job.k, "seed": job.seed, "generator": identity}
@@ -317,9 +312,9 @@ def _members(made: Made, slot: int, job: Job, identity: dict, keep_images: bool)
 
 
 def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | None = None) -> list[Job]:
-    """Jobs of a prompts file: lines of text, or a table (csv, tsv, jsonl, parquet) with a prompt column.
+    """List the jobs of a prompts file: lines of text, or a table (csv, tsv, jsonl, parquet) with a prompt column.
 
-    Also of a generator of nitro_e.data.prompts, by its name.
+    The name of a generator of nitro_e.data.prompts stands for its prompts.
     """
     if str(path) in GENERATORS:
         made = load_prompts(PromptsConfig(source=str(path), num=limit))
@@ -329,11 +324,10 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
             raise ConfigError(f"--prompts '{path}' does not exist or is no file")
         prompts = [(line.strip(), {}) for line in read_text(path).splitlines() if line.strip()]
     else:
-        table = rows(path, (column,))
-        prompts = [
-            (str(value_at(row, column)).strip(), {k: v for k, v in row.items() if k != column})
-            for row in table
-        ]
+        prompts = []
+        for row in rows(path, (column,)):
+            info = {name: value for name, value in row.items() if name != column}
+            prompts.append((str(value_at(row, column)).strip(), info))
     for number, (prompt, _) in enumerate(prompts, 1):
         check_characters(prompt, f"--prompts {path}: prompt {number}")
     empty = sum(not prompt for prompt, _ in prompts)
@@ -341,10 +335,10 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         print(f"{path}: {empty} of {len(prompts)} prompts are empty and left out", file=sys.stderr)
     if empty == len(prompts):
         raise ConfigError(f"--prompts '{path}' holds no prompts")
-    made: Counter[str] = Counter()  # a prompt that comes again goes on counting: other noise, another image
+    count: Counter[str] = Counter()  # a prompt that comes again goes on counting: other noise, another image
     jobs = []
     for prompt, info in islice(((prompt, info) for prompt, info in prompts if prompt), limit):
-        for k in range(made[prompt], made[prompt] + per_prompt):
+        for k in range(count[prompt], count[prompt] + per_prompt):
             jobs.append(Job(prompt, k, seed_of(prompt, k, seed), info))
-        made[prompt] += per_prompt
+        count[prompt] += per_prompt
     return jobs

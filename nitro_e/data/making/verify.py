@@ -1,4 +1,4 @@
-"""Is the data what it was when it was made? Structure, content and bookkeeping of shards.
+"""Check that shards are what they were when they were made: structure, content and bookkeeping.
 
 Per shard: the tar's structure, every member against the CRC in its stored index, bytes and sha256 against the
 manifest, captions, json, arrays (finite, one shape), and with `deep` every image. Over all: columns that do
@@ -16,13 +16,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, group_columns
-from nitro_e.data.decode import (
-    BadSample,
-    decode_array,
-    decode_caption,
-    decode_image,
-    decode_info,
-)
+from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import ShardIndex, index_path, read_members, read_stored, scan_tar
 from nitro_e.data.making.jobs import each
 from nitro_e.data.manifests import read_manifests
@@ -34,7 +28,7 @@ from nitro_e.record.progress import bar
 
 @dataclass
 class Checked:
-    """What was found in one shard."""
+    """The counts and problems of one shard."""
 
     samples: int = 0
     nbytes: int = 0
@@ -45,6 +39,8 @@ class Checked:
 
 @dataclass
 class Report:
+    """The counts and problems of all shards."""
+
     shards: int = 0
     samples: int = 0
     nbytes: int = 0
@@ -80,7 +76,7 @@ def verify(
 
 
 def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: str) -> Checked:
-    """Everything that one tar can tell about itself."""
+    """Check one tar against itself, its index and its manifest entry."""
     path, checked = local_path(path), Checked()
     problem = partial(Problem, path.name)
     try:
@@ -100,27 +96,20 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
         actual = (("bytes", index.nbytes), ("samples", len(index.rows)), ("sha256", sha256_of(path)))
         for name, value in actual:
             if entry[name] != value:
-                checked.problems.append(
-                    problem("*", f"{name} is {value}, {entry['manifest']} says {entry[name]}")
-                )
+                reason = f"{name} is {value}, {entry['manifest']} says {entry[name]}"
+                checked.problems.append(problem("*", reason))
     _check_members(path, index, checked, deep, caption_key)
     return checked
 
 
 def _compare(path: Path, index: ShardIndex, stored: ShardIndex) -> list[Problem]:
-    """Members whose content is no longer what was indexed."""
-    if index.rows.dtype.names != stored.rows.dtype.names or not np.array_equal(
-        index.rows["__key__"].astype(bytes), stored.rows["__key__"].astype(bytes)
-    ):
-        return [
-            Problem(path.name, "*", "holds other keys or members than when it was indexed: it was replaced")
-        ]
+    """List the members whose content is no longer what was indexed."""
+    keys, names = index.rows["__key__"], index.rows.dtype.names
+    if names != stored.rows.dtype.names or keys.tolist() != stored.rows["__key__"].tolist():
+        reason = "holds other keys or members than when it was indexed: it was replaced"
+        return [Problem(path.name, "*", reason)]
     return [
-        Problem(
-            path.name,
-            index.rows["__key__"][row].decode(errors="replace"),
-            f"{name} has changed (CRC differs)",
-        )
+        Problem(path.name, keys[row].decode(errors="replace"), f"{name} has changed (CRC differs)")
         for name in index.extensions
         for row in np.flatnonzero(index.rows[name]["crc"] != stored.rows[name]["crc"])
     ]
@@ -158,7 +147,7 @@ def _check_member(
 
 
 def _across_shards(shards: Sequence[str], found: dict[str, Checked]) -> list[Problem]:
-    """Columns without partners, keys without partners, arrays of another shape than in the first shard."""
+    """List columns and keys without partners, and arrays of another shape than in the first shard."""
     problems, groups = [], group_columns(shards)
     names = {name for columns in groups.values() for name in columns}
     for columns in groups.values():
@@ -171,26 +160,20 @@ def _across_shards(shards: Sequence[str], found: dict[str, Checked]) -> list[Pro
         for path in columns.values():
             for key in np.setxor1d(base, found[path].keys).tolist():
                 has, lacks = (first, path) if key in base else (path, first)
-                problems.append(
-                    Problem(
-                        Path(lacks).name, key.decode(errors="replace"), f"missing; {Path(has).name} has it"
-                    )
-                )
+                reason = f"missing; {Path(has).name} has it"
+                problems.append(Problem(Path(lacks).name, key.decode(errors="replace"), reason))
     shapes: dict[str, tuple] = {}
     for path in shards:
         for name, (shape, _) in found[path].shapes.items():
             expected, where = shapes.setdefault(name, (shape, path))
             if shape != expected:
-                problems.append(
-                    Problem(
-                        Path(path).name, "*", f"{name} is {shape}, in {Path(where).name} it is {expected}"
-                    )
-                )
+                reason = f"{name} is {shape}, in {Path(where).name} it is {expected}"
+                problems.append(Problem(Path(path).name, "*", reason))
     return problems
 
 
 def _repeated(shards: Sequence[str], found: dict[str, Checked]) -> int:
-    """How many keys occur in more than one shard of the same column."""
+    """Count the keys that occur in more than one shard of the same column."""
     columns: dict[str, list[np.ndarray]] = {}
     for group in group_columns(shards).values():
         for name, path in group.items():

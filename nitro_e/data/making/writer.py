@@ -1,5 +1,8 @@
 """Write webdataset tars: USTAR, mtime 0, so that the same samples give the same bytes.
 
+webdataset's TarWriter would give other bytes: it sorts the members of a sample by name, and writes names that
+do not fit as PAX records.
+
 A shard appears under its name only when it is complete (temporary file, fsync, rename). A sample is a dict:
     {"__key__": "sa1b_0000042", "jpg": bytes, "txt": "a dog", "json": {...}, "npy": ndarray}
 Left out: PAX records (names longer than USTAR allows are refused), compression, appending.
@@ -40,7 +43,7 @@ def write_shard(
 def open_shard(
     path: str | Path, check: Callable[[Path], None] | None = None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that adds samples to a new tar, which is published when the block ends well.
+    """Give the block a function that adds samples to a new tar, which is published when the block ends well.
 
     Values: bytes as they are, str as UTF-8, ndarray as .npy, dict and list as JSON. `check` is given the
     finished temporary file; the shard is published only if it does not raise. Raises ConfigError for a key
@@ -110,7 +113,7 @@ def check_key(key: str) -> str:
 
 
 def field_bytes(value: Any) -> bytes:
-    """One member's content from a Python value."""
+    """Encode a Python value as a member's content."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if isinstance(value, str):
