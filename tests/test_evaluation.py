@@ -24,7 +24,8 @@ from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import benchmark, describe
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
 from nitro_e.evaluation.images import (
-    Judged,
+    ImageGenerator,
+    ScoredImage,
     collect,
     noise_seeds,
     read_rows,
@@ -75,8 +76,13 @@ def covered(draw, make, truth: float, repeats: int = 600) -> float:
 
 @pytest.mark.parametrize(
     "shares",
-    [(0.95, 0.9, 0.5, 0.3, 0.1, 0.1), (0.99, 0.99, 0.95, 0.95, 0.9, 0.9), (0.02,) * 6, (1, 1, 1, 0.98, 0.95, 0.9)],
-)  # fmt: skip
+    [
+        (0.95, 0.9, 0.5, 0.3, 0.1, 0.1),
+        (0.99, 0.99, 0.95, 0.95, 0.9, 0.9),
+        (0.02,) * 6,
+        (1, 1, 1, 0.98, 0.95, 0.9),
+    ],
+)
 def test_intervals_of_the_mean_of_tasks_cover_the_truth(shares, few_resamples):
     """95 % of the time; 600 draws have a standard error of 0.9 %."""
     rng = np.random.default_rng(0)
@@ -170,13 +176,12 @@ class Painter:
         return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def run(pipeline, folder, *, num=120, batch_size=32, **options) -> tuple[list[Prompt], list[Judged]]:
+def run(pipeline, folder, *, num=120, batch_size=32, **options) -> tuple[list[Prompt], list[ScoredImage]]:
     chosen = benchmark("shapes", num)
     prompts = load_prompts(chosen.prompts)
     scorer = build_rewards(chosen.rewards)
-    rows = collect(
-        pipeline, SAMPLING, chosen, prompts, scorer, folder, seed=0, batch_size=batch_size, **options
-    )
+    generate = ImageGenerator(pipeline, SAMPLING, seed=0, batch_size=batch_size)
+    rows = collect(generate, chosen, prompts, scorer, folder, **options)
     return prompts, rows
 
 
@@ -195,7 +200,7 @@ def test_true_images_score_1_and_shuffled_ones_next_to_nothing(tmp_path):
 
 def test_overall_is_the_mean_of_the_tasks_not_of_the_prompts():
     prompts = [Prompt("a", {"tag": "x"})] * 3 + [Prompt("b", {"tag": "y"})]
-    rows = [Judged(i, 0, p.text, {"s": float(p.text == "b")}, "", 0.1) for i, p in enumerate(prompts)]
+    rows = [ScoredImage(i, 0, p.text, {"s": float(p.text == "b")}, "", 0.1) for i, p in enumerate(prompts)]
     score = results.summarize(prompts, rows, "s")
     assert score.overall.value == 0.5 and score.seen is None and score.tasks["y"].value == 1
 
@@ -222,10 +227,10 @@ def test_an_interrupted_evaluation_goes_on_and_draws_nothing_twice(tmp_path):
 def test_other_words_at_the_same_place_are_drawn_anew(tmp_path):
     chosen, painter = benchmark("shapes", 4), Painter()
     prompts, scorer = load_prompts(chosen.prompts), build_rewards(chosen.rewards)
-    options = {"seed": 0, "batch_size": 4}
-    collect(painter, SAMPLING, chosen, prompts, scorer, tmp_path, **options)
+    generate = ImageGenerator(painter, SAMPLING, seed=0, batch_size=4)
+    collect(generate, chosen, prompts, scorer, tmp_path)
     prompts[2] = Prompt("a photo of a blue cross", prompts[2].info)
-    rows = collect(painter, SAMPLING, chosen, prompts, scorer, tmp_path, **options)
+    rows = collect(generate, chosen, prompts, scorer, tmp_path)
     assert painter.drawn.total() == 5 and rows[2].prompt == prompts[2].text
     assert len(list(tmp_path.glob("*.png"))) == 5
 
@@ -241,7 +246,7 @@ def test_images_without_a_score_are_counted_and_asked_about_again(tmp_path):
     scorer = build_rewards([RewardConfig(name=f"{__name__}:undecided", label="s")])
     prompts = load_prompts(chosen.prompts)
     for _ in range(2):
-        rows = collect(painter, SAMPLING, chosen, prompts, scorer, tmp_path, seed=0, batch_size=12)
+        rows = collect(ImageGenerator(painter, SAMPLING, 0, batch_size=12), chosen, prompts, scorer, tmp_path)
     score = results.summarize(prompts, rows, "s")
     assert score.unscored == 2 and math.isnan(score.overall.value) and score.tasks["colors"].value == 1
     assert painter.drawn.total() == 12 and scorer.tally["s"].unscored == 4
@@ -283,7 +288,7 @@ def test_weights_hash_sees_every_part(tmp_path):
 
 
 def test_failures_come_first_and_some_successes_stay():
-    rows = [Judged(i, 0, "p", {"s": float(i % 3 != 0)}, "", 0.1) for i in range(300)]
+    rows = [ScoredImage(i, 0, "p", {"s": float(i % 3 != 0)}, "", 0.1) for i in range(300)]
     shown = page.failures_and_successes(rows, "s")
     assert len(shown) == page.PER_TASK and [row.scores["s"] for row in shown] == [0.0] * 36 + [1.0] * 12
     few = page.failures_and_successes(rows[:10], "s")
@@ -292,7 +297,7 @@ def test_failures_come_first_and_some_successes_stay():
     assert len(page.failures_and_successes(good, "s")) == page.PER_TASK
 
 
-def test_what_the_judge_saw_in_words():
+def test_detected_objects_in_words():
     box = (0.0, 0.0, 1.0, 1.0)
     assert describe([Detection("circle", "red", box), Detection(None, "blue", box)]) == "red circle, blue ?"
     assert describe([]) == "nothing"
@@ -409,9 +414,8 @@ def test_scores_during_training_are_those_of_the_command(tmp_path):
     chosen = benchmark("shapes", 12)
     prompts = load_prompts(chosen.prompts)
     scorer = build_rewards([RewardConfig(name="shapes", label="partial", options={"score": "partial"})])
-    judged = collect(
-        pipeline, pipeline.defaults, chosen, prompts, scorer, tmp_path / "p", seed=0, batch_size=12
-    )
+    generate = ImageGenerator(pipeline, pipeline.defaults, seed=0, batch_size=12)
+    judged = collect(generate, chosen, prompts, scorer, tmp_path / "p")
     score = results.summarize(prompts, judged, "partial")
     assert rows[5]["eval/partial"] == pytest.approx(score.overall.value, abs=0.02)
     assert rows[5]["eval/partial/unseen"] == pytest.approx(score.unseen.value, abs=0.04)
@@ -508,7 +512,7 @@ def test_a_file_of_prompts_with_any_reward(tmp_path, capsys):
     assert tool.main([*command, "--reward-option", "scale"]) == 2 and "KEY=VALUE" in capsys.readouterr().err
     assert (
         tool.main(["shapes", str(model), "--reward", "hpsv2.1"]) == 2
-        and "own judge" in capsys.readouterr().err
+        and "own rewards" in capsys.readouterr().err
     )
 
 

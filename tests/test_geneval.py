@@ -11,7 +11,7 @@ import pytest
 
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
-from nitro_e.evaluation.images import Judged
+from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.results import summarize
 from nitro_e.rewards.geneval import generator as prompts
 from nitro_e.rewards.geneval import tasks as requests
@@ -50,7 +50,9 @@ def test_verdicts_are_the_official_ones(cases):
 
 def summarized(tags: list[str], verdicts: list[bool]) -> dict[str, float]:
     """Each task's and the overall score, as the evaluation counts them."""
-    rows = [Judged(i, 0, "", {"official": float(verdict)}, "", 0.0) for i, verdict in enumerate(verdicts)]
+    rows = [
+        ScoredImage(i, 0, "", {"official": float(verdict)}, "", 0.0) for i, verdict in enumerate(verdicts)
+    ]
     score = summarize([Prompt("", {"tag": tag}) for tag in tags], rows, "official")
     return {task: estimate.value for task, estimate in score.tasks.items()} | {"overall": score.overall.value}
 

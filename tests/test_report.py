@@ -89,8 +89,10 @@ def make_run(
     writer.event(250, "warning", message="the disk <is> nearly full")
     writer.close()
     config = {
-        "name": name or folder.name, "stage": {"kind": "flow_matching", "optim": {"lr": lr}}, "engine": {"steps": steps},
-    }  # fmt: skip
+        "name": name or folder.name,
+        "stage": {"kind": "flow_matching", "optim": {"lr": lr}},
+        "engine": {"steps": steps},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "STATUS.json").write_text(json.dumps({"state": "done", "step": steps}))
     return folder
@@ -113,9 +115,17 @@ def test_the_report_is_valid_self_contained_and_complete(tmp_path):
     assert_self_contained(text)
     page = Page(text)
     assert page.charts() == [
-        "Loss", "critic: Loss", "Velocity loss", "REPA loss", "Loss by timestep, t in 4 bins (t0: least noise)",
-        "Learning rate", "Gradient norm", "Samples per second", "Waiting for data, share of time", "reward",
-    ]  # fmt: skip
+        "Loss",
+        "critic: Loss",
+        "Velocity loss",
+        "REPA loss",
+        "Loss by timestep, t in 4 bins (t0: least noise)",
+        "Learning rate",
+        "Gradient norm",
+        "Samples per second",
+        "Waiting for data, share of time",
+        "reward",
+    ]
     assert [image.getpixel((0, 0)) for image in page.images()] == [(10, 0, 0), (20, 0, 0), (30, 0, 0)]
     assert "300 of 300" in page.text["header"] and "done" in page.text["h1"] and "mine" in page.text["h1"]
     assert "the disk <is> nearly full" in page.text["li"]

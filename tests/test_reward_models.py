@@ -25,10 +25,10 @@ from nitro_e.encoders.clip import MEAN, STD, fit_long_side, fit_short_side, load
 from nitro_e.files import REVISIONS
 from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.rewards.geneval import detector as detector_module
+from nitro_e.rewards.geneval.colors import ColorDetector, crop
 from nitro_e.rewards.geneval.detector import Detector, Found, select
 from nitro_e.rewards.geneval.rules import Detection
 from nitro_e.rewards.geneval.tasks import CLASSES, COLORS
-from nitro_e.rewards.geneval.verdict import GenEvalJudge, crop
 from nitro_e.rewards.scorer import quantize
 
 PROMPTS = ["a red cat", "two dogs", "a red cat", "x"]
@@ -485,7 +485,7 @@ def test_a_detector_of_other_classes_is_refused(folder):
         Detector(model, "x")
 
 
-# --- judge and reward ---
+# --- colors and reward ---
 
 
 class FakeDetector(torch.nn.Module):
@@ -520,12 +520,12 @@ def test_colors_of_the_asked_objects(folder):
     found = [disc(16, 16, 10, "cup", 0.8), disc(46, 46, 12, "cup", 0.9), disc(40, 12, 8, "dog", 0.7)]
     found.append(disc(12, 48, 8, "cup", 0.25))  # below the threshold
     image = pictures(1, 64, 64, seed=3)
-    judge = GenEvalJudge(FakeDetector([sorted(found, key=lambda one: -one.thing.score)]), clip)
+    look = ColorDetector(FakeDetector([sorted(found, key=lambda one: -one.thing.score)]), clip)
     record = {
         "tag": "color_attr",
         "include": [{"class": "cup", "count": 1, "color": "red"}, {"class": "dog", "count": 1}],
     }
-    (things,) = judge(image, [record])
+    (things,) = look(image, [record])
     assert [(thing.name, thing.score) for thing in things] == [("cup", 0.9), ("cup", 0.8), ("dog", 0.7)]
     assert things[1].color is None and things[2].color is None  # only the best cup was asked for
 
@@ -543,8 +543,8 @@ def test_colors_of_the_asked_objects(folder):
     seen, _ = features(models["clip"], normalized(seen), torch.tensor([[1] * 77]))
     similarity = seen @ torch.stack(texts).T
     assert things[0].color == COLORS[similarity.argmax()]
-    torch.testing.assert_close(torch.stack(texts), judge._color_features("cup"), atol=1e-5, rtol=0)
-    (things,) = judge(image, [{"tag": "colors", "include": [{"class": "cup", "count": 2, "color": "red"}]}])
+    torch.testing.assert_close(torch.stack(texts), look._color_features("cup"), atol=1e-5, rtol=0)
+    (things,) = look(image, [{"tag": "colors", "include": [{"class": "cup", "count": 2, "color": "red"}]}])
     assert things[0].color and things[1].color and things[2].color is None
 
 
@@ -569,7 +569,7 @@ def test_geneval_reward_modes(folder, monkeypatch):
         scorer = build_rewards([from_dict(RewardConfig, config | {"options": options})])
         # the tiny one finds nothing
         assert scorer(pixels, ["p"] * 3, info).values[:, 0].tolist()[::2] == [0, 0]
-        scorer._slots[0].reward.judge.detector = FakeDetector(found)
+        scorer._columns[0].reward.color_detector.detector = FakeDetector(found)
         values, valid = scorer(pixels, ["p"] * 3, info)
         assert valid[:, 0].tolist() == [True, False, True]  # the second prompt has no metadata
         assert values[::2, 0].tolist() == pytest.approx(expected)  # .85 is not sure enough for counting

@@ -1,4 +1,4 @@
-"""Score a model on a benchmark: images of its prompts, judged, with confidence intervals.
+"""Score a model on a benchmark: draw its prompts, score the images, with confidence intervals.
 
     nitro-e evaluate shapes runs/mine                          600 held-out prompts of the offline domain
     nitro-e evaluate shapes runs/mine --guidance 1 2 3 --steps 4 20      a row per combination
@@ -6,8 +6,8 @@
     nitro-e evaluate geneval nitro-e-512                       GenEval, with the detector from its hub
     nitro-e evaluate mine.txt runs/mine --reward hpsv2.1       your prompts, any rewards
 
-Prints a table and writes OUT/results.json and OUT/report.html, with images and what the judge saw. Images and
-verdicts are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
+Prints a table and writes OUT/results.json and OUT/report.html, with images and what was detected in them. Images and
+scores are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.download_flag(parser)
     parser.add_argument("--reward", action="append", default=[], help="for a file of prompts; several times")
     parser.add_argument(
-        "--reward-path", metavar="FOLDER", help="the judge's weights, a local folder or hub id"
+        "--reward-path", metavar="FOLDER", help="the reward's weights, a local folder or hub id"
     )
     parser.add_argument("--reward-option", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rejudge", action="store_true", help="judge again what was judged before")
+    parser.add_argument("--rejudge", action="store_true", help="score again what was scored before")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: outputs/evaluate/BENCHMARK-CHECKPOINT"
     )
@@ -60,20 +60,32 @@ def command(options: argparse.Namespace) -> None:
     from nitro_e.evaluation.evaluate import Options, as_text, default_device, evaluate
 
     chosen = benchmark(
-        options.benchmark, options.num, options.per_prompt, options.reward, options.reward_path, options.reward_option
-    )  # fmt: skip
+        options.benchmark,
+        options.num,
+        options.per_prompt,
+        options.reward,
+        options.reward_path,
+        options.reward_option,
+    )
     grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
     sources = [options.checkpoint] + ([options.against] if options.against else [])
     name = f"{chosen.name}-{Path(options.checkpoint).name}"
     out = options.out or Path("outputs/evaluate") / name
     evaluation = evaluate(
-        chosen, sources, {key: values for key, values in grid.items() if values},
+        chosen,
+        sources,
+        {key: values for key, values in grid.items() if values},
         Options(
-            seed=options.seed, batch_size=options.batch_size, dtype=options.dtype,
-            device=options.device or default_device(), codec=options.codec, text=options.text,
-            allow_download=tuple(options.allow_download), rejudge=options.rejudge,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            device=options.device or default_device(),
+            codec=options.codec,
+            text=options.text,
+            allow_download=tuple(options.allow_download),
+            rejudge=options.rejudge,
         ),
         out,
-    )  # fmt: skip
+    )
     print(as_text(evaluation))
-    print(f"images with what the judge saw: {out / 'report.html'}; numbers: {out / 'results.json'}")
+    print(f"images with what was detected: {out / 'report.html'}; numbers: {out / 'results.json'}")

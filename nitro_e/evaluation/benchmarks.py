@@ -1,6 +1,7 @@
-"""Benchmarks by name: which prompts, how many images of each, and what judges them.
+"""Benchmarks by name: the prompts, the number of images of each, and the rewards that score them.
 
 shapes    the held-out requests of the offline domain; its exact judge, strictly and by GenEval's rules
+geneval   the 553 test prompts of GenEval; its verdict on detected objects
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Benchmark:
     prompts: PromptsConfig
     per_prompt: int = 1  # images of each prompt
     rewards: tuple[RewardConfig, ...]  # the scores, the most important one first
-    see: Callable[[Tensor], list[list[Detection]]] | None = None  # pixels (B, 3, H, W) -> objects, for people
+    # pixels (B, 3, H, W) -> the objects in each image, shown on the page
+    see: Callable[[Tensor], list[list[Detection]]] | None = None
 
 
 def _shapes_score(score: str, title: str) -> RewardConfig:
@@ -49,19 +51,23 @@ BENCHMARKS = {
 
 
 def benchmark(
-    name: str, num: int | None = None, per_prompt: int | None = None, rewards: Sequence[str] = (),
-    path: str | None = None, options: Sequence[str] = (),
-) -> Benchmark:  # fmt: skip
+    name: str,
+    num: int | None = None,
+    per_prompt: int | None = None,
+    rewards: Sequence[str] = (),
+    path: str | None = None,
+    options: Sequence[str] = (),
+) -> Benchmark:
     """One of BENCHMARKS, or a file of prompts with rewards by name.
 
-    num, per_prompt: prompts, and images of each, instead of the benchmark's; path: of the weights that judge;
-    options: "key=value" of every reward.
+    num, per_prompt: numbers of prompts, and of images of each, in place of the benchmark's; path: of the rewards'
+    weights; options: "key=value", given to every reward.
     """
     if per_prompt is not None and not 1 <= per_prompt <= 10_000:
         raise ConfigError(f"--per-prompt must be at least 1 and at most 10000, got {per_prompt}")
     if name in BENCHMARKS:
         if rewards:
-            raise ConfigError(f"--reward: '{name}' has its own judge; rewards are for files of prompts")
+            raise ConfigError(f"--reward: '{name}' has its own rewards; name some only for files of prompts")
         found = BENCHMARKS[name]
     elif Path(name).suffix in (".txt", ".jsonl"):
         if not rewards:
@@ -93,5 +99,5 @@ def _option(text: str) -> tuple[str, bool | int | float | str]:
 
 
 def describe(objects: Sequence[Detection]) -> str:
-    """What a judge saw, in words: "red circle, blue ?"."""
+    """Put detected objects into words: "red circle, blue ?"."""
     return ", ".join(f"{thing.color or '?'} {thing.name or '?'}" for thing in objects) or "nothing"

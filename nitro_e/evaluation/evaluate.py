@@ -27,7 +27,8 @@ from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
 from nitro_e.evaluation.images import (
     Autocast,
-    Judged,
+    ImageGenerator,
+    ScoredImage,
     collect,
     short_hash,
 )
@@ -44,7 +45,7 @@ from nitro_e.sampling.samplers import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Config):
-    """What stays the same over checkpoints and settings."""
+    """Options that are the same for all checkpoints and settings."""
 
     OPTIONS: ClassVar[bool] = True
 
@@ -65,7 +66,7 @@ class Result:
     checkpoint: dict[str, Any]
     sampling: SamplingConfig
     folder: Path
-    rows: list[Judged]
+    rows: list[ScoredImage]
     scores: dict[str, Score]
 
     @property
@@ -79,7 +80,7 @@ class Result:
 
 @dataclass
 class Comparison:
-    """Two checkpoints at one setting, by title of the score."""
+    """Two checkpoints at one setting: their paired differences by title of the score."""
 
     ours: Result
     theirs: Result
@@ -91,20 +92,20 @@ class Evaluation:
     benchmark: Benchmark
     prompts: list[Prompt]
     options: Options
-    judges: dict[str, str]  # by title: which weights judged, where there are some
+    judges: dict[str, str]  # title -> name and hash of the weights that score, for rewards that have some
     results: list[Result]
     comparisons: list[Comparison]
 
     @property
     def best(self) -> Result:
-        """By the first score."""
+        """The result with the highest first score."""
         return max(self.results, key=lambda result: next(iter(result.scores.values())).overall.value)
 
 
 def evaluate(
     benchmark: Benchmark, sources: Sequence[str], grid: dict[str, Sequence[Any]], options: Options, out: Path
 ) -> Evaluation:
-    """Draw, judge and score checkpoints at every combination of `grid`, fields of SamplingConfig -> values.
+    """Draw with checkpoints at every combination of `grid`, fields of SamplingConfig -> values, and score the images.
 
     sources: one checkpoint, or two that are compared in pairs. Writes the files named above.
     """
@@ -130,7 +131,7 @@ def evaluate(
 
 
 def prepare(benchmark: Benchmark, device: str) -> tuple[list[Prompt], Scorer]:
-    """The prompts and what judges them, its weights loaded; ConfigError for what is missing or does not fit."""
+    """Load the prompts, and the rewards with their weights; ConfigError for what is missing or does not fit."""
     prompts = load_prompts(benchmark.prompts)
     scorer = build_rewards(benchmark.rewards, device)
     scorer.check([prompt.info for prompt in prompts])
@@ -139,13 +140,21 @@ def prepare(benchmark: Benchmark, device: str) -> tuple[list[Prompt], Scorer]:
 
 
 def _evaluate_one(
-    benchmark: Benchmark, prompts: list[Prompt], scorer: Scorer, source: str, grid: dict[str, Sequence[Any]],
-    options: Options, out: Path,
-) -> Iterable[Result]:  # fmt: skip
+    benchmark: Benchmark,
+    prompts: list[Prompt],
+    scorer: Scorer,
+    source: str,
+    grid: dict[str, Sequence[Any]],
+    options: Options,
+    out: Path,
+) -> Iterable[Result]:
     pipeline = TextToImage.from_pretrained(
-        source, options.device, codec=options.codec, text=options.text,
+        source,
+        options.device,
+        codec=options.codec,
+        text=options.text,
         allow_download=options.allow_download,
-    )  # fmt: skip
+    )
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.dtype)
     # all of them before the first image: a wrong one shows at once
@@ -154,25 +163,26 @@ def _evaluate_one(
     ]
     for sampling in settings_of:
         settings = {
-            "weights": checkpoint["weights"], "sampling": to_dict(sampling), "dtype": options.dtype,
+            "weights": checkpoint["weights"],
+            "sampling": to_dict(sampling),
+            "dtype": options.dtype,
             "seed": options.seed,
-        }  # fmt: skip
+        }
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name} {setting_name(sampling)}").strip("-")
         folder = out / f"{name}-{short_hash(settings)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(
             json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
         )
-        rows = collect(
-            pipeline, sampling, benchmark, prompts, scorer, folder, seed=options.seed, batch_size=options.batch_size,
-            autocast=autocast, rejudge=options.rejudge, title=setting_name(sampling),
-        )  # fmt: skip
+        generate = ImageGenerator(pipeline, sampling, options.seed, options.batch_size, autocast)
+        title = setting_name(sampling)
+        rows = collect(generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title)
         scores = {title: results.summarize(prompts, rows, title) for title in scorer.names}
         yield Result(checkpoint, sampling, folder, rows, scores)
 
 
 def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
-    """Which weights these are."""
+    """Identify the weights: where they lie, hashes, step."""
     folder = model_folder(source)
     meta = folder.parent / "meta.json"
     return {
@@ -186,7 +196,7 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
 
 
 def lower_precision(pipeline: TextToImage, dtype: str) -> Autocast:
-    """Make the pipeline quick, and what its calls must run under. On a CPU weights are packed, if it can."""
+    """Lower the precision of the model; returns the context to draw under. A CPU that can packs the weights."""
     device = next(pipeline.model.parameters()).device.type
     if dtype == "float32":
         return contextlib.nullcontext
@@ -204,7 +214,7 @@ def default_device() -> str:
 
 
 def setting_name(sampling: SamplingConfig) -> str:
-    """What a table calls it."""
+    """Name a setting in tables: "guidance 3, 20 steps, heun"."""
     parts = [f"guidance {sampling.guidance_scale:g}", f"{sampling.steps} steps"]
     parts += [] if sampling.sampler == "euler" else [sampling.sampler]
     return ", ".join(parts)

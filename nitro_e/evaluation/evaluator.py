@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed
 from nitro_e.data.prompts import PromptsConfig, load_prompts
-from nitro_e.evaluation.images import Autocast, draw, noise_seeds
+from nitro_e.evaluation.images import Autocast, ImageGenerator
 from nitro_e.evaluation.results import means
 from nitro_e.interfaces import DistContext, LatentCodec, TextEncoder
 from nitro_e.record import progress
@@ -31,7 +31,7 @@ from nitro_e.sampling.samplers import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Config):
-    """What is scored while training, and how often: before the first step, every so many, and after the last."""
+    """Scores during training: before the first step, every so many, and after the last."""
 
     prompts: PromptsConfig
     rewards: tuple[RewardConfig, ...]  # weights do not matter here
@@ -77,13 +77,15 @@ class Evaluator:
         """(prompts, rewards) float32: the scores of this process's prompts, zero for those of the others."""
         mine = range(len(self.prompts))[self.dist.rank :: self.dist.world_size]
         values = torch.zeros(len(self.prompts), len(self.scorer.names))
+        generate = ImageGenerator(
+            pipeline, self.sampling, self.config.seed, self.config.batch_size, self.autocast
+        )
         options = {"unit": "img", "leave": False, "disable": self.dist.rank > 0}
         with progress.bar(total=len(mine), desc="evaluation", brief=True, **options) as bar:
             for start in range(0, len(mine), self.config.batch_size):
                 batch = mine[start : start + self.config.batch_size]
                 texts, info = zip(*(self.prompts[index] for index in batch))
-                seeds = noise_seeds(self.config.seed, [(index, 0) for index in batch])
-                pixels = draw(pipeline, self.sampling, texts, seeds, len(batch), self.autocast)
+                pixels = generate(texts, [(index, 0) for index in batch])
                 values[list(batch)] = self.scorer(pixels, texts, info).values
                 bar.update(len(batch))
         return values

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from nitro_e.data.prompts import Prompt
-from nitro_e.evaluation.images import Judged
+from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.results import task_of
 from nitro_e.record.render import data_url
 
@@ -39,9 +39,9 @@ class Album(NamedTuple):
     cards: list[Card]
 
 
-def by_task(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, title: str) -> list[Album]:
+def by_task(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], folder: Path, title: str) -> list[Album]:
     """An album per task: by the score called `title`, the worst images first."""
-    tasks: dict[str, list[Judged]] = {}
+    tasks: dict[str, list[ScoredImage]] = {}
     for row in rows:
         tasks.setdefault(task_of(prompts[row.index]), []).append(row)
     albums = []
@@ -56,7 +56,7 @@ def by_task(prompts: Sequence[Prompt], rows: Sequence[Judged], folder: Path, tit
     return albums
 
 
-def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
+def failures_and_successes(rows: Sequence[ScoredImage], title: str) -> list[ScoredImage]:
     """PER_TASK images, by rising score; at least a quarter of them successes if there are that many."""
     ordered = sorted(rows, key=lambda row: -1.0 if math.isnan(row.scores[title]) else row.scores[title])
     failures = [row for row in ordered if row.scores[title] != 1]
@@ -67,8 +67,8 @@ def failures_and_successes(rows: Sequence[Judged], title: str) -> list[Judged]:
 
 def changes(
     prompts: Sequence[Prompt],
-    ours: tuple[Path, Sequence[Judged]],
-    theirs: tuple[Path, Sequence[Judged]],
+    ours: tuple[Path, Sequence[ScoredImage]],
+    theirs: tuple[Path, Sequence[ScoredImage]],
     title: str,
 ) -> list[Album]:
     """Two albums of pairs, each side given by its folder and rows: what only `ours` got right, what only `theirs` did."""
@@ -84,7 +84,7 @@ def changes(
     return albums
 
 
-def card(images: Sequence[tuple[Path, Judged]], prompt: Prompt, good: bool) -> Card:
+def card(images: Sequence[tuple[Path, ScoredImage]], prompt: Prompt, good: bool) -> Card:
     """Read the images of one prompt, each given by its folder and row."""
     shown = []
     for folder, row in images:
@@ -93,7 +93,7 @@ def card(images: Sequence[tuple[Path, Judged]], prompt: Prompt, good: bool) -> C
     return Card(shown, images[0][1].prompt, prompt.info.get("seen") is False, good)
 
 
-def verdict(row: Judged) -> str:
+def verdict(row: ScoredImage) -> str:
     """ "strict 0, GenEval 1; saw red circle" """
     values = ", ".join(
         f"{name} {'unknown' if math.isnan(value) else f'{value:.3g}'}" for name, value in row.scores.items()

@@ -16,7 +16,7 @@ import numpy as np
 
 from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation import intervals
-from nitro_e.evaluation.images import Judged
+from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.intervals import Estimate
 
 
@@ -38,7 +38,7 @@ def task_of(prompt: Prompt) -> str:
     return str(prompt.info.get("tag", "all"))
 
 
-def summarize(prompts: Sequence[Prompt], rows: Sequence[Judged], title: str) -> Score:
+def summarize(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], title: str) -> Score:
     """The score called `title` of all images `rows` of these prompts."""
     values = prompt_means(len(prompts), rows, title)
     found = parts(prompts, values)
@@ -79,7 +79,7 @@ def means(prompts: Sequence[Prompt], values: np.ndarray) -> dict[str, float]:
 
 
 def compare(
-    prompts: Sequence[Prompt], ours: Sequence[Judged], theirs: Sequence[Judged], title: str
+    prompts: Sequence[Prompt], ours: Sequence[ScoredImage], theirs: Sequence[ScoredImage], title: str
 ) -> dict[str, Any]:
     """Paired difference ours - theirs over the same prompts and noise, and how many prompts each does better."""
     a, b = (prompt_means(len(prompts), rows, title) for rows in (ours, theirs))
@@ -92,7 +92,7 @@ def compare(
     }
 
 
-def prompt_means(num: int, rows: Sequence[Judged], title: str) -> np.ndarray:
+def prompt_means(num: int, rows: Sequence[ScoredImage], title: str) -> np.ndarray:
     """(num,) mean over a prompt's images; NaN if one of them has no score."""
     values: list[list[float]] = [[] for _ in range(num)]
     for row in rows:

@@ -53,7 +53,7 @@ class Band(NamedTuple):
 
 @dataclass
 class Chart:
-    """What the template draws; no lines if no value is finite."""
+    """Everything that the template draws; there are no lines if no value is finite."""
 
     area: ClassVar[Area] = AREA
 
@@ -68,7 +68,7 @@ class Chart:
 
 
 class Scale(NamedTuple):
-    """From data to pixels along one axis."""
+    """Maps data to pixels along one axis."""
 
     low: float
     high: float

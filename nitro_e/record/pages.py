@@ -58,7 +58,7 @@ COLOURS = {
 
 @dataclass
 class Record:
-    """What the files of a run directory say."""
+    """The content of a run directory's files."""
 
     folder: Path
     rows: list[dict[str, Any]]  # of metrics.jsonl, superseded ones dropped

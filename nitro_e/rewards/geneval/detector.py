@@ -29,7 +29,8 @@ from nitro_e.rewards.geneval.tasks import CLASSES
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # of the network's input
 MAX_CANDIDATES = 100
-UNUSED = r"^criterion\.|\.swin\.layernorm\.|\.relative_position_index$"  # of the loss; not used; computed
+# weights that may be missing: the loss's, unused ones, and those computed on loading
+UNUSED = r"^criterion\.|\.swin\.layernorm\.|\.relative_position_index$"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
@@ -108,7 +109,7 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
 
 
 def load_detector(folder: str, name: str | None = None) -> Detector:
-    """From a folder of transformers' format or with OpenMMLab's checkpoint; `name`: its `source`, if not the folder."""
+    """Load a folder of transformers' format or with OpenMMLab's checkpoint; `name`: its `source`, if not the folder."""
     from transformers import Mask2FormerForUniversalSegmentation, logging
 
     file = openmmlab.find(folder)

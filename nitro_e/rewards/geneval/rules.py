@@ -5,8 +5,7 @@
     fraction     how much of it is there, 0..1; exactly 1 if and only if correct
     graded       the same, less for other objects; exactly 1 if and only if strict
 
-Pure Python, no images. The caller detects objects, and drops uncertain ones: `confident` is the
-benchmark's way.
+Pure Python, no images. The caller detects objects, and drops uncertain ones as the benchmark does (`confident`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ POSITION_MARGIN = 0.1  # of the summed sizes: how far centers may overlap before
 
 
 class Detection(NamedTuple):
-    """One object found in an image; None where what is there is no known class, or of no clear color."""
+    """One object found in an image; name None: of no known class, color None: not clear or not asked for."""
 
     name: str | None
     color: str | None
@@ -29,7 +28,7 @@ class Detection(NamedTuple):
 
 
 def confident(found: Sequence[Detection], metadata: dict) -> list[Detection]:
-    """What the benchmark looks at: the best 16 of each class above .3, or .9 where it counts objects."""
+    """Keep the objects that the benchmark looks at: of each class the best 16 above .3, or .9 where it counts objects."""
     least = MIN_SCORE_COUNTING if metadata["tag"] == "counting" else MIN_SCORE
     kept: list[Detection] = []
     for thing in sorted(found, key=lambda thing: -thing.score):
@@ -72,11 +71,11 @@ def is_strict(found: Sequence[Detection], metadata: dict) -> bool:
 
 
 def fraction(found: Sequence[Detection], metadata: dict) -> float:
-    """Mean over the parts of a request; what else is in the image does not matter.
+    """The mean over the parts of a request; other objects in the image do not matter.
 
-    The parts: of every class the share that is there (a surplus counts like a lack where the number is asked
-    for), the share with the right color, and whether the relation holds; an absent object earns nothing for
-    its color or its place."""
+    The parts are: of every class the share that is there (where the number is asked for, a surplus counts like a
+    lack), the share with the right color, and whether the relation holds. An absent object earns nothing for its
+    color or its place."""
     exact = _exact(metadata)
     parts, groups = [], []
     for wanted in metadata["include"]:

@@ -1,4 +1,4 @@
-"""What a GenEval prompt asks for: request <-> caption, and the metadata record the rules read.
+"""The requests behind GenEval's prompts: request <-> caption, and the metadata record that the rules read.
 
 A request is one thing, or two joined by a relation or by "and"; a thing is `count` objects of a class, of a
 color or of any. The wording is GenEval's ("two benchs" too), so that reading a prompt back gives its
@@ -41,7 +41,7 @@ class Thing(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a caption asks for: one thing, or two joined by the relation ("and" if there is none)."""
+    """A caption's content: one thing, or two joined by the relation ("and" if there is none)."""
 
     tag: str
     things: tuple[Thing, ...]
@@ -53,7 +53,7 @@ def plural(noun: str) -> str:
 
 
 def caption(request: Request) -> str:
-    """As GenEval words it: "a photo of an orange car left of a cow"."""
+    """Word a request as GenEval does: "a photo of an orange car left of a cow"."""
     phrases = []
     for name, color, count in request.things:
         noun = name if color is None else f"{color} {name}"

@@ -1,8 +1,7 @@
-"""Images to the objects GenEval's rules are about: detector, confidence, and CLIP for the colors that
-matter.
+"""Images to the objects that GenEval's rules judge: the detector's confident ones, and CLIP for their colors.
 
-A color is asked only of the best `count` objects of a class whose color the prompt names. The object is
-shown to CLIP alone, on gray; the nearest of ten color names wins, each the mean of three phrasings.
+CLIP names a color only for the best `count` objects of a class whose color the prompt names. It sees the object alone,
+on gray; the nearest of ten color names wins, each the mean of three phrasings.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PHRASES = (
 CROPS = 16  # at a time
 
 
-class GenEvalJudge(nn.Module):
+class ColorDetector(nn.Module):
     """pixels (B, 3, H, W) in -1..1 and their metadata -> detections for `is_correct` and `fraction`."""
 
     def __init__(self, detector: Detector, clip: CLIP) -> None:
@@ -56,7 +55,7 @@ class GenEvalJudge(nn.Module):
         return things
 
     def colors(self, crops: Sequence[Tensor], name: str) -> list[str]:
-        """The color of each crop (3, h, w) of an object of this class."""
+        """Name the color of each crop (3, h, w) of an object of this class."""
         if not crops:
             return []
         images = torch.cat([fit_short_side(one[None], self.clip.size) for one in crops])  # (N, 3, S, S)
@@ -72,19 +71,21 @@ class GenEvalJudge(nn.Module):
 
 
 def crop(image: Tensor, mask: Tensor, box: Sequence[float]) -> Tensor:
-    """What lies in the mask, on gray, cut to the box: (3, h, w) in -1..1."""
+    """Cut the box out of an image, with gray outside the mask: (3, h, w) in -1..1."""
     left, top, right, bottom = (round(edge) for edge in box)
     return torch.where(mask, image, GRAY)[:, top:bottom, left:right]
 
 
-def load_judge(detector: str = MASK2FORMER, clip: str = CLIP_L, revision: str | None = None) -> GenEvalJudge:
-    """Detector and color classifier from hub ids or folders; ConfigError if they cannot be loaded."""
+def load_color_detector(
+    detector: str = MASK2FORMER, clip: str = CLIP_L, revision: str | None = None
+) -> ColorDetector:
+    """Load detector and color classifier from hub ids or folders; ConfigError if they cannot be loaded."""
 
     def load(folder: str) -> Detector:
         is_folder = Path(detector).expanduser().is_dir()
         return load_detector(folder, None if is_folder else f"{detector} at {Path(folder).name}")
 
-    return GenEvalJudge(
+    return ColorDetector(
         files.load("geneval's detector", "path", detector, load, files.TRANSFORMER, revision),
         files.load(
             *("geneval's colors", "options.clip", clip),
