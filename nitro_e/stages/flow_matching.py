@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, Fraction, Ge, Gt, Le
 from nitro_e.data import Data, Records
-from nitro_e.interfaces import Batch, LatentCodec, Phase, TextEmbedding, TextEncoder, VisionEncoder
-from nitro_e.model import EMMDiT
+from nitro_e.interfaces import Batch, LatentCodec, Model, Phase, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.randomness import SlotRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
@@ -42,7 +41,7 @@ class FlowMatchingConfig(Config):
 class ProjectedModel(nn.Module):
     """The model and, for REPA, the projector that is trained with it and thrown away."""
 
-    def __init__(self, model: EMMDiT, repa: RepaConfig | None, feature_width: int | None) -> None:
+    def __init__(self, model: Model, repa: RepaConfig | None, feature_width: int | None) -> None:
         super().__init__()
         self.model = model
         self.taps = [] if repa is None else [repa.tap]
@@ -76,7 +75,7 @@ class FlowMatching:
     """Batches of captioned latents, one phase."""
 
     def __init__(
-        self, config: FlowMatchingConfig, model: EMMDiT, data: Data, codec: LatentCodec, text: TextEncoder,
+        self, config: FlowMatchingConfig, model: Model, data: Data, codec: LatentCodec, text: TextEncoder,
         vision: VisionEncoder | None, seed: int, device: torch.device, forward_flops: float,
     ) -> None:  # fmt: skip
         self.config, self.model, self.data = config, model, data
@@ -99,7 +98,7 @@ class FlowMatching:
     def bad_samples(self) -> int:
         return len(self.data.bad)
 
-    def export(self, model: EMMDiT) -> EMMDiT:
+    def export(self, model: Model) -> Model:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:

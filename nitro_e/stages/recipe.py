@@ -37,8 +37,8 @@ from nitro_e.encoders.components import (
 )
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator, Share
 from nitro_e.files import sha256_of
-from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
-from nitro_e.model import EMMDiT, ModelConfig, describe
+from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
+from nitro_e.model import describe
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.randomness import seeded
 from nitro_e.record.metrics import caption
@@ -71,7 +71,7 @@ class RunConfig(Config):
     run: str | None = None  # run directory; None: runs/NAME
     seed: Seed = 0
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
-    model: ModelConfig
+    model: Architecture  # E-MMDiT, or the kind that `model.kind` names
     stage: StageConfig
     data: DataConfig | None = None  # only for stages that read images
     components: ComponentsConfig
@@ -150,7 +150,7 @@ class Parts(NamedTuple):
     autocast: Callable[[], contextlib.AbstractContextManager]  # of the engine's precision
     codec: LatentCodec
     text: TextEncoder
-    model: EMMDiT  # on the device
+    model: Model  # on the device
     flops: float  # of one forward pass of one sample
 
 
@@ -278,9 +278,9 @@ def open_run_data(
             raise ConfigError(
                 f"components.{component} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
             )
-    if data.text_format == "ragged" and config.model.text_mask == "none":
+    if data.text_format == "ragged" and config.model.attends_padding:
         raise ConfigError(
-            "model.text_mask is 'none', which attends to padded positions, but the stored text has none (ragged); "
+            "the model attends to padded positions of the text, but the stored text has none (ragged); "
             "encode it padded, or train with model.text_mask=real"
         )
     return data
@@ -376,7 +376,7 @@ def refuse_other_architecture(config: RunConfig) -> None:
     check_architecture(str(last), read_config(last / "model")["model"], config.model, remedy)
 
 
-def build_model(config: RunConfig) -> EMMDiT:
+def build_model(config: RunConfig) -> Model:
     """Fresh weights from the seed, or those of `init_from` or the teacher, whose architecture must be the same.
 
     A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
@@ -384,32 +384,30 @@ def build_model(config: RunConfig) -> EMMDiT:
     first = config.init_from or getattr(config.stage, "teacher", None)
     if first is None or checkpoint.latest(config.folder) is not None:
         with seeded(config.seed, "initial weights"):
-            return EMMDiT(config.model)
+            return config.model.build()
     source = load_pretrained(checkpoint.model_folder(first)).float()
     check_architecture(first, source.config, config.model)
-    model = EMMDiT(config.model)
+    model = config.model.build()
     model.load_state_dict(source.state_dict())
     return model
 
 
 def check_architecture(
-    source: str, theirs: ModelConfig, ours: ModelConfig,
+    source: str, theirs: Architecture, ours: Architecture,
     remedy: str = "give the same keys here, or other weights to start from",
 ) -> None:  # fmt: skip
     """ConfigError if a model of `ours` cannot have the weights of `source`, a model of `theirs`: which keys differ."""
     was, now = architecture(theirs), architecture(ours)
-    changed = [f"model.{key} was {was[key]!r}, is {now[key]!r}" for key in now if now[key] != was[key]]
+    changed = [
+        f"model.{key} was {was.get(key)!r}, is {now[key]!r}" for key in now if now[key] != was.get(key)
+    ]
     if changed:
         raise ConfigError(f"'{source}' is of another architecture ({'; '.join(changed)}); {remedy}")
 
 
-def architecture(config: ModelConfig) -> dict:
-    """The fields that decide what the weights are; initial values do not, and a continuation may change grid and ASA."""
-    return {
-        key: value
-        for key, value in to_dict(config).items()
-        if key not in ("gate_init", "base_grid", "attention")
-    }
+def architecture(config: Architecture) -> dict:
+    """Return the fields that decide what the weights are."""
+    return {key: value for key, value in to_dict(config).items() if key not in config.FREE}
 
 
 def first_records(data: Data) -> Records:
@@ -461,11 +459,11 @@ def check_flow_matching(config: RunConfig) -> None:
             + ("nothing reads the vision encoder; set components.vision: null" if repa is None else
                "REPA needs a vision encoder; set components.vision or stage.repa: null")
         )  # fmt: skip
-    if repa is not None and not (1 <= repa.tap <= model.depth and model.on_full_grid(repa.tap)):
-        first, inside, _ = model.groups
+    full = [tap for tap in range(1, model.depth + 1) if model.feature_maps(tap) == (1,)]
+    if repa is not None and repa.tap not in full:
         raise ConfigError(
             f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; "
-            f"choose 1 to {first} or {first + inside + 1} to {model.depth}"
+            f"choose one of {', '.join(map(str, full))}"
         )
 
 
