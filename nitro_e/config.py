@@ -2,7 +2,7 @@
 
 Every config class is a frozen, keyword-only dataclass that lives beside the code it configures; this module
 only knows how to fill one from plain data and how to complain. There are no interpolations, no includes, no
-defaults outside the dataclasses, and no import paths in YAML, but for rewards of your own (nitro_e.rewards.registry).
+defaults outside the dataclasses, and no import paths in YAML, but for rewards and models of your own.
 Nothing here imports torch. The text files that people write (YAML, JSON, prompts) are read here too.
 
 Bounds stand on the key's own line, and hold however the object is made (its class inherits from `Config`):
@@ -13,6 +13,7 @@ Numbers are finite everywhere, and whole ones fit into 64 bits.
 A dataclass may declare what `from_dict` understands:
     PRESETS    name -> plain dict; `preset: NAME` in the data starts from that dict, other keys override it.
     SHORTHAND  a key; a bare string or number in the data stands for `{SHORTHAND: value}`.
+    KINDS      name -> "module:class"; the subclass that `kind` names is made, by default the first. See `class_of_kind`.
     derive     a class method that fills in keys which follow from others.
 A field is read and written under its own name, or under the `key` of its metadata: `metadata={"key": "global"}` for
 a word that Python keeps to itself, `metadata={"key": None}` for what is set in Python only and is no key of recipes.
@@ -23,10 +24,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import math
 import operator
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -291,6 +295,8 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         data = {shorthand: data}
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path or 'config'}: expected a mapping, got {data!r}")
+    if "KINDS" in vars(cls):
+        cls = class_of_kind(cls, data.get("kind"), f"{path}.kind" if path else "kind")
     data = _expand_preset(cls, dict(data), path)
     if issubclass(cls, Config):
         data = cls.derive(data)
@@ -323,6 +329,35 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
             about_a_key = re.split(r"\W", message, maxsplit=1)[0] in fields
             message = f"{path}.{message}" if about_a_key else f"{path}: {message}"
         raise ConfigError(message) from None
+
+
+def class_of_kind(base: type[T], kind: Any, where: str = "kind", imports: bool = True) -> type[T]:
+    """Return the subclass of `base` that `kind` names: a key of base.KINDS (None: the first), or "module:name" of yours.
+
+    Only subclasses of `base` are taken, so a recipe can name nothing else. `imports=False` is for data that may be a
+    stranger's: of modules that are not ours it knows only those that the program has imported.
+    """
+    known = base.KINDS
+    kind = next(iter(known)) if kind is None else kind
+    if not isinstance(kind, str) or not (kind in known or re.fullmatch(r"[\w.]+:\w+", kind)):
+        raise ConfigError(
+            f"{where}: unknown kind {kind!r}" + did_you_mean(str(kind), [*known, "module:name"])
+        )
+    module, _, name = known.get(kind, kind).partition(":")
+    if not imports and kind not in known and module not in sys.modules:
+        raise ConfigError(f"{where}: '{kind}' is code of somebody's own; import {module} before, in Python")
+    if kind not in known and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for yours, whichever script is running
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(
+            f"{where}: '{kind}': cannot import '{module}' ({error}); put {module}.py into the directory you start "
+            "from, or install it"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ConfigError(f"{where}: '{kind}' is no subclass of {base.__module__}.{base.__name__}")
+    return cls
 
 
 def to_dict(config: Any) -> Any:
@@ -442,7 +477,11 @@ def _coerce_union(args: tuple, value: Any, where: str) -> Any:
     if all(dataclasses.is_dataclass(option) for option in options):  # a union tagged by `kind`
         if any(isinstance(value, option) for option in options):
             return value
-        tags = {typing.get_args(typing.get_type_hints(option)["kind"])[0]: option for option in options}
+        tags = {
+            typing.get_args(hints["kind"])[0]: option
+            for option in options
+            if "kind" in (hints := typing.get_type_hints(option))
+        }
         kind = value.get("kind") if isinstance(value, Mapping) else None
         if not isinstance(kind, str) or kind not in tags:
             raise ConfigError(f"{where}.kind: unknown kind {kind!r}" + did_you_mean(str(kind), list(tags)))

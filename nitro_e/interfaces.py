@@ -1,4 +1,4 @@
-"""What the parts of the project promise each other: structural protocols, no base classes to inherit.
+"""What the parts of the project promise each other: structural protocols, and the two base classes of models.
 
 Ranges and shapes used everywhere:
     pixels    (B, 3, H, W) float, -1..1
@@ -9,14 +9,15 @@ Ranges and shapes used everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nitro_e.config import ConfigError
+from nitro_e.config import Config, ConfigError, Ge, Le
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -101,7 +102,7 @@ class VisionEncoder(Protocol):
 
 
 class Denoiser(Protocol):
-    """What samplers take: an EMMDiT, a guided one, a test lambda."""
+    """What samplers take: a `Model`, a guided one, a test's lambda."""
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         """Velocity `noise - data` at (x, t): (B, C, h, w)."""
@@ -113,6 +114,176 @@ class DistContext(NamedTuple):
     rank: int = 0
     world_size: int = 1
     sum: Callable[[Tensor], Tensor] = lambda values: values  # every process must call it
+
+
+Grid = tuple[int, int]  # rows, columns of tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Config):
+    """Base of the models' configs: what recipes, stages and samplers ask before there are weights.
+
+    `kind` decides the class: a name of KINDS, or "module:name" for one of your own (docs/model.md shows how).
+    A subclass adds its fields, `depth` and `build`; the other methods fit a transformer that works on one token grid.
+    """
+
+    KINDS: ClassVar[Mapping[str, str]] = {
+        "emmdit": "nitro_e.model.emmdit:ModelConfig"
+    }  # the first: if none is named
+    # fields that say nothing about the weights: a run may go on from weights that had others
+    FREE: ClassVar[tuple[str, ...]] = ()
+
+    kind: str
+    latent_channels: Annotated[int, Ge(1), Le(65536)] = 32
+    text_width: Annotated[int, Ge(1), Le(65536)] = 2048
+    patch_size: Annotated[int, Ge(1), Le(256)] = 1  # latent cells per token side
+    width: Annotated[int, Ge(1), Le(65536)] = 768  # channels of a token
+    position_table: Annotated[int, Ge(1), Le(1024)] = 96  # tokens per side of the largest grid
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks; a tap, 1 to depth, is the place after so many of them."""
+        raise NotImplementedError
+
+    def build(self) -> Model:
+        """Make the model, with fresh weights from torch's global generator."""
+        raise NotImplementedError
+
+    def build_empty(self) -> Model:
+        """Make a model whose parameters are all replaced afterwards; big ones need no memory or time for them."""
+        return self.build()
+
+    @property
+    def attends_padding(self) -> bool:
+        """Whether padded text positions influence the result; then data must store them."""
+        return False
+
+    def feature_maps(self, tap: int) -> tuple[int, ...]:
+        """Return what the image tokens after `tap` blocks are: one map per entry r, of (rows / r) x (columns / r) tokens."""
+        self.check_taps([tap])
+        return (1,)
+
+    @property
+    def default_taps(self) -> tuple[int, ...]:
+        """The taps that a discriminator reads unless the recipe names others: three, the last after the last block."""
+        return tuple(sorted({max(round(self.depth * part / 3), 1) for part in (1, 2, 3)}))
+
+    def check_taps(self, taps: Sequence[int]) -> None:
+        """Raise ConfigError for a tap outside 1 to depth."""
+        for tap in taps:
+            if not 1 <= tap <= self.depth:
+                raise ConfigError(f"taps {list(taps)}: block counts must be in 1 to {self.depth}")
+
+    def latent_grid(self, height: int, width: int) -> Grid:
+        """Return the token grid of a latent of this size."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(f"latent {height}x{width} is not a multiple of patch_size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def check_grid(
+        self, height: int, width: int, text_length: int | None = None, pixels: int | None = None
+    ) -> None:
+        """Raise ConfigError for a token grid (rows, columns) or a text length that the model cannot work on.
+
+        pixels: per token side, when the message should speak of pixels.
+        """
+        problem = self.grid_problem(height, width)
+        if problem is not None:
+            sizes = [_size(*grid, pixels) for grid in self.nearest_grids(height, width)]
+            nearest = (
+                f"the nearest that work: {', '.join(sizes)}" if sizes else "no grid works with this config"
+            )
+            raise ConfigError(f"{_size(height, width, pixels)}: {problem}; {nearest}")
+        if text_length is not None:
+            self.check_text_length(text_length)
+
+    def nearest_grids(self, height: int, width: int, count: int = 3) -> list[Grid]:
+        """Return the token grids that work and are nearest in rows plus columns."""
+        sides = range(1, self.position_table + 1)
+        grids = sorted(
+            itertools.product(sides, sides),
+            key=lambda grid: (abs(grid[0] - height) + abs(grid[1] - width), grid),
+        )
+        return list(itertools.islice((grid for grid in grids if self.grid_problem(*grid) is None), count))
+
+    def grid_problem(self, height: int, width: int) -> str | None:
+        """Return why the model cannot work on a token grid, or None."""
+        if height < 1 or width < 1:
+            return "there must be at least one token"
+        if max(height, width) > self.position_table:
+            return f"more than the {self.position_table} tokens per side of position_table"
+        return None
+
+    def check_text_length(self, length: int) -> None:
+        """Raise ConfigError for a number of text tokens that the model cannot work on."""
+
+
+def _size(height: int, width: int, pixels: int | None) -> str:
+    return f"grid {height}x{width}" if pixels is None else f"{height * pixels}x{width * pixels} px"
+
+
+class AdapterLayer(NamedTuple):
+    """A linear layer that LoRA may be put on."""
+
+    path: str  # of the nn.Linear within the model
+    # its name in adapter files; with several names it is cut into as many layers of equal output width
+    names: tuple[str, ...]
+    attention: bool  # part of `targets: attention`; the others are only in `targets: blocks`
+
+
+class Model(nn.Module):
+    """Base of the diffusion transformers that the stages train and the samplers draw from.
+
+    A subclass defines `forward_intermediates`. The rest is optional: `condition` for adversarial distillation,
+    `adapter_layers` for LoRA, `compile_blocks` and `gradient_checkpointing` for speed and memory. What a model does
+    not define raises ConfigError where it is asked for.
+    """
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Predict the velocity `noise - data`.
+
+        x: (B, C, h, w) latents at time t; t: (B,) in 0..1, 1 = noise; text: tokens (B, L, text_width), mask (B, L).
+        Returns (B, C, h, w). A grid or text length that the config does not allow raises ConfigError.
+        """
+        return self.forward_intermediates(x, t, text)[0]
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, text: TextEmbedding, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return `forward`, and for each tap in 1..depth the image tokens (B, N, width) after so many blocks.
+
+        The N tokens are those of the maps of `config.feature_maps(tap)`, map after map, each row by row.
+        """
+        raise NotImplementedError
+
+    def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
+        """Return float32 features (B, width) of the times and of the real text tokens, for a discriminator's heads."""
+        raise self._lacks("features of time and text, which adversarial distillation needs")
+
+    def adapter_layers(self) -> list[AdapterLayer]:
+        """List the linear layers that LoRA may be put on."""
+        raise self._lacks("layers for LoRA; set stage.adapter: null")
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile the blocks in place; options are those of torch.compile."""
+        raise self._lacks("compiled blocks; set engine.compile: false, or sample without compiling")
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes activations again instead of keeping them."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, wanted: bool) -> None:
+        if wanted:
+            raise self._lacks("gradient checkpointing; set engine.gradient_checkpointing: false")
+
+    def _lacks(self, what: str) -> ConfigError:
+        return ConfigError(f"model.kind '{self.config.kind}' offers no {what}")
 
 
 @dataclass

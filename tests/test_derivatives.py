@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import layers
-from nitro_e.model.cpu import attention
 from nitro_e.model.cpu.packing import pack_for_cpu
 
 
@@ -196,13 +195,13 @@ def test_attention_asks_for_the_kernel_that_knows_tangents(monkeypatch):
         )
         return arguments[2]
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", asked)
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", asked)
     q = torch.randn(1, 2, 4, 8)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        attention.attend(*(q.to("meta"),) * 3, None)
+        layers.attend(*(q.to("meta"),) * 3, None)
         with forward_ad.dual_level():
-            attention.attend(*(q.to("meta"),) * 3, None)
-            attention.attend(q, q, q, None)
+            layers.attend(*(q.to("meta"),) * 3, None)
+            layers.attend(q, q, q, None)
     assert chosen == [(True, True, True), (False, False, True), (False, False, True)]
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from nitro_e.config import ConfigError, TrainingError, from_dict
 from nitro_e.model import ModelConfig
-from nitro_e.model.layers import Compressor, Reconstructor
+from nitro_e.model.layers import Compressor, Reconstructor, fold
 from nitro_e.randomness import SlotRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
@@ -37,8 +37,7 @@ from nitro_e.stages.distill.heads import (
     FixedHeads,
     Head,
     HeadConfig,
-    default_taps,
-    slots_of,
+    feature_maps,
     token_maps,
 )
 from nitro_e.stages.distill.inputs import Draft, Drafts, InputConfig
@@ -284,8 +283,10 @@ def test_u7_maps_are_split_as_the_reconstructor_splits():
     tokens, grid = torch.randn(1, 80, 64), (16, 16)
     seen = []
     reconstructor = Reconstructor(64, (2, 4))
-    for path in reconstructor.paths:
-        path.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for path, ratio in zip(reconstructor.paths, reconstructor.ratios):
+        path.register_forward_pre_hook(
+            lambda _, inputs, ratio=ratio: seen.append(fold(inputs[0], grid, ratio))
+        )
     reconstructor(tokens, torch.randn(1, 256, 64), grid)
     for given, expected in zip(token_maps(tokens, grid, (2, 4)), seen):
         assert torch.equal(given.flatten(2).transpose(1, 2), expected)
@@ -293,22 +294,22 @@ def test_u7_maps_are_split_as_the_reconstructor_splits():
 
 def test_u8_the_released_models_heads_give_752_logits_and_count_alike():
     config = ModelConfig()
-    taps = default_taps(config)
+    taps = config.default_taps
     assert taps == (4, 10, 16, 19, 24)
-    slots = slots_of(config, taps)
-    assert [slot.ratio for slot in slots] == [1, 2, 4, 2, 4, 2, 4, 1]
-    sizes = [16 // slot.ratio for slot in slots]
+    maps = feature_maps(config, taps)
+    assert [place.ratio for place in maps] == [1, 2, 4, 2, 4, 2, 4, 1]
+    sizes = [16 // place.ratio for place in maps]
     assert sum(size**2 for size in sizes) == 752
-    heads = FixedHeads(len(slots), 768, HeadConfig())
+    heads = FixedHeads(len(maps), 768, HeadConfig())
     assert sum(p.numel() for p in heads.heads[0].parameters()) == 1_214_593
-    small = FixedHeads(len(slots), 64, HeadConfig(width=32))
+    small = FixedHeads(len(maps), 64, HeadConfig(width=32))
     time, text = torch.randn(2, 2, 64)
 
     logits = small(Features([torch.randn(2, 64, size, size) for size in sizes], time, text), 0)
     assert sum(entry.shape[2] for entry in logits) == 752
     by_head = torch.stack([entry.mean(dim=(1, 2)) for entry in logits], dim=1)
     torch.testing.assert_close(losses.score(logits), by_head.mean(dim=1))
-    assert default_taps(TINY) == (1, 2, 3, 4)
+    assert TINY.default_taps == (1, 2, 3, 4)
 
 
 def test_heads_use_what_their_condition_names_and_only_real_text():

@@ -11,7 +11,8 @@ from torch import nn
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.model.released import from_released, merge_lora, to_released
+from nitro_e.model.lora import merge_lora
+from nitro_e.model.released import from_released, to_released
 from nitro_e.stages.grpo.adapter import (
     AdapterConfig,
     Stacked,

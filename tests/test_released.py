@@ -15,6 +15,7 @@ from torch import nn
 import nitro_e.cli.convert
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.model import EMMDiT, ModelConfig, released
+from nitro_e.model.lora import merge_lora
 from nitro_e.model.pretrained import load_pretrained, read_config, save_pretrained
 from nitro_e.sampling.pipeline import Use
 
@@ -289,7 +290,7 @@ def test_lora_merge_is_that_of_peft(released_state, tmp_path, options):
         Skeleton(released_state), peft.LoraConfig(target_modules=TARGETS, init_lora_weights=False, **options)
     )
     adapted.save_pretrained(tmp_path)
-    merged = released.merge_lora(released_state, tmp_path)
+    merged = merge_lora(released_state, tmp_path)
     theirs = adapted.merge_and_unload().state_dict()
     for name in TARGETS:
         assert (merged[f"{name}.weight"] - released_state[f"{name}.weight"]).abs().max() > 1e-3
@@ -344,28 +345,26 @@ def test_adapters_that_cannot_be_merged_exactly_are_refused(
     released_state, tmp_path, message, config, change
 ):
     with pytest.raises(ConfigError, match=message) as error:
-        released.merge_lora(released_state, edited_lora(tmp_path / "lora", change, **config))
+        merge_lora(released_state, edited_lora(tmp_path / "lora", change, **config))
     assert "\n" not in str(error.value)
 
 
 def test_alpha_that_two_patterns_disagree_on_is_refused(released_state, tmp_path):
     """PEFT takes the first match but saves the keys sorted: the order is lost."""
     with pytest.raises(ConfigError, match="alpha_pattern gives 'block_groups.0.0.attn.to_q' both 3 and 5"):
-        released.merge_lora(
-            released_state, edited_lora(tmp_path / "lora", alpha_pattern={"to_q": 3, "attn.to_q": 5})
-        )
+        merge_lora(released_state, edited_lora(tmp_path / "lora", alpha_pattern={"to_q": 3, "attn.to_q": 5}))
 
 
 def test_adapter_folders_that_are_none(released_state, tmp_path):
     with pytest.raises(ConfigError, match="has no adapter_config.json"):
-        released.merge_lora(released_state, tmp_path)
+        merge_lora(released_state, tmp_path)
     folder = edited_lora(tmp_path / "lora")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="adapter_model.safetensors does not exist"):
-        released.merge_lora(released_state, folder)
+        merge_lora(released_state, folder)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
-        released.merge_lora(released_state, folder)
+        merge_lora(released_state, folder)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 from nitro_e.cli.benchmark.plain_emmdit import PlainEMMDiT
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.model import EMMDiT, ModelConfig, released
+from nitro_e.model import EMMDiT, ModelConfig, layers, released
 from nitro_e.model.cpu import attention
 from nitro_e.model.cpu.packing import PackedLinear, pack_for_cpu
 
@@ -110,12 +110,12 @@ def test_attention_in_chunks(monkeypatch, chunk, keep, masked):
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys)
     upstream = torch.randn_like(expected)
 
-    out = attention.attend(q, k, v, visible)
+    out = layers.attend(q, k, v, visible)
     torch.testing.assert_close(out, expected)
     ours, theirs = (torch.autograd.grad(result, (q, k, v), upstream) for result in (out, expected))
     torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
-        assert torch.equal(attention.attend(q, k, v, visible), out)
+        assert torch.equal(layers.attend(q, k, v, visible), out)
 
 
 def test_attention_keeps_few_weights_only(monkeypatch):

@@ -6,9 +6,10 @@
     nitro-e convert runs/mine@ema models/mine --dtype float16
 
 SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint. A model
-folder can be sampled at once (nitro-e sample models/nitro-e-512 ...); what sampling needs is written beside the
-weights, and of a run its step, resolved config and environment (`provenance`). The released format holds the weights alone, bit for bit, for other programs. The REPA projector that some
-released files carry is left out and reported: it serves training only.
+folder can be sampled at once (nitro-e sample models/nitro-e-512 ...): what sampling needs is written beside the
+weights, and so are step, resolved config and environment of a run (`provenance`). The released format holds the weights
+of an E-MMDiT alone, bit for bit, for other programs. The REPA projector that some released files carry is left out and
+reported, because only training uses it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
 from nitro_e.encoders.components import ComponentConfig
 from nitro_e.files import atomic_path, commit_of, save_tensors
+from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import (
     load_pretrained,
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def convert(options: argparse.Namespace) -> str:
-    """Read, convert, write; returns what to tell the user."""
+    """Read, convert and write; return the lines to print."""
     out: Path = options.out
     if out.exists():
         raise ConfigError(f"OUT '{out}' exists; remove it or give another name")
@@ -84,6 +86,10 @@ def convert(options: argparse.Namespace) -> str:
         model.to(getattr(torch, options.dtype))
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to_released:
+        if not isinstance(model, EMMDiT):
+            raise ConfigError(
+                f"'{path}' is of kind '{model.config.kind}'; the released format is E-MMDiT's alone"
+            )
         told = tell_reader(path, model)
         write_file(model, out)
         lines = [f"{out}: the released format; its reader must be told: {told}"]
@@ -100,7 +106,7 @@ def convert(options: argparse.Namespace) -> str:
 
 
 def tell_reader(path: Path, model: EMMDiT) -> str:
-    """What the released format has no place for. ConfigError if its samplers could not follow it."""
+    """Say what the released format has no place for. Raise ConfigError if its samplers could not follow it."""
     told = [f"attention {', '.join(model.config.attention)}"]
     sampling = read_config(path)["use"].get("sampling", {}) if path.is_dir() else {}
     if sampling.get("time_scale", 1) != 1:
@@ -115,14 +121,15 @@ def tell_reader(path: Path, model: EMMDiT) -> str:
 
 
 def find(source: str, file: str | None, revision: str | None = None) -> Path:
-    """The file or model folder; directories may be runs or checkpoints too."""
+    """Find the file or model folder that SOURCE means; directories may be runs or checkpoints too."""
     if file is None and Path(source.partition("@")[0]).is_dir():
         return model_folder(source)
     return locate(source, file, revision)
 
 
-def use_of_released(name: str, model: EMMDiT) -> dict[str, Any]:
-    """How released weights are sampled: 20 guided steps, or 4 without guidance for the distilled ones."""
+def use_of_released(name: str, model: Model) -> dict[str, Any]:
+    """Describe how released weights are sampled: 20 guided steps, or 4 without guidance for the distilled ones."""
+    assert isinstance(model, EMMDiT)
     distilled = "-dist" in name
     sampling = SamplingConfig(
         resolution=32 * model.config.base_grid * model.config.patch_size,  # 32 pixels per latent cell
@@ -141,13 +148,13 @@ def write_file(model: EMMDiT, out: Path) -> None:
         save_tensors(released.to_released(model), temporary)
 
 
-def write_folder(model: EMMDiT, out: Path, use: dict[str, Any], origin: dict[str, Any] | None) -> None:
+def write_folder(model: Model, out: Path, use: dict[str, Any], origin: dict[str, Any] | None) -> None:
     with atomic_path(out) as temporary:
         save_pretrained(model, temporary, use, origin)
 
 
 def provenance(path: Path) -> dict[str, Any] | None:
-    """Of weights in a run directory: which step, trained how and on what; of a model folder, what it says itself."""
+    """Tell where weights come from: the step, config and environment of a run, or what a model folder itself says."""
     run = path.parents[2] if (path.parent / "meta.json").is_file() else None
     if run is None or not (run / "config.yaml").is_file():
         if not path.is_dir():
@@ -163,7 +170,7 @@ def provenance(path: Path) -> dict[str, Any] | None:
 
 
 def from_hub(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Of weights from a hub repository: which files of which commit."""
+    """Tell which files of which commit of a hub repository were read; None for local sources."""
     if Path(options.source).exists():
         return None
     commit = commit_of(options.source, options.revision)
@@ -171,13 +178,13 @@ def from_hub(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def left_out(path: Path) -> list[str]:
-    """What of a released file is not in the model."""
+    """Say which tensors of a released file are not in the model."""
     if path.is_dir():
         return []
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(released.PROJECTOR)]
-    return (
-        [f"left out: {len(names)} tensors of the REPA projector ({names[0]}, ...); it serves training only"]
-        if names
-        else []
-    )
+    if not names:
+        return []
+    return [
+        f"left out: {len(names)} tensors of the REPA projector ({names[0]}, ...); it serves training only"
+    ]

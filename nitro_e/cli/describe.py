@@ -4,8 +4,9 @@
     nitro-e describe nitro-e-512 'attention=[full]' --grid 32x32
     nitro-e describe configs/shapes/1_pretrain.yaml model.width=256
 
-CONFIG is a preset of ModelConfig (key=value then sets its fields) or a recipe (key=value as for train.py; grid and
-text length are the recipe's). FLOPs are 2 per multiply-add, of one latent's forward pass. Tables are Markdown.
+CONFIG is a preset of E-MMDiT (key=value then sets its fields) or a recipe (key=value as for nitro-e train; grid and
+text length are the recipe's). FLOPs are 2 per multiply-add, of one latent's forward pass. Tables are Markdown. Of a
+model of your own, named by a recipe, only parameters and FLOPs of its modules are counted.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, apply_override, from_dict, load
+from nitro_e.interfaces import Architecture, Grid
 from nitro_e.model import ModelConfig
-from nitro_e.model.describe import Count, ablations, operations, parts, total
-from nitro_e.model.layers import Grid
+from nitro_e.model.describe import Count, ablations, operations, parts, total, usual_grid
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,10 +45,10 @@ def show(options: argparse.Namespace) -> None:
     print("\n".join(report(config, grid, options.text_length or text_length)))
 
 
-def read(name: str, overrides: Sequence[str]) -> tuple[ModelConfig, Grid, int]:
-    """The model config, its token grid and its text length."""
+def read(name: str, overrides: Sequence[str]) -> tuple[Architecture, Grid, int]:
+    """Read the model config, its token grid and its text length."""
     if not name.endswith((".yaml", ".yml")):
-        data = {"preset": name}
+        data: dict[str, Any] = {"preset": name}
         for override in overrides:
             apply_override(data, override)
         config = from_dict(ModelConfig, data, "model")
@@ -55,11 +57,11 @@ def read(name: str, overrides: Sequence[str]) -> tuple[ModelConfig, Grid, int]:
     from nitro_e.stages.recipe import RunConfig
 
     recipe = load(RunConfig, name, overrides)
-    shape = codec_shape(recipe.components.codec)
-    side = (
-        recipe.model.base_grid * recipe.model.patch_size if shape is None else recipe.resolution // shape[1]
-    )
-    return recipe.model, recipe.model.latent_grid(side, side), text_shape(recipe.components.text)[1]
+    shape, text_length = codec_shape(recipe.components.codec), text_shape(recipe.components.text)[1]
+    if shape is None:
+        return recipe.model, usual_grid(recipe.model), text_length
+    side = recipe.resolution // shape[1]
+    return recipe.model, recipe.model.latent_grid(side, side), text_length
 
 
 def parse_grid(text: str) -> Grid:
@@ -69,49 +71,52 @@ def parse_grid(text: str) -> Grid:
     return int(match[1]), int(match[2])
 
 
-def report(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
-    """All tables, as lines of Markdown."""
+def report(config: Architecture, grid: Grid, text_length: int) -> list[str]:
+    """Make all tables, as lines of Markdown."""
     by_part, whole = parts(config, grid, text_length), total(config, grid, text_length)
-    full, inside, _ = config.image_tokens(*grid)
-    lines = [
-        f"{whole.parameters:,} parameters, {gflop(whole.flops)} GFLOP for {grid[0]}x{grid[1]} image and {text_length} text tokens."
+    first = (
+        f"{whole.parameters:,} parameters, {gflop(whole.flops)} GFLOP for {grid[0]}x{grid[1]} image and "
+        f"{text_length} text tokens."
+    )
+    header = ["part", "parameters", "share", "image + text tokens", "GFLOP", "share"]
+    rows = [[c.name, *shares(c, whole)[:2], tokens(c), *shares(c, whole)[2:]] for c in by_part]
+    part_table = ["", *table(header, rows)]
+    if not isinstance(config, ModelConfig):
+        return [first, *part_table]
+    header = ["operation", "parameters", "share", "GFLOP", "share"]
+    rows = [[c.name, *shares(c, whole)] for c in operations(config, grid, text_length)]
+    operation_table = ["", *table(header, rows)]
+    savings = [*compression_line(config, grid), *attention_line(config, grid, text_length)]
+    return [first, *savings, *part_table, *operation_table, "", *ablation_table(config, grid, text_length)]
+
+
+def shares(count: Count, whole: Count) -> list[str]:
+    """Make the cells for parameters and FLOPs, each with its share of the whole."""
+    return [
+        f"{count.parameters:,}",
+        share(count.parameters, whole.parameters),
+        gflop(count.flops),
+        share(count.flops, whole.flops),
     ]
-    if config.compression:
-        lines.append(
-            f"Image tokens in the compressed blocks: {inside} instead of {full}, {1 - inside / full:.2%} fewer."
-        )
+
+
+def compression_line(config: ModelConfig, grid: Grid) -> list[str]:
+    full, inside, _ = config.image_tokens(*grid)
+    if not config.compression:
+        return []
+    fewer = f"{1 - inside / full:.2%} fewer"
+    return [f"Image tokens in the compressed blocks: {inside} instead of {full}, {fewer}."]
+
+
+def attention_line(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
     everywhere = dataclasses.replace(config, attention=("full",))
     now, otherwise = (attention(choice, grid, text_length) for choice in (config, everywhere))
-    if now != otherwise:
-        lines.append(
-            f"Products of queries, keys and values: {gflop(now)} GFLOP instead of {gflop(otherwise)} with full attention, "
-            f"{1 - now / otherwise:.1%} fewer."
-        )
-    header = ["part", "parameters", "share", "image + text tokens", "GFLOP", "share"]
-    rows = [
-        [
-            c.name,
-            f"{c.parameters:,}",
-            share(c.parameters, whole.parameters),
-            tokens(c),
-            gflop(c.flops),
-            share(c.flops, whole.flops),
-        ]
-        for c in by_part
+    if now == otherwise:
+        return []
+    return [
+        f"Products of queries, keys and values: {gflop(now)} GFLOP instead of {gflop(otherwise)} with full attention, "
+        f"{1 - now / otherwise:.1%} fewer."
     ]
-    lines += ["", *table(header, rows)]
-    header = ["operation", "parameters", "share", "GFLOP", "share"]
-    rows = [
-        [
-            c.name,
-            f"{c.parameters:,}",
-            share(c.parameters, whole.parameters),
-            gflop(c.flops),
-            share(c.flops, whole.flops),
-        ]
-        for c in operations(config, grid, text_length)
-    ]
-    return [*lines, "", *table(header, rows), "", *ablation_table(config, grid, text_length)]
 
 
 def ablation_table(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
@@ -119,9 +124,8 @@ def ablation_table(config: ModelConfig, grid: Grid, text_length: int) -> list[st
     rows = [["as configured", f"{whole.parameters:,}", "", gflop(whole.flops), ""]]
     for name, other in ablations(config, grid, text_length):
         c = total(other, grid, text_length)
-        rows.append([
-            name, f"{c.parameters:,}", change(c.parameters, whole.parameters), gflop(c.flops), change(c.flops, whole.flops)
-        ])  # fmt: skip
+        parameters, flops = change(c.parameters, whole.parameters), change(c.flops, whole.flops)
+        rows.append([name, f"{c.parameters:,}", parameters, gflop(c.flops), flops])
     return table(["ablation", "parameters", "change", "GFLOP", "change"], rows)
 
 
@@ -146,15 +150,12 @@ def change(new: int, old: int) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown, aligned for the eye too: first column left, others right."""
+    """Make a Markdown table whose columns are aligned: the first to the left, others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:
-        return (
-            "| "
-            + " | ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))])
-            + " |"
-        )
+        aligned = [cells[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:]))]
+        return "| " + " | ".join(aligned) + " |"
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     return [line(header), rule, *map(line, rows)]

@@ -16,7 +16,6 @@ from pathlib import Path
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.files import atomic_path
-from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_state, read_config, save_pretrained
 from nitro_e.record import run_folder
 from nitro_e.training import ema
@@ -68,7 +67,7 @@ def synthesize(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.run} holds no complete checkpoint, whose config.json is needed")
     state, report = ema.synthesize(snapshots_of(options.run), options.sigma_rel, options.step)
     config = read_config(newest / "model")
-    model = EMMDiT(config["model"])
+    model = config["model"].build()
     load_state(model, state, options.run / ema.FOLDER)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as temporary:

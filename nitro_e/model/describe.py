@@ -1,27 +1,30 @@
-"""Where the parameters and the arithmetic of a model are: counts per part, per operation, and over the ablations.
+"""Counts of a model's parameters and arithmetic: per part, per operation, and over E-MMDiT's ablations.
 
-Nothing is run or allocated: parameters are read off the model on the meta device, FLOPs (2 per multiply-add) are
-counted for every linear layer and for the two matrix products of attention. Norms, activations, sums and the
-position table are left out: they are below 1 % of the arithmetic. nitro-e describe prints what is counted here.
+Nothing is run or allocated. Of an E-MMDiT, parameters are read off the model on the meta device, and FLOPs (2 per
+multiply-add) are counted for every linear layer and for the two matrix products of attention. Norms, activations, sums
+and the position table are left out: they are below 1 % of the arithmetic. Of models of other kinds torch's counter
+follows the forward pass on the meta device. `nitro-e describe` prints what is counted here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e.config import ConfigError
+from nitro_e.interfaces import Architecture, Grid, TextEmbedding
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
-from nitro_e.model.layers import Grid
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one row of a table sums up. Tokens are those the part works on; FLOPs are of one latent's forward."""
+    """One row of a table: FLOPs are those of one latent's forward pass, tokens those that the part works on."""
 
     name: str
     parameters: int
@@ -41,17 +44,29 @@ class _Item:
 
 
 PARTS = (
-    "time and shared modulation", "text embedding", "patch embedding", "blocks before", "compression", "blocks inside",
-    "reconstruction", "blocks after", "output",
-)  # fmt: skip
+    "time and shared modulation",
+    "text embedding",
+    "patch embedding",
+    "blocks before",
+    "compression",
+    "blocks inside",
+    "reconstruction",
+    "blocks after",
+    "output",
+)
 OPERATIONS = ("attention projections", "attention", "MLP", "modulation", "norms", "outside blocks")
 
 
-def parts(config: ModelConfig, grid: Grid | None = None, text_length: int = 128) -> list[Count]:
-    """Counts of each part in the order of the forward pass, without parts that are off. grid: default the training grid."""
-    height, width = grid or (config.base_grid, config.base_grid)
-    config.check_grid(height, width, text_length)
-    full, inside, _ = config.image_tokens(height, width)
+def parts(config: Architecture, grid: Grid | None = None, text_length: int = 128) -> list[Count]:
+    """Count each part: of an E-MMDiT in the order of the forward pass, without parts that are off.
+
+    grid: by default the one an E-MMDiT is trained on, and 16 x 16 of other models.
+    """
+    grid = grid or usual_grid(config)
+    config.check_grid(*grid, text_length)
+    if not isinstance(config, ModelConfig):
+        return _measured(config, grid, text_length)
+    full, inside, _ = config.image_tokens(*grid)
     tokens = {part: (full, 0) for part in PARTS} | {
         "time and shared modulation": (0, 0),
         "text embedding": (0, text_length),
@@ -59,7 +74,7 @@ def parts(config: ModelConfig, grid: Grid | None = None, text_length: int = 128)
         "blocks inside": (inside, text_length),
         "blocks after": (full, text_length),
     }
-    items = list(_items(config, (height, width), text_length))
+    items = list(_items(config, grid, text_length))
     return [
         dataclasses.replace(
             _sum(part, [item for item in items if item.part == part]), image_tokens=image, text_tokens=text
@@ -70,22 +85,20 @@ def parts(config: ModelConfig, grid: Grid | None = None, text_length: int = 128)
 
 
 def operations(config: ModelConfig, grid: Grid | None = None, text_length: int = 128) -> list[Count]:
-    """The same counts by kind of operation."""
-    height, width = grid or (config.base_grid, config.base_grid)
-    items = list(_items(config, (height, width), text_length))
+    """Count each kind of operation of an E-MMDiT."""
+    items = list(_items(config, grid or usual_grid(config), text_length))
     return [_sum(name, [item for item in items if item.operation == name]) for name in OPERATIONS]
 
 
-def total(config: ModelConfig, grid: Grid | None = None, text_length: int = 128) -> Count:
-    """Parameters and FLOPs of the whole model."""
-    height, width = grid or (config.base_grid, config.base_grid)
-    return _sum("total", list(_items(config, (height, width), text_length)))
+def total(config: Architecture, grid: Grid | None = None, text_length: int = 128) -> Count:
+    """Count the parameters and FLOPs of the whole model."""
+    return _sum("total", parts(config, grid, text_length))
 
 
 def ablations(config: ModelConfig, grid: Grid, text_length: int = 128) -> list[tuple[str, ModelConfig]]:
-    """Each idea of the paper switched off, or replaced by what it replaced, where the config has it and the grid allows it."""
-    off = dict(compression=(), position_reinforcement=False)
-    choices = {
+    """List configs with one idea of the paper switched off, or replaced by what it replaced, as far as the grid allows it."""
+    off: dict[str, Any] = dict(compression=(), position_reinforcement=False)
+    choices: dict[str, dict[str, Any]] = {
         "compression: none": off,
         "compression: one path, (2)": dict(compression=(2,)),
         "compression: one path, (4)": dict(compression=(4,)),
@@ -108,8 +121,33 @@ def ablations(config: ModelConfig, grid: Grid, text_length: int = 128) -> list[t
     return changed
 
 
-def _sum(name: str, items: list[_Item]) -> Count:
+def usual_grid(config: Architecture) -> Grid:
+    """Return the token grid that models are counted on unless another is given."""
+    return (config.base_grid, config.base_grid) if isinstance(config, ModelConfig) else (16, 16)
+
+
+def _sum(name: str, items: Sequence[Count | _Item]) -> Count:
     return Count(name, sum(item.parameters for item in items), sum(item.flops for item in items))
+
+
+def _measured(config: Architecture, grid: Grid, text_length: int) -> list[Count]:
+    """Count each top-level module of a model of any kind."""
+    with torch.device("meta"):
+        model = config.build()
+        latents = torch.empty(1, config.latent_channels, *(side * config.patch_size for side in grid))
+        mask = torch.ones(1, text_length, dtype=torch.bool)
+        text = TextEmbedding(torch.empty(1, text_length, config.text_width), mask)
+        with FlopCounterMode(display=False) as counter:
+            model(latents, torch.empty(1), text)
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    counts = {
+        name: (sum(p.numel() for p in module.parameters()), flops.get(f"{type(model).__name__}.{name}", 0))
+        for name, module in model.named_children()
+    }
+    rest = sum(p.numel() for p in model.parameters()) - sum(parameters for parameters, _ in counts.values())
+    outside = counter.get_total_flops() - sum(flops for _, flops in counts.values())
+    counts["outside modules"] = rest, outside
+    return [Count(name, *numbers) for name, numbers in counts.items() if any(numbers)]
 
 
 def _items(config: ModelConfig, grid: Grid, text_length: int) -> Iterator[_Item]:
@@ -132,7 +170,7 @@ def _items(config: ModelConfig, grid: Grid, text_length: int) -> Iterator[_Item]
 
 
 def _rows(config: ModelConfig, name: list[str], full: int, image: list[int], text: int) -> int:
-    """How many vectors a linear layer is applied to."""
+    """Count the vectors that a linear layer is applied to."""
     match name:
         case ["time" | "shared_modulation", *_] | ["blocks", _, _, "modulation", *_]:
             return 1

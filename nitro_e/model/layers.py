@@ -7,23 +7,24 @@ Section numbers refer to the E-MMDiT paper (arXiv 2510.27135) unless another pap
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nitro_e.model.cpu.attention import attend
+from nitro_e.interfaces import Grid
+from nitro_e.model.cpu.attention import attend_in_chunks
 from nitro_e.model.transforms import transformed
-
-Grid = tuple[int, int]  # rows, columns of tokens
 
 # ------------------------------------------------------------------------------------------------ embeddings
 
 
 def timestep_sinusoids(t: Tensor, width: int = 256) -> Tensor:
-    """(B,) in 0..1 -> (B, width): cosines then sines of 1000 t at geometric frequencies 1 .. 1/10000, float32."""
+    """Embed t (B,) in 0..1 as (B, width) float32: cosines, then sines, of 1000 t at frequencies 1 .. 1/10000."""
     half = width // 2
     frequencies = torch.exp(
         -math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device)
@@ -33,7 +34,7 @@ def timestep_sinusoids(t: Tensor, width: int = 256) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) in 0..1 -> (B, D), after the SiLU that every modulation projection starts with."""
+    """Map t (B,) in 0..1 to (B, D), including the SiLU that every modulation projection starts with."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class SharedModulation(nn.Module):
 
 
 def sincos_table(size: int, width: int, base_grid: int, interpolation: int) -> Tensor:
-    """(size, size, width) fixed 2-D position table: sines and cosines of the column, then of the row.
+    """Compute the fixed 2-D position table (size, size, width): sines and cosines of the column, then of the row.
 
     Neighbours are `base_grid / size / interpolation` apart, as in diffusers' PatchEmbed.
     """
@@ -73,6 +74,8 @@ def sincos_table(size: int, width: int, base_grid: int, interpolation: int) -> T
 class AddPosition(nn.Module):
     """Add the centre crop of a fixed sin-cos table to the tokens of a grid."""
 
+    table: Tensor
+
     def __init__(self, size: int, width: int, base_grid: int, interpolation: int) -> None:
         super().__init__()
         self.register_buffer("table", sincos_table(size, width, base_grid, interpolation), persistent=False)
@@ -84,8 +87,8 @@ class AddPosition(nn.Module):
         return x + crop.to(x.dtype)
 
 
-class Keep(nn.Module):
-    """Stands where a part is switched off: returns its first input."""
+class Skip(nn.Module):
+    """Takes the place of a part that is switched off, and returns its first input."""
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         return x
@@ -151,10 +154,12 @@ MODULATIONS = {"affine": AffineModulation, "single": SingleModulation, "full": F
 
 
 class Region(NamedTuple):
-    """Subregion attention (ASA, Section 3.5): tokens viewed as (l s n); each of the s groups attends alone.
+    """A pattern of subregion attention (ASA, Section 3.5): the tokens are split into s groups, each attending alone.
 
-    `4x1` (s = 4, n = 1) takes every 4th token, `4x4` runs of 4 out of every 16, `1x1` is full attention. Image and
-    text counts are both multiples of s * n, so splitting the joint sequence splits each stream in the same way.
+    A region sees tokens as one list, in which the image's run row by row; it knows no rows and columns. The list is
+    viewed as (l s n), and group i has the entries (:, i, :): of `4x1` (s = 4, n = 1) every 4th token, of `4x4` runs
+    of 4 out of every 16; `1x1`, also called `full`, is full attention. The numbers of image and of text tokens are
+    both multiples of s * n, so splitting the joint list splits each stream in the same way.
     """
 
     groups: int  # s
@@ -162,7 +167,7 @@ class Region(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> Region:
-        """`full` or `RxN`; ValueError otherwise."""
+        """Read `full` or `RxN`, s and n; raise ValueError for anything else."""
         if name == "full":
             return cls(1, 1)
         groups, _, run = name.partition("x")
@@ -173,55 +178,71 @@ class Region(NamedTuple):
 
     @property
     def multiple(self) -> int:
+        """The number that token counts must be a multiple of."""
         return self.groups * self.run
 
     def split(self, x: Tensor) -> Tensor:
-        """(B, N, ...) -> (B, s, N / (s n), n, ...), a view: the tokens of each group, in order."""
+        """View tokens (B, N, ...) as groups (B, s, N / (s n), n, ...), each in order."""
         return rearrange(x.unflatten(1, (-1, self.groups, self.run)), "b l s n ... -> b s l n ...")
 
     def merge(self, x: Tensor) -> Tensor:
-        """Attended tokens of every group (B s, H, N, K) -> (B, N, H K)."""
+        """Put the attended tokens of all groups (B s, H, N / s, K) back in order: (B, N, H K)."""
         return rearrange(x, "(b s) h (l n) k -> b (l s n) (h k)", s=self.groups, n=self.run)
 
 
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, without weight, in the operators that every derivative is known of."""
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all.
+
+    On a CPU the same is computed by two matrix products, which are twice as fast for such narrow heads.
+    """
+    mask = None if visible is None else visible[:, None, None]
+    if transformed():
+        with sdpa_kernel(SDPBackend.MATH):  # the one kernel that knows tangents and second derivatives
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.device.type == "cpu":
+        return attend_in_chunks(q, k, v, visible, torch.is_grad_enabled())[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, without weight, of operators that have derivatives of every kind and order."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, but where tangents are: derived again, the forward-mode rule of torch's takes mean and deviation for
-    constants (pytorch issue 196700)."""
+    """torch's layer norm, replaced under forward-mode AD and torch.func: there torch's rule takes mean and deviation
+    for constants when it is derived again (pytorch issue 196700)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not transformed():
             return super().forward(x)
-        x = normalise(x - x.mean(-1, keepdim=True), self.eps)
+        x = rms_norm(x - x.mean(-1, keepdim=True), self.eps)
         return x if self.weight is None else torch.addcmul(self.bias, x, self.weight)
 
 
 class HeadNorm(nn.Module):
-    """The weight of an RMSNorm over each head's K channels; `normalise_heads` applies several at once."""
+    """The weight of an RMSNorm over each head's K channels, which `normalise_qk` applies."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_width))
 
 
-def normalise_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
-    """x: (B, N, norms, H, K)."""
-    weight = torch.stack([norm.weight for norm in norms]).to(x.dtype)  # (norms, K)
-    x = normalise(x, 1e-6) if transformed() else F.rms_norm(x, x.shape[-1:], eps=1e-6)
-    return x * weight[:, None]
+def normalise_qk(qk: Tensor, q_norm: HeadNorm, k_norm: HeadNorm) -> Tensor:
+    """RMSNorm over each head's channels, of queries and keys in one pass: (B, N, 2, H, K) -> the same shape."""
+    weight = torch.stack([q_norm.weight, k_norm.weight]).to(qk.dtype)  # (2, K)
+    qk = rms_norm(qk, 1e-6) if transformed() else F.rms_norm(qk, qk.shape[-1:], eps=1e-6)
+    return qk * weight[:, None]
 
 
-def keep_heads(x: Tensor, *norms: nn.Module) -> Tensor:
-    return x
+def keep_qk(qk: Tensor, *norms: nn.Module) -> Tensor:
+    """Leave queries and keys as they are: `qk_norm` is off."""
+    return qk
 
 
 class AttentionInput(nn.Module):
-    """Queries, keys and values of one stream."""
+    """Project the tokens of one stream to queries, keys and values."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -230,25 +251,31 @@ class AttentionInput(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.normalise = normalise_heads if qk_norm else keep_heads
+        self.normalise: Callable[..., Tensor] = normalise_qk if qk_norm else keep_qk
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised and modulated tokens (B, N, D) -> three of (B, N, H, K)."""
+        """x: normalised and modulated tokens (B, N, D). Returns q, k and v, each (B, N, H, K)."""
         qkv = rearrange(self.qkv(x), "b n (three h k) -> b n three h k", three=3, h=self.heads)
-        q, k = self.normalise(qkv[:, :, :2], self.q_norm, self.k_norm).unbind(2)
-        return q, k, qkv[:, :, 2]
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        q, k = self.normalise(qk, self.q_norm, self.k_norm).unbind(2)
+        return q, k, v
 
 
 class MLP(nn.Sequential):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, features: int, hidden: int, out: int) -> None:
+        super().__init__(nn.Linear(features, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
 
 
 # ----------------------------------------------------------------------------------------------------- block
 
 
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
 class Stream(nn.Module):
-    """One stream (image or text) of a block: what happens before the joint attention, and after it."""
+    """One stream (image or text) of a block: its modulation, the layers around the joint attention, and its MLP."""
 
     def __init__(self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool) -> None:
         super().__init__()
@@ -256,12 +283,14 @@ class Stream(nn.Module):
         self.attention = AttentionInput(width, heads, qk_norm)
         self.attention_out = nn.Linear(width, width)
         self.norm_mlp = LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(width, hidden)
+        self.mlp = MLP(width, hidden, width)
 
-    def before(self, x: Tensor, m: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, m: Modulation) -> QKV:
+        """x (B, N, D) -> q, k and v, each (B, N, H, K)."""
         return self.attention(modulate(self.attention.norm(x), m.shift_attention, m.scale_attention))
 
-    def after(self, x: Tensor, attended: Tensor, m: Modulation) -> Tensor:
+    def update(self, x: Tensor, attended: Tensor, m: Modulation) -> Tensor:
+        """Add what was attended to and the MLP's output to x (B, N, D), both gated."""
         x = torch.addcmul(x, m.gate_attention, self.attention_out(attended))
         return torch.addcmul(x, m.gate_mlp, self.mlp(modulate(self.norm_mlp(x), m.shift_mlp, m.scale_mlp)))
 
@@ -289,14 +318,20 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """image (B, N, D), text (B, L, D), time: shared modulation or time embedding, mask (B, N + L) or None."""
         m_image, m_text = self.image.modulation(time), self.text.modulation(time)
-        attended_image, attended_text = joint_attention(
-            self.image.before(image, m_image), self.text.before(text, m_text), self.region, mask
-        )
-        return self.image.after(image, attended_image, m_image), self.text.after(text, attended_text, m_text)
+
+        # attention: both streams see both, within each group of the region
+        image_qkv = self.image.project_qkv(image, m_image)
+        text_qkv = self.text.project_qkv(text, m_text)
+        attended_image, attended_text = joint_attention(image_qkv, text_qkv, self.region, mask)
+
+        # gated residuals and MLP: each stream by itself
+        image = self.image.update(image, attended_image, m_image)
+        text = self.text.update(text, attended_text, m_text)
+        return image, text
 
 
 class LastBlock(nn.Module):
-    """A block whose text is read but not updated: nothing would read the update."""
+    """A block whose text is read but not updated, because nothing would read the update."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region
@@ -310,24 +345,25 @@ class LastBlock(nn.Module):
         self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         m_image = self.image.modulation(time)
-        attended, _ = joint_attention(self.image.before(image, m_image), self.text(text), self.region, mask)
-        return self.image.after(image, attended, m_image), text
+        image_qkv = self.image.project_qkv(image, m_image)
+        attended, _ = joint_attention(image_qkv, self.text(text), self.region, mask)
+        return self.image.update(image, attended, m_image), text
 
 
-def joint_attention(image: tuple, text: tuple, region: Region, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(q, k, v) of both streams, each (B, N | L, H, K), attend to each other -> (B, N, D), (B, L, D).
+def joint_attention(image: QKV, text: QKV, region: Region, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Let image tokens (q, k, v each (B, N, H, K)) and text tokens (B, L, H, K) attend to each other.
 
-    mask: (B, N + L) bool over keys, True = attended to, or None.
+    mask: (B, N + L) bool over keys, True = attended to, or None. Returns (B, N, D) and (B, L, D).
     """
-    # each (B s, H, (N + L) / s, K)
-    q, k, v = (_heads_first(region.split(i), region.split(t)) for i, t in zip(image, text))
-    out = attend(q, k, v, None if mask is None else region.split(mask).flatten(2).flatten(0, 1))
+    q, k, v = (join(region.split(i), region.split(t)) for i, t in zip(image, text))
+    visible = None if mask is None else region.split(mask).flatten(2).flatten(0, 1)  # (B s, (N + L) / s)
+    out = attend(q, k, v, visible)
     tokens = image[0].shape[1] // region.groups
     return region.merge(out[:, :, :tokens]), region.merge(out[:, :, tokens:])
 
 
-def _heads_first(image: Tensor, text: Tensor) -> Tensor:
-    """Both streams of every group, heads before tokens, in one copy."""
+def join(image: Tensor, text: Tensor) -> Tensor:
+    """Join the split tokens of both streams, heads before tokens, in one copy: (B s, H, (N + L) / s, K)."""
     joint = torch.cat([rearrange(x, "b s l n h k -> b s h l n k") for x in (image, text)], dim=3)
     return rearrange(joint, "b s h l n k -> (b s) h (l n) k")
 
@@ -335,58 +371,38 @@ def _heads_first(image: Tensor, text: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------- compression
 
 
-class PathDown(nn.Sequential):
-    """One compression path: fold r x r tokens into channels, then two 1x1 maps."""
-
-    def __init__(self, width: int, ratio: int) -> None:
-        super().__init__(
-            nn.Linear(width * ratio**2, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
-        )
-        self.ratio = ratio
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        r = self.ratio
-        x = rearrange(x, "b (h i w j) d -> b (h w) (d i j)", h=grid[0] // r, w=grid[1] // r, i=r, j=r)
-        return super().forward(x)  # (B, N / r^2, D)
+def fold(x: Tensor, grid: Grid, r: int) -> Tensor:
+    """Put each r x r neighbourhood of tokens into one: (B, N, D) -> (B, N / r^2, D r^2)."""
+    return rearrange(x, "b (h i w j) d -> b (h w) (d i j)", h=grid[0] // r, w=grid[1] // r, i=r, j=r)
 
 
-class PathUp(nn.Sequential):
-    """One reconstruction path: unfold channels into r x r tokens, then two 1x1 maps."""
-
-    def __init__(self, width: int, ratio: int) -> None:
-        super().__init__(
-            nn.Linear(width // ratio**2, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
-        )
-        self.ratio = ratio
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        r = self.ratio
-        x = rearrange(x, "b (h w) (d i j) -> b (h i w j) d", h=grid[0] // r, w=grid[1] // r, i=r, j=r)
-        return super().forward(x)  # (B, N, D)
+def unfold(x: Tensor, grid: Grid, r: int) -> Tensor:
+    """Take each token apart into r x r: (B, N / r^2, D) -> (B, N, D / r^2)."""
+    return rearrange(x, "b (h w) (d i j) -> b (h i w j) d", h=grid[0] // r, w=grid[1] // r, i=r, j=r)
 
 
 class Compressor(nn.Module):
-    """Multi-path token compression (Section 3.3): the tokens of every path, one path after the other."""
+    """Multi-path token compression (Section 3.3): the folded tokens of every path, one path after the other."""
 
     def __init__(self, width: int, ratios: tuple[int, ...]) -> None:
         super().__init__()
-        self.paths = nn.ModuleList(PathDown(width, ratio) for ratio in ratios)
+        self.ratios = ratios
+        self.paths = nn.ModuleList(MLP(width * ratio**2, width, width) for ratio in ratios)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return torch.cat([path(x, grid) for path in self.paths], dim=1)
+        return torch.cat([path(fold(x, grid, ratio)) for path, ratio in zip(self.paths, self.ratios)], dim=1)
 
 
 class Reconstructor(nn.Module):
-    """Back to the full grid from all paths and the tokens saved before compression (Section 3.3)."""
+    """Restore the full grid from all paths and the tokens saved before compression (Section 3.3)."""
 
     def __init__(self, width: int, ratios: tuple[int, ...]) -> None:
         super().__init__()
-        self.paths = nn.ModuleList(PathUp(width, ratio) for ratio in ratios)
-        self.merge = nn.Sequential(
-            nn.Linear((len(ratios) + 1) * width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
-        )
+        self.ratios = ratios
+        self.paths = nn.ModuleList(MLP(width // ratio**2, width, width) for ratio in ratios)
+        self.merge = MLP((len(ratios) + 1) * width, width, width)
 
     def forward(self, x: Tensor, saved: Tensor, grid: Grid) -> Tensor:
-        counts = [saved.shape[1] // path.ratio**2 for path in self.paths]
-        parts = [path(part, grid) for path, part in zip(self.paths, x.split(counts, dim=1))]
-        return self.merge(torch.cat([*parts, saved], dim=-1))
+        parts = x.split([saved.shape[1] // ratio**2 for ratio in self.ratios], dim=1)
+        full = [path(unfold(part, grid, ratio)) for path, part, ratio in zip(self.paths, parts, self.ratios)]
+        return self.merge(torch.cat([*full, saved], dim=-1))

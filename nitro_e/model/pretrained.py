@@ -1,4 +1,8 @@
-"""Models in files: our folders (`config.json` + `model.safetensors`), released files, hub repositories."""
+"""Models in files: our folders (`config.json` + `model.safetensors`), released files, hub repositories.
+
+The `model` of a config.json has a `kind` (none: written before there were kinds, an E-MMDiT). The released format is
+E-MMDiT's alone.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nitro_e.config import ConfigError, from_dict, parse_json, read_text, to_dict
+from nitro_e.config import ConfigError, class_of_kind, from_dict, parse_json, read_text, to_dict
 from nitro_e.files import fetch, is_hub_id, save_tensors
+from nitro_e.interfaces import Architecture, Model
 from nitro_e.model import released
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
+from nitro_e.model.lora import merge_lora
 from nitro_e.model.weights import check_finite
 
 FORMAT = 1
 
 
 def save_pretrained(
-    model: EMMDiT,
+    model: Model,
     folder: str | Path,
     use: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
@@ -46,11 +52,12 @@ def load_pretrained(
     lora: str | Path | None = None,
     resolution: int | None = None,
     config: ModelConfig | None = None,
-) -> EMMDiT:
-    """An EMMDiT in eval mode, on the CPU, in the dtype of the file.
+) -> Model:
+    """Load a model in eval mode, on the CPU, in the dtype of the file.
 
     source: our folder, a released `.safetensors` file, or a hub id (then `file` names the file in the repository,
         for example `amd/Nitro-E` with `Nitro-E-512px.safetensors`; without it our layout is expected there).
+        The code of a model of your own must have been imported before.
     lora: a PEFT adapter over the released names, which is merged: a folder here or in the same hub repository.
     resolution: 512 or 1024 for released files whose name does not say it (`512px`); decides grid and attention.
     config: the exact config of a released-format file of any other size.
@@ -73,13 +80,17 @@ def load_pretrained(
             config = released.infer_config(state, *_released_choices(path.name, resolution))
         model = _build(config, released.from_released(state, config), path)
     if lora is not None:
-        merged = released.merge_lora(released.to_released(model), locate_lora(lora, source))
+        if not isinstance(model, EMMDiT):
+            raise ConfigError(
+                f"lora '{lora}': only E-MMDiT's are merged; {path} is of kind '{model.config.kind}'"
+            )
+        merged = merge_lora(released.to_released(model), locate_lora(lora, source))
         model.load_state_dict(released.from_released(merged, model.config))
     return model
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed `config.json` of a model folder: {"model": ModelConfig, "use": dict}."""
+    """Read `config.json` of a model folder: {"model": Architecture, "use": dict}."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(
@@ -89,11 +100,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT or "model" not in data:
         found = data.get("format") if isinstance(data, dict) else data
         raise ConfigError(f"{path}: format {found!r} is not {FORMAT}; written by another program or version")
-    return {"model": from_dict(ModelConfig, data["model"], "model"), "use": data.get("use", {})}
+    kind = data["model"].get("kind") if isinstance(data["model"], dict) else None
+    config_class = class_of_kind(Architecture, kind, f"{path}: model.kind", imports=False)
+    return {"model": from_dict(config_class, data["model"], "model"), "use": data.get("use", {})}
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file of weights: float32, bfloat16, float16 or float64, all finite."""
+    """Read all tensors of a file of weights, which must be float32, bfloat16, float16 or float64 and finite."""
     try:
         state = load_file(path)
     except FileNotFoundError:
@@ -111,25 +124,27 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _build(config: ModelConfig, state: dict[str, torch.Tensor], source: Path) -> EMMDiT:
-    with torch.device("meta"):
-        model = EMMDiT(config)
+def _build(config: Architecture, state: dict[str, torch.Tensor], source: Path) -> Model:
+    model = config.build_empty()
     load_state(model, state, source, assign=True)
-    fresh = released.sincos_table(config.position_table, config.width, config.base_grid, config.interpolation)
-    model.position.table = fresh.to(next(iter(state.values())).dtype)
+    # parameters have the file's dtype now; buffers that are in no file, such as position tables, follow
+    dtype = next(iter(state.values())).dtype
+    for name, buffer in model.named_buffers():
+        if name not in state and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
     return model.eval()
 
 
 def load_state(
     module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any, assign: bool = False
 ) -> None:
-    """`load_state_dict`, strict, after `check_fits`."""
+    """Call `load_state_dict`, strictly, after `check_fits`."""
     check_fits(module, state, source)
     module.load_state_dict(state, assign=assign)
 
 
 def check_fits(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any) -> None:
-    """Refuse a state dict of other names or shapes: one line naming the first differences instead of pages of names."""
+    """Raise ConfigError for a state dict of other names or shapes, in one line that names the first differences."""
     own = module.state_dict()
     wrong = {
         "missing": [name for name in own if name not in state],
@@ -146,7 +161,7 @@ def check_fits(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
 
 
 def locate(source: str | Path, file: str | None = None, revision: str | None = None) -> Path:
-    """The local folder or file meant by `source`, downloaded if it is a hub id."""
+    """Return the local folder or file meant by `source`, downloaded if it is a hub id."""
     path = Path(source) / file if file else Path(source)
     if Path(source).exists():
         if not path.exists():
@@ -164,7 +179,7 @@ def locate(source: str | Path, file: str | None = None, revision: str | None = N
 
 
 def locate_lora(lora: str | Path, source: str | Path, revision: str | None = None) -> Path:
-    """The local adapter folder meant by `lora`, downloaded if it is a folder of the hub repository `source`."""
+    """Return the local adapter folder meant by `lora`, downloaded if it is a folder of the hub repository `source`."""
     if Path(lora).is_dir():
         return Path(lora)
     if Path(source).exists() or not is_hub_id(source):
@@ -174,7 +189,7 @@ def locate_lora(lora: str | Path, source: str | Path, revision: str | None = Non
 
 
 def _download(repository: str, revision: str | None, *names: str) -> Path:
-    """The folder that holds these files of a hub repository."""
+    """Return the folder that holds these files of a hub repository."""
     try:
         return fetch(repository, names, revision)
     except Exception as error:  # the hub raises many kinds: no network, no such repository, no access
@@ -185,7 +200,7 @@ def _download(repository: str, revision: str | None, *names: str) -> Path:
 
 
 def _released_choices(name: str, resolution: int | None) -> tuple[int, tuple[str, ...]]:
-    """(base grid, attention cycle) of the two released resolutions."""
+    """Return base grid and attention cycle of one of the two released resolutions."""
     if resolution is None:
         resolution = next((size for size in (512, 1024) if f"{size}px" in name), None)
     presets = {512: "nitro-e-512", 1024: "nitro-e-1024"}

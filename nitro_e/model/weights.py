@@ -1,4 +1,4 @@
-"""What weights read from a file must be."""
+"""Checks of weights that were read from a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nitro_e.config import ConfigError
 
 
 def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
-    """ConfigError for NaN or infinite values; one pass, without a mask of the weights' size."""
+    """Raise ConfigError for NaN or infinite values; one pass, without a mask of the weights' size."""
     bad = [name for name, tensor in state.items() if tensor.numel() and not _finite(tensor)]
     if bad:
         raise ConfigError(

@@ -21,8 +21,7 @@ from nitro_e.encoders.components import (
     chosen_component,
     pinned,
 )
-from nitro_e.interfaces import LatentCodec, TextEncoder, as_prompts
-from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.interfaces import Architecture, LatentCodec, Model, TextEncoder, as_prompts
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.record.run_folder import model_folder
@@ -48,9 +47,7 @@ class Use:
 class TextToImage:
     """Call it with prompts. `defaults` are the sampling settings that the weights came with."""
 
-    def __init__(
-        self, model: EMMDiT, codec: LatentCodec, text: TextEncoder, defaults: SamplingConfig
-    ) -> None:
+    def __init__(self, model: Model, codec: LatentCodec, text: TextEncoder, defaults: SamplingConfig) -> None:
         self.model, self.codec, self.text, self.defaults = model, codec, text, defaults
 
     @classmethod
@@ -89,7 +86,7 @@ class TextToImage:
 
     def compile(self) -> None:
         """Faster steps after a slower start, for many images: torch.compile, and packed weights where a CPU gains by them."""
-        weight = self.model.out.weight
+        weight = next(self.model.parameters())
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
             self.model = pack_for_cpu(self.model)
         self.model.compile_blocks()
@@ -162,7 +159,7 @@ class TextToImage:
 
 
 def latent_size(
-    model: ModelConfig, stride: int, text_length: int, height: int, width: int
+    model: Architecture, stride: int, text_length: int, height: int, width: int
 ) -> tuple[int, int]:
     """(h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
     unit = stride * model.patch_size  # pixels per token side

@@ -13,8 +13,7 @@ import torch
 from nitro_e.config import ConfigError
 from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.encoders.components import ComponentsConfig, text_shape
-from nitro_e.interfaces import LatentCodec, Stage, TextEncoder
-from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.training.batch import BatchConfig, Split
 from nitro_e.training.engine import EngineConfig
@@ -34,7 +33,7 @@ class Run(Protocol[Settings]):
     @property
     def init_from(self) -> str | None: ...
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> Architecture: ...
     @property
     def stage(self) -> Settings: ...
     @property
@@ -61,7 +60,7 @@ class Parts(NamedTuple):
     autocast: Callable[[], contextlib.AbstractContextManager]  # of the engine's precision
     codec: LatentCodec
     text: TextEncoder
-    model: EMMDiT  # on the device
+    model: Model  # on the device
     flops: float  # of one forward pass of one sample
     latent_shape: tuple[int, int, int]  # (C, h, w) at the resolution that the model is trained at
 
@@ -126,9 +125,9 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
             raise ConfigError(
                 f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
             )
-    if data.text_format == "ragged" and config.model.text_mask == "none":
+    if data.text_format == "ragged" and config.model.attends_padding:
         raise ConfigError(
-            "model.text_mask is 'none', which attends to padded positions, but the stored text has none (ragged); "
+            "the model attends to padded positions of the text, but the stored text has none (ragged); "
             "encode it padded, or train with model.text_mask=real"
         )
     return data

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, is_overridden, to_dict
-from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.interfaces import Architecture, Model
 from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.randomness import seeded
 from nitro_e.record import run_folder
@@ -41,7 +41,7 @@ def check_first_weights(config: Run[Any], given: Sequence[str]) -> tuple[list[st
     return lines, warnings
 
 
-def build_model(config: Run[Any]) -> EMMDiT:
+def build_model(config: Run[Any]) -> Model:
     """Fresh weights from the seed, or those of `init_from` or the teacher, whose architecture must be the same.
 
     A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
@@ -49,10 +49,10 @@ def build_model(config: Run[Any]) -> EMMDiT:
     first = config.init_from or getattr(config.stage, "teacher", None)
     if first is None or run_folder.latest(config.folder) is not None:
         with seeded(config.seed, "initial weights"):
-            return EMMDiT(config.model)
+            return config.model.build()
     source = load_pretrained(run_folder.model_folder(first)).float()
     check_architecture(first, source.config, config.model)
-    model = EMMDiT(config.model)
+    model = config.model.build()
     model.load_state_dict(source.state_dict())
     return model
 
@@ -68,21 +68,19 @@ def check_resumed_architecture(config: Run[Any]) -> None:
 
 def check_architecture(
     source: str,
-    theirs: ModelConfig,
-    ours: ModelConfig,
+    theirs: Architecture,
+    ours: Architecture,
     remedy: str = "give the same keys here, or other weights to start from",
 ) -> None:
     """ConfigError if a model of `ours` cannot have the weights of `source`, a model of `theirs`: which keys differ."""
     was, now = architecture(theirs), architecture(ours)
-    changed = [f"model.{key} was {was[key]!r}, is {now[key]!r}" for key in now if now[key] != was[key]]
+    changed = [
+        f"model.{key} was {was.get(key)!r}, is {now[key]!r}" for key in now if now[key] != was.get(key)
+    ]
     if changed:
         raise ConfigError(f"'{source}' is of another architecture ({'; '.join(changed)}); {remedy}")
 
 
-def architecture(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what the weights are; initial values do not, and a continuation may change grid and ASA."""
-    return {
-        key: value
-        for key, value in to_dict(config).items()
-        if key not in ("gate_init", "base_grid", "attention")
-    }
+def architecture(config: Architecture) -> dict[str, Any]:
+    """Return the fields that decide what the weights are."""
+    return {key: value for key, value in to_dict(config).items() if key not in config.FREE}

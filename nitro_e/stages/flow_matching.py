@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.data import Data
 from nitro_e.encoders.components import build_vision_encoder
-from nitro_e.interfaces import Batch, LatentCodec, Phase, Stage, TextEmbedding, TextEncoder, VisionEncoder
-from nitro_e.model import EMMDiT
+from nitro_e.interfaces import (
+    Batch,
+    LatentCodec,
+    Model,
+    Phase,
+    Stage,
+    TextEmbedding,
+    TextEncoder,
+    VisionEncoder,
+)
 from nitro_e.randomness import SlotRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
@@ -54,7 +62,7 @@ class FlowMatchingConfig(Config):
 class ProjectedModel(nn.Module):
     """The model and, for REPA, the projector that is trained with it and thrown away."""
 
-    def __init__(self, model: EMMDiT, repa: RepaConfig | None, feature_width: int) -> None:
+    def __init__(self, model: Model, repa: RepaConfig | None, feature_width: int) -> None:
         """feature_width: of the vision encoder; without REPA it is not used."""
         super().__init__()
         self.model = model
@@ -90,7 +98,7 @@ class FlowMatching:
     def __init__(
         self,
         config: FlowMatchingConfig,
-        model: EMMDiT,
+        model: Model,
         data: Data,
         codec: LatentCodec,
         text: TextEncoder,
@@ -158,11 +166,11 @@ def check(config: Run[FlowMatchingConfig]) -> None:
             "components.vision and stage.repa belong together: REPA needs a vision encoder; set components.vision or "
             "stage.repa: null"
         )
-    if repa is not None and not (1 <= repa.tap <= model.depth and model.on_full_grid(repa.tap)):
-        first, inside, _ = model.groups
+    full = [tap for tap in range(1, model.depth + 1) if model.feature_maps(tap) == (1,)]
+    if repa is not None and repa.tap not in full:
         raise ConfigError(
             f"stage.repa.tap: {repa.tap} is not a block count whose tokens are the full grid; "
-            f"choose 1 to {first} or {first + inside + 1} to {model.depth}"
+            f"choose one of {', '.join(map(str, full))}"
         )
 
 

@@ -31,8 +31,8 @@ from nitro_e.encoders.components import (
     weights_source,
 )
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
-from nitro_e.interfaces import LatentCodec, TextEncoder
-from nitro_e.model import EMMDiT, ModelConfig, describe
+from nitro_e.interfaces import Architecture, LatentCodec, Model, TextEncoder
+from nitro_e.model import describe
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
 from nitro_e.record.run_config import write_config
@@ -65,7 +65,8 @@ class RunConfig(Config):
     run: str | None = None  # run directory; None: runs/NAME
     seed: Seed = 0
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
-    model: ModelConfig  # latent_channels and text_width follow from the components
+    # E-MMDiT, or the kind that `model.kind` names; latent_channels and text_width follow from the components
+    model: Architecture
     stage: StageConfig
     data: DataConfig | None = None  # only for stages that read images
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -330,7 +331,7 @@ def sample_grid_hook(
 ) -> Hook:
     """Fixed prompts and seeds, so that grids of different steps show the same images getting better."""
 
-    def run(model: EMMDiT) -> dict[str, Image.Image]:
+    def run(model: Model) -> dict[str, Image.Image]:
         training = model.training
         images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
         model.train(training)

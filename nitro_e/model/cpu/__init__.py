@@ -1,1 +1,1 @@
-"""What exists only for speed on CPUs."""
+"""The code that exists only for speed on CPUs."""

@@ -1,10 +1,12 @@
-"""Softmax attention for heads as narrow as E-MMDiT's (32): torch's fused kernel on CUDA, two matrix products on a CPU.
+"""Softmax attention on a CPU, for heads as narrow as E-MMDiT's (32): two matrix products instead of torch's kernel.
 
-On a CPU the fused kernel takes about twice the time of two matrix products (docs/speed.md), but their scores
-(B, H, N, N) leave the cache, and training would keep them: 7 MB per block and image at 512 px, 64 MB at 1024 px. So
-they are computed a chunk at a time in one buffer; training keeps them where they are few, and computes them again in
-the backward pass where they are many. It is one operator of torch's registry: torch.compile sees one node. Like the
-fused kernels it knows first gradients only; jvp, vmap and second derivatives by torch.func take plain attention.
+torch's fused kernel takes about twice their time (docs/speed.md). But the scores (B, H, N, N) of plain matrix products
+leave the cache, and training would keep them: 7 MB per block and image at 512 px, 64 MB at 1024 px. So they are
+computed a chunk at a time in one buffer. Training keeps them where they are few, and computes them again in the
+backward pass where they are many.
+
+It is one operator of torch's registry, so torch.compile sees one node. Like the fused kernels it has first gradients
+only. For jvp, vmap and second derivatives `layers.attend` takes plain attention.
 """
 
 from __future__ import annotations
@@ -13,26 +15,13 @@ from collections.abc import Iterator
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nitro_e.model.transforms import transformed
-
-CHUNK_BYTES = 4 << 20  # of scores at a time: they stay in the caches
-KEEP_BYTES = 32 << 20  # of attention weights that one block may keep for its backward pass
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all."""
-    mask = None if visible is None else visible[:, None, None]
-    if transformed():
-        with sdpa_kernel(SDPBackend.MATH):  # the one kernel that knows tangents and second derivatives
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.device.type == "cpu":
-        return attend_in_chunks(q, k, v, visible, torch.is_grad_enabled())[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+# bytes of scores at a time, so that they stay in the caches
+CHUNK_BYTES = 4 << 20
+# bytes of attention weights that one block may keep for its backward pass
+KEEP_BYTES = 32 << 20
 
 
 @torch.library.custom_op("nitro_e::attend_in_chunks", mutates_args=())
@@ -43,7 +32,10 @@ def attend_in_chunks(
     visible: Optional[Tensor],  # noqa: UP045
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same on a CPU, and the weights (B H, N, N) if `training` should keep them, else an empty tensor."""
+    """Softmax attention, and its weights (B H, N, N) if `training` should keep them, else an empty tensor.
+
+    q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all.
+    """
     flat_q, flat_k, flat_v = _flat(q), _flat(k), _flat(v)
     out, kept, buffer = torch.empty_like(flat_q), _empty_weights(q, training), _buffer(flat_q)
     with torch.autocast("cpu", enabled=False):
@@ -73,7 +65,7 @@ def _backward(
             weights = kept[rows, queries] if kept.numel() else _part(buffer, chunk)
             if not kept.numel():
                 _weigh(chunk, flat_k[rows], _hidden(visible, rows, q.shape[1]), weights)
-            added = float(queries.start > 0)  # to what earlier queries gave
+            added = float(queries.start > 0)  # 1: to the gradients that earlier queries gave
             d_v[rows].baddbmm_(weights.transpose(1, 2), incoming, beta=added)
             d_scores = torch.bmm(incoming, flat_v[rows].transpose(1, 2), out=_part(d_buffer, chunk))
             torch.ops.aten._softmax_backward_data(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
@@ -84,7 +76,7 @@ def _backward(
 
 
 def _weigh(q: Tensor, k: Tensor, hidden: Tensor | None, out: Tensor) -> None:
-    """Softmax of the scores, written to `out` (rows, queries, N)."""
+    """Write the softmax of the scores to `out` (rows, queries, N)."""
     torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2), out=out)
     if hidden is not None:
         out.masked_fill_(hidden, float("-inf"))
@@ -92,12 +84,12 @@ def _weigh(q: Tensor, k: Tensor, hidden: Tensor | None, out: Tensor) -> None:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(B, H, N, K) -> (B H, N, K), contiguous."""
+    """Join batch and heads: (B, H, N, K) -> (B H, N, K), contiguous."""
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
 def _chunk_shape(q: Tensor) -> tuple[int, int]:
-    """How many rows of q (B H, N, K), and queries of each, have CHUNK_BYTES of scores."""
+    """Count the rows of q (B H, N, K), and the queries of each, that have CHUNK_BYTES of scores."""
     rows, tokens, _ = q.shape
     queries = max(CHUNK_BYTES // (q.element_size() * tokens), 1)
     return min(max(queries // tokens, 1), rows), min(queries, tokens)
@@ -115,7 +107,7 @@ def _buffer(q: Tensor) -> Tensor:
 
 
 def _part(buffer: Tensor, chunk: Tensor) -> Tensor:
-    """As much of the buffer as the (last, smaller) chunk needs, contiguous."""
+    """View as much of the buffer as the (last, smaller) chunk needs, contiguous."""
     rows, queries, _ = chunk.shape
     return buffer.flatten()[: rows * queries * buffer.shape[2]].view(rows, queries, -1)
 
@@ -127,7 +119,7 @@ def _empty_weights(q: Tensor, training: bool) -> Tensor:
 
 
 def _hidden(visible: Tensor | None, rows: slice, heads: int) -> Tensor | None:
-    """The keys that these rows do not attend to, (rows, 1, N)."""
+    """Mask the keys that these rows do not attend to: (rows, 1, N) bool."""
     return None if visible is None else ~visible.repeat_interleave(heads, 0)[rows, None]
 
 

@@ -1,10 +1,11 @@
 """A faster model for sampling on a CPU: weights laid out for oneDNN once, bias and GELU fused into the linear layers.
 
     packed = pack_for_cpu(model)     # a copy; the same forward, no gradients, no state dict
-    packed.compile_blocks()          # optional: norms, modulation and residuals fused too, for a minute of compiling
+    packed.compile_blocks()          # optional: fuses norms, modulation and residuals, for a minute of compiling
 
-Otherwise every linear layer lays its weights out anew at every call, and GELU is one more pass over the widest
-activations. Left out: training and saving (keep the model that was packed), other devices and dtypes.
+Without it every linear layer lays its weights out anew at every call, and GELU is one more pass over the widest
+activations. Any `Model` can be packed whose linear layers are called, and have a bias. Left out: training and saving
+(keep the model that was packed), other devices and dtypes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
-from nitro_e.model.emmdit import EMMDiT
+from nitro_e.interfaces import Model
 from nitro_e.model.transforms import transformed
 
 
-def pack_for_cpu(model: EMMDiT) -> EMMDiT:
-    """An inference-only copy of a bfloat16 model on the CPU, with packed linear layers.
+def pack_for_cpu(model: Model) -> Model:
+    """Copy a bfloat16 model on the CPU for inference, with packed linear layers.
 
     It gives the model's velocities up to bfloat16 rounding. Raises ConfigError when this model, processor or build of
     torch cannot be packed. The copy has no parameters in its linear layers and cannot be saved.
@@ -36,15 +37,19 @@ def pack_for_cpu(model: EMMDiT) -> EMMDiT:
 
 
 def _pack_children(module: nn.Module) -> None:
-    """Replace linear layers, and in a Sequential the GELU after one, in place."""
+    """Replace linear layers, and in a Sequential the tanh-GELU after one, in place."""
     children = list(module.named_children())
     following = [child for _, child in children[1:]] + [None]
     for (name, child), after in zip(children, following):
         if isinstance(child, nn.Linear):
-            gelu = isinstance(module, nn.Sequential) and isinstance(after, nn.GELU)
-            setattr(module, name, PackedLinear(child, gelu))
-            if gelu:
-                module[int(name) + 1] = nn.Identity()
+            fused = isinstance(module, nn.Sequential) and is_tanh_gelu(after)
+            setattr(module, name, PackedLinear(child, fused))
+            if fused:
+                setattr(module, str(int(name) + 1), nn.Identity())
+
+
+def is_tanh_gelu(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.GELU) and module.approximate == "tanh"
 
 
 def _refuse_to_save(*_: object) -> None:
@@ -53,10 +58,13 @@ def _refuse_to_save(*_: object) -> None:
     )
 
 
-def _check(model: EMMDiT) -> None:
-    weight = model.out.weight
-    if isinstance(model.out, PackedLinear):
+def _check(model: Model) -> None:
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ConfigError("the model is already packed")
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linears or any(linear.bias is None for linear in linears):
+        raise ConfigError("pack_for_cpu: only linear layers with a bias are packed; use the model as it is")
+    weight = linears[0].weight
     if weight.device.type != "cpu":
         raise ConfigError(
             f"pack_for_cpu: the model is on {weight.device}; use compile_blocks there, or move it to the CPU"
@@ -96,7 +104,7 @@ class PackedLinear(nn.Module):
         self.width = linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias.detach()
-        self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self.activation: tuple[str, list, str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
         handle = next(_handles)
         _packed_layers[handle] = self
         self.register_buffer("handle", torch.tensor(handle), persistent=False)
@@ -114,7 +122,7 @@ class PackedLinear(nn.Module):
 
 @torch.library.impl(_library, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, handle: Tensor, width: int) -> Tensor:
-    layer = _packed_layers[handle.item()]
+    layer = _packed_layers[int(handle.item())]
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *layer.activation)
 
 

@@ -68,7 +68,9 @@ class AdversarialConfig(Config):
     fallback: Annotated[float, Gt(0)] = 0.5  # of auto, until something has been measured
     start: Annotated[int, Ge(0)] = 250  # the heads learn alone before
     ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises
-    taps: tuple[Annotated[int, Ge(0)], ...] | None = None  # blocks of the backbone; None: heads.default_taps
+    taps: tuple[Annotated[int, Ge(0)], ...] | None = (
+        None  # blocks of the backbone; None: default_taps of the model
+    )
     heads: HeadConfig = field(default_factory=HeadConfig)
     pool: PoolConfig | None = None  # in place of one head per slot
     judge: JudgeTimesConfig = field(default_factory=JudgeTimesConfig)
@@ -118,12 +120,12 @@ class Adversarial:
     def __init__(self, config: AdversarialConfig, shared: Shared) -> None:
         self.config, self.shared = config, shared
         self.backbone: Backbone = shared.backbone(config.taps)
-        slots, width = len(self.backbone.slots), self.backbone.width
+        maps, width = len(self.backbone.maps), self.backbone.width
         with seeded(shared.seed, "distill", "heads"):
             self.heads: nn.Module = (
-                FixedHeads(slots, width, config.heads)
+                FixedHeads(maps, width, config.heads)
                 if config.pool is None
-                else HeadPool(slots, width, config.pool, shared.seed)
+                else HeadPool(maps, width, config.pool, shared.seed)
             ).to(shared.device)
         self.balanced, self.start, self.fallback = config.weight == "auto", config.start, config.fallback
         self.step = 0

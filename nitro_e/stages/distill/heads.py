@@ -1,7 +1,7 @@
-"""The discriminator: a frozen E-MMDiT whose image tokens are read on their own grids by small convolutional heads.
+"""The discriminator: small convolutional heads on the image tokens of a frozen transformer, the teacher.
 
-The backbone is the teacher. After some of its blocks the tokens become maps: one on the full grid outside the
-compressed part, one per compression path inside (16x16 | 8x8 and 4x4 | 16x16 for the 512 px model), so that several
+After some of its blocks (taps) the tokens become feature maps. Of an E-MMDiT that is one map on the full grid outside
+the compressed part, and one per compression path inside (16x16 | 8x8 and 4x4 | 16x16 for the 512 px model), so several
 scales come for free. Only the heads are trained. Left out: batch statistics, and 1-D convolutions over flattened tokens
 (Nitro-1, SANA-Sprint), which run across row ends and from one path into the next.
 """
@@ -20,75 +20,59 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from nitro_e.config import Config, ConfigError, Ge, Le
-from nitro_e.interfaces import TextEmbedding
-from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.config import Config, Ge, Le
+from nitro_e.interfaces import Architecture, Grid, Model, TextEmbedding
 from nitro_e.stages.distill.gan_losses import Logits
 
 Condition = Literal["none", "time", "time+text"]
 
 
-class Slot(NamedTuple):
-    """A place where heads look: the image tokens after `tap` blocks, those of one compression path."""
+class FeatureMap(NamedTuple):
+    """A map that one head reads: image tokens after `tap` blocks."""
 
     tap: int
-    ratio: int  # of the path; 1 on the full grid
+    ratio: int  # the map has 1 / ratio of the full grid's rows and columns
 
 
-def default_taps(config: ModelConfig) -> tuple[int, ...]:
-    """Both ends of the compressed part, three places in it and the last block: 4, 10, 16, 19, 24 of the released model."""
-    first, inside, _ = config.groups
-    middle = [first + round(inside * share) for share in (6 / 16, 12 / 16, 15 / 16)]
-    return tuple(sorted({max(first, 1), *middle, config.depth} - {0}))
+def feature_maps(config: Architecture, taps: Sequence[int]) -> tuple[FeatureMap, ...]:
+    """List the feature maps of every tap, in the order of their tokens."""
+    config.check_taps(taps)
+    return tuple(FeatureMap(tap, ratio) for tap in taps for ratio in config.feature_maps(tap))
 
 
-def slots_of(config: ModelConfig, taps: Sequence[int]) -> tuple[Slot, ...]:
-    """Every tap's maps, in the order of their tokens."""
-    for tap in taps:
-        if not 1 <= tap <= config.depth:
-            raise ConfigError(f"taps {list(taps)}: block counts must be in 1 to {config.depth}")
-    return tuple(
-        Slot(tap, ratio)
-        for tap in taps
-        for ratio in ((1,) if config.on_full_grid(tap) else config.compression)
-    )
-
-
-def token_maps(tokens: Tensor, grid: tuple[int, int], ratios: Sequence[int]) -> list[Tensor]:
-    """Image tokens (B, N, D) of one tap -> a map (B, D, h / r, w / r) per path; the paths' tokens follow each other."""
+def token_maps(tokens: Tensor, grid: Grid, ratios: Sequence[int]) -> list[Tensor]:
+    """Cut the image tokens (B, N, D) of one tap into its maps (B, D, rows / r, columns / r), which follow each other."""
     sizes = [(grid[0] // ratio, grid[1] // ratio) for ratio in ratios]
     parts = tokens.split([rows * columns for rows, columns in sizes], dim=1)
     return [rearrange(part, "b (h w) d -> b d h w", h=rows) for part, (rows, _) in zip(parts, sizes)]
 
 
 class Features(NamedTuple):
-    """What heads judge."""
+    """The input of the heads."""
 
-    maps: list[Tensor]  # (B, D, h, w) per slot
+    maps: list[Tensor]  # (B, D, h, w) of every feature map
     time: Tensor  # (B, D)
     text: Tensor  # (B, D)
 
 
 class Backbone:
-    """The frozen model that heads read. Gradients flow through it to its input, none to its weights."""
+    """The frozen model whose features the heads read. Gradients flow through it to its input, none to its weights."""
 
-    def __init__(self, model: EMMDiT, taps: Sequence[int] | None = None) -> None:
+    def __init__(self, model: Model, taps: Sequence[int] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.slots = slots_of(model.config, taps or default_taps(model.config))
-        self.taps = list(dict.fromkeys(slot.tap for slot in self.slots))
+        self.maps = feature_maps(model.config, taps or model.config.default_taps)
+        self.taps = list(dict.fromkeys(place.tap for place in self.maps))
         self.width = model.config.width
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Features:
-        """Noised latents (B, C, h, w), t (B,), text -> features. Only real text tokens count for the condition."""
-        model = self.model
-        grid = model.config.latent_grid(*x.shape[-2:])
-        _, tokens = model.forward_intermediates(x, t, text, self.taps)
+        """Compute the features of noised latents (B, C, h, w) at t (B,), given text."""
+        config = self.model.config
+        grid = config.latent_grid(*x.shape[-2:])
+        _, tokens = self.model.forward_intermediates(x, t, text, self.taps)
         maps = []
         for tap, tapped in zip(self.taps, tokens):
-            maps += token_maps(tapped, grid, [slot.ratio for slot in self.slots if slot.tap == tap])
-        words = model.text(text.tokens.to(model.text.weight.dtype)).float()  # (B, L, D)
-        real = text.mask.float()[:, :, None]
-        return Features(maps, model.time(t).float(), (words * real).sum(1) / real.sum(1).clamp(min=1))
+            maps += token_maps(tapped, grid, config.feature_maps(tap))
+        return Features(maps, *self.model.condition(t, text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +83,12 @@ class HeadConfig(Config):
 
 
 def norm_groups(width: int) -> int:
-    """Groups of a group norm: 32, or fewer so that each has at least 8 channels (fewer values say little)."""
+    """Choose the groups of a group norm: 32, or fewer so that each has at least 8 channels."""
     return math.gcd(32, max(width // 8, 1))
 
 
 class Head(nn.Module):
-    """A map to a logit per position, the condition entering as a projection (arXiv 1802.05637)."""
+    """Map a feature map to a logit per position; the condition enters as a projection (arXiv 1802.05637)."""
 
     PROJECTION = 64
 
@@ -120,7 +104,8 @@ class Head(nn.Module):
             for conv in (self.enter, self.inside, self.logit):
                 spectral_norm(conv)
         self.parts = {"none": (), "time": ("time",), "time+text": ("time", "text")}[config.condition]
-        self.project = self.condition = None
+        self.project: nn.Module | None = None
+        self.condition: nn.Module | None = None
         if self.parts:
             self.project = nn.Conv2d(width, self.PROJECTION, 1)
             self.condition = nn.Sequential(
@@ -133,7 +118,7 @@ class Head(nn.Module):
         x = F.leaky_relu(self.norm(self.enter(x)), 0.2)
         x = (x + F.leaky_relu(self.norm_inside(self.inside(x)), 0.2)) / math.sqrt(2)
         logits = self.logit(x).flatten(1)  # (B, h w)
-        if self.project is None:
+        if self.project is None or self.condition is None:
             return logits
         known = {"time": time, "text": text}
         condition = torch.cat(
@@ -144,20 +129,20 @@ class Head(nn.Module):
 
 
 class FixedHeads(nn.Module):
-    """One head per slot."""
+    """One head per feature map."""
 
-    def __init__(self, slots: int, features: int, config: HeadConfig) -> None:
+    def __init__(self, maps: int, features: int, config: HeadConfig) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(features, config) for _ in range(slots))
+        self.heads = nn.ModuleList(Head(features, config) for _ in range(maps))
 
     def forward(self, features: Features, step: int) -> Logits:
-        """An entry (B, 1, h * w) per slot."""
+        """Return logits (B, 1, h * w) for every feature map."""
         with full_precision(features) as (maps, time, text):
             return [head(x, time, text)[:, None] for head, x in zip(self.heads, maps)]
 
 
 @contextlib.contextmanager
 def full_precision(features: Features) -> Iterator[Features]:
-    """float32 within, whatever the autocast: R1 compares logits that differ little, and heads cost next to nothing."""
+    """Compute in float32, whatever the autocast: R1 compares logits that differ little, and heads cost almost nothing."""
     with torch.autocast(features.time.device.type, enabled=False):
         yield Features([x.float() for x in features.maps], features.time.float(), features.text.float())

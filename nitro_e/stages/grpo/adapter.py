@@ -1,8 +1,9 @@
-"""LoRA on an EMMDiT with peft: trained on our modules, in files under the released names.
+"""LoRA with peft on the layers that a model offers (`Model.adapter_layers`), in files under the names it gives them.
 
-The released model has separate query, key and value layers where ours has one `qkv`; a LoRA of each is not a LoRA of
-their stack. So `add_adapter` first cuts every `qkv` in three, `dense` puts all together again. What is written loads
-with `PeftModel.from_pretrained` onto the released implementation, and with `load_pretrained(..., lora=FOLDER)` here.
+E-MMDiT's are those of the released implementation, which has separate query, key and value layers where ours has one
+`qkv`. A LoRA of each is not a LoRA of their stack, so `add_adapter` first cuts every `qkv` in three, and `dense` puts all
+together again. What is written loads with `PeftModel.from_pretrained` onto the released implementation, and with
+`load_pretrained(..., lora=FOLDER)` here.
 
 Left out: LoRA outside the blocks, dropout, DoRA.
 """
@@ -10,65 +11,62 @@ Left out: LoRA outside the blocks, dropout, DoRA.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.files import save_tensors
-from nitro_e.model import EMMDiT
-from nitro_e.model.released import block_linears, read_lora
+from nitro_e.interfaces import Model
+from nitro_e.model.lora import read_lora
 from nitro_e.randomness import seeded
 
 NAME = "default"  # peft's name of the adapter
-# Ends of released module names.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TARGETS = {
-    "attention": tuple(f"attn.{name}" for name in ATTENTION),
-    "blocks": (*(f"attn.{name}" for name in ATTENTION),
-               *(f"{ff}.{part}" for ff in ("ff", "ff_context") for part in ("net.0.proj", "net.2"))),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Config):
     rank: Annotated[int, Ge(1), Le(65536)] = 32
-    alpha: Annotated[float, Gt(0)] = 64.0  # updates are scaled by alpha / rank
+    alpha: Annotated[float, Gt(0)] = 64.0  # B A is scaled by alpha / rank
     targets: Literal["attention", "blocks"] = "attention"  # blocks: the MLPs too
     init_from: str | None = None  # a PEFT folder to go on from; it decides rank, alpha and targets
 
 
 class Stacked(nn.ModuleList):
-    """Linear layers that read the same input, their outputs side by side."""
+    """Linear layers that read the same input, and whose outputs are concatenated."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in self], dim=-1)
 
 
-def add_adapter(model: EMMDiT, config: AdapterConfig, seed: int) -> None:
-    """Put LoRA layers into the model; they alone stay trainable. A ~ N(0, 1 / rank^2), B = 0: nothing changes at first."""
-    rank, alpha, factors = config.rank, config.alpha, {}
+def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
+    """Put LoRA layers into the model, which alone stay trainable.
+
+    They start with A ~ N(0, 1 / rank^2) and B = 0, so that nothing changes at first, or with those of `init_from`.
+    """
+    rank, alpha, factors = config.rank, config.alpha, Factors()
     if config.init_from is not None:
         rank, alpha, factors = _read(Path(config.init_from))
-    ends = TARGETS[config.targets]
-    paths: dict[str, str] = {}  # released name -> path of the layer in the model
-    for ours, theirs in block_linears(model.config).items():
-        wanted = [name for name in theirs if (name in factors if factors else name.endswith(ends))]
+    paths: dict[str, str] = {}  # name in adapter files -> path of the layer in the model
+    for layer in model.adapter_layers():
+        chosen = layer.attention or config.targets == "blocks"
+        wanted = [name for name in layer.names if (name in factors if factors else chosen)]
         if not wanted:
             continue
-        if len(theirs) > 1:
-            _cut(model, ours, len(theirs))
-        paths |= {
-            name: f"{ours}.{part}" if len(theirs) > 1 else ours
-            for part, name in enumerate(theirs)
-            if name in wanted
-        }
+        cut = len(layer.names) > 1
+        if cut:
+            _cut(model, layer.path, len(layer.names))
+        for part, name in enumerate(layer.names):
+            if name in wanted:
+                paths[name] = f"{layer.path}.{part}" if cut else layer.path
     unknown = sorted(factors.keys() - paths.keys())
     if unknown or not paths:
         raise ConfigError(
@@ -77,7 +75,7 @@ def add_adapter(model: EMMDiT, config: AdapterConfig, seed: int) -> None:
         )
     lora = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # peft takes any number
         target_modules=sorted(paths.values()),
         init_lora_weights="gaussian",
     )
@@ -85,10 +83,10 @@ def add_adapter(model: EMMDiT, config: AdapterConfig, seed: int) -> None:
     with seeded(seed, "adapter"):
         inject_adapter_in_model(lora, model, adapter_name=NAME)
     for name, (a, b) in factors.items():
-        layer = model.get_submodule(paths[name])
+        layer_a, layer_b = _factors(model.get_submodule(paths[name]))
         with torch.no_grad():
-            layer.lora_A[NAME].weight.copy_(a)
-            layer.lora_B[NAME].weight.copy_(b)
+            layer_a.copy_(a)
+            layer_b.copy_(b)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -109,52 +107,59 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def dense(model: EMMDiT) -> EMMDiT:
-    """A plain EMMDiT with the adapter added to its weights."""
+def dense(model: Model) -> Model:
+    """Make a plain model with the adapter added to its weights."""
     state = dict(model.state_dict())
-    targets = [path for path in block_linears(model.config) if f"{path}.weight" not in state]
-    for path in targets:
+    for path in (layer.path for layer in model.adapter_layers()):
+        if f"{path}.weight" in state:
+            continue
         module = model.get_submodule(path)
         layers = list(module) if isinstance(module, Stacked) else [module]
         state[f"{path}.weight"] = torch.cat([_weight(layer) for layer in layers])
-        state[f"{path}.bias"] = torch.cat([_base(layer).bias for layer in layers])
-    with torch.device("meta"):
-        plain = EMMDiT(model.config)
+        if _base(layers[0]).bias is not None:
+            state[f"{path}.bias"] = torch.cat([_base(layer).bias for layer in layers])
+    plain = model.config.build_empty()
     own = {name: state[name].detach().clone() for name in plain.state_dict()}
     plain.load_state_dict(own, assign=True)
-    plain.position.table = model.position.table.clone()
+    for name, buffer in plain.named_buffers():
+        buffer.data = model.get_buffer(name).clone()
     return plain.eval()
 
 
-def save_adapter(model: EMMDiT, folder: Path, base: str | None = None) -> None:
-    """A PEFT folder under the released names: `adapter_config.json` and `adapter_model.safetensors`."""
+def save_adapter(model: Model, folder: Path, base: str | None = None) -> None:
+    """Write a PEFT folder under the model's names: `adapter_config.json` and `adapter_model.safetensors`."""
     tensors, layers = {}, {}
-    for ours, theirs in block_linears(model.config).items():
-        module = model.get_submodule(ours)
-        for name, layer in zip(theirs, module if isinstance(module, Stacked) else [module], strict=True):
-            if isinstance(layer, LoraLayer):
-                layers[name] = layer
-                for factor, side in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                    weight = side[NAME].weight.detach().contiguous().cpu()
-                    tensors[f"base_model.model.{name}.{factor}.weight"] = weight
+    for layer in model.adapter_layers():
+        module = model.get_submodule(layer.path)
+        for name, part in zip(layer.names, module if isinstance(module, Stacked) else [module], strict=True):
+            if isinstance(part, LoraLayer):
+                layers[name] = part
+                for factor, weight in zip("AB", _factors(part)):
+                    tensors[f"base_model.model.{name}.lora_{factor}.weight"] = (
+                        weight.detach().contiguous().cpu()
+                    )
     first = next(iter(layers.values()))
+    # peft matches the ends of names: without "block_groups.0.1." they stand for the layer of every block
+    targets = sorted({re.sub(r"^\w+(\.\d+)+\.", "", name) for name in layers})
     config = LoraConfig(
         r=first.r[NAME],
         lora_alpha=first.lora_alpha[NAME],
-        target_modules=sorted({".".join(name.split(".")[3:]) for name in layers}),
+        target_modules=targets,
         init_lora_weights="gaussian",
         base_model_name_or_path=base,
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    # peft makes it a set, whose order changes from run to run
-    config.target_modules = sorted(config.target_modules)
+    config.target_modules = targets  # peft makes it a set, whose order changes from run to run
     config.save_pretrained(str(folder))
     save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
-def _read(folder: Path) -> tuple[int, float, dict[str, tuple[Tensor, Tensor]]]:
-    """Rank, alpha and {released name: (A, B)} of a PEFT folder whose targets all have the same rank and alpha."""
+Factors = dict[str, tuple[Tensor, Tensor]]  # name of a layer in adapter files -> A, B
+
+
+def _read(folder: Path) -> tuple[int, float, Factors]:
+    """Read rank, alpha and factors of a PEFT folder whose targets all have the same rank and alpha."""
     config, pairs = read_lora(folder)
     ranks = {len(a) for _, a, _ in pairs}
     if (
@@ -172,21 +177,33 @@ def _read(folder: Path) -> tuple[int, float, dict[str, tuple[Tensor, Tensor]]]:
 
 def _cut(model: nn.Module, path: str, parts: int) -> None:
     """Replace a linear layer by `parts` layers of equal width that do the same."""
-    whole = model.get_submodule(path)
+    whole = _base(model.get_submodule(path))
+    biases = [None] * parts if whole.bias is None else whole.bias.detach().chunk(parts)
     layers = Stacked()
-    for weight, bias in zip(whole.weight.detach().chunk(parts), whole.bias.detach().chunk(parts)):
-        layer = nn.Linear(weight.shape[1], len(weight), device="meta")
-        layer.load_state_dict({"weight": weight.clone(), "bias": bias.clone()}, assign=True)
+    for weight, bias in zip(whole.weight.detach().chunk(parts), biases):
+        layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
+        state = (
+            {"weight": weight.clone()} if bias is None else {"weight": weight.clone(), "bias": bias.clone()}
+        )
+        layer.load_state_dict(state, assign=True)
         layers.append(layer)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layers)
 
 
 def _base(layer: nn.Module) -> nn.Linear:
-    return layer.base_layer if isinstance(layer, LoraLayer) else layer
+    """Return the linear layer itself, or the one under a LoRA."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    assert isinstance(base, nn.Linear)
+    return base
+
+
+def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the weights A and B of a LoRA layer."""
+    return layer.get_parameter(f"lora_A.{NAME}.weight"), layer.get_parameter(f"lora_B.{NAME}.weight")
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    if not isinstance(layer, LoraLayer):
-        return layer.weight
-    return layer.base_layer.weight + layer.get_delta_weight(NAME)
+    """Return the weight of a linear layer, a LoRA added to it."""
+    weight = _base(layer).weight
+    return weight + layer.get_delta_weight(NAME) if isinstance(layer, LoraLinear) else weight
