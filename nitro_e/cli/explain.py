@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Union
 
-from nitro_e.config import Bound, ConfigError, did_you_mean, to_dict
+from nitro_e.config import Bound, ConfigError, class_of_kind, did_you_mean, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,14 @@ def explain(config: type, wanted: str = "") -> str:
 
 def keys_of(config: type, path: str = "", kind: str = "") -> Iterator[Key]:
     """Every key below a config dataclass, in the order of its fields; unions list the keys of each kind."""
+    if "KINDS" in vars(config):  # the default kind stands for all; others are somebody's own
+        config = class_of_kind(config, None)
     hints = typing.get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
-        name = f"{path}.{field.name}" if path else field.name
+        key = field.metadata.get("key", field.name)
+        if key is None:
+            continue  # set in Python only
+        name = f"{path}.{key}" if path else key
         hint, bounds = unwrap(hints[field.name])
         below = [part for part in members(hint) if dataclasses.is_dataclass(part)]
         about = meanings(config).get(field.name) or (first_sentence(below[0]) if below else "")
