@@ -56,9 +56,15 @@ TRANSFORMER = ("config.json", "model*.safetensors", "model.safetensors.index.jso
 
 
 def load(
-    what: str, key: str, source: str, loader: Callable[[str], T], wanted: Sequence[str], revision: str | None = None,
-    repository: str | None = None, give: str | None = None,
-) -> T:  # fmt: skip
+    what: str,
+    key: str,
+    source: str,
+    loader: Callable[[str], T],
+    wanted: Sequence[str],
+    revision: str | None = None,
+    repository: str | None = None,
+    give: str | None = None,
+) -> T:
     """`loader(folder)`; a missing folder, a missing library, whatever the loader raises become ConfigError.
 
     source: a folder, or a hub repository, of which the files `wanted` are fetched (see `fetch`).

@@ -1,7 +1,7 @@
-"""Random numbers as a pure function of (seed, purpose, step, slot).
+"""Random numbers as a pure function of (seed, purpose, step, sample index).
 
-A slot is a sample's place in the global batch. Draws are made in blocks of 32 slots, each block with its own
-generator, so the same slot gets the same numbers on any number of processes and with any micro-batch size.
+The sample index is a sample's place in the global batch. Draws are made in blocks of 32 indices, each block with its own
+generator, so that a sample gets the same numbers on any number of processes and with any micro-batch size.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 32  # slots per generator
+BLOCK = 32  # sample indices per generator
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any printable parts."""
+    """Make a 63-bit seed of any printable parts."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """First weights of what is built inside, on the CPU, follow from `seed_of(*parts)`; torch's global state is kept."""
+    """Seed what is built inside the block, on the CPU, with `seed_of(*parts)`; torch's global state is put back."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed_of(*parts) % 2**32)
         yield
 
 
 class SlotRandom:
-    """Draws for `count` consecutive slots from `first`; successive calls give fresh numbers."""
+    """Draws for the `count` sample indices from `first` on; successive calls give fresh numbers."""
 
     def __init__(self, *purpose: object, first: int, count: int, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -42,11 +42,11 @@ class SlotRandom:
             self._blocks.append((generator, max(first - start, 0), min(first + count - start, BLOCK)))
 
     def normal(self, *shape: int) -> Tensor:
-        """(count, *shape) standard normal, float32."""
+        """Draw (count, *shape) standard normal numbers, float32."""
         return self._draw(torch.randn, shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """(count, *shape) uniform in [0, 1), float32."""
+        """Draw (count, *shape) numbers uniform in [0, 1), float32."""
         return self._draw(torch.rand, shape)
 
     def _draw(self, draw, shape: tuple[int, ...]) -> Tensor:

@@ -77,8 +77,9 @@ def chaos(folder: Path, kills: int, steps: int, seed: int) -> None:
     curves = {name: {row["step"]: [row[key] for key in names] for row in of} for name, of in rows.items()}
     print(
         f"\n{kills} kills, {cut} of them in a save, checkpoints found at steps {reached} of {steps}, "
-        f"{time.time() - began:.1f} s, curves equal: {curves['run'] == curves['clean']}", file=sys.stderr,
-    )  # fmt: skip
+        f"{time.time() - began:.1f} s, curves equal: {curves['run'] == curves['clean']}",
+        file=sys.stderr,
+    )
     assert [row["step"] for row in rows["run"]] == list(range(1, steps + 1))
     assert curves["run"] == curves["clean"]
     assert cut >= kills // 5 and reached == sorted(reached) and 0 < reached[-1]

@@ -127,8 +127,9 @@ def test_nan_on_one_process_skips_the_step_on_both(tmp_path):
     done = launch(run, 2, fault="nan")
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
-        "rank 0 ended at step 12, skipped 1", "rank 1 ended at step 12, skipped 1",
-    ]  # fmt: skip
+        "rank 0 ended at step 12, skipped 1",
+        "rank 1 ended at step 12, skipped 1",
+    ]
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 

@@ -159,9 +159,14 @@ def test_training_learns(run):
 def test_ema_follows_its_closed_form(run):
     stage = ToyStage()
     trainer = Engine(
-        EngineConfig(steps=5, precision="float32", ema=EMAConfig(beta=0.5), tracker="none"), stage,
-        make_accelerator(EngineConfig(steps=5, precision="float32")), run=run, seed=0, use={}, record={},
-    )  # fmt: skip
+        EngineConfig(steps=5, precision="float32", ema=EMAConfig(beta=0.5), tracker="none"),
+        stage,
+        make_accelerator(EngineConfig(steps=5, precision="float32")),
+        run=run,
+        seed=0,
+        use={},
+        record={},
+    )
     expected = stage.model[0].weight.detach().clone()
     for value in (1.0, 2.0, 3.0):
         stage.model[0].weight.data.fill_(value)

@@ -157,9 +157,12 @@ def runs(tmp_path_factory) -> Path:
 
 def torchrun(*command, start=subprocess.run, **options):
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "NITRO_E_TIMEOUT_MINUTES": "1",
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "NITRO_E_TIMEOUT_MINUTES": "1",
         "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     limit = {"timeout": 200} if start is subprocess.run else {}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -410,10 +413,20 @@ def test_a_failing_tracker_changes_nothing(run, tmp_path, monkeypatch, tracker):
 # ---- every choice of the model --------------------------------------------------------------------------------------
 
 CHOICES = [
-    {}, dict(compression=[], position_reinforcement=False), dict(compression=[2]), dict(position_reinforcement=False),
-    dict(modulation="single"), dict(modulation="full"), dict(attention=["full"]), dict(qk_norm=False), dict(text_mask="real"),
-    dict(gate_init="zero"), dict(gate_init="one"), dict(patch_size=2), dict(groups=[1, 0, 1]),
-]  # fmt: skip
+    {},
+    dict(compression=[], position_reinforcement=False),
+    dict(compression=[2]),
+    dict(position_reinforcement=False),
+    dict(modulation="single"),
+    dict(modulation="full"),
+    dict(attention=["full"]),
+    dict(qk_norm=False),
+    dict(text_mask="real"),
+    dict(gate_init="zero"),
+    dict(gate_init="one"),
+    dict(patch_size=2),
+    dict(groups=[1, 0, 1]),
+]
 
 
 class PremadeStage(FlowMatching):

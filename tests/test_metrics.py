@@ -115,8 +115,15 @@ def test_superseded_lines_and_a_truncated_last_line(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     train(tmp_path, start=4, stop=8)
     assert [(row["step"], row["attempt"]) for row in metrics.read(tmp_path)] == [
-        (1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 2)
-    ]  # fmt: skip
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 2),
+        (6, 2),
+        (7, 2),
+        (8, 2),
+    ]
     assert [row["event"] for row in metrics.read_events(tmp_path)] == ["start", "start"]
     lines = path.read_text().splitlines()
     # appended, never rewritten

@@ -25,8 +25,12 @@ from nitro_e.stages.recipe import RunConfig, build
 
 PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "random",
-}  # fmt: skip
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONHASHSEED": "random",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,17 @@ def options(shards: Path, run: Path, *more: str, columns: str = "latents text fe
     named = ", ".join(f"{shards}/{column}-*.tar" for column in columns.split())
     data = [f"data.shards=[{named}]", "batch=4", "data.workers=0"] if columns else []
     return [
-        f"run={run}", *data, "engine.precision=float32", "engine.steps=2", "engine.save_every=2", "engine.log_every=1",
-        "engine.sample_every=0", "engine.tracker=none", *OPTIMIZER, *more,
-    ]  # fmt: skip
+        f"run={run}",
+        *data,
+        "engine.precision=float32",
+        "engine.steps=2",
+        "engine.save_every=2",
+        "engine.log_every=1",
+        "engine.sample_every=0",
+        "engine.tracker=none",
+        *OPTIMIZER,
+        *more,
+    ]
 
 
 def start(recipe: str, arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -125,11 +137,19 @@ def pairs(tmp_path_factory) -> Path:
 
 OTHER_STAGES = {
     "2_finetune": ["evaluation=null"],
-    "3_grpo": ["stage.groups=2", "stage.group_size=4", "batch.per_device=null", "stage.prompts.num=20",
-               "stage.adapter={rank: 2}"],
+    "3_grpo": [
+        "stage.groups=2",
+        "stage.group_size=4",
+        "batch.per_device=null",
+        "stage.prompts.num=20",
+        "stage.adapter={rank: 2}",
+    ],
     "4_distill": ["stage.adversarial.start=0", "stage.adversarial.heads={width: 8, spectral_norm: true}"],
-    "4_nitrofusion": ["stage.adversarial.start=0", "stage.adversarial.pool={copies: 4, use: 2, width: 8, refresh: 0.5}"],
-}  # fmt: skip
+    "4_nitrofusion": [
+        "stage.adversarial.start=0",
+        "stage.adversarial.pool={copies: 4, use: 2, width: 8, refresh: 0.5}",
+    ],
+}
 
 
 @pytest.mark.slow

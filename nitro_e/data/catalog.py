@@ -7,6 +7,7 @@ holds equal names from several folders, columns must lie in one folder.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -28,6 +29,7 @@ from nitro_e.data.index import DamagedTar, ShardIndex, index_path, shard_index
 from nitro_e.data.manifests import digest
 from nitro_e.data.problems import Problem
 from nitro_e.data.remote import ShardCache, cache_folder, is_url, list_urls
+from nitro_e.files import atomic_path
 from nitro_e.record.progress import bar
 
 log = logging.getLogger("nitro_e.data")
@@ -266,10 +268,6 @@ def _index_of(path: str, cache: ShardCache) -> Path:
 
 def _write_merged(catalog: Catalog, folder: Path) -> None:
     """Publish a catalog under its name, unless another process was faster; keep the newest few."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    for number, column in enumerate(catalog.columns):
-        np.save(temporary / f"{number}.npy", column.rows, allow_pickle=False)
     content = {
         "names": catalog.names,
         "sizes": [source.tolist() for source in catalog.sizes],
@@ -277,11 +275,16 @@ def _write_merged(catalog: Catalog, folder: Path) -> None:
         "digest": catalog.digest,
         "problems": [[problem.shard, problem.key, problem.reason] for problem in catalog.problems],
     }
-    (temporary / "catalog.json").write_text(json.dumps(content))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.rename(folder)
-    except OSError:
-        shutil.rmtree(temporary)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for number, column in enumerate(catalog.columns):
+                np.save(temporary / f"{number}.npy", column.rows, allow_pickle=False)
+            (temporary / "catalog.json").write_text(json.dumps(content))
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+            raise
     others = sorted(
         (path for path in folder.parent.iterdir() if path.suffix != ".tmp"),
         key=lambda path: path.stat().st_mtime,

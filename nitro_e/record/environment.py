@@ -1,4 +1,4 @@
-"""What a run ran on: code version, packages, machine. Written into the first line of every attempt of a run."""
+"""The environment of a run: code version, packages, machine. It stands in the first line of every attempt of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "accelerate", "ema-pytorch", "webdataset", "diffusers", "transformers", "timm", "peft", "safetensors", "numpy"
-)  # fmt: skip
+    "torch",
+    "accelerate",
+    "ema-pytorch",
+    "webdataset",
+    "diffusers",
+    "transformers",
+    "timm",
+    "peft",
+    "safetensors",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:
-    """Plain data; what cannot be found out is None."""
+    """Describe the environment as plain data; what cannot be found out is None."""
     return {
         "command": shlex.join(sys.argv),
         "git": git_commit(),
@@ -31,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit this package is checked out at, with `-dirty` if files differ; None outside a checkout."""
+    """Find the commit this package is checked out at, with `-dirty` if files differ; None outside a checkout."""
     here = Path(__file__)
     try:  # an installed copy may lie in somebody else's repository, which does not track it
         _git("ls-files", "--error-unmatch", here.name)
@@ -41,6 +50,7 @@ def git_commit() -> str | None:
 
 
 def device_name() -> str:
+    """Name the GPUs of this machine, or its CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -54,7 +64,7 @@ def _git(*arguments: str) -> str:
     command = ["git", *arguments]
     return subprocess.run(
         command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True, timeout=10
-    ).stdout.strip()  # fmt: skip
+    ).stdout.strip()
 
 
 def _cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""Where numbers and images of a run go: files in the run directory are the record, a tracker is a mirror that may fail.
+"""Numbers and images of a run: files in the run directory are the record, a tracker is a mirror that may fail.
 
     RUN/metrics.jsonl                  one line per report, each with its attempt, step and time; events are lines too
     RUN/samples/step-0001000-NAME.png  images; what was asked for is in the text entries `prompts` and `cells`
@@ -40,7 +40,7 @@ PROMPTS, CELLS = "prompts", "cells"  # text entries of a captioned sheet
 
 @dataclass(frozen=True, kw_only=True)
 class WandBConfig(Config):
-    """Where runs are shown on Weights & Biases; what is not set here is taken from the environment variables."""
+    """Says where runs are shown on Weights & Biases; what is not set here comes from the environment variables."""
 
     project: str | None = None  # None: $WANDB_PROJECT, or nitro-e
     entity: str | None = None  # user or team; None: $WANDB_ENTITY, or the account's default
@@ -49,12 +49,18 @@ class WandBConfig(Config):
 
 
 class Metrics:
-    """Writer of one attempt of a run. Only the main process makes one that is `enabled`."""
+    """Writes the numbers, images and events of one attempt of a run; only in the main process is it `enabled`."""
 
     def __init__(
-        self, run: Path, *, start_step: int, config: dict[str, Any], enabled: bool, tracker: Tracker = "auto",
+        self,
+        run: Path,
+        *,
+        start_step: int,
+        config: dict[str, Any],
+        enabled: bool,
+        tracker: Tracker = "auto",
         wandb: WandBConfig = WandBConfig(),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run, self.enabled, self.step, self.wandb = run, enabled, start_step, wandb
         self.failures, self.mirror = 0, None
         if not enabled:
@@ -90,6 +96,7 @@ class Metrics:
             self._write_line(step, {"event": event, **details})
 
     def close(self) -> None:
+        """End the attempt: the tracker gets what it has not sent, the file is closed."""
         if self.enabled:
             self._guard(lambda mirror: mirror.close())
             self.mirror = None
@@ -143,24 +150,30 @@ class Metrics:
 
 
 class WandB:
-    """Mirror to Weights & Biases. The id is kept in the run directory, so a resumed run continues the same page."""
+    """Mirrors a run to Weights & Biases. The id is kept in the run directory, so a resumed run continues the same page."""
 
     def __init__(self, run: Path, config: dict[str, Any], mode: str, place: WandBConfig) -> None:
         import wandb
 
         id_file = run / "wandb_id.txt"
         settings = {"silent": True, "console": "off", "init_timeout": 30}
-        if "finish_timeout" in getattr(
-            wandb.Settings, "model_fields", {}
-        ):  # without it, no network means no end
+        # Without a timeout, a run without network would never end.
+        if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):
             settings["finish_timeout"] = 60
         self.wandb = wandb
         self.page = wandb.init(
             project=place.project or os.environ.get("WANDB_PROJECT") or "nitro-e",
-            entity=place.entity, group=place.group, tags=list(place.tags) or None,
-            name=run.name, id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
-            mode=mode, dir=str(run), config=config, settings=wandb.Settings(**settings),
-        )  # fmt: skip
+            entity=place.entity,
+            group=place.group,
+            tags=list(place.tags) or None,
+            name=run.name,
+            id=id_file.read_text().strip() if id_file.exists() else None,
+            resume="allow",
+            mode=mode,
+            dir=str(run),
+            config=config,
+            settings=wandb.Settings(**settings),
+        )
         id_file.write_text(self.page.id)
         self.page.define_metric("*", step_metric="step")  # our own axis: replayed steps are not dropped
 
@@ -176,7 +189,7 @@ class WandB:
 
 
 class TensorBoard:
-    """Mirror to `RUN/tensorboard`; what an earlier attempt wrote past the starting step is purged there too."""
+    """Mirrors a run to `RUN/tensorboard`; what an earlier attempt wrote past the starting step is purged there too."""
 
     def __init__(self, run: Path, config: dict[str, Any], start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -229,14 +242,14 @@ class _Lines:
 
 
 def caption(sheet: Image.Image, prompts: Sequence[str], columns: int, size: tuple[int, int]) -> Image.Image:
-    """Write on a sheet of images of this (width, height) what each of them shows, row by row, as text entries."""
+    """Note in a sheet of images, each of `size` (width, height), their prompts, row by row, as text entries."""
     sheet.info[PROMPTS] = json.dumps(list(prompts))
     sheet.info[CELLS] = json.dumps({"columns": columns, "size": size})
     return sheet
 
 
 def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
-    """The images of a captioned sheet with their prompts; none of a sheet without captions."""
+    """Cut a captioned sheet into its images, each with its prompt; a sheet without captions gives none."""
     if PROMPTS not in sheet.info or CELLS not in sheet.info:
         return []
     prompts, layout = json.loads(sheet.info[PROMPTS]), json.loads(sheet.info[CELLS])
@@ -252,7 +265,7 @@ def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
 
 
 def has_wandb_key() -> bool:
-    """Whether a login is at hand, without asking anybody: the variable, or the netrc entry of `wandb login`."""
+    """Tell whether there is a login on this machine: the environment variable, or the netrc entry of `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -262,7 +275,7 @@ def has_wandb_key() -> bool:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The valid rows of a run in step order: of each step the newest attempt, superseded lines and events dropped."""
+    """Read the valid rows of a run in step order: the newest attempt of each step, without superseded lines and events."""
     kept: list[dict[str, Any]] = []
     for row in read_lines(run):
         if row.get("event") == "start":
@@ -273,12 +286,12 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """Everything that happened, in the order of the file: the start of every attempt, warnings, skipped steps."""
+    """Read what happened, in the order of the file: the start of every attempt, warnings, skipped steps."""
     return [row for row in read_lines(run) if "event" in row]
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run as they stand in the file, superseded ones and events too."""
+    """Read all lines of a run as they stand in the file, superseded ones and events too."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
@@ -296,7 +309,7 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def _captions(image: Image.Image) -> PngInfo:
-    """The text entries of a captioned sheet."""
+    """Collect the text entries of a captioned sheet."""
     text = PngInfo()
     for name in (PROMPTS, CELLS):
         if name in image.info:

@@ -1,4 +1,4 @@
-"""What long work shows: a bar where somebody watches, a plain line a minute in a log file."""
+"""Progress of long work: a bar on a terminal or in a notebook, a plain line a minute in a log file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LINE = "{desc}: {n_fmt} of {total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}
 
 
 def bar(iterable: Iterable | None = None, *, brief: bool = False, **options: Any) -> tqdm:
-    """A tqdm over `iterable`, or to be updated by hand, with tqdm's options.
+    """Make a tqdm over `iterable`, or one to be updated by hand, with tqdm's options.
 
-    brief: short, or inside other work, and so not worth lines of a log file.
+    brief: the work is short, or part of other work, and so not worth lines in a log file.
     """
     if watched():
         return live_tqdm(iterable, **options)
@@ -27,12 +27,12 @@ def bar(iterable: Iterable | None = None, *, brief: bool = False, **options: Any
 
 
 def watched() -> bool:
-    """Whether somebody looks on: stderr is a terminal, or this is a notebook."""
+    """Tell whether a person sees the output: stderr is a terminal, or this is a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' advice and, where nobody looks on, their bars out of the output.
+    """Keep the libraries' advice out of the output, and their bars out of log files.
 
     Set in the environment, which the libraries read when they are imported; variables that are set already stay.
     """
@@ -43,7 +43,7 @@ def quiet_libraries() -> None:
 
 
 class Lines(tqdm):
-    """Prints a plain line now and then, and one at the end, in place of a bar that is drawn over and over."""
+    """Prints a plain line every minute and one at the end, in place of a bar that is drawn over and over."""
 
     def __init__(self, iterable: Iterable | None = None, **options: Any) -> None:
         wanted = {"bar_format": LINE, "mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS}

@@ -219,10 +219,8 @@ class Engine:
         progress = Progress(self.stage.name, self.step, self.config.steps, shown=self.main)
         self._first_step = self.step
         self._averages = MetricAverages(self.step)
-        with (
-            contextlib.closing(batches),
-            contextlib.closing(progress),
-        ):  # closing the batches ends the data workers
+        # Closing the batches ends the data workers.
+        with contextlib.closing(batches), contextlib.closing(progress):
             # Images and scores before the first step, or those that the last attempt did not come to.
             if self.hooks_due or self.step == 0:
                 self._run_hooks(self._hooks_now())

@@ -126,11 +126,16 @@ class Progress:
 def summary(values: Mapping[str, float]) -> str:
     """Write a report as one line: `loss 2.2100  grad_norm 0.51  lr 1.0e-03  108 samples/s  0.9 GB  MFU 43%  ETA 0:12:34`"""
     shown = {
-        "loss": lambda x: f"loss {x:.4f}", "grad_norm": lambda x: f"grad_norm {x:.3g}", "lr": lambda x: f"lr {x:.2e}",
-        "samples_per_second": lambda x: f"{x:.1f} samples/s", "memory_gb": lambda x: f"{x:.1f} GB",
-        "mfu": lambda x: f"MFU {x:.0%}", "eta_seconds": lambda x: f"ETA {timedelta(seconds=round(x))}",
-        "skipped": lambda x: f"{x:.0f} skipped" if x else "", "bad_samples": lambda x: f"{x:.0f} bad samples" if x else "",
-    }  # fmt: skip
+        "loss": lambda x: f"loss {x:.4f}",
+        "grad_norm": lambda x: f"grad_norm {x:.3g}",
+        "lr": lambda x: f"lr {x:.2e}",
+        "samples_per_second": lambda x: f"{x:.1f} samples/s",
+        "memory_gb": lambda x: f"{x:.1f} GB",
+        "mfu": lambda x: f"MFU {x:.0%}",
+        "eta_seconds": lambda x: f"ETA {timedelta(seconds=round(x))}",
+        "skipped": lambda x: f"{x:.0f} skipped" if x else "",
+        "bad_samples": lambda x: f"{x:.0f} bad samples" if x else "",
+    }
     parts = [form(values[name]) for name, form in shown.items() if name in values]
     return "  ".join(part for part in parts if part)
 
@@ -145,8 +150,14 @@ def memory_gb(device: torch.device) -> float:
 
 # Dense bf16 peaks from the makers' data sheets.
 PEAK_TERAFLOPS = {
-    "B200": 2250, "H200": 989, "H100": 989, "MI300X": 1307, "A100": 312, "L40S": 362, "RTX 4090": 165,
-}  # fmt: skip
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "MI300X": 1307,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
 
 
 def peak_teraflops(device: torch.device) -> float | None:

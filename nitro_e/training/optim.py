@@ -13,7 +13,7 @@ from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, Lt
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Config):
-    """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
+    """Configures AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Ge(0), Le(1000)] = 3e-4  # of AdamW
@@ -31,14 +31,14 @@ class OptimConfig(Config):
             raise ConfigError(f"kind 'muon' needs torch >= 2.9, this is {torch.__version__}; use kind: adamw")
 
     def factor(self, step: int, steps: int) -> float:
-        """Learning rate of step 0, 1, ... as a share of the peak: linear warm-up, constant, linear decay."""
+        """Return the learning rate of step 0, 1, ... relative to its peak: linear warm-up, constant, linear decay."""
         rising = (step + 1) / self.warmup if self.warmup else 1.0
         falling = (steps - step) / (self.decay * steps) if self.decay else 1.0
         return max(0.0, min(1.0, rising, falling))
 
 
 def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """One optimiser, or two for Muon. Every group keeps its peak rate under `peak_lr`."""
+    """Make the optimiser of a module, or two for Muon. Every group keeps its peak rate under `peak_lr`."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError("nothing to train: no parameter requires a gradient")
@@ -70,13 +70,14 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's rate to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
 
 def _hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear layers inside the blocks; embeddings, modulation tables and outputs are AdamW's."""
+    """List the weights of linear layers inside the blocks; embeddings, modulation tables and outputs are AdamW's."""
     return [
         layer.weight
         for name, layer in module.named_modules()
