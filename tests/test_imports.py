@@ -34,18 +34,34 @@ ALLOWED = {
         "shapes",
     }
     | {"data", "training.checkpoint"},
-    "stages": {
+    "stages.assembly": {"config", "interfaces", "model", "encoders", "sampling", "training", "data"},
+    "stages.first_weights": {"config", "randomness", "model", "training", "stages.assembly"},
+    "stages.flow_matching": {
         "config",
-        "files",
         "interfaces",
         "randomness",
-        "record",
         "model",
         "encoders",
         "sampling",
         "training",
     }
-    | {"rewards", "data", "evaluation"},
+    | {"data", "stages.assembly"},
+    "stages.grpo": {"config", "files", "interfaces", "randomness", "model", "sampling", "training", "rewards"}
+    | {"data", "stages.assembly"},
+    "stages.distill": {"config", "files", "interfaces", "randomness", "model", "sampling", "training"}
+    | {"data", "stages.assembly"},
+    "stages": {
+        "config",
+        "interfaces",
+        "record",
+        "model",
+        "encoders",
+        "sampling",
+        "training",
+        "data",
+        "evaluation",
+    }
+    | {"stages.assembly", "stages.first_weights", "stages.flow_matching", "stages.grpo", "stages.distill"},
     "cli": {
         "__init__",
         "config",
@@ -57,7 +73,8 @@ ALLOWED = {
         "encoders",
         "sampling",
     }
-    | {"training", "rewards", "shapes", "data", "data.making", "evaluation", "stages"},
+    | {"training", "rewards", "shapes", "data", "data.making", "evaluation", "stages"}
+    | {"stages.first_weights", "stages.flow_matching"},
 }
 
 # library -> the rooms or modules that may import it
