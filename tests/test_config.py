@@ -398,12 +398,12 @@ def test_keys_that_knew_the_number_of_processes_are_refused_with_what_to_write(m
     for overrides, words in (
         (
             ["data.batch_size=4", "engine.accumulate=3"],
-            "batch: {global: 24, per_device: 4}, for 4 x 3 on 2 processes",
+            "write batch: {global: 24, per_device: 4} for 4 x 3 on 2 processes",
         ),
         (["data.batch_size=4"], "batch: {global: 8, per_device: 4}"),
         (
             ["engine.accumulate=3"],
-            "engine.accumulate 3: a recipe no longer knows the number of processes; write batch: {per",
+            "engine.accumulate 3: recipes no longer fix the number of processes; write batch: {per",
         ),
     ):
         with pytest.raises(ConfigError) as error:
@@ -428,6 +428,8 @@ def test_resolution_and_widths_are_said_once():
         with pytest.raises(ConfigError) as error:
             loaded(*overrides)
         assert words in str(error.value)
+    scored = loaded("evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {steps: 3}}")
+    assert scored.evaluation.sampling.resolution == 64
     folder = loaded("components.text={name: shapes-llama, path: elsewhere}")  # loading will tell
     assert folder.model.text_width == 128
 

@@ -50,7 +50,7 @@ class FlowMatchingConfig(Config):
 
 
 class ProjectedModel(nn.Module):
-    """The model and, for REPA, the projector that is trained with it and thrown away."""
+    """Holds the model and, for REPA, the projector that is trained with it and thrown away."""
 
     def __init__(self, model: EMMDiT, repa: RepaConfig | None, feature_width: int) -> None:
         """feature_width: of the vision encoder; without REPA it is not used."""
@@ -73,12 +73,12 @@ class ProjectedModel(nn.Module):
 
 
 def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
-    """Minus the mean cosine of projected tokens and frozen features, both (B, N, F) (arXiv 2410.06940, eq. 8)."""
+    """Return minus the mean cosine of projected tokens and frozen features, both (B, N, F) (arXiv 2410.06940, eq. 8)."""
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 
 def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
-    """(sum, count) of per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
+    """Sum up per-sample values (B,) in equal bins of t, as (sum, count): `loss_t0` is nearest to data."""
     index = (t * bins).long().clamp(max=bins - 1)
     values = values.detach().double()
     pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # (B, 2)
@@ -87,7 +87,7 @@ def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
 
 
 class FlowMatching:
-    """Batches of captioned latents, one phase."""
+    """Trains the model on batches of captioned latents, in one phase."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class FlowMatching:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
-        """Stored latents, text embeddings and vision features where the shards have them; the rest is encoded here."""
+        """Read latents, text embeddings and vision features where the shards have them; the rest is encoded here."""
         records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
         with contextlib.closing(records):
             for record in records:
@@ -162,7 +162,7 @@ class FlowMatching:
         return tensor.to(self.device, non_blocking=True).float()
 
     def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared velocity error, plus the weighted REPA term."""
+        """Return the mean squared velocity error, plus the weighted REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = self.drop_captions(batch.text, rng.uniform() < self.config.caption_dropout)
