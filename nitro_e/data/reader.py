@@ -19,7 +19,7 @@ import logging
 import signal
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -227,7 +227,7 @@ class Data:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
-    ) -> Generator[Records, None, None]:
+    ) -> Iterator[Records]:
         """Endless micro-batches of one rank from optimizer step `step` on.
 
         Closing the iterator ends the workers. Raises BadDataError when too many samples are bad, ConfigError

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -115,7 +115,7 @@ class StreamData:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
-    ) -> Generator[Records, None, None]:
+    ) -> Iterator[Records]:
         """Endless micro-batches of one rank from optimizer step `step` on; see reader.Data.records."""
         chunk, skipped = step // CHUNK, step % CHUNK * micro_batches_per_step
         if skipped:

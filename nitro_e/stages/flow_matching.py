@@ -78,7 +78,7 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
 
 
 def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
-    """Sum up per-sample values (B,) in equal bins of t, as (sum, count): `loss_t0` is nearest to data."""
+    """(sum, count) of per-sample values (B,) in equal bins of t: `loss_t0` is nearest to data."""
     index = (t * bins).long().clamp(max=bins - 1)
     values = values.detach().double()
     pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # (B, 2)
@@ -90,17 +90,9 @@ class FlowMatching:
     """Trains the model on batches of captioned latents, in one phase."""
 
     def __init__(
-        self,
-        config: FlowMatchingConfig,
-        model: EMMDiT,
-        data: Data,
-        codec: LatentCodec,
-        text: TextEncoder,
-        vision: VisionEncoder | None,
-        seed: int,
-        device: torch.device,
-        forward_flops: float,
-    ) -> None:
+        self, config: FlowMatchingConfig, model: EMMDiT, data: Data, codec: LatentCodec, text: TextEncoder,
+        vision: VisionEncoder | None, seed: int, device: torch.device, forward_flops: float,
+    ) -> None:  # fmt: skip
         self.config, self.model, self.data = config, model, data
         self.codec, self.text, self.vision, self.device = codec, text, vision, device
         self.name = "pretrain" if config.repa else "flow_matching"
@@ -125,7 +117,7 @@ class FlowMatching:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
-        """Read latents, text embeddings and vision features where the shards have them; the rest is encoded here."""
+        """Stored latents, text embeddings and vision features where the shards have them; the rest is encoded here."""
         records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
         with contextlib.closing(records):
             for record in records:
