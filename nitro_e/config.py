@@ -51,7 +51,7 @@ class TrainingError(RuntimeError):
 
 
 def did_you_mean(word: str, options: Sequence[str]) -> str:
-    """`", did you mean 'x'?"` for the nearest option, else the list of options."""
+    """Return `", did you mean 'x'?"` for the nearest option, else the list of options."""
     options = [str(option) for option in options]
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     return f", did you mean '{near[0]}'?" if near else f" (known: {', '.join(options) or 'none'})"
@@ -159,9 +159,12 @@ def _check_number(bounds: tuple, value: int | float, where: str) -> None:
 def check_file_name(name: str, where: str) -> None:
     """ConfigError if `name` cannot be that of a folder of its own, inside the one it is put into."""
     if (
-        not name.isprintable() or name != name.strip() or name.startswith(".")
-        or not 0 < len(name.encode(errors="replace")) <= 200 or set(name) & set("/\\")
-    ):  # fmt: skip
+        not name.isprintable()
+        or name != name.strip()
+        or name.startswith(".")
+        or not 0 < len(name.encode(errors="replace")) <= 200
+        or set(name) & set("/\\")
+    ):
         raise ConfigError(
             f"{where} {name!r} cannot be a folder's name: use up to 200 letters, digits, '-', '_' and the like, "
             "no '/' and no '.' in front"
@@ -169,7 +172,7 @@ def check_file_name(name: str, where: str) -> None:
 
 
 def check_characters(text: str, where: str) -> str:
-    """`text`; ConfigError if it has halves of characters, which neither files nor tokenizers take."""
+    """Return `text`; ConfigError if it has halves of characters, which neither files nor tokenizers take."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -183,7 +186,7 @@ def check_characters(text: str, where: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """What a UTF-8 file says; OSError comes through, which names the file itself."""
+    """Read a UTF-8 file. An OSError comes through, as it names the file itself."""
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -194,7 +197,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """ConfigError, beginning with `where`, for what is not JSON."""
+    """Parse JSON; ConfigError, beginning with `where`, for anything else."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -204,7 +207,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """ConfigError, beginning with `where`, for what is not YAML, and for YAML that is not what it looks like."""
+    """Parse YAML; ConfigError, beginning with `where`, for anything else and for YAML that is not what it looks like."""
     try:
         return yaml.load(text, _StrictLoader)
     except ConfigError as error:
@@ -361,7 +364,7 @@ def class_of_kind(base: type[T], kind: Any, where: str = "kind", imports: bool =
 
 
 def to_dict(config: Any) -> Any:
-    """The plain data (dict, list, scalars) that `from_dict` turns back into an equal object."""
+    """Return the plain data (dict, list, scalars) that `from_dict` turns back into an equal object."""
     if dataclasses.is_dataclass(config):
         return {key: to_dict(getattr(config, field.name)) for key, field in _fields(config).items()}
     if isinstance(config, Mapping):
@@ -376,7 +379,7 @@ def dump(config: Any) -> str:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one: `a.b.c` -> value; lists are values."""
+    """Flatten nested mappings into one: `a.b.c` -> value; lists are values."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
@@ -402,7 +405,7 @@ def _expand_preset(cls: type, data: dict, path: str) -> dict:
 
 
 def _complete(field: dataclasses.Field, value: Any) -> Any:
-    """Some fields have defaults of their own instead of their class's: what `value` leaves out comes from there."""
+    """Fill in what `value` leaves out from the default of the field, where that is not simply its class's."""
     make = field.default_factory
     if make is dataclasses.MISSING or isinstance(make, type) or not isinstance(value, Mapping):
         return value
@@ -414,7 +417,7 @@ def _complete(field: dataclasses.Field, value: Any) -> Any:
 
 
 def _merge(base: Mapping, data: Mapping) -> dict:
-    """`data` over `base`; mappings inside both are merged in the same way."""
+    """Lay `data` over `base`; mappings inside both are merged in the same way."""
     both = {key for key in data if isinstance(data[key], Mapping) and isinstance(base.get(key), Mapping)}
     return {**base, **data, **{key: _merge(base[key], data[key]) for key in both}}
 

@@ -329,6 +329,111 @@ def test_what_a_recipe_must_not_say(tmp_path, override, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+# ---- what follows from other keys
+
+
+def loaded(*overrides: str, recipe: str = RECIPE):
+    import yaml
+
+    from nitro_e.stages.recipe import RunConfig
+
+    data = yaml.safe_load(recipe)
+    for override in overrides:
+        apply_override(data, override)
+    return from_dict(RunConfig, data)
+
+
+@pytest.mark.parametrize("total", [1, 12, 96])
+def test_a_global_batch_is_split_over_any_number_of_processes_that_divides_it(total):
+    from nitro_e.training.batch import BatchConfig
+
+    for world in range(1, total + 2):
+        for per_device in (None, 1, 2, 5, 8, 1000):
+            batch = BatchConfig(global_=total, per_device=per_device)
+            fits = total % world == 0 and (
+                per_device is None or (total // world) % min(per_device, total // world) == 0
+            )
+            if not fits:
+                with pytest.raises(ConfigError, match="is not a multiple of"):
+                    batch.split(world)
+                continue
+            micro_batch, accumulate = batch.split(world)
+            assert micro_batch * accumulate * world == total and micro_batch <= (per_device or total)
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "words"),
+    [
+        ({"global": 2048, "per_device": 32}, 3,
+         "batch.global 2,048 is not a multiple of 32 x 3 processes; the nearest that are: 2,016 or 2,112"),
+        ({"global": 2048, "per_device": 24}, 8,
+         "24 x 8 processes; the nearest that are: 1,920 or 2,112; or set batch.per_device to 16 or 32"),
+        ({"global": 10}, 4, "batch.global 10 is not a multiple of 4 processes; the nearest that are: 8 or 12"),
+        ({"global": 2}, 4, "is not a multiple of 4 processes; the nearest that are: 4"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_values(values, world, words):
+    from nitro_e.training.batch import BatchConfig
+
+    with pytest.raises(ConfigError) as error:
+        from_dict(BatchConfig, values).split(world)
+    assert words in str(error.value)
+
+
+def test_a_bare_number_is_the_global_batch():
+    assert loaded("batch=64").batch == loaded("batch={global: 64}").batch == loaded("batch.global=64").batch
+    assert to_dict(loaded("batch.per_device=2"))["batch"] == {"global": 4, "per_device": 2}
+    for wrong, words in (
+        ("batch=null", "batch: expected a mapping, got None"),
+        ("batch=true", "batch: expected a mapping, got True"),
+        ("batch={per_device: 4}", "missing key 'batch'"),
+        ("batch=many", "batch.global: expected int, got 'many'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            loaded(wrong)
+
+
+def test_keys_that_knew_the_number_of_processes_are_refused_with_what_to_write(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for overrides, words in (
+        (
+            ["data.batch_size=4", "engine.accumulate=3"],
+            "write batch: {global: 24, per_device: 4} for 4 x 3 on 2 processes",
+        ),
+        (["data.batch_size=4"], "batch: {global: 8, per_device: 4}"),
+        (
+            ["engine.accumulate=3"],
+            "engine.accumulate 3: recipes no longer fix the number of processes; write batch: {per",
+        ),
+    ):
+        with pytest.raises(ConfigError) as error:
+            loaded(*overrides)
+        assert words in str(error.value)
+
+
+def test_resolution_and_widths_are_said_once():
+    config = loaded()
+    assert (config.model.latent_channels, config.model.text_width) == (24, 128)  # of dct-f8c24 and hash
+    assert config.data.resolution == config.sampling.resolution == 64
+    said_by_sampling = loaded("sampling.resolution=128", recipe=RECIPE.replace(", resolution: 64", ""))
+    assert said_by_sampling.data.resolution == 128
+    for overrides, words in (
+        (
+            ["sampling.resolution=32"],
+            "sampling.resolution 32 differs from data.resolution 64; give one of them",
+        ),
+        (["model.text_width=64"], "model.text_width is 64, but 'hash' gives 128; set it to 128"),
+        (["model.latent_channels=5"], "model.latent_channels is 5, but 'dct-f8c24' has 24; set it to 24"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            loaded(*overrides)
+        assert words in str(error.value)
+    scored = loaded("evaluation={prompts: shapes-heldout, rewards: [{name: shapes}], sampling: {steps: 3}}")
+    assert scored.evaluation.sampling.resolution == 64
+    folder = loaded("components.text={name: shapes-llama, path: elsewhere}")  # loading will tell
+    assert folder.model.text_width == 128
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -396,7 +396,7 @@ def test_images_advantages_and_gradients_do_not_depend_on_processes(options, wor
 def test_gradient_does_not_depend_on_micro_batches_nor_rollout_batches(options):
     stages = [
         toy.make_stage(accumulate=1, **options),
-        toy.make_stage(accumulate=4, **merged(options, {"rollout": {"batch_size": 5}})),
+        toy.make_stage(accumulate=4, **merged(options, {"rollout": {"per_device": 5}})),
     ]
     whole, parts = micro_batches(stages[0], 2), micro_batches(stages[1], 8, accumulate=4)
     for update in range(2):

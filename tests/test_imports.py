@@ -6,58 +6,39 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "nitro_e"
 
-# room, or a part of one with imports of its own -> the rooms it may import besides itself; the longest name counts
+# room, or a part of one with imports of its own: the rooms it may import besides itself; the longest name counts
+TABLE = """
+config:
+randomness:
+files: config
+interfaces: config training.optim randomness
+record: config files shapes.pretrained
+model: config files interfaces
+encoders: config files interfaces shapes.pretrained
+sampling: config files interfaces randomness record encoders model
+training: config files interfaces randomness record model
+rewards: config files interfaces encoders
+shapes: config interfaces rewards
+data: config files interfaces randomness record rewards shapes
+data.making: config files interfaces randomness record data sampling
+evaluation: config files interfaces randomness record model sampling rewards shapes data
+stages.assembly: config interfaces record model encoders sampling training data
+stages.batches: config interfaces data
+stages.first_weights: config interfaces randomness record model training stages.assembly
+stages.flow_matching: config interfaces randomness model encoders sampling training data stages.assembly stages.batches
+stages.grpo: config files interfaces randomness record model sampling training rewards data stages.assembly
+stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
+stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
+    stages.flow_matching stages.grpo stages.distill
+cli: __init__ config files interfaces randomness record model encoders sampling training rewards shapes data data.making
+    evaluation stages stages.first_weights stages.flow_matching
+__init__: model sampling
+"""
 ALLOWED = {
-    "__init__": {"model", "sampling"},
-    "config": set(),
-    "randomness": set(),
-    "files": {"config"},
-    "interfaces": {"config", "training.optim", "randomness"},  # the last two for annotations only
-    "record": {"config", "files", "shapes.pretrained"},
-    "model": {"config", "files", "interfaces"},
-    "encoders": {"config", "files", "interfaces", "shapes.pretrained"},
-    "sampling": {"config", "interfaces", "randomness", "record", "encoders", "model"},
-    "training": {"config", "files", "interfaces", "randomness", "record", "model"},
-    "rewards": {"config", "files", "interfaces", "encoders"},
-    "shapes": {"config", "interfaces", "rewards"},
-    "data": {"config", "files", "interfaces", "randomness", "record", "rewards", "shapes"},
-    "data.making": {"config", "files", "interfaces", "randomness", "record", "data", "sampling"},
-    "evaluation": {
-        "config",
-        "files",
-        "interfaces",
-        "randomness",
-        "record",
-        "model",
-        "sampling",
-        "rewards",
-        "shapes",
-    }
-    | {"data"},
-    "stages": {
-        "config",
-        "files",
-        "interfaces",
-        "randomness",
-        "record",
-        "model",
-        "encoders",
-        "sampling",
-        "training",
-    }
-    | {"rewards", "data", "evaluation"},
-    "cli": {
-        "__init__",
-        "config",
-        "files",
-        "interfaces",
-        "randomness",
-        "record",
-        "model",
-        "encoders",
-        "sampling",
-    }
-    | {"training", "rewards", "shapes", "data", "data.making", "evaluation", "stages"},
+    room: set(allowed.split())
+    for room, _, allowed in (
+        line.partition(":") for line in TABLE.replace("\n    ", " ").strip().splitlines()
+    )
 }
 
 # library -> the rooms or modules that may import it

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = "configs/shapes/3_grpo.yaml"
 SMALL = [
     "model.preset=micro-8", "engine.steps=1", "batch.per_device=null", "engine.tracker=none", "engine.sample_every=0",
-    "stage.groups=2", "stage.group_size=2", "stage.rollout.steps=6", "stage.rollout.batch_size=4",
+    "stage.groups=2", "stage.group_size=2", "stage.rollout.steps=6", "stage.rollout.per_device=4",
     "sampling.steps=2",
 ]  # fmt: skip
 

@@ -172,7 +172,7 @@ def check_settings(settings: Sequence[Setting], defaults: Any, model: Any, compo
 
 
 def judged(plan: Study) -> Any:
-    """The benchmark of the study."""
+    """Return the benchmark that the study scores on."""
     from nitro_e.evaluation.benchmarks import benchmark
 
     with said_of("benchmark"):
@@ -180,7 +180,7 @@ def judged(plan: Study) -> Any:
 
 
 def overrides_of(plan: Study, name: str, seed: int) -> list[str]:
-    """Of the variant's recipe."""
+    """Return the overrides that make a variant's recipe into its run of one seed."""
     own = [f"run={folder_of(plan, name, seed)}", f"name={plan.name}-{name}", f"seed={seed}"]
     return [*own, f"init_from={plan.base}", *plan.variants[name].set]
 

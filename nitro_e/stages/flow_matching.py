@@ -60,7 +60,7 @@ class FlowMatchingConfig(Config):
 
 
 class ProjectedModel(nn.Module):
-    """The model and, for REPA, the projector that is trained with it and thrown away."""
+    """Holds the model and, for REPA, the projector that is trained with it and thrown away."""
 
     def __init__(self, model: Model, repa: RepaConfig | None, feature_width: int) -> None:
         """feature_width: of the vision encoder; without REPA it is not used."""
@@ -83,7 +83,7 @@ class ProjectedModel(nn.Module):
 
 
 def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
-    """Minus the mean cosine of projected tokens and frozen features, both (B, N, F) (arXiv 2410.06940, eq. 8)."""
+    """Return minus the mean cosine of projected tokens and frozen features, both (B, N, F) (arXiv 2410.06940, eq. 8)."""
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 
@@ -93,7 +93,7 @@ def by_time(values: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
 
 
 class FlowMatching:
-    """Batches of captioned latents, one phase."""
+    """Trains the model on batches of captioned latents, in one phase."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class FlowMatching:
                 yield encode(record, self.codec, self.text, self.device, vision, grid)
 
     def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared velocity error, plus the weighted REPA term."""
+        """Return the mean squared velocity error, plus the weighted REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = batch.text.where(rng.uniform() >= self.config.caption_dropout, self.null_text)

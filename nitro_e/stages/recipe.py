@@ -16,6 +16,7 @@ from nitro_e.config import (
     Seed,
     check_file_name,
     dump,
+    flatten,
     from_dict,
     is_overridden,
     to_dict,
@@ -61,6 +62,8 @@ KINDS: dict[str, StageKind[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
+    """A recipe: everything that decides a run. Nothing in it depends on the number of processes."""
+
     name: str
     run: str | None = None  # run directory; None: runs/NAME
     seed: Seed = 0
@@ -83,12 +86,17 @@ class RunConfig(Config):
         """Fill in what a recipe need not say twice: one resolution of the other, widths from the components."""
         refuse_old_keys(data)
         given = {key: dict(value) for key, value in data.items() if isinstance(value, Mapping)}
-        if "data" in given:
-            images, samples = given["data"], given.setdefault("sampling", {})
-            resolution = images.get("resolution", samples.get("resolution"))
-            if resolution is not None and data.get("sampling", {}) is not None:
-                images.setdefault("resolution", resolution)
-                samples.setdefault("resolution", resolution)
+        if "sampling" not in data:
+            given["sampling"] = {}
+        places = [given[name] for name in ("data", "sampling") if name in given]
+        resolution = next((place["resolution"] for place in places if "resolution" in place), None)
+        evaluation = given.get("evaluation", {})
+        if isinstance(evaluation.get("sampling"), Mapping):
+            evaluation["sampling"] = dict(evaluation["sampling"])
+            places.append(evaluation["sampling"])
+        if resolution is not None:
+            for place in places:
+                place.setdefault("resolution", resolution)
         if "model" in given and "components" in given:
             components = from_dict(ComponentsConfig, given["components"], "components")
             # a folder in place of the default weights is expected to hold such; loading it will tell
@@ -150,6 +158,7 @@ class RunConfig(Config):
             self.check_text(text_width)
 
     def check_text(self, width: int) -> None:
+        """ConfigError if the model does not fit the text encoder."""
         if width != self.model.text_width:
             raise ConfigError(
                 f"model.text_width is {self.model.text_width}, but '{self.components.text.name}' gives {width}; set it "
@@ -181,23 +190,20 @@ class RunConfig(Config):
 
 def refuse_old_keys(data: Mapping[str, Any]) -> None:
     """ConfigError, with what to write instead, for a recipe that fixes the number of processes."""
-    sections = {name: value for name in ("data", "engine") if isinstance(value := data.get(name), Mapping)}
-    size, accumulate = (
-        sections.get(section, {}).get(key)
-        for section, key in (("data", "batch_size"), ("engine", "accumulate"))
-    )
-    if size is None and accumulate is None:
+    plain = flatten(data)
+    old = {key: plain[key] for key in ("data.batch_size", "engine.accumulate") if key in plain}
+    if not old:
         return
-    said = [f"data.batch_size {size}"] * (size is not None) + [f"engine.accumulate {accumulate}"] * (
-        accumulate is not None
-    )
-    text = f"{' and '.join(said)}: a recipe no longer knows the number of processes; write "
-    world, micro = int(os.environ.get("WORLD_SIZE", 1)), 1 if accumulate is None else accumulate
-    if isinstance(size, int) and isinstance(micro, int):
-        text += f"batch: {{global: {size * micro * world}, per_device: {size}}}, for {size} x {micro} on {world} processes"
-    else:
-        text += "batch: {per_device: N}, the samples (in stage 3: rows) that a process takes at a time"
-    raise ConfigError(text)
+    micro_batch, accumulate = old.get("data.batch_size"), old.get("engine.accumulate", 1)
+    instead = "batch: {per_device: N}, the samples (in stage 3: rows) that a process takes at a time"
+    if isinstance(micro_batch, int) and isinstance(accumulate, int):
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        instead = (
+            f"batch: {{global: {micro_batch * accumulate * world}, per_device: {micro_batch}}} for {micro_batch} x "
+            f"{accumulate} on {world} processes"
+        )
+    said = " and ".join(f"{key} {value}" for key, value in old.items())
+    raise ConfigError(f"{said}: recipes no longer fix the number of processes; write {instead}")
 
 
 def summary(config: RunConfig, given: Sequence[str] = ()) -> str:

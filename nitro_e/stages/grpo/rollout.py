@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, l
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Config):
+    RENAMED: ClassVar[dict[str, str]] = {"batch_size": "per_device"}
+
     steps: Annotated[int, Ge(1), Le(10_000)] = 10  # of the sampler; fewer than for images that people see
     grid: TimeGrid = "released"
     shift: Annotated[float, Gt(0)] = 1.0
@@ -25,7 +27,7 @@ class RolloutConfig(Config):
     sde: SDEConfig = field(default_factory=SDEConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     shared_noise: bool = False  # one first noise per group; the SDE alone makes its images differ
-    batch_size: Annotated[int, Ge(1), Le(65536)] = 64  # images at a time
+    per_device: Annotated[int, Ge(1), Le(65536)] = 64  # images that a process draws at a time
 
     def schedule(self, window: WindowConfig | None) -> Schedule:
         """Build the schedule of these steps, random inside the window; None: the ODE alone."""

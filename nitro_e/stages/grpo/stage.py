@@ -143,10 +143,13 @@ class GRPO:
         digest = hashlib.blake2b("\n".join(prompt.text for prompt in self.pool).encode(), digest_size=8)
         c = self.config
         adapter = None if c.adapter is None else {**to_dict(c.adapter), "init_from": None}
+        # `per_device` does not change what is drawn; its older name stays, as in the checkpoints of before
+        rollout = {**to_dict(c.rollout), "batch_size": None}
+        del rollout["per_device"]
         return {
             "prompts": f"{len(self.pool)} {digest.hexdigest()}",
             "groups": c.groups, "group_size": c.group_size, "updates": c.updates,
-            "rollout": {**to_dict(c.rollout), "batch_size": None}, "adapter": adapter,
+            "rollout": rollout, "adapter": adapter,
         }  # fmt: skip
 
     def notes(self) -> dict[str, Any]:
@@ -194,8 +197,8 @@ class GRPO:
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
         parts, scores, views = [], [], []
-        for start in range(images.start, images.stop, self.config.rollout.batch_size):
-            chunk = range(start, min(start + self.config.rollout.batch_size, images.stop))
+        for start in range(images.start, images.stop, self.config.rollout.per_device):
+            chunk = range(start, min(start + self.config.rollout.per_device, images.stop))
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
             with clock.of("draw"):
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
