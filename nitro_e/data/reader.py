@@ -19,7 +19,7 @@ import logging
 import signal
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -226,7 +226,7 @@ class Data:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
-    ) -> Iterator[Records]:
+    ) -> Generator[Records, None, None]:
         """Endless micro-batches of one rank from optimizer step `step` on.
 
         Closing the iterator ends the workers. Raises BadDataError when too many samples are bad, ConfigError

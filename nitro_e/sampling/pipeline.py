@@ -192,11 +192,11 @@ def image_seeds(given: int | Sequence[int] | None, count: int) -> list[int]:
     """One for each of `count` prompts."""
     if given is None:
         return list(range(count))
-    seeds = [given] if isinstance(given, numbers.Integral) else list(given)
+    seeds = [given] if isinstance(given, (int, numbers.Integral)) else list(given)
     if len(seeds) != count:
         raise ConfigError(f"{count} prompts but {len(seeds)} seeds; give one seed per prompt")
     for seed in seeds:
-        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+        if not isinstance(seed, (int, numbers.Integral)) or not -(2**63) <= seed < 2**64:
             raise ConfigError(f"seeds: {seed!r} is no seed; give whole numbers of at most 64 bits")
     return [int(seed) for seed in seeds]
 

@@ -68,7 +68,7 @@ class Algorithm(Protocol):
     frozen_passes: float
 
     @property
-    def drawing(self) -> nn.Module:
+    def rollout_model(self) -> nn.Module:
         """The model that draws the images of a rollout."""
 
     def before_rollout(self, rollout: int) -> None:

@@ -20,11 +20,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig
 from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
+from nitro_e.model import EMMDiT
 from nitro_e.randomness import SlotRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling.samplers import guide
@@ -96,7 +97,7 @@ class GRPO:
     bad_samples = 0
 
     def __init__(
-        self, config: GRPOConfig, model: nn.Module, pool: Sequence[Prompt], scorer: Scorer, codec: LatentCodec,
+        self, config: GRPOConfig, model: EMMDiT, pool: Sequence[Prompt], scorer: Scorer, codec: LatentCodec,
         text: TextEncoder, *, latent_shape: tuple[int, int, int], seed: int, layout: Layout, device: torch.device,
         autocast: Callable[[], AbstractContextManager], forward_flops: float = 0.0,
     ) -> None:  # fmt: skip
@@ -155,10 +156,10 @@ class GRPO:
 
     # ---- files
 
-    def export(self, model: nn.Module) -> nn.Module:
+    def export(self, model: EMMDiT) -> EMMDiT:
         return dense(model) if has_adapter(model) else model
 
-    def write_extras(self, model: nn.Module, folder: Path) -> None:
+    def write_extras(self, model: EMMDiT, folder: Path) -> None:
         """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
         if has_adapter(model):
             save_adapter(model, folder / "adapter")
@@ -243,7 +244,9 @@ class GRPO:
             groups = range(images.start // size, -(-images.stop // size))
             shared = SlotRandom(*purpose, "group", first=groups.start, count=len(groups), device=self.device)
             x = shared.normal(*self.latent_shape)[[image // size - groups.start for image in images]]
-        velocity = guide(self.algorithm.drawing, text, self.null_text, self.config.rollout.guidance_scale)
+        velocity = guide(
+            self.algorithm.rollout_model, text, self.null_text, self.config.rollout.guidance_scale
+        )
         with self.autocast():
             return sample_trajectory(velocity, x, self.schedule, window, rng.normal)
 
