@@ -5,7 +5,7 @@ A reward is a callable
 where NaN means "could not be scored"; it is never replaced by a number. `reward.source`, if there is one, names its weights.
 
 registry   names -> builders, the decorator for your own
-scorer     several of them, weighted and watched: RewardConfig, build_rewards, Scorer
+scorer     several of them, weighted and monitored: RewardConfig, build_rewards, Scorer
 """
 
 from nitro_e.rewards.registry import reward

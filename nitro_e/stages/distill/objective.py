@@ -39,7 +39,7 @@ class Shared:
 
 
 class Balance(NamedTuple):
-    """How the scale of an objective is measured: in the steps before it begins."""
+    """An objective whose scale is measured in the steps before it begins."""
 
     start: int  # the first step of a weight above 0
     fallback: float  # the scale while nothing has been measured
