@@ -96,9 +96,15 @@ class TextToImage:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
-        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
-    ) -> list[Image.Image]:  # fmt: skip
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+        **overrides: Any,
+    ) -> list[Image.Image]:
         """Draw one image per prompt; a bare string is one prompt.
 
         negative_prompt: one for all, or one per prompt. seeds: one per prompt (default 0, 1, ...). overrides: fields of
@@ -114,9 +120,15 @@ class TextToImage:
 
     @torch.no_grad()
     def pixels(
-        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
-        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+        **overrides: Any,
+    ) -> Tensor:
         """Draw images (number of prompts, 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
         prompts = [prompts] if isinstance(prompts, str) else as_prompts(prompts)
         if not prompts:

@@ -93,9 +93,14 @@ def check_sigmas(times: Sequence[float]) -> None:
 
 
 def sample(
-    model: Denoiser, text: TextEmbedding, negative: TextEmbedding, settings: SamplingConfig, noise: Tensor,
-    seeds: Sequence[int], progress: bool = False,
-) -> Tensor:  # fmt: skip
+    model: Denoiser,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    settings: SamplingConfig,
+    noise: Tensor,
+    seeds: Sequence[int],
+    progress: bool = False,
+) -> Tensor:
     """Sample latents (B, C, h, w) from noise of the same shape, on the noise's device.
 
     text: B rows; negative: B rows or one; seeds: one per image, for samplers that draw more noise.
@@ -120,9 +125,15 @@ class Guided(NamedTuple):
 
 
 def guided_velocity(
-    model: Denoiser, x: Tensor, t: Tensor, text: TextEmbedding, negative: TextEmbedding, scale: float,
-    gradient: Literal["both", "cond"] = "both", bare: Denoiser | None = None,
-) -> Guided:  # fmt: skip
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    scale: float,
+    gradient: Literal["both", "cond"] = "both",
+    bare: Denoiser | None = None,
+) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
 
     text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass.

@@ -125,10 +125,11 @@ class Adversarial:
                 if config.pool is None
                 else HeadPool(maps, width, config.pool, shared.seed)
             ).to(shared.device)
-        balanced = config.weight == "auto"
-        self.balance = Balance(config.start, config.fallback) if balanced else None
-        # with `balance` relative to the other objectives
-        self.full_weight = config.ratio if config.weight == "auto" else config.weight
+        self.balance: Balance | None = None
+        if config.weight == "auto":  # full_weight is then relative to the other objectives
+            self.balance, self.full_weight = Balance(config.start, config.fallback), config.ratio
+        else:
+            self.full_weight = config.weight
         self.step = 0
         self.phases: tuple[Phase, ...] = (
             Phase(

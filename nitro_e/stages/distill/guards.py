@@ -50,10 +50,16 @@ def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: Di
         return
     ours, theirs = prediction.data.detach(), batch.latents
     gap = torch.zeros(2) if batch.heldout_gap is None else batch.heldout_gap
-    sums = torch.stack([
-        *gap.to(ours.device).double(), ours.double().mean(), ours.double().square().mean(),
-        theirs.double().mean(), theirs.double().square().mean(), torch.ones((), device=ours.device).double(),
-    ])  # fmt: skip
+    sums = torch.stack(
+        [
+            *gap.to(ours.device).double(),
+            ours.double().mean(),
+            ours.double().square().mean(),
+            theirs.double().mean(),
+            theirs.double().square().mean(),
+            torch.ones((), device=ours.device).double(),
+        ]
+    )
     gap, count, *moments, processes = sum_over_processes(sums)
     mean, square, mean_there, square_there = (moment / processes for moment in moments)
     ratio = ((square - mean**2) / (square_there - mean_there**2)).sqrt()

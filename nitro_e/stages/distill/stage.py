@@ -184,9 +184,15 @@ class Distill:
     name = "distill"
 
     def __init__(
-        self, config: DistillConfig, student: nn.Module, teacher: Denoiser, backbone: Callable[..., Backbone],
-        null_text: TextEmbedding, seed: int, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        teacher: Denoiser,
+        backbone: Callable[..., Backbone],
+        null_text: TextEmbedding,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         """student: trained in place; teacher: frozen; backbone(taps): the teacher's features for the discriminator."""
         self.config, self.model, self.device = config, student, device
         self.student = Student(student, config.time_scale).to(device)
@@ -289,9 +295,18 @@ class DistillRun(Distill):
     """The stage on stored pairs, for the engine."""
 
     def __init__(
-        self, config: DistillConfig, model: nn.Module, teacher: EMMDiT, data: Data, codec: LatentCodec,
-        text: TextEncoder, seed: int, device: torch.device, forward_flops: float, identity: str,
-    ) -> None:  # fmt: skip
+        self,
+        config: DistillConfig,
+        model: nn.Module,
+        teacher: EMMDiT,
+        data: Data,
+        codec: LatentCodec,
+        text: TextEncoder,
+        seed: int,
+        device: torch.device,
+        forward_flops: float,
+        identity: str,
+    ) -> None:
         """identity: a hash of the teacher's weights; a resume with another teacher is refused."""
         self.data, self.codec, self.text = data, codec, text
         self.batch_size, self.forward_flops = data.config.batch_size, forward_flops

@@ -67,12 +67,12 @@ def centre(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def score_statistics(
-    scores: Tensor, names: tuple[str, ...], weights: Tensor, asked: Tensor
+    scores: Tensor, names: tuple[str, ...], weights: Tensor, applies: Tensor
 ) -> dict[str, Tensor]:
     """Summarise a rollout's scores (G, K, R) for the log.
 
     Per reward: mean, std, std within the groups that have two scores, and the share of images without a score among the
-    groups whose prompt it is `asked` (G, R) about. Over all: the share of groups whose trained scores are all equal, so
+    groups whose prompt it `applies` (G, R) to. Over all: the share of groups whose trained scores are all equal, so
     that they teach nothing.
     """
     logs: dict[str, Tensor] = {}
@@ -81,8 +81,8 @@ def score_statistics(
         values = scores[..., index].double()
         scored, valid = values[values.isfinite()], usable(values)
         within = _mean(centre(values, valid).square(), valid, dim=1).sqrt()  # (G,)
-        if asked[:, index].any():
-            logs[f"reward/{name}/invalid"] = 1 - values[asked[:, index]].isfinite().double().mean()
+        if applies[:, index].any():
+            logs[f"reward/{name}/invalid"] = 1 - values[applies[:, index]].isfinite().double().mean()
         if len(scored):
             logs[f"reward/{name}"] = scored.mean()
             logs[f"reward/{name}/std"] = scored.std(unbiased=False)

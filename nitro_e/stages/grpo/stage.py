@@ -47,7 +47,7 @@ from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Traject
 from nitro_e.stages.grpo.sde import Schedule, Window
 from nitro_e.training.optim import OptimConfig
 
-# what a GRPO objective may be, told apart by `kind`; each builds itself (algorithm.AlgorithmConfig)
+# the objectives there are; `kind` says which one a recipe means (see algorithm.AlgorithmConfig)
 Algorithms = ClippedConfig | NFTConfig
 # over this many rollouts a reward may leave this share of its images unscored
 MONITORED_ROLLOUTS, MAX_UNSCORED = 10, 0.05
@@ -97,10 +97,21 @@ class GRPO:
     bad_samples = 0
 
     def __init__(
-        self, config: GRPOConfig, model: EMMDiT, pool: Sequence[Prompt], scorer: Scorer, codec: LatentCodec,
-        text: TextEncoder, *, latent_shape: tuple[int, int, int], seed: int, layout: Layout, device: torch.device,
-        autocast: Callable[[], AbstractContextManager], forward_flops: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        config: GRPOConfig,
+        model: EMMDiT,
+        pool: Sequence[Prompt],
+        scorer: Scorer,
+        codec: LatentCodec,
+        text: TextEncoder,
+        *,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        layout: Layout,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        forward_flops: float = 0.0,
+    ) -> None:
         """model: on the device, with the weights to start from; an adapter is put into it here.
 
         pool: the prompts; autocast: of the engine's precision; forward_flops: of one pass of one image.
@@ -115,9 +126,17 @@ class GRPO:
         self.policy = Policy(model, reference=kl.beta > 0, old=config.algorithm.keeps_old).to(device)
         self.null_text = text.encode([""])
         shared = Shared(
-            self.policy, self.null_text, self.schedule, KLPenalty(kl, self.schedule, device) if kl.beta else None,
-            config.rollout.guidance_scale, config.cfg_grad, config.updates, config.advantage.clip, autocast, device,
-        )  # fmt: skip
+            policy=self.policy,
+            null_text=self.null_text,
+            schedule=self.schedule,
+            kl=KLPenalty(kl, self.schedule, device) if kl.beta else None,
+            guidance_scale=config.rollout.guidance_scale,
+            cfg_grad=config.cfg_grad,
+            updates=config.updates,
+            max_advantage=config.advantage.clip,
+            autocast=autocast,
+            device=device,
+        )
         self.algorithm: Algorithm = config.algorithm.build(shared)
         self.name = self.algorithm.name
         self.phases = (Phase("policy", self.policy, self.algorithm.loss, config.optim),)
@@ -145,9 +164,12 @@ class GRPO:
         adapter = None if c.adapter is None else {**to_dict(c.adapter), "init_from": None}
         return {
             "prompts": f"{len(self.pool)} {digest.hexdigest()}",
-            "groups": c.groups, "group_size": c.group_size, "updates": c.updates,
-            "rollout": {**to_dict(c.rollout), "batch_size": None}, "adapter": adapter,
-        }  # fmt: skip
+            "groups": c.groups,
+            "group_size": c.group_size,
+            "updates": c.updates,
+            "rollout": {**to_dict(c.rollout), "batch_size": None},
+            "adapter": adapter,
+        }
 
     def notes(self) -> dict[str, Any]:
         """Name the weights of the rewards, for the run's record."""
@@ -214,9 +236,9 @@ class GRPO:
         everything = gather(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
         advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
-        asked = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
+        applies = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
         stats = score_statistics(
-            everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, asked
+            everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, applies
         )
         stats |= {
             "advantage": advantage.abs().mean(),
@@ -226,11 +248,13 @@ class GRPO:
         }
         stats |= {f"seconds/{name}": torch.tensor(seconds) for name, seconds in clock.seconds.items()}
         experience = Experience(
-            trajectory=trajectory, window=window, text=text,
+            trajectory=trajectory,
+            window=window,
+            text=text,
             group=torch.tensor([image // size - first for image in images], device=self.device),
             advantages=advantage.flatten()[images.start : images.stop].float().to(self.device),
             keys=[f"rollout {rollout} '{prompts[image // size].text}' #{image % size}" for image in images],
-        )  # fmt: skip
+        )
         return experience, {name: value.double().cpu() for name, value in stats.items()}
 
     @torch.no_grad()
