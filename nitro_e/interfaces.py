@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class TextEmbedding(NamedTuple):
-    """Prompt tokens. A NamedTuple, so that DDP, torch.compile and pytrees see through it."""
+    """The tokens of B prompts. A NamedTuple, so that DDP, torch.compile and pytrees see through it."""
 
     tokens: Tensor  # (B, L, D) float
     mask: Tensor  # (B, L) bool, True = a real token

@@ -171,15 +171,15 @@ def energy_distance(x, y):
 
 HEADS = {"heads": {"width": 64}, "start": 0, "ramp": 0, "misaligned": None}
 FAST = {"eps": 1e-8, "weight_decay": 0.0, "betas": (0.0, 0.99), "warmup": 50}
-STEPS4 = {"odds": [[0, [0.4, 0.2, 0.2, 0.2]]], "rollout": {"share": 0.5, "start": 250, "end": 750}}
+STEPS4 = {"probabilities": [[0, [0.4, 0.2, 0.2, 0.2]]], "rollout": {"share": 0.5, "start": 250, "end": 750}}
 ADVERSARIAL = {
-    **HEADS, "r1": {"sigma": 0.05, "weight": 200}, "judge": {"times": {"mean": 0.3, "std": 1.0}},
+    **HEADS, "r1": {"sigma": 0.05, "weight": 200}, "discriminator": {"times": {"mean": 0.3, "std": 1.0}},
     "optim": {**FAST, "lr": 2e-3},
 }  # fmt: skip
 ALONE = {
-    **ADVERSARIAL, "weight": 1.0, "r1": {"sigma": 0.05, "weight": 400}, "judge": {"times": {"mean": -1.5, "std": 1.5}},
+    **ADVERSARIAL, "weight": 1.0, "r1": {"sigma": 0.05, "weight": 400}, "discriminator": {"times": {"mean": -1.5, "std": 1.5}},
 }  # fmt: skip
-POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "judge")}
+POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "discriminator")}
 DIFFUSION = {"kind": "mse", "decay": None}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
@@ -191,7 +191,7 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
     "one step": ({"preset": "nitro1", "diffusion": DIFFUSION,
                   "adversarial": {**ADVERSARIAL, "weight": 0.1}}, 0.002, 0.06),
     "one step, regression": ({"preset": "nitro1", "diffusion": DIFFUSION, "adversarial": None}, 0.002, 0.06),
-    "fresh": ({"preset": "ladd4", "inputs": {**STEPS4, "noise": "fresh", "rollout": None}, "sampler": "renoise",
+    "fresh": ({"preset": "ladd4", "inputs": {**STEPS4, "noise": "fresh", "rollout": None}, "sampler": "multistep",
                "diffusion": DIFFUSION, "adversarial": None}, None, None),
     "adversarial alone": ({"preset": "ladd4", "inputs": STEPS4, "diffusion": None,
                            "adversarial": {**ALONE, "loss": "non_saturating"}}, 0.012, None),
@@ -234,7 +234,7 @@ def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
     )
     text = as_text(pairs.test_classes)
     with torch.no_grad():
-        seeds = range(len(pairs.test_noise)) if config.sampler == "renoise" else []
+        seeds = range(len(pairs.test_noise)) if config.sampler == "multistep" else []
         points = sample(average, text, text, settings, pairs.test_noise, seeds)
     return points, logs
 

@@ -27,10 +27,10 @@ from nitro_e.model.layers import Compressor, Reconstructor, fold
 from nitro_e.randomness import SlotRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
-from nitro_e.sampling.samplers import SamplingConfig, euler, renoise, sample
+from nitro_e.sampling.samplers import SamplingConfig, euler, multistep, sample
 from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig, frozen
-from nitro_e.stages.distill.guards import GuardConfig, describe_draft, watch
+from nitro_e.stages.distill.guards import GuardConfig, check, describe_prediction
 from nitro_e.stages.distill.heads import (
     Backbone,
     Features,
@@ -40,7 +40,7 @@ from nitro_e.stages.distill.heads import (
     feature_maps,
     token_maps,
 )
-from nitro_e.stages.distill.inputs import Draft, Drafts, InputConfig
+from nitro_e.stages.distill.inputs import InputConfig, Prediction, Predictor
 from nitro_e.stages.distill.objective import Shared
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.stages.distill.presets import PRESETS
@@ -51,6 +51,7 @@ from nitro_e.stages.distill.regression import (
     Reflow,
     ReflowConfig,
 )
+from nitro_e.stages.distill.stage import Term
 from nitro_e.training.optim import OptimConfig, build_optimizers
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
@@ -69,7 +70,7 @@ def test_u2_one_point_of_data_is_reached_exactly(times):
     velocity = lambda x, t: (x - data) / t.reshape(-1, 1, 1, 1)  # noqa: E731
     times = torch.tensor([*times, 0.0], dtype=torch.float64)
     fresh = lambda step: torch.randn_like(start)  # noqa: E731
-    for end in (euler(velocity, start, times), renoise(velocity, start, times, fresh)):
+    for end in (euler(velocity, start, times), multistep(velocity, start, times, fresh)):
         torch.testing.assert_close(end, data, rtol=0, atol=1e-12)
 
 
@@ -87,7 +88,7 @@ def test_u3_euler_on_stored_sigmas_is_that_of_diffusers():
 def test_renoising_draws_each_images_noise_from_its_own_seed():
     """Two images in one batch or one by one; the formula step by step."""
     model = lambda x, t, text: torch.tanh(x) * t.reshape(-1, 1, 1, 1)  # noqa: E731
-    config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, sampler="renoise", guidance_scale=1)
+    config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, sampler="multistep", guidance_scale=1)
     noise = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     text = random_text(2)
     both = sample(model, text, text, config, noise, [5, 9])
@@ -113,10 +114,10 @@ def test_u18_the_model_is_told_scaled_time_and_nothing_else_is():
     stage = tiny_stage(distill_config("nitrofusion", time_scale=0.25, inputs={"sigmas": [1.0]}))
     batch = random_batch()
     stage.student.model.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1]))
-    draft = stage.draft(batch, rng())
-    assert torch.equal(told[0], torch.full((8,), 0.25)) and torch.equal(draft.t, torch.ones(8))
+    prediction = stage.predict(batch, rng())
+    assert torch.equal(told[0], torch.full((8,), 0.25)) and torch.equal(prediction.t, torch.ones(8))
     velocity = stage.student.model(batch.noise, torch.full((8,), 0.25), batch.text)
-    torch.testing.assert_close(draft.data, batch.noise - velocity)
+    torch.testing.assert_close(prediction.data, batch.noise - velocity)
 
 
 def test_step_counts_that_were_not_trained_are_refused():
@@ -144,36 +145,37 @@ def test_u5_the_pairs_input_is_the_first_euler_step_of_a_perfect_student():
     torch.testing.assert_close(flow.interpolate(data, noise, t), stepped, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+@pytest.mark.parametrize("sampler", ["euler", "multistep"])
 def test_u14_a_rollout_is_the_beginning_of_the_sampler(sampler):
-    config = InputConfig(sigmas=SIGMAS, noise={"euler": "pair", "renoise": "fresh"}[sampler])
-    drafts, noise = Drafts(config, sampler, seed=0), random_batch().noise
+    config = InputConfig(sigmas=SIGMAS, noise={"euler": "pair", "multistep": "fresh"}[sampler])
+    predictor, noise = Predictor(config, sampler, seed=0), random_batch().noise
     velocity = lambda x, t: torch.sin(x) + t.reshape(-1, 1, 1, 1)  # noqa: E731
     states = []
-    watched = lambda x, t: states.append(x) or velocity(x, t)  # noqa: E731
+    recorded = lambda x, t: states.append(x) or velocity(x, t)  # noqa: E731
     times, random = torch.tensor([*SIGMAS, 0.0]), rng()
     if sampler == "euler":
-        euler(watched, noise, times)
+        euler(recorded, noise, times)
     else:
-        renoise(watched, noise, times, lambda step: random.normal(*SHAPE))
+        multistep(recorded, noise, times, lambda step: random.normal(*SHAPE))
     for place in range(4):
-        assert torch.equal(drafts.rollout(velocity, noise, place, rng()), states[place])
+        assert torch.equal(predictor.rollout(velocity, noise, place, rng()), states[place])
     assert torch.equal(states[0], noise)
 
 
 def test_rollouts_come_with_the_scheduled_share_and_without_a_graph():
     stage = tiny_stage(distill_config("ladd4", inputs={"rollout": {"share": 0.5, "start": 10, "end": 30}}))
-    drafts, student = stage.drafts, stage.student
+    predictor, student = stage.predictor, stage.student
     rolled = {
         start: sum(
-            not drafts.input(student, random_batch(step, 2), rng(2))[2] for step in range(start, start + 60)
+            not predictor.input(student, random_batch(step, 2), rng(2))[2]
+            for step in range(start, start + 60)
         )
         for start in (-60, 100)
     }
     assert rolled[-60] == 0 and 17 <= rolled[100] <= 43  # 30 expected
     for step in itertools.count(100):
         batch = random_batch(step, 2)
-        x, t, on_path = drafts.input(student, batch, rng(2))
+        x, t, on_path = predictor.input(student, batch, rng(2))
         if not on_path and t[0] < 1:
             break
     assert not x.requires_grad and (t == t[0]).all()
@@ -183,21 +185,21 @@ def test_rollouts_come_with_the_scheduled_share_and_without_a_graph():
     torch.testing.assert_close(x, expected)
 
 
-def test_times_follow_the_odds_of_their_step():
-    config = InputConfig(sigmas=SIGMAS, odds=((0, (0, 0, 0.5, 0.5)), (5, (0.4, 0.2, 0.2, 0.2))))
-    drafts = Drafts(config, "euler", 0)
-    for step, odds in ((4, [0, 0, 0.5, 0.5]), (5, [0.4, 0.2, 0.2, 0.2])):
-        t = drafts.draw_times(step, rng(4000))
+def test_times_follow_the_probabilities_of_their_step():
+    config = InputConfig(sigmas=SIGMAS, probabilities=((0, (0, 0, 0.5, 0.5)), (5, (0.4, 0.2, 0.2, 0.2))))
+    predictor = Predictor(config, "euler", 0)
+    for step, probabilities in ((4, [0, 0, 0.5, 0.5]), (5, [0.4, 0.2, 0.2, 0.2])):
+        t = predictor.draw_times(step, rng(4000))
         shares = torch.stack([(t == sigma).float().mean() for sigma in SIGMAS])
-        torch.testing.assert_close(shares, torch.tensor(odds), rtol=0, atol=0.03)
+        torch.testing.assert_close(shares, torch.tensor(probabilities), rtol=0, atol=0.03)
         assert ((t[:, None] == torch.tensor(SIGMAS)).sum(1) == 1).all()
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_a_share_of_the_times_is_anywhere(share):
-    anywhere = {"share": share, "times": {"kind": "uniform"}}
-    config = from_dict(InputConfig, {"sigmas": [1.0, 0.5], "anywhere": anywhere})
-    t = Drafts(config, "euler", 0).draw_times(0, rng(4000))
+def test_a_share_of_the_times_is_continuous(share):
+    continuous_times = {"share": share, "times": {"kind": "uniform"}}
+    config = from_dict(InputConfig, {"sigmas": [1.0, 0.5], "continuous_times": continuous_times})
+    t = Predictor(config, "euler", 0).draw_times(0, rng(4000))
     placed = (t == 1.0) | (t == 0.5)
     assert 1 - placed.float().mean().item() == pytest.approx(share, abs=0.03)
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
@@ -206,17 +208,17 @@ def test_a_share_of_the_times_is_anywhere(share):
 
 
 def test_u15_samplers_and_inputs_must_belong_together():
-    for sampler, noise in (("euler", "fresh"), ("renoise", "pair")):
+    for sampler, noise in (("euler", "fresh"), ("multistep", "pair")):
         with pytest.raises(ConfigError, match=f"sampler '{sampler}'.*inputs.noise"):
             distill_config("ladd4", sampler=sampler, inputs={"noise": noise})
-    distill_config("ladd4", sampler="renoise", inputs={"noise": "fresh"})
+    distill_config("ladd4", sampler="multistep", inputs={"noise": "fresh"})
     distill_config("nitrofusion")  # t = 1 only: pure noise either way
 
 
 def test_a_config_that_cannot_work_is_refused():
     cases = [
-        ({"inputs": {"odds": [[0, [1, 1]]]}}, "4 shares"),
-        ({"inputs": {"odds": [[5, [1, 1, 1, 1]]]}}, "begin with 0"),
+        ({"inputs": {"probabilities": [[0, [1, 1]]]}}, "4 shares"),
+        ({"inputs": {"probabilities": [[5, [1, 1, 1, 1]]]}}, "begin with 0"),
         ({"inputs": {"sigmas": [0.5, 0.75]}}, "falling"),
         ({"sample_steps": [3]}, "not evenly spaced"),
         ({"diffusion": None}, "weight 'auto'"),
@@ -224,7 +226,10 @@ def test_a_config_that_cannot_work_is_refused():
         ({"diffusion": {"space": "velocity"}}, "on_rollout"),
         ({"adversarial": {"pool": {"use": 3}}}, "use must be even"),
         ({"adversarial": {"pool": {}, "heads": {"width": 8}}}, "heads would have no effect"),
-        ({"adversarial": {"pool": {}, "judge": {"least": 0.1}}}, "judge would have no effect"),
+        (
+            {"adversarial": {"pool": {}, "discriminator": {"least": 0.1}}},
+            "discriminator would have no effect",
+        ),
         ({"adversarial": {"null_text": 0.5}}, "null_text takes prompts away"),
         ({"reflow": {}}, "no rollout"),
     ]
@@ -374,7 +379,8 @@ def test_u10_the_noised_input_is_perturbed_at_its_own_time():
     (adversarial,) = [o for o in stage.objectives if isinstance(o, Adversarial)]
     batch = random_batch(0)
     parts = {
-        name: rest for name, *rest in adversarial.judged_parts(batch, stage.draft(batch, rng()), rng(8, 1))
+        name: rest
+        for name, *rest in adversarial.discriminator_inputs(batch, stage.predict(batch, rng()), rng(8, 1))
     }
     (real, tau, text), (perturbed, tau_too, text_too) = parts["real"], parts["perturbed"]
     assert torch.equal(tau, tau_too) and text is text_too
@@ -414,10 +420,10 @@ def test_gradients_taken_at_the_data_are_those_of_the_plain_sum():
     student.module.zero_grad(set_to_none=True)
 
     again, random = random_batch(3), rng(8, "g")
-    draft = stage.draft(again, random, last=True)
+    prediction = stage.predict(again, random, last=True)
     total = 0
     for objective in stage.objectives:
-        values, _ = objective.loss(draft, again, random)
+        values, _ = objective.loss(prediction, again, random)
         total = total + objective.weight(3) * values.mean()
     total.backward()
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
@@ -462,7 +468,8 @@ def test_u12_misaligned_pairs():
     (adversarial,) = [o for o in stage.objectives if isinstance(o, Adversarial)]
     batch = random_batch(0, 4, prompts=["a", "b", "b", "c"])
     parts = {
-        name: rest for name, *rest in adversarial.judged_parts(batch, stage.draft(batch, rng(4)), rng(4, 1))
+        name: rest
+        for name, *rest in adversarial.discriminator_inputs(batch, stage.predict(batch, rng(4)), rng(4, 1))
     }
     assert all(len(x) == 4 for x, *_ in parts.values())
     assert torch.equal(parts["misaligned"][0], parts["real"][0])
@@ -500,23 +507,23 @@ def test_u13_the_automatic_weight_balances_the_slopes():
     for step in range(4, 21):
         weighted = stage.balance(
             {
-                n: (o, 1.0 if n == "diffusion" else o.weight(step), torch.zeros(()), slopes[n])
+                n: Term(o, 1.0 if n == "diffusion" else o.weight(step), torch.zeros(()), slopes[n])
                 for n, o in objectives.items()
             },
             step,
         )
-        norms = {name: (weight * slope).norm().item() for name, weight, _, slope in weighted}
+        norms = {name: (weight * term.slope).norm().item() for name, weight, term in weighted}
     assert norms["adversarial"] == pytest.approx(norms["diffusion"], rel=0.01)
 
 
 def test_the_automatic_weight_falls_back_until_it_is_measured():
     stage = tiny_stage(distill_config("ladd4", adversarial={"start": 0, "ramp": 0, "fallback": 0.25}))
-    (adversarial,) = [o for o in stage.objectives if o.balanced]
-    terms = {"adversarial": (adversarial, 1.0, torch.zeros(()), torch.ones(2))}
+    (adversarial,) = [o for o in stage.objectives if o.balance]
+    terms = {"adversarial": Term(adversarial, 1.0, torch.zeros(()), torch.ones(2))}
     assert [float(weight) for _, weight, *_ in stage.balance(terms, 100)] == [0.25]
 
 
-def test_heldout_prompts_are_watched_and_not_trained_on():
+def test_heldout_prompts_are_monitored_and_not_trained_on():
     config = distill_config(
         "nitro1", heldout=0.5, adversarial={"start": 0, "ramp": 0, "heads": {"width": 32}}
     )
@@ -543,9 +550,9 @@ def test_heldout_prompts_are_watched_and_not_trained_on():
 
 def plain_shared(teacher=None, backbone=None):
     """What a stage lends, without a stage."""
-    draft = lambda batch, rng, last=False: batch.draft  # noqa: E731
+    prediction = lambda batch, rng, last=False: batch.prediction  # noqa: E731
     return Shared(
-        teacher, lambda taps: backbone, random_text(1, 99), draft, None, 0.0, 0, torch.device("cpu")
+        teacher, lambda taps: backbone, random_text(1, 99), prediction, None, 0.0, 0, torch.device("cpu")
     )
 
 
@@ -557,13 +564,13 @@ def plain_teacher(x, t, text):
     return torch.tanh(x) + t[:, None, None, None] * word(text)
 
 
-def drafted(t, on_path=True):
+def predicted(t, on_path=True):
     """A batch and a student's answer to its pairs that is wrong by about as much as the data vary."""
     t = torch.tensor(t)
     batch, at = random_batch(0, len(t), shape=(4, 3, 3)), t[:, None, None, None]
     x = (1 - at) * batch.latents + at * batch.noise
     generator = torch.Generator().manual_seed(7)
-    return Draft(x, t, on_path, batch.latents + torch.randn(x.shape, generator=generator)), batch
+    return Prediction(x, t, on_path, batch.latents + torch.randn(x.shape, generator=generator)), batch
 
 
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
@@ -571,31 +578,34 @@ def drafted(t, on_path=True):
 @pytest.mark.parametrize("target", ["pair", "teacher"])
 def test_the_diffusion_loss_is_its_formula(target, space, kind):
     config = DiffusionConfig(target=target, space=space, kind=kind, guidance_scale=3.0, beta=0.5)
-    draft, batch = drafted([1.0, 0.7, 0.4, 0.1])
-    values, _ = Diffusion(config, plain_shared(plain_teacher)).loss(draft, batch, rng(4))
-    x, t, null = draft.x, draft.t[:, None, None, None], word(random_text(1, 99))
+    prediction, batch = predicted([1.0, 0.7, 0.4, 0.1])
+    values, _ = Diffusion(config, plain_shared(plain_teacher)).loss(prediction, batch, rng(4))
+    x, t, null = prediction.x, prediction.t[:, None, None, None], word(random_text(1, 99))
     guided = torch.tanh(x) + t * (null + 3 * (word(batch.text) - null))
-    wrong = draft.data - {"pair": batch.latents, "teacher": x - t * guided}[target]
+    wrong = prediction.data - {"pair": batch.latents, "teacher": x - t * guided}[target]
     wrong = wrong / t if space == "velocity" else wrong
     smooth = torch.where(wrong.abs() < 0.5, wrong**2, wrong.abs() - 0.25)  # w^2 / (2 beta) and |w| - beta / 2
     torch.testing.assert_close(values, {"mse": wrong**2, "smooth_l1": smooth}[kind].mean(dim=(1, 2, 3)))
 
 
 def test_the_diffusion_loss_leaves_out_late_times_and_rollouts():
-    draft, batch = drafted([1.0, 0.75, 0.5, 0.25])
-    loss = lambda draft, **options: Diffusion(DiffusionConfig(**options), None).loss(draft, batch, rng(4))[0]  # noqa: E731
-    everywhere, rolled = loss(draft), replace(draft, on_path=False)
+    prediction, batch = predicted([1.0, 0.75, 0.5, 0.25])
+
+    def loss(prediction, **options):
+        return Diffusion(DiffusionConfig(**options), None).loss(prediction, batch, rng(4))[0]
+
+    everywhere, rolled = loss(prediction), replace(prediction, on_path=False)
     assert (everywhere > 0).all() and torch.equal(loss(rolled), everywhere)
-    torch.testing.assert_close(loss(draft, largest_time=0.5), everywhere * torch.tensor([0.0, 0, 1, 1]))
-    assert torch.equal(loss(draft, on_rollout=False), everywhere)
+    torch.testing.assert_close(loss(prediction, largest_time=0.5), everywhere * torch.tensor([0.0, 0, 1, 1]))
+    assert torch.equal(loss(prediction, on_rollout=False), everywhere)
     assert torch.equal(loss(rolled, on_rollout=False), torch.zeros(4))
 
 
 def test_reflow_is_the_error_of_the_velocity_on_the_pairs_path():
-    draft, batch = drafted([1.0, 0.7, 0.4, 0.1])
-    velocity = (draft.x - draft.data) / draft.t[:, None, None, None]
+    prediction, batch = predicted([1.0, 0.7, 0.4, 0.1])
+    velocity = (prediction.x - prediction.data) / prediction.t[:, None, None, None]
     expected = (velocity - (batch.noise - batch.latents)).square().mean(dim=(1, 2, 3))
-    values, _ = Reflow(ReflowConfig(), None).loss(draft, batch, rng(4))
+    values, _ = Reflow(ReflowConfig(), None).loss(prediction, batch, rng(4))
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -653,23 +663,23 @@ def test_the_heads_loss_is_hinge_and_the_r1_of_a_linear_head():
     r1 = (0.05 * noise @ w) ** 2
     torch.testing.assert_close(values, hinge + 30 * 2 * r1, rtol=1e-3, atol=1e-4)
     assert logs["r1"].item() == pytest.approx(r1.mean().item(), rel=1e-3)
-    draft, batch = drafted([1.0, 0.5])
+    prediction, batch = predicted([1.0, 0.5])
     for step in (4, 5, 6):
         batch.step = step
-        names = [name for name, *_ in objective.judged_parts(batch, draft, rng(2))]
+        names = [name for name, *_ in objective.discriminator_inputs(batch, prediction, rng(2))]
         assert names == (["real", "fake"] if step == 5 else ["real", "fake", "perturbed"])
 
 
-def test_times_of_judgement_follow_their_distribution():
-    draw = lambda **options: adversarial_of(**options).judge_times(3, rng(4000))  # noqa: E731
-    tau = draw(judge={"times": {"kind": "uniform"}, "least": 0.1, "most": 0.6})
+def test_times_of_the_discriminator_follow_their_distribution():
+    draw = lambda **options: adversarial_of(**options).discriminator_times(3, rng(4000))  # noqa: E731
+    tau = draw(discriminator={"times": {"kind": "uniform"}, "least": 0.1, "most": 0.6})
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     torch.testing.assert_close(tau.quantile(levels), 0.1 + 0.5 * levels, rtol=0, atol=0.02)
     assert 0.1 <= tau.min() and tau.max() <= 0.6
-    tau = draw(judge={"times": {"mean": -0.5, "std": 0.8}})
+    tau = draw(discriminator={"times": {"mean": -0.5, "std": 0.8}})
     assert tau.logit().mean().item() == pytest.approx(-0.5, abs=0.05)
     assert tau.logit().std().item() == pytest.approx(0.8, abs=0.05)
-    tau = draw(judge={"times": {"std": 3.0}, "least": 0.2, "most": 0.9})
+    tau = draw(discriminator={"times": {"std": 3.0}, "least": 0.2, "most": 0.9})
     assert tau.min().item() == pytest.approx(0.2) and tau.max().item() == pytest.approx(0.9)
     pool = {"levels": [0.3], "spread": 0.1, "copies": 2, "use": 2, "width": 8}
     tau = draw(pool=pool, optim={"betas": [0, 0.99], "weight_decay": 0})
@@ -677,20 +687,20 @@ def test_times_of_judgement_follow_their_distribution():
     assert 0.2 <= tau.min() and tau.max() <= 0.4
 
 
-def test_a_share_of_the_samples_is_judged_without_its_prompt():
+def test_the_discriminator_sees_a_share_of_the_samples_without_their_prompt():
     objective, text, null = adversarial_of(null_text=0.3), random_text(2000), random_text(1, 99)
-    judged = objective.judged_text(text, rng(2000))
-    dropped = (judged.tokens == null.tokens).all(dim=2).all(dim=1)
+    seen = objective.discriminator_text(text, rng(2000))
+    dropped = (seen.tokens == null.tokens).all(dim=2).all(dim=1)
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.04)
-    assert torch.equal(judged.mask[dropped], null.mask.expand(int(dropped.sum()), -1))
-    for ours, theirs in zip(judged, text):
+    assert torch.equal(seen.mask[dropped], null.mask.expand(int(dropped.sum()), -1))
+    for ours, theirs in zip(seen, text):
         assert torch.equal(ours[~dropped], theirs[~dropped])
     # The heads' phase and the student's both ask with it.
     for share, words in ((0.0, lambda text: text.tokens), (1.0, lambda text: null.tokens)):
-        objective, (draft, batch) = adversarial_of(null_text=share, r1=None), drafted([0.5])
-        batch.draft = draft
+        objective, (prediction, batch) = adversarial_of(null_text=share, r1=None), predicted([0.5])
+        batch.prediction = prediction
         objective.discriminator_loss(objective.heads, batch, rng(1))
-        objective.loss(draft, batch, rng(1))
+        objective.loss(prediction, batch, rng(1))
         for _, _, asked in objective.backbone.seen:
             assert torch.equal(asked.tokens, words(batch.text).expand_as(asked.tokens))
 
@@ -706,7 +716,7 @@ def test_what_is_logged_of_the_verdicts():
     bins = np.array([0, 1, 1, 2, 4, 4, 0, 0, 2, 3, 3, 1])  # fifths of 0 to 1; real and fake
     keep, batch = torch.tensor([1.0, 0, 1, 1, 0, 1]), random_batch(0, 6)
     taus = {name: torch.tensor(times) for name, times in taus.items()}
-    logs = adversarial_of().watch(sides, taus, keep, batch)
+    logs = adversarial_of().monitor(sides, taus, keep, batch)
 
     score = {
         name: np.mean([a[:, 0].mean(1), a[:, 1].mean(1), b[:, 0].mean(1)], axis=0)
@@ -732,8 +742,8 @@ def test_what_is_logged_of_the_verdicts():
 
 def test_heads_learn_to_tell_real_from_fake():
     """Data that can be told apart: in the end both sides get the right verdict, and the student is told which is better."""
-    judge = {"times": {"kind": "uniform"}, "least": 0.02, "most": 0.3}
-    objective = adversarial_of(judge=judge, optim={"lr": 1e-2, "warmup": 0})
+    discriminator = {"times": {"kind": "uniform"}, "least": 0.02, "most": 0.3}
+    objective = adversarial_of(discriminator=discriminator, optim={"lr": 1e-2, "warmup": 0})
     optimizers, sign = (
         build_optimizers(objective.heads, objective.config.optim),
         torch.tensor([1.0, -1, 1, -1]),
@@ -742,7 +752,7 @@ def test_heads_learn_to_tell_real_from_fake():
         batch = random_batch(step, 16, shape=(4, 4, 4))
         batch.latents += 1.5 * sign[:, None, None]
         fake = batch.noise - 1.5 * sign[:, None, None]
-        batch.draft = Draft(batch.noise, torch.ones(16), True, fake)
+        batch.prediction = Prediction(batch.noise, torch.ones(16), True, fake)
         loss, logs = objective.discriminator_loss(objective.heads, batch, rng(16, step))
         loss.backward()
         for optimizer in optimizers:
@@ -751,7 +761,7 @@ def test_heads_learn_to_tell_real_from_fake():
     shares = {side: float(logs[f"right_{side}"][0] / logs[f"right_{side}"][1]) for side in ("real", "fake")}
     assert min(shares.values()) > 0.8 and logs["gap"][0] > 0
     values = [
-        objective.loss(Draft(batch.noise, torch.ones(16), True, data), batch, rng(16))[0].mean().item()
+        objective.loss(Prediction(batch.noise, torch.ones(16), True, data), batch, rng(16))[0].mean().item()
         for data in (batch.latents, fake)
     ]
     assert values[0] < values[1] - 0.5
@@ -888,11 +898,11 @@ def test_young_heads_do_not_teach_the_student():
 def test_guards_stop_a_student_that_drifts_for_long():
     config = GuardConfig(start=0, patience=40)
     batch = random_batch(0)
-    draft = lambda data: Draft(batch.noise, torch.ones(8), True, data)  # noqa: E731
+    prediction = lambda data: Prediction(batch.noise, torch.ones(8), True, data)  # noqa: E731
     alarms = torch.zeros(3, dtype=torch.int64)
     for step in range(100):
         batch.step, batch.heldout_gap = step, torch.tensor([2.0, 2.0])
-        watch(config, alarms, draft(batch.latents), batch)
+        check(config, alarms, prediction(batch.latents), batch)
     assert alarms.tolist() == [0, 0, 0]
     for name, data, gap in (
         ("std_ratio", 1.2 * batch.latents, 1.0),
@@ -903,16 +913,16 @@ def test_guards_stop_a_student_that_drifts_for_long():
         with pytest.raises(TrainingError, match=f"{name} has been above"):
             for step in range(100):
                 batch.step, batch.heldout_gap = step, torch.tensor([gap, 1.0])
-                watch(config, alarms, draft(data), batch)
+                check(config, alarms, prediction(data), batch)
         assert step == 49
     alarms.zero_()
     for step in range(30):  # a break in between starts the count again
         batch.step = step
-        watch(config, alarms, draft(batch.latents * (1.2 if step != 20 else 1.0)), batch)
+        check(config, alarms, prediction(batch.latents * (1.2 if step != 20 else 1.0)), batch)
     assert alarms.tolist()[1] == 9
     batch.heldout_gap = torch.zeros(2)  # no held-out prompt in the batch: neither good nor bad
     alarms[0] = 5
-    watch(config, alarms, draft(batch.latents), batch)
+    check(config, alarms, prediction(batch.latents), batch)
     assert alarms[0] == 5
 
 
@@ -932,17 +942,17 @@ def test_right_verdicts(loss, right):
     (adversarial,) = [o for o in stage.objectives if isinstance(o, Adversarial)]
     sides = {name: [torch.full((8, 1, 3), value)] for name, value in (("real", 5.0), ("fake", 3.0))}
     taus = {"real": torch.full((8,), 0.1), "fake": torch.full((8,), 0.1)}
-    logs = adversarial.watch(sides, taus, torch.ones(8), random_batch())
+    logs = adversarial.monitor(sides, taus, torch.ones(8), random_batch())
     ratio = lambda name: (logs[name][0] / logs[name][1]).item()  # noqa: E731
     assert (ratio("right_real"), ratio("right_fake"), ratio("right_t0")) == right
 
 
 def test_what_is_logged_of_the_students_data():
     """Standard deviations and means in numpy, over all and at each sigma."""
-    draft, batch = drafted([1.0, 0.5, 1.0, 0.3])
-    draft.data = 1.3 * batch.latents + torch.tensor([0.1, -0.2, 0.3, 0.4])[:, None, None, None]
-    logs = describe_draft(draft, batch, torch.tensor([1.0, 0.5, 0.25]))
-    drift = (draft.data - batch.latents).numpy().mean(axis=(1, 2, 3))
+    prediction, batch = predicted([1.0, 0.5, 1.0, 0.3])
+    prediction.data = 1.3 * batch.latents + torch.tensor([0.1, -0.2, 0.3, 0.4])[:, None, None, None]
+    logs = describe_prediction(prediction, batch, torch.tensor([1.0, 0.5, 0.25]))
+    drift = (prediction.data - batch.latents).numpy().mean(axis=(1, 2, 3))
     ratio = 1.3  # of every sample
     expected = {"std_ratio": ratio, "mean_drift": drift.mean()}
     for number, at in enumerate(([0, 2], [1], [])):
@@ -955,18 +965,18 @@ def test_what_is_logged_of_the_students_data():
         np.testing.assert_allclose(logs[name].numpy(), value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-FOUR_ODDS = ((0, (0, 0, 0.5, 0.5)), (500, (0.1, 0.3, 0.3, 0.3)), (1500, (0.4, 0.2, 0.2, 0.2)))
+FOUR_PROBABILITIES = ((0, (0, 0, 0.5, 0.5)), (500, (0.1, 0.3, 0.3, 0.3)), (1500, (0.4, 0.2, 0.2, 0.2)))
 PUBLISHED = {  # the table of docs/distill.md, and what it leaves to AdversarialConfig
     "ladd4": {
-        "inputs.sigmas": SIGMAS, "inputs.odds": FOUR_ODDS, "inputs.noise": "pair", "inputs.rollout.share": 0.5,
+        "inputs.sigmas": SIGMAS, "inputs.probabilities": FOUR_PROBABILITIES, "inputs.noise": "pair", "inputs.rollout.share": 0.5,
         "inputs.rollout.start": 1000, "inputs.rollout.end": 3000, "sampler": "euler", "time_scale": 1.0,
         "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 1.0,
         "diffusion.decay": DecayConfig(start=5000, end=20000, floor=0.1), "diffusion.space": "data",
         "adversarial.loss": "hinge", "adversarial.weight": "auto", "adversarial.ratio": 1.0,
         "adversarial.start": 250, "adversarial.ramp": 250, "adversarial.heads": HeadConfig(),
         "adversarial.heads.condition": "time+text", "adversarial.heads.width": 256,
-        "adversarial.judge.times": TimestepConfig(kind="logit_normal", mean=0.0, std=1.2),
-        "adversarial.judge.least": 0.02, "adversarial.judge.most": 0.98, "adversarial.null_text": 0.0,
+        "adversarial.discriminator.times": TimestepConfig(kind="logit_normal", mean=0.0, std=1.2),
+        "adversarial.discriminator.least": 0.02, "adversarial.discriminator.most": 0.98, "adversarial.null_text": 0.0,
         "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 1000, "adversarial.pool": None,
         "adversarial.r1.sigma": 0.05, "adversarial.r1.weight": 200.0, "adversarial.r1.every": 1,
         "adversarial.optim.lr": 1e-4, "optim.lr": 1e-5, "optim.warmup": 500, "reflow": None,
@@ -975,12 +985,12 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "euler", "time_scale": 1.0,
         "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 1.0, "diffusion.decay": None,
         "adversarial.loss": "non_saturating", "adversarial.weight": 1.0, "adversarial.heads.condition": "none",
-        "adversarial.judge.times.kind": "uniform", "adversarial.judge.least": 0.0, "adversarial.judge.most": 0.8,
+        "adversarial.discriminator.times.kind": "uniform", "adversarial.discriminator.least": 0.0, "adversarial.discriminator.most": 0.8,
         "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 0, "adversarial.null_text": 0.0,
         "adversarial.pool": None, "adversarial.optim.lr": 1e-6, "optim.lr": 1e-6, "reflow": None,
     },
     "nitrofusion": {
-        "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "renoise",
+        "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "multistep",
         "time_scale": 0.5, "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 0.1,
         "adversarial.loss": "hinge", "adversarial.weight": 1.0, "adversarial.misaligned": None,
         "adversarial.null_text": 0.5, "adversarial.pool.levels": (0.09, 0.41, 0.62, 0.80),
@@ -988,16 +998,16 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "adversarial.pool.spread": 0.03, "adversarial.optim.lr": 1e-4, "optim.lr": 1e-5, "reflow": None,
     },
     "sana_adv": {
-        "inputs.sigmas": (1.0,), "inputs.noise": "fresh", "inputs.rollout": None, "inputs.anywhere.share": 0.5,
-        "inputs.anywhere.times": TimestepConfig(kind="logit_normal", mean=0.89, std=1.6), "sampler": "renoise",
+        "inputs.sigmas": (1.0,), "inputs.noise": "fresh", "inputs.rollout": None, "inputs.continuous_times.share": 0.5,
+        "inputs.continuous_times.times": TimestepConfig(kind="logit_normal", mean=0.89, std=1.6), "sampler": "multistep",
         "time_scale": 1.0, "diffusion.target": "teacher", "diffusion.guidance_scale": 4.5, "diffusion.kind": "mse",
         "diffusion.space": "velocity", "diffusion.weight": 1.0, "adversarial.loss": "hinge",
-        "adversarial.weight": 0.5, "adversarial.judge.times": TimestepConfig(mean=0.093, std=1.0),
+        "adversarial.weight": 0.5, "adversarial.discriminator.times": TimestepConfig(mean=0.093, std=1.0),
         "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 0, "adversarial.null_text": 0.0,
         "adversarial.pool": None, "adversarial.optim.lr": 2e-6, "optim.lr": 2e-6, "reflow": None,
     },
     "reflow": {
-        "inputs.anywhere.share": 1.0, "inputs.anywhere.times.kind": "uniform", "inputs.noise": "pair",
+        "inputs.continuous_times.share": 1.0, "inputs.continuous_times.times.kind": "uniform", "inputs.noise": "pair",
         "inputs.rollout": None, "sampler": "euler", "time_scale": 1.0, "diffusion": None, "adversarial": None,
         "reflow.weight": 1.0, "optim.lr": 1e-5,
     },

@@ -21,7 +21,7 @@ from nitro_e.model.pretrained import save_pretrained
 from nitro_e.randomness import SlotRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage, Use
-from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sampling.samplers import SamplingConfig, with_overrides
 from nitro_e.stages.distill import DistillConfig
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.recipe import RunConfig
@@ -32,7 +32,7 @@ TEXT = ComponentConfig(name="hash")
 HEADS = {"start": 2, "ramp": 2, "heads": {"width": 16}, "r1": {"sigma": 0.05, "weight": 200}}
 SMALL = {
     "ladd4": {
-        "inputs": {"odds": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}}, "adversarial": HEADS
+        "inputs": {"probabilities": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}}, "adversarial": HEADS
     },
     "nitro1": {"adversarial": HEADS},
     "nitrofusion": {
@@ -162,7 +162,7 @@ def test_from_pairs_to_images(pairs, tmp_path, capsys):
     capsys.readouterr()
     assert sample.main([*arguments, "--steps", "3"]) == 2
     assert "distilled for 1 or 2 or 4 steps, not 3" in capsys.readouterr().err
-    assert sample.main([*arguments, "--sampler", "renoise"]) == 2
+    assert sample.main([*arguments, "--sampler", "multistep"]) == 2
     assert "distilled for sampler 'euler'" in capsys.readouterr().err
     assert sample.main([*arguments, "--steps", "3", "--sampler", "heun", "--force"]) == 0
 
@@ -192,13 +192,13 @@ def test_guards_stop_a_run_that_passes_a_limit(pairs, tmp_path, capsys):
 
 def test_bf16_rollouts_leave_gradients():
     """Autocast keeps weights it has cast without a graph; they must not be met again with one."""
-    rollout = {"odds": [[0, [0, 0, 1, 1]]], "rollout": {"share": 1.0, "start": 0, "end": 0}}
+    rollout = {"probabilities": [[0, [0, 0, 1, 1]]], "rollout": {"share": 1.0, "start": 0, "end": 0}}
     stage = tiny_stage(distill_config("ladd4", inputs=rollout, adversarial=HEADS))
     batch = random_batch(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         critic, student = stage.phases
         critic.loss(critic.net, batch, SlotRandom("d", first=0, count=2))
-        assert not batch.draft.on_path
+        assert not batch.prediction.on_path
         loss, _ = student.loss(student.net, batch, SlotRandom("g", first=0, count=2))
     loss.backward()
     assert all(
@@ -243,8 +243,8 @@ def test_shards_without_noise_are_refused_where_it_is_needed(pairs, tmp_path, ca
     plain = [
         "stage.inputs.noise=fresh",
         "stage.inputs.rollout=null",
-        "stage.sampler=renoise",
-        "sampling.sampler=renoise",
+        "stage.sampler=multistep",
+        "sampling.sampler=multistep",
     ]
     teach = "stage.diffusion={target: teacher, guidance_scale: 2, kind: mse, space: velocity}"
     assert train.main([str(path), shards, *plain, teach, "engine.steps=1"]) == 0
@@ -297,3 +297,16 @@ def test_recipes_name_presets_and_are_complete():
         assert from_dict(RunConfig, to_dict(config)) == config
     with pytest.raises(ConfigError, match="unknown preset 'lad4', did you mean 'ladd4'"):
         distill_config("lad4")
+
+
+def test_older_names_in_recipes_and_weights():
+    config = distill_config("ladd4", sampler="renoise", inputs={"noise": "fresh"})
+    assert config.sampler == "multistep"
+    assert with_overrides(SamplingConfig(), {"sampler": "renoise"}).sampler == "multistep"
+    for options, message in [
+        ({"inputs": {"odds": [[0, [1, 1, 1, 1]]]}}, "write inputs.probabilities instead"),
+        ({"inputs": {"anywhere": {"share": 1.0}}}, "write inputs.continuous_times instead"),
+        ({"adversarial": {"judge": {"least": 0.1}}}, "write adversarial.discriminator instead"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            distill_config("ladd4", **options)

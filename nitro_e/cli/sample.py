@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
     )
-    parser.add_argument("--sampler", help="euler, heun or renoise")
+    parser.add_argument("--sampler", help="euler, heun or multistep")
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
     )

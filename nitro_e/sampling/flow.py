@@ -1,4 +1,4 @@
-"""Rectified flow: the only place that knows x_t, the velocity, how t is drawn and how it is stepped.
+"""Rectified flow: the only home of x_t, the velocity, the draws of t and the time grids.
 
 Conventions (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206): t = 0 is data, t = 1 is noise,
 
@@ -17,12 +17,12 @@ from nitro_e.config import Config, ConfigError, Gt
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), to multiply `like`."""
+    """Reshape (B,) to (B, 1, ..., 1), to multiply `like`."""
     return t.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t on the straight path. data, noise: (B, ...); t: (B,)."""
+    """Compute x_t on the straight path. data, noise: (B, ...); t: (B,)."""
     t = expand(t, data)
     return (1 - t) * data + t * noise
 
@@ -32,12 +32,12 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def to_data(x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
-    """The data that a velocity at (x, t) points to: x - t v, exact at t = 1. x, velocity: (B, ...); t: (B,)."""
+    """Predict x0 from a velocity at (x, t): x - t v, exact at t = 1. x, velocity: (B, ...); t: (B,)."""
     return x - expand(t, x) * velocity
 
 
 def to_noise(x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
-    """The noise that a velocity at (x, t) comes from: x + (1 - t) v. x, velocity: (B, ...); t: (B,)."""
+    """Predict the noise from a velocity at (x, t): x + (1 - t) v. x, velocity: (B, ...); t: (B,)."""
     return x + (1 - expand(t, x)) * velocity
 
 
@@ -48,7 +48,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepConfig(Config):
-    """How training times are drawn."""
+    """The distribution of training times."""
 
     kind: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0  # of the logit; positive means more noise
@@ -58,7 +58,7 @@ class TimestepConfig(Config):
 
 
 def training_times(config: TimestepConfig, normal: Tensor) -> Tensor:
-    """Training times in 0..1 from standard normal draws, (B,) -> (B,).
+    """Turn standard normal draws into training times in 0..1, (B,) -> (B,).
 
     Taking the draws as input keeps all randomness in the caller. Logit-normal: arXiv 2403.03206, eq. 19.
     """
@@ -76,7 +76,7 @@ TimeGrid = Literal["released", "linear"]
 
 
 def time_grid(steps: int, kind: TimeGrid = "released", shift: float = 1.0) -> Tensor:
-    """The (steps + 1,) falling times of a sampler, from 1 to 0, float32.
+    """Build the (steps + 1,) falling times of a sampler, from 1 to 0, float32.
 
     `released` is what diffusers' FlowMatchEulerDiscreteScheduler(1000) gives and the released checkpoints expect:
     linspace(1000, 1, steps) / 1000, then 0; its last step is a tiny one. `linear` has equal steps.

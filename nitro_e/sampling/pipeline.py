@@ -30,7 +30,7 @@ from nitro_e.sampling.samplers import SamplingConfig, initial_noise, sample, wit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Use:
-    """What sampling needs besides the weights; the `use` entry of a model folder's config.json.
+    """The codec, text encoder and settings that sampling needs besides the weights; the `use` entry of a model folder's config.json.
 
     Hub repositories are named with their commit, so that later images come from the same files.
     """
@@ -45,7 +45,7 @@ class Use:
 
 
 class TextToImage:
-    """Call it with prompts. `defaults` are the sampling settings that the weights came with."""
+    """A model with its codec and text encoder: call it with prompts. `defaults`: the weights' own sampling settings."""
 
     def __init__(self, model: Model, codec: LatentCodec, text: TextEncoder, defaults: SamplingConfig) -> None:
         self.model, self.codec, self.text, self.defaults = model, codec, text, defaults
@@ -85,7 +85,7 @@ class TextToImage:
         return cls(model, *parts, use.sampling)
 
     def compile(self) -> None:
-        """Faster steps after a slower start, for many images: torch.compile, and packed weights where a CPU gains by them."""
+        """Make steps faster after a slower start: torch.compile, and packed weights where a CPU gains by them."""
         weight = next(self.model.parameters())
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
             self.model = pack_for_cpu(self.model)
@@ -93,30 +93,40 @@ class TextToImage:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
-        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
-    ) -> list[Image.Image]:  # fmt: skip
-        """A list of one image per prompt; a bare string is one prompt.
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+        **overrides: Any,
+    ) -> list[Image.Image]:
+        """Draw one image per prompt; a bare string is one prompt.
 
         negative_prompt: one for all, or one per prompt. seeds: one per prompt (default 0, 1, ...). overrides: fields of
         SamplingConfig.
         """
-        pixels = self.pixels(
-            prompts,
-            negative_prompt=negative_prompt,
-            seeds=seeds,
-            batch_size=batch_size,
-            progress=progress,
+        options: dict[str, Any] = {
+            "seeds": seeds,
+            "batch_size": batch_size,
+            "progress": progress,
             **overrides,
-        )
-        return [to_image(image) for image in pixels]
+        }
+        return [to_image(image) for image in self.pixels(prompts, negative_prompt=negative_prompt, **options)]
 
     @torch.no_grad()
     def pixels(
-        self, prompts: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = "",
-        seeds: int | Sequence[int] | None = None, batch_size: int = 16, progress: bool = False, **overrides: Any,
-    ) -> Tensor:  # fmt: skip
-        """(number of prompts, 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        seeds: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+        **overrides: Any,
+    ) -> Tensor:
+        """Draw images (number of prompts, 3, H, W) in -1..1, on the CPU; arguments as for `__call__`."""
         prompts = [prompts] if isinstance(prompts, str) else as_prompts(prompts)
         if not prompts:
             raise ConfigError("prompts: the list is empty; give at least one")
@@ -134,7 +144,7 @@ class TextToImage:
         return torch.cat(parts)
 
     def settings(self, **overrides: Any) -> SamplingConfig:
-        """The defaults with some fields replaced; unknown or wrong ones raise ConfigError."""
+        """Replace some fields of the defaults; unknown or wrong ones raise ConfigError."""
         return with_overrides(self.defaults, overrides)
 
     def _batch(
@@ -153,7 +163,7 @@ class TextToImage:
         return self.codec.decode(latents).float().clamp(-1, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
+        """Return (C, h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
         size = latent_size(self.model.config, self.codec.stride, self.text.length, height, width)
         return self.codec.channels, *size
 
@@ -161,7 +171,7 @@ class TextToImage:
 def latent_size(
     model: Architecture, stride: int, text_length: int, height: int, width: int
 ) -> tuple[int, int]:
-    """(h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
+    """Return (h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
     unit = stride * model.patch_size  # pixels per token side
     if height % unit or width % unit:
         nearest = model.nearest_grids(round(height / unit), round(width / unit))
@@ -174,7 +184,7 @@ def latent_size(
 
 
 def negative_prompts(given: str | Sequence[str] | None, count: int) -> list[str]:
-    """One for each of `count` prompts."""
+    """Return one negative prompt for each of `count` prompts."""
     if given is None or isinstance(given, str):
         return [given or ""] * count
     negatives = as_prompts(given, "negative_prompt")
@@ -186,26 +196,26 @@ def negative_prompts(given: str | Sequence[str] | None, count: int) -> list[str]
 
 
 def image_seeds(given: int | Sequence[int] | None, count: int) -> list[int]:
-    """One for each of `count` prompts."""
+    """Return one seed for each of `count` prompts; 0, 1, ... if none is given."""
     if given is None:
         return list(range(count))
-    seeds = [given] if isinstance(given, numbers.Integral) else list(given)
+    seeds = [given] if isinstance(given, (int, numbers.Integral)) else list(given)
     if len(seeds) != count:
         raise ConfigError(f"{count} prompts but {len(seeds)} seeds; give one seed per prompt")
     for seed in seeds:
-        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+        if not isinstance(seed, (int, numbers.Integral)) or not -(2**63) <= seed < 2**64:
             raise ConfigError(f"seeds: {seed!r} is no seed; give whole numbers of at most 64 bits")
     return [int(seed) for seed in seeds]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in -1..1 -> 8-bit RGB."""
+    """Turn (3, H, W) in -1..1 into an 8-bit RGB image."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size, row by row, two pixels apart on white."""
+    """Put images of one size row by row on white, two pixels apart."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")

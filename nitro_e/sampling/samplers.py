@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,24 +23,29 @@ from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimeGrid, time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+# older recipes and weights name multistep consistency sampling so
+SAMPLER_ALIASES = {"sampler": {"renoise": "multistep"}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
-    """How a model wants to be sampled; stored with its weights, every value can be overridden when sampling."""
+    """The settings of a sampler; they are stored with the weights, and every value can be overridden when sampling."""
+
+    ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = SAMPLER_ALIASES
 
     resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
     height: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; None: resolution
     width: Annotated[int, Ge(1), Le(65536)] | None = None
     steps: Annotated[int, Ge(1), Le(10_000)] = 20
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
-    sampler: Literal["euler", "heun", "renoise"] = "euler"  # renoise: for weights distilled for it
+    sampler: Literal["euler", "heun", "multistep"] = (
+        "euler"  # multistep: consistency sampling, for distilled weights
+    )
     grid: TimeGrid = "released"
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
-    # of distilled weights, in place of grid and shift: the falling times of every step count they were trained for,
-    # used as they are; the 0 at the end is implied
+    # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
     sigmas: tuple[tuple[float, ...], ...] = ()
-    time_scale: Annotated[float, Gt(0)] = 1.0  # the model is told time_scale * t
+    time_scale: Annotated[float, Gt(0)] = 1.0  # the model's input is time_scale * t
     force: bool = False  # sample distilled weights in step counts they were not trained for
 
     def __post_init__(self) -> None:
@@ -70,10 +75,7 @@ class SamplingConfig(Config):
 
 
 def with_overrides(defaults: SamplingConfig, overrides: Mapping[str, Any]) -> SamplingConfig:
-    """The settings that weights came with, some fields replaced, those that are not None.
-
-    ConfigError for unknown or wrong ones.
-    """
+    """Replace those fields of the weights' own settings that are given (not None); ConfigError for wrong ones."""
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = from_dict(SamplingConfig, {**to_dict(defaults), **given}, "sampling")
     if defaults.sigmas and settings.sampler != defaults.sampler and not settings.force:
@@ -91,22 +93,27 @@ def check_sigmas(times: Sequence[float]) -> None:
 
 
 def sample(
-    model: Denoiser, text: TextEmbedding, negative: TextEmbedding, settings: SamplingConfig, noise: Tensor,
-    seeds: Sequence[int], progress: bool = False,
-) -> Tensor:  # fmt: skip
-    """Latents (B, C, h, w) from noise of the same shape, on the noise's device.
+    model: Denoiser,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    settings: SamplingConfig,
+    noise: Tensor,
+    seeds: Sequence[int],
+    progress: bool = False,
+) -> Tensor:
+    """Sample latents (B, C, h, w) from noise of the same shape, on the noise's device.
 
     text: B rows; negative: B rows or one; seeds: one per image, for samplers that draw more noise.
     """
     velocity = guide(scale_time(model, settings.time_scale), text, negative, settings.guidance_scale)
     times = settings.times().to(noise.device)
-    if settings.sampler == "renoise":
-        return renoise(velocity, noise, times, fresh_noise(seeds, noise), progress)
+    if settings.sampler == "multistep":
+        return multistep(velocity, noise, times, fresh_noise(seeds, noise), progress)
     return SAMPLERS[settings.sampler](velocity, noise, times, progress)
 
 
 def scale_time(model: Denoiser, scale: float) -> Denoiser:
-    """A model that is told `scale * t`; NitroFusion's timestep shift (arXiv 2412.02030) with scale < 1."""
+    """Wrap a model so that its input is `scale * t`: with scale < 1 NitroFusion's timestep shift (arXiv 2412.02030)."""
     if scale == 1:
         return model
     return lambda x, t, text: model(x, scale * t, text)
@@ -118,9 +125,15 @@ class Guided(NamedTuple):
 
 
 def guided_velocity(
-    model: Denoiser, x: Tensor, t: Tensor, text: TextEmbedding, negative: TextEmbedding, scale: float,
-    gradient: Literal["both", "cond"] = "both", bare: Denoiser | None = None,
-) -> Guided:  # fmt: skip
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    scale: float,
+    gradient: Literal["both", "cond"] = "both",
+    bare: Denoiser | None = None,
+) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
 
     text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass.
@@ -147,14 +160,14 @@ def guide(model: Denoiser, text: TextEmbedding, negative: TextEmbedding, scale: 
 
 
 def euler(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:
-    """First-order steps along `times` (falling, from 1 to 0)."""
+    """Take first-order steps along `times` (falling, from 1 to 0)."""
     for t, t_next in _steps(times, progress):
         x = x + (t_next - t) * velocity(x, t.expand(len(x)))
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:
-    """Second-order steps (trapezoidal rule); the last one, to t = 0 where no model was trained, is an Euler step."""
+    """Take second-order steps (trapezoidal rule); the last, to t = 0 where no model was trained, is an Euler step."""
     for t, t_next in _steps(times, progress):
         slope = velocity(x, t.expand(len(x)))
         guess = x + (t_next - t) * slope
@@ -164,11 +177,12 @@ def heun(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -
     return x
 
 
-def renoise(
+def multistep(
     velocity: Velocity, x: Tensor, times: Tensor, fresh: Callable[[int], Tensor], progress: bool = False
 ) -> Tensor:
-    """Predict the data, noise it anew for the next time, and so on (multistep consistency sampling, arXiv 2303.01469,
-    algorithm 1). fresh(step) -> noise like x.
+    """Predict the data, add fresh noise up to the next time, and repeat: multistep consistency sampling.
+
+    arXiv 2303.01469, algorithm 1. fresh(step) -> noise like x.
     """
     for step, (t, t_next) in enumerate(_steps(times, progress)):
         t = t.expand(len(x))
@@ -187,14 +201,15 @@ def _steps(times: Tensor, progress: bool) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """(len(seeds), *shape) standard normal, on the CPU: each image depends on its own seed, not on its batch."""
+    """Draw standard normal noise (len(seeds), *shape) on the CPU: each image depends on its own seed alone."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def fresh_noise(seeds: Sequence[int], like: Tensor) -> Callable[[int], Tensor]:
-    """Noise of later steps, which also depends on each image's own seed only."""
+    """Make the source of noise for later steps, which depends on each image's own seed alone, too."""
 
     def fresh(step: int) -> Tensor:
+        # the purpose keeps its first name: it decides the noise
         return initial_noise([seed_of(seed, "renoise", step) for seed in seeds], like.shape[1:]).to(like)
 
     return fresh

@@ -12,9 +12,13 @@ from nitro_e.interfaces import Batch, LatentCodec, TextEmbedding, TextEncoder, V
 
 
 def encode(
-    records: Records, codec: LatentCodec, text: TextEncoder, device: torch.device,
-    vision: VisionEncoder | None = None, latent_grid: Callable[[int, int], tuple[int, int]] | None = None,
-) -> Batch:  # fmt: skip
+    records: Records,
+    codec: LatentCodec,
+    text: TextEncoder,
+    device: torch.device,
+    vision: VisionEncoder | None = None,
+    latent_grid: Callable[[int, int], tuple[int, int]] | None = None,
+) -> Batch:
     """Turn records into a batch: latents, text and, with a vision encoder, the features that REPA aligns to.
 
     latent_grid: (h, w) of the latents -> (rows, columns) of the model's image tokens, on which features lie.
@@ -25,6 +29,7 @@ def encode(
     if records.latents is not None:
         raw = to_device(records.latents, device)
     else:
+        assert pixels is not None, "records have pixels or latents"
         raw = codec.encode_pixels(pixels)
     latents = codec.normalize(raw)  # (B, C, h, w)
     if records.text is not None:
@@ -35,6 +40,7 @@ def encode(
     if vision is not None and records.features is not None:
         features = to_device(records.features, device)
     elif vision is not None:
+        assert pixels is not None and latent_grid is not None
         features = vision.features(pixels, latent_grid(*latents.shape[-2:]))
     return Batch(latents, embedding, records.prompts, records.keys, features, records.info)
 

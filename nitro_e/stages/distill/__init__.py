@@ -1,10 +1,10 @@
-"""Distillation into few steps. stage.py is the place to start; docs/distill.md has the recipes.
+"""Stage 4: distillation into few steps. stage.py is the place to start; docs/distill.md has the recipes.
 
-inputs       student times, noised inputs, the one forward per step
-objective    the form of an objective; regression, adversarial: the objectives there are
-heads, pool  the discriminator: frozen features, a head per place, or NitroFusion's pool of heads
-losses       over logits
-guards       what is watched, and when training stops by itself
+inputs       student times, noised inputs, the one x0 prediction per step
+objective    interface of an objective; regression, adversarial: the objectives there are
+heads, pool  the discriminator: frozen features with a head per feature map, or NitroFusion's pool of heads
+gan_losses   losses of logits
+guards       monitors of the student, and the limits at which training stops by itself
 presets      ladd4, nitro1, nitrofusion, sana_adv, reflow
 """
 

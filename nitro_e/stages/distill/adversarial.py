@@ -1,17 +1,16 @@
 """The adversarial objective: latent adversarial diffusion distillation (LADD, arXiv 2403.12015) and its relatives.
 
-The student's data and the teacher's are noised to the same time tau; heads over the frozen teacher's features tell
-them apart. Besides: pairs of a real image and another one's prompt count as fake (misaligned), the logits may not
-change much under a small perturbation of the real input (approximate R1), and with a pool the heads change with the
-noise level (NitroFusion).
+The student's data and the teacher's are noised to the same time tau, and heads over the frozen teacher's features
+learn to tell them apart. Options: a real image with another one's prompt counts as fake (misaligned), logits may change
+little under a small perturbation of the real input (approximate R1), and heads differ by noise level (NitroFusion).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,16 @@ from nitro_e.sampling.flow import TimestepConfig, training_times
 from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.gan_losses import Kind, Logits
 from nitro_e.stages.distill.heads import Backbone, FixedHeads, HeadConfig
-from nitro_e.stages.distill.inputs import DistillBatch, Draft
-from nitro_e.stages.distill.objective import Shared
+from nitro_e.stages.distill.inputs import DistillBatch, Prediction
+from nitro_e.stages.distill.objective import Balance, Shared
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.training.meters import masked_mean
 from nitro_e.training.optim import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeTimesConfig(Config):
-    """The times at which real and fake are compared: logit-normal ones are clipped to the range, uniform ones fill it."""
+class DiscriminatorTimesConfig(Config):
+    """The times tau at which real and fake are compared: logit-normal, clipped to the range, or uniform over it."""
 
     times: TimestepConfig = field(default_factory=lambda: TimestepConfig(std=1.2))
     least: Fraction = 0.02
@@ -61,24 +60,26 @@ class R1Config(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig(Config):
+    RENAMED: ClassVar[Mapping[str, str]] = {"judge": "discriminator"}
+
     loss: Kind = "hinge"
-    # auto: measured, then frozen, so that its gradient at the student's data is `ratio` times that of the other objectives
+    # auto: balance once, then freeze, so that the gradient at the x0 prediction is `ratio` times the other objectives'
     weight: Annotated[Literal["auto"] | float, Gt(0), "to switch off: adversarial: null"] = "auto"
     ratio: Annotated[float, Gt(0)] = 1.0
-    fallback: Annotated[float, Gt(0)] = 0.5  # of auto, until something has been measured
-    start: Annotated[int, Ge(0)] = 250  # the heads learn alone before
-    ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises
+    fallback: Annotated[float, Gt(0)] = 0.5  # of auto: the weight until something has been measured
+    start: Annotated[int, Ge(0)] = 250  # first step of the student's term; before it the heads learn alone
+    ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises to its full value
     taps: tuple[Annotated[int, Ge(0)], ...] | None = (
         None  # blocks of the backbone; None: default_taps of the model
     )
     heads: HeadConfig = field(default_factory=HeadConfig)
-    pool: PoolConfig | None = None  # in place of one head per slot
-    judge: JudgeTimesConfig = field(default_factory=JudgeTimesConfig)
-    share_time: bool = True  # real and fake at the same tau
-    share_noise: bool = False
+    pool: PoolConfig | None = None  # instead of one head per feature map
+    discriminator: DiscriminatorTimesConfig = field(default_factory=DiscriminatorTimesConfig)
+    share_time: bool = True  # real and fake at the same tau ...
+    share_noise: bool = False  # ... and with the same noise
     misaligned: MisalignedConfig | None = field(default_factory=MisalignedConfig)
     r1: R1Config | None = field(default_factory=R1Config)
-    null_text: Fraction = 0.0  # share of samples that are judged without their prompt
+    null_text: Fraction = 0.0  # share of samples that the heads see without their prompt
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-4, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=0, clip=1.0
@@ -97,22 +98,22 @@ class AdversarialConfig(Config):
                 "or null_text: 0"
             )
         if self.pool is not None:
-            for name, default in (("heads", HeadConfig()), ("judge", JudgeTimesConfig())):
+            for name, default in (("heads", HeadConfig()), ("discriminator", DiscriminatorTimesConfig())):
                 if getattr(self, name) != default:
                     raise ConfigError(
                         f"pool has its own heads and times: {name} would have no effect, leave it out"
                     )
             if self.optim.kind != "adamw" or self.optim.betas[0] != 0 or self.optim.weight_decay != 0:
                 raise ConfigError(
-                    "pool: heads that are not at work stay as they are only with optim {kind: adamw, betas: [0, ...], "
+                    "pool: inactive heads keep their weights only with optim {kind: adamw, betas: [0, ...], "
                     "weight_decay: 0}"
                 )
             if not self.share_time:
-                raise ConfigError("pool: its heads judge one noise level at a time; set share_time: true")
+                raise ConfigError("pool: its heads work at one noise level at a time; set share_time: true")
 
 
 class Adversarial:
-    """Heads as a phase of their own, and what the student gets from them."""
+    """The heads, trained in a phase of their own, and the student's loss from their logits."""
 
     name = "adversarial"
     direct = False
@@ -127,36 +128,41 @@ class Adversarial:
                 if config.pool is None
                 else HeadPool(maps, width, config.pool, shared.seed)
             ).to(shared.device)
-        self.balanced, self.start, self.fallback = config.weight == "auto", config.start, config.fallback
+        self.balance: Balance | None = None
+        if config.weight == "auto":  # full_weight is then relative to the other objectives
+            self.balance, self.full_weight = Balance(config.start, config.fallback), config.ratio
+        else:
+            self.full_weight = config.weight
         self.step = 0
-        after = None if config.pool is None else self.after_step
-        self.phases = (
-            Phase("discriminator", self.heads, self.discriminator_loss, config.optim, after_step=after),
+        self.phases: tuple[Phase, ...] = (
+            Phase(
+                "discriminator", self.heads, self.discriminator_loss, config.optim, after_step=self.after_step
+            ),
         )
 
     def weight(self, step: int) -> float:
-        """Of the student's loss; for `auto`, of the ratio. 0: the heads are not asked."""
+        """Return the weight of the student's term: 0 before `start`, then rising to its full value."""
         rising = (step - self.config.start + 1) / self.config.ramp if self.config.ramp else 1.0
         if step < self.config.start:
             return 0.0
-        return min(1.0, rising) * (self.config.ratio if self.balanced else self.config.weight)
+        return min(1.0, rising) * self.full_weight
 
     # ---- what both phases do
 
-    def judge_times(self, step: int, rng: SlotRandom) -> Tensor:
-        """tau (B,)."""
-        if self.config.pool is not None:
-            pool = self.config.pool
+    def discriminator_times(self, step: int, rng: SlotRandom) -> Tensor:
+        """Draw tau, (B,)."""
+        if isinstance(self.heads, HeadPool):
+            pool = self.heads.config
             center = pool.levels[self.heads.level(step)]
             return (center + pool.spread * (2 * rng.uniform() - 1)).clamp(1e-3, 1 - 1e-3)
-        judge = self.config.judge
-        times = training_times(judge.times, rng.normal())
-        if judge.times.kind == "uniform":
-            return judge.least + (judge.most - judge.least) * times
-        return times.clamp(judge.least, judge.most)
+        config = self.config.discriminator
+        times = training_times(config.times, rng.normal())
+        if config.times.kind == "uniform":
+            return config.least + (config.most - config.least) * times
+        return times.clamp(config.least, config.most)
 
-    def judged_text(self, text: TextEmbedding, rng: SlotRandom) -> TextEmbedding:
-        """The prompts, a share of them replaced by the null prompt."""
+    def discriminator_text(self, text: TextEmbedding, rng: SlotRandom) -> TextEmbedding:
+        """Replace a share of the prompts by the null prompt."""
         if self.config.null_text == 0:
             return text
         return text.where(rng.uniform() >= self.config.null_text, self.shared.null_text)
@@ -167,30 +173,30 @@ class Adversarial:
         self, net: nn.Module, batch: DistillBatch, rng: SlotRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.step = batch.step
-        draft = self.shared.draft(batch, rng, last=False)
+        prediction = self.shared.predict(batch, rng, last=False)
         keep = self.shared.training(batch)
         with torch.no_grad():
-            names, xs, taus, texts = zip(*self.judged_parts(batch, draft, rng))
+            names, xs, taus, texts = zip(*self.discriminator_inputs(batch, prediction, rng))
             features = self.backbone(torch.cat(xs), torch.cat(taus), texts[0].cat(*texts[1:]))
         logits = net(features, batch.step)
         sides = dict(zip(names, map(list, zip(*(entry.chunk(len(names)) for entry in logits)))))
         values, logs = self.compare(sides, batch)
-        logs |= self.watch(sides, dict(zip(names, taus)), keep, batch)
+        logs |= self.monitor(sides, dict(zip(names, taus)), keep, batch)
         return (values * keep).mean(), logs
 
-    def judged_parts(
-        self, batch: DistillBatch, draft: Draft, rng: SlotRandom
+    def discriminator_inputs(
+        self, batch: DistillBatch, prediction: Prediction, rng: SlotRandom
     ) -> list[tuple[str, Tensor, Tensor, TextEmbedding]]:
-        """(name, x, tau, text) of everything the heads see in one pass, the real side first."""
+        """List (name, x, tau, text) of everything that the heads see in one pass, the real side first."""
         config, data = self.config, batch.latents
         shape = data.shape[1:]
-        tau = self.judge_times(batch.step, rng)
-        text = self.judged_text(batch.text, rng)
+        tau = self.discriminator_times(batch.step, rng)
+        text = self.discriminator_text(batch.text, rng)
         noise = rng.normal(*shape)
         real = flow.interpolate(data, noise, tau)
-        fake_tau = tau if config.share_time else self.judge_times(batch.step, rng)
+        fake_tau = tau if config.share_time else self.discriminator_times(batch.step, rng)
         fake_noise = noise if config.share_noise else rng.normal(*shape)
-        fake = flow.interpolate(draft.data.detach(), fake_noise, fake_tau)
+        fake = flow.interpolate(prediction.data.detach(), fake_noise, fake_tau)
         parts = [("real", real, tau, text), ("fake", fake, fake_tau, text)]
         if config.misaligned is not None and batch.step >= config.misaligned.start:
             others, _ = losses.misaligned(batch.prompts)
@@ -200,28 +206,28 @@ class Adversarial:
         return parts
 
     def compare(self, sides: dict[str, Logits], batch: DistillBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The heads' loss per sample, (B,)."""
+        """Compute the heads' loss per sample, (B,)."""
         config = self.config
         values = losses.discriminator_loss(config.loss, sides["real"], sides["fake"])
-        if "misaligned" in sides:
+        if config.misaligned is not None and "misaligned" in sides:
             against = losses.discriminator_loss(config.loss, sides["real"], sides["misaligned"])
             _, other = losses.misaligned(batch.prompts)
             share = config.misaligned.share * torch.tensor(other, device=values.device)
             values = (1 - share) * values + share * against
-        logs = {}
-        if "perturbed" in sides:
+        logs: dict[str, Tensor] = {}
+        if config.r1 is not None and "perturbed" in sides:
             r1 = losses.approximate_r1(sides["real"], sides["perturbed"])
             values = values + config.r1.weight * config.r1.every * r1
             logs["r1"] = r1.mean()
         return values, logs
 
     @torch.no_grad()
-    def watch(
+    def monitor(
         self, sides: dict[str, Logits], taus: dict[str, Tensor], keep: Tensor, batch: DistillBatch
     ) -> dict[str, Tensor]:
-        """Shares of right verdicts and the gap between real and fake, on training and on held-out prompts.
+        """Measure the heads' accuracy and the gap between real and fake, on training and on held-out prompts.
 
-        Right is a logit on its side of 0; of relativistic heads, which know differences only, real above fake.
+        A logit is right on its side of 0; those of relativistic heads, which learn differences, where real is above fake.
         """
         scores = {name: losses.score(logits) for name, logits in sides.items() if name != "perturbed"}
         gap = scores["real"] - scores["fake"]
@@ -244,32 +250,36 @@ class Adversarial:
         return logs
 
     def after_step(self, optimizers: list[Optimizer]) -> None:
-        self.heads.after_step(self.step, optimizers)
+        if isinstance(self.heads, HeadPool):
+            self.heads.after_step(self.step, optimizers)
 
     # ---- the student
 
-    def loss(self, draft: Draft, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) how little the heads take the student's data for the teacher's; tau and noise are drawn anew."""
+    def loss(
+        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute (B,) how little the heads take the student's data for the teacher's, at fresh tau and noise."""
         config, shape = self.config, batch.latents.shape[1:]
-        tau = self.judge_times(batch.step, rng)
-        text = self.judged_text(batch.text, rng)
+        tau = self.discriminator_times(batch.step, rng)
+        text = self.discriminator_text(batch.text, rng)
         with frozen(self.heads):
             fake = self.heads(
-                self.backbone(flow.interpolate(draft.data, rng.normal(*shape), tau), tau, text), batch.step
+                self.backbone(flow.interpolate(prediction.data, rng.normal(*shape), tau), tau, text),
+                batch.step,
             )
         real = weights = None
         if config.loss == "relativistic":
             with torch.no_grad():
                 x = flow.interpolate(batch.latents, rng.normal(*shape), tau)
                 real = self.heads(self.backbone(x, tau, text), batch.step)
-        if config.pool is not None:
+        if isinstance(self.heads, HeadPool):
             weights = self.heads.experienced(batch.step)
         return losses.generator_loss(config.loss, fake, real, weights), {}
 
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for its weights, those through it to its input remain."""
+    """Give the weights of a module no gradients; those through it to its input remain."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.requires_grad_(False)
     try:

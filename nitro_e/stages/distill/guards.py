@@ -1,4 +1,4 @@
-"""What is watched about a student while it learns, and when training stops by itself."""
+"""Monitors of a student while it learns, and the limits at which training stops by itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import Config, Ge, Gt, TrainingError
-from nitro_e.stages.distill.inputs import DistillBatch, Draft
+from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 from nitro_e.training.meters import masked_mean
 from nitro_e.training.parallel import sum_over_processes
 
@@ -30,13 +30,13 @@ class GuardConfig(Config):
     action: Literal["stop", "warn"] = "stop"
 
 
-def describe_draft(draft: Draft, batch: DistillBatch, sigmas: Tensor) -> dict[str, Tensor]:
-    """Ratio of standard deviations and difference of means, student to teacher, per sigma: (sum, count) each."""
-    ours, theirs = draft.data.detach().flatten(1), batch.latents.flatten(1)
+def describe_prediction(prediction: Prediction, batch: DistillBatch, sigmas: Tensor) -> dict[str, Tensor]:
+    """Compare student and teacher per sigma: ratio of standard deviations, difference of means, (sum, count) each."""
+    ours, theirs = prediction.data.detach().flatten(1), batch.latents.flatten(1)
     ratio, drift = ours.std(dim=1) / theirs.std(dim=1).clamp(min=1e-6), ours.mean(dim=1) - theirs.mean(dim=1)
     logs = {"std_ratio": ratio.mean(), "mean_drift": drift.mean()}
     for number, sigma in enumerate(sigmas.tolist()):
-        at = (draft.t - sigma).abs() < 1e-6
+        at = (prediction.t - sigma).abs() < 1e-6
         logs |= {
             f"std_ratio_s{number}": masked_mean(ratio, at),
             f"mean_drift_s{number}": masked_mean(drift, at),
@@ -45,29 +45,36 @@ def describe_draft(draft: Draft, batch: DistillBatch, sigmas: Tensor) -> dict[st
 
 
 @torch.no_grad()
-def watch(config: GuardConfig, alarms: Tensor, draft: Draft, batch: DistillBatch) -> None:
-    """Count in `alarms` (3,), a buffer of the student, for how many steps in a row a limit was passed; act if too long."""
+def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: DistillBatch) -> None:
+    """Count in `alarms` (3,), a buffer of the student, the steps in a row above each limit; act if they are too many."""
     if batch.step < config.start:
         return
-    ours, theirs = draft.data.detach(), batch.latents
+    ours, theirs = prediction.data.detach(), batch.latents
     gap = torch.zeros(2) if batch.heldout_gap is None else batch.heldout_gap
-    sums = torch.stack([
-        *gap.to(ours.device).double(), ours.double().mean(), ours.double().square().mean(),
-        theirs.double().mean(), theirs.double().square().mean(), torch.ones((), device=ours.device).double(),
-    ])  # fmt: skip
+    sums = torch.stack(
+        [
+            *gap.to(ours.device).double(),
+            ours.double().mean(),
+            ours.double().square().mean(),
+            theirs.double().mean(),
+            theirs.double().square().mean(),
+            torch.ones((), device=ours.device).double(),
+        ]
+    )
     gap, count, *moments, processes = sum_over_processes(sums)
     mean, square, mean_there, square_there = (moment / processes for moment in moments)
     ratio = ((square - mean**2) / (square_there - mean_there**2)).sqrt()
-    # the gap is NaN without held-out ones
+    # without held-out samples the gap is NaN
     values = torch.stack([gap / count, (ratio - 1).abs(), (mean - mean_there).abs()])
     limits = values.new_tensor([config.gap, config.std_ratio, config.mean_drift])
     longer = torch.where(values > limits, alarms + 1, torch.zeros_like(alarms))
     alarms.copy_(torch.where(values.isnan(), alarms, longer))
-    if batch.step % 50 == 49:  # looking makes a GPU wait
+    if batch.step % 50 == 49:  # reading the values makes a GPU wait
         act(config, alarms, values, batch.step)
 
 
 def act(config: GuardConfig, alarms: Tensor, values: Tensor, step: int) -> None:
+    """Stop or warn for every limit that was passed for `patience` steps."""
     for name, count, value in zip(NAMES, alarms.tolist(), values.tolist()):
         if count < config.patience:
             continue

@@ -1,15 +1,19 @@
-"""The known methods as values of DistillConfig; docs/distill.md shows them side by side. Other keys override them."""
+"""The known methods as values of DistillConfig; docs/distill.md compares them. Other keys of a recipe override them."""
 
 from __future__ import annotations
 
 SLOW = {"betas": (0.0, 0.99), "eps": 1e-8, "weight_decay": 0.0, "warmup": 500, "clip": 1.0}
 
 PRESETS: dict[str, dict] = {
-    # Nitro-E's four steps: LADD (arXiv 2403.12015) on pairs and rollouts.
+    # Nitro-E's four steps: LADD (arXiv 2403.12015), with its sigmas, on pairs and rollouts.
     "ladd4": {
         "inputs": {
             "sigmas": (1.0, 0.75, 0.5, 0.25),
-            "odds": ((0, (0, 0, 0.5, 0.5)), (500, (0.1, 0.3, 0.3, 0.3)), (1500, (0.4, 0.2, 0.2, 0.2))),
+            "probabilities": (
+                (0, (0, 0, 0.5, 0.5)),
+                (500, (0.1, 0.3, 0.3, 0.3)),
+                (1500, (0.4, 0.2, 0.2, 0.2)),
+            ),
             "noise": "pair",
             "rollout": {"share": 0.5, "start": 1000, "end": 3000},
         },
@@ -30,7 +34,7 @@ PRESETS: dict[str, dict] = {
             "loss": "non_saturating",
             "weight": 1.0,
             "heads": {"condition": "none"},
-            "judge": {"times": {"kind": "uniform"}, "least": 0.0, "most": 0.8},
+            "discriminator": {"times": {"kind": "uniform"}, "least": 0.0, "most": 0.8},
             "misaligned": {"share": 0.5, "start": 0},
             "optim": {"lr": 1e-6, **SLOW, "warmup": 0},
         },
@@ -39,7 +43,7 @@ PRESETS: dict[str, dict] = {
     # NitroFusion (arXiv 2412.02030): a changing pool of 480 heads; one to four steps from the same weights.
     "nitrofusion": {
         "inputs": {"sigmas": (1.0,), "noise": "pair"},
-        "sampler": "renoise",
+        "sampler": "multistep",
         "time_scale": 0.5,
         "sample_steps": (1, 2, 3, 4),
         "diffusion": {"kind": "smooth_l1", "weight": 0.1},
@@ -56,16 +60,16 @@ PRESETS: dict[str, dict] = {
     "sana_adv": {
         "inputs": {
             "sigmas": (1.0,),
-            "anywhere": {"share": 0.5, "times": {"kind": "logit_normal", "mean": 0.89, "std": 1.6}},
+            "continuous_times": {"share": 0.5, "times": {"kind": "logit_normal", "mean": 0.89, "std": 1.6}},
             "noise": "fresh",
         },
-        "sampler": "renoise",
+        "sampler": "multistep",
         "sample_steps": (1, 2, 4),
         "diffusion": {"target": "teacher", "kind": "mse", "space": "velocity"},
         "adversarial": {
             "loss": "hinge",
             "weight": 0.5,
-            "judge": {"times": {"kind": "logit_normal", "mean": 0.093, "std": 1.0}},
+            "discriminator": {"times": {"kind": "logit_normal", "mean": 0.093, "std": 1.0}},
             "misaligned": {"share": 0.5, "start": 0},
             "optim": {"lr": 2e-6, **SLOW, "warmup": 0},
         },
@@ -74,7 +78,7 @@ PRESETS: dict[str, dict] = {
     },
     # InstaFlow's first round (arXiv 2309.06380): straighter paths, any number of steps; a start for the others.
     "reflow": {
-        "inputs": {"anywhere": {"share": 1.0, "times": {"kind": "uniform"}}, "noise": "pair"},
+        "inputs": {"continuous_times": {"share": 1.0, "times": {"kind": "uniform"}}, "noise": "pair"},
         "sampler": "euler",
         "reflow": {"weight": 1.0},
         "guards": None,

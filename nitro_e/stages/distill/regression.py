@@ -1,4 +1,4 @@
-"""Objectives that regress the student's data to a known answer: the diffusion loss, and reflow."""
+"""Objectives that regress the student's x0 prediction to a known target: the diffusion loss, and reflow."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nitro_e.randomness import SlotRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import expand
 from nitro_e.sampling.samplers import guide
-from nitro_e.stages.distill.inputs import DistillBatch, Draft
-from nitro_e.stages.distill.objective import Shared
+from nitro_e.stages.distill.inputs import DistillBatch, Prediction
+from nitro_e.stages.distill.objective import Balance, Shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class DecayConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Config):
-    """target `pair`: the teacher's image; `teacher`: where its guided velocity points from the student's input.
+    """The target is the teacher's image (`pair`), or its guided x0 prediction at the student's input (`teacher`).
 
-    Either way the target carries the teacher's guidance. Plain data without it do not teach a student to do without.
+    Either way it carries the teacher's guidance: a target without guidance cannot teach an unguided student.
     """
 
     target: Literal["pair", "teacher"] = "pair"
@@ -53,16 +53,17 @@ class DiffusionConfig(Config):
     weight: Annotated[float, Gt(0), "to switch the objective off: diffusion: null"] = 1.0
     decay: DecayConfig | None = None
     on_rollout: bool = True
-    # inputs above are left out; with fresh noise 0.5: beyond, the target is but a mean
+    # ignore t above this; 0.5 with fresh noise, where above it the target is only a conditional mean
     largest_time: Annotated[float, Gt(0), Le(1)] = 1.0
 
 
 class Diffusion:
-    """Distance of the student's data to the target."""
+    """Regression of the student's x0 prediction to the target."""
 
     name = "diffusion"
     phases: tuple[Phase, ...] = ()
-    balanced = direct = False
+    balance: Balance | None = None
+    direct = False
 
     def __init__(self, config: DiffusionConfig, shared: Shared) -> None:
         self.config, self.shared = config, shared
@@ -70,11 +71,13 @@ class Diffusion:
     def weight(self, step: int) -> float:
         return self.config.weight * (self.config.decay.factor(step) if self.config.decay else 1.0)
 
-    def loss(self, draft: Draft, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        residual = draft.data - self.target(draft, batch)
+        residual = prediction.data - self.target(prediction, batch)
         if config.space == "velocity":
-            residual = residual / expand(draft.t, residual)
+            residual = residual / expand(prediction.t, residual)
         if config.kind == "mse":
             values = residual.square()
         else:
@@ -82,20 +85,20 @@ class Diffusion:
                 residual, torch.zeros_like(residual), beta=config.beta, reduction="none"
             )
         wanted = (
-            draft.t <= config.largest_time
-            if draft.on_path or config.on_rollout
-            else torch.zeros_like(draft.t)
+            prediction.t <= config.largest_time
+            if prediction.on_path or config.on_rollout
+            else torch.zeros_like(prediction.t)
         )
         return values.flatten(1).mean(dim=1) * wanted, {}
 
-    def target(self, draft: Draft, batch: DistillBatch) -> Tensor:
-        """(B, C, h, w) data."""
+    def target(self, prediction: Prediction, batch: DistillBatch) -> Tensor:
+        """Return the target, (B, C, h, w) data."""
         if self.config.target == "pair":
             return batch.latents
         shared, scale = self.shared, self.config.guidance_scale
         with torch.no_grad():
-            velocity = guide(shared.teacher, batch.text, shared.null_text, scale)(draft.x, draft.t)
-            return flow.to_data(draft.x, draft.t, velocity)
+            velocity = guide(shared.teacher, batch.text, shared.null_text, scale)(prediction.x, prediction.t)
+            return flow.to_data(prediction.x, prediction.t, velocity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,8 @@ class Reflow:
 
     name = "reflow"
     phases: tuple[Phase, ...] = ()
-    balanced = direct = False
+    balance: Balance | None = None
+    direct = False
 
     def __init__(self, config: ReflowConfig, shared: Shared) -> None:
         self.config = config
@@ -119,6 +123,8 @@ class Reflow:
     def weight(self, step: int) -> float:
         return self.config.weight
 
-    def loss(self, draft: Draft, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        error = (draft.data - batch.latents) / expand(draft.t, draft.data)
+    def loss(
+        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (prediction.data - batch.latents) / expand(prediction.t, prediction.data)
         return error.square().flatten(1).mean(dim=1), {}

@@ -11,10 +11,10 @@ DistillConfig, and a line in OBJECTIVES. Left out: FSDP (the 304M model does not
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,25 @@ from torch import Tensor, nn
 from nitro_e.config import Config, ConfigError, Ge, Gt, Lt
 from nitro_e.data import Data, Records
 from nitro_e.interfaces import Denoiser, LatentCodec, Phase, TextEmbedding, TextEncoder
+from nitro_e.model import EMMDiT
 from nitro_e.randomness import SlotRandom
-from nitro_e.sampling.samplers import SamplingConfig, scale_time
+from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_time
 from nitro_e.stages.batches import encode, null_prompt, to_device
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import (
     GuardConfig,
-    describe_draft,
+    describe_prediction,
 )
 from nitro_e.stages.distill.heads import Backbone
 from nitro_e.stages.distill.inputs import (
     DistillBatch,
-    Draft,
-    Drafts,
     InputConfig,
+    Prediction,
+    Predictor,
     Sampler,
 )
-from nitro_e.stages.distill.objective import Objective, Shared
+from nitro_e.stages.distill.objective import Balance, Objective, Shared
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.distill.regression import (
     Diffusion,
@@ -61,19 +62,22 @@ MEASUREMENTS = 16  # steps over which the weight `auto` is measured
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Config):
     PRESETS: ClassVar[dict[str, dict]] = PRESETS
+    ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = SAMPLER_ALIASES
 
     kind: Literal["distill"] = "distill"
     teacher: str  # run, checkpoint or model folder; the student starts from it too, unless init_from names other weights
     inputs: InputConfig = field(default_factory=InputConfig)
     sampler: Sampler = "euler"
-    time_scale: Annotated[float, Gt(0)] = 1.0  # the student is told time_scale * t
+    time_scale: Annotated[float, Gt(0)] = 1.0  # the student's input is time_scale * t
     # numbers of steps to be offered; empty: those whose times are among the sigmas
     sample_steps: tuple[Annotated[int, Ge(1)], ...] = ()
     diffusion: DiffusionConfig | None = None
     reflow: ReflowConfig | None = None
     adversarial: AdversarialConfig | None = None
     guards: GuardConfig | None = field(default_factory=GuardConfig)
-    heldout: Annotated[float, Ge(0), Lt(1)] = 0.02  # share of the prompts that is only watched
+    heldout: Annotated[float, Ge(0), Lt(1)] = (
+        0.02  # share of the prompts that are monitored and never trained on
+    )
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-5, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=500, decay=0.2, clip=1.0
@@ -110,9 +114,9 @@ class DistillConfig(Config):
 
     @property
     def schedules(self) -> tuple[tuple[float, ...], ...]:
-        """The falling times of every number of steps on offer; none if the student knows all times (reflow)."""
-        sigmas, anywhere = self.inputs.sigmas, self.inputs.anywhere
-        if anywhere is not None and anywhere.share == 1:
+        """The falling times of every number of steps on offer; none for a student of all times (reflow)."""
+        sigmas, continuous = self.inputs.sigmas, self.inputs.continuous_times
+        if continuous is not None and continuous.share == 1:
             return ()
         size = len(sigmas)
         counts = self.sample_steps or [count for count in range(1, size + 1) if size % count == 0]
@@ -124,7 +128,7 @@ class DistillConfig(Config):
         )
 
     def sampling(self, config: SamplingConfig) -> SamplingConfig:
-        """With what the student was trained for. Refuses settings that say otherwise."""
+        """Add what the student was trained for to the sampling settings; refuse settings that differ from it."""
         if config.guidance_scale not in (0, 1):
             raise ConfigError(
                 f"sampling.guidance_scale: {config.guidance_scale:g}, but a distilled model carries its guidance in it; "
@@ -151,56 +155,88 @@ class Student(nn.Module):
     def __init__(self, model: nn.Module, time_scale: float) -> None:
         super().__init__()
         self.model, self.time_scale = model, time_scale
-        self.register_buffer("ratios", torch.full((MEASUREMENTS,), float("nan")))  # see Distill.balance
-        self.register_buffer("alarms", torch.zeros(len(guards.NAMES), dtype=torch.int64))  # see guards.watch
+        self.ratios: Tensor  # of Distill.balance
+        self.register_buffer("ratios", torch.full((MEASUREMENTS,), float("nan")))
+        self.alarms: Tensor  # of guards.check
+        self.register_buffer("alarms", torch.zeros(len(guards.NAMES), dtype=torch.int64))
 
     def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         return scale_time(self.model, self.time_scale)(x, t, text).float()
 
 
+class Term(NamedTuple):
+    """One objective in one step."""
+
+    objective: Objective
+    weight: float
+    value: Tensor
+    slope: Tensor  # (B, C, h, w), its gradient at the x0 prediction
+
+
+def first_measured(balance: Balance) -> int:
+    """Return the first of the steps in which a balanced objective is measured."""
+    return max(balance.start - MEASUREMENTS, 0)
+
+
 class Distill:
-    """Batches of pairs; the phases of the objectives, then the student's."""
+    """The phases of the objectives and then the student's, without data of its own."""
 
     name = "distill"
 
     def __init__(
-        self, config: DistillConfig, student: nn.Module, teacher: Denoiser, backbone: Callable[..., Backbone],
-        null_text: TextEmbedding, seed: int, device: torch.device,
-    ) -> None:  # fmt: skip
-        """student: trained in place; teacher: frozen; backbone(taps): the teacher as the discriminator sees it."""
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        teacher: Denoiser,
+        backbone: Callable[..., Backbone],
+        null_text: TextEmbedding,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """student: trained in place; teacher: frozen; backbone(taps): the teacher's features for the discriminator."""
         self.config, self.model, self.device = config, student, device
         self.student = Student(student, config.time_scale).to(device)
-        self.drafts = Drafts(config.inputs, config.sampler, seed)
-        answer = lambda x, t, text: self.generator.net(x, t, text)  # noqa: E731
-        self.shared = Shared(teacher, backbone, null_text, self.draft, answer, config.heldout, seed, device)
+        self.predictor = Predictor(config.inputs, config.sampler, seed)
+        self.generator = Phase("student", self.student, self.loss, config.optim)
+        self.shared = Shared(
+            teacher, backbone, null_text, self.predict, self.velocity, config.heldout, seed, device
+        )
         self.objectives: list[Objective] = [
             build(getattr(config, name), self.shared)
             for name, build in OBJECTIVES.items()
             if getattr(config, name)
         ]
-        self.generator = Phase("student", self.student, self.loss, config.optim)
-        self.watched = -1  # step
+        self.checked_step = -1  # the last step that guards have looked at
         self.phases = (
             *(phase for objective in self.objectives for phase in objective.phases),
             self.generator,
         )
 
-    def draft(self, batch: DistillBatch, rng: SlotRandom, last: bool = False) -> Draft:
-        """The student's answer to a batch, computed once per step."""
-        return self.drafts(self.generator.net, batch, rng, last)
+    def predict(self, batch: DistillBatch, rng: SlotRandom, last: bool = False) -> Prediction:
+        """Predict x0 with the student, once per step."""
+        return self.predictor(self.velocity, batch, rng, last)
+
+    def velocity(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Run the student as the engine has wrapped it."""
+        assert self.generator.net is not None, "the engine sets it before the first step"
+        return self.generator.net(x, t, text)
 
     # ---- the student's loss
 
     def loss(self, net: nn.Module, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted objectives.
+        """Add up the weighted objectives.
 
-        Their gradients are taken at the student's data, one by one, which balances and reports them at no cost, and
-        frees what lies behind before the student's own backward pass: d loss / d weights = sum of slopes * d data / d weights.
+        Their gradients are taken at the x0 prediction, one by one, which balances and reports them at no cost, and
+        frees their graphs before the student's own backward pass: d loss / d weights = sum of slopes * d data / d weights.
         """
-        draft = self.draft(batch, rng, last=True)
-        keep, logs = self.shared.training(batch), describe_draft(draft, batch, self.drafts.times[:-1])
-        leaf = replace(draft, data=draft.data.detach().requires_grad_())
-        terms, total = {}, torch.zeros((), device=leaf.data.device)
+        prediction = self.predict(batch, rng, last=True)
+        keep, logs = (
+            self.shared.training(batch),
+            describe_prediction(prediction, batch, self.predictor.times[:-1]),
+        )
+        leaf = replace(prediction, data=prediction.data.detach().requires_grad_())
+        terms: dict[str, Term] = {}
+        total = torch.zeros((), device=leaf.data.device)
         for objective in self.objectives:
             weight = objective.weight(batch.step)
             if weight == 0 and not self.measures(objective, batch.step):
@@ -214,42 +250,42 @@ class Distill:
                 total = total + weight * value
                 continue
             (slope,) = torch.autograd.grad(value, leaf.data)
-            terms[objective.name] = objective, weight, value.detach(), slope
+            terms[objective.name] = Term(objective, weight, value.detach(), slope)
         slope = torch.zeros_like(leaf.data)
-        for name, weight, value, part in self.balance(terms, batch.step):
-            logs |= {f"{name}_weight": torch.as_tensor(weight).float(), f"{name}_slope": part.norm()}
-            total, slope = total + weight * value, slope + weight * part
-        if self.config.guards is not None and batch.step != self.watched:  # the first micro-batch of a step
-            self.watched = batch.step
-            guards.watch(self.config.guards, self.student.alarms, draft, batch)
-        through = (slope.detach() * draft.data).sum()
+        for name, scaled, term in self.balance(terms, batch.step):
+            logs |= {f"{name}_weight": torch.as_tensor(scaled).float(), f"{name}_slope": term.slope.norm()}
+            total, slope = total + scaled * term.value, slope + scaled * term.slope
+        if (
+            self.config.guards is not None and batch.step != self.checked_step
+        ):  # the first micro-batch of a step
+            self.checked_step = batch.step
+            guards.check(self.config.guards, self.student.alarms, prediction, batch)
+        through = (slope.detach() * prediction.data).sum()
         return total + through - through.detach(), logs
 
     def measures(self, objective: Objective, step: int) -> bool:
-        """Whether the weight `auto` of an objective is being measured: in the steps before it begins."""
-        first = max(objective.start - MEASUREMENTS, 0) if objective.balanced else 0
-        return objective.balanced and first <= step < first + MEASUREMENTS
+        """Tell whether the weight `auto` of an objective is being measured: in the steps before it begins."""
+        return objective.balance is not None and 0 <= step - first_measured(objective.balance) < MEASUREMENTS
 
-    def balance(
-        self, terms: dict[str, tuple[Objective, float, Tensor, Tensor]], step: int
-    ) -> Iterator[tuple[str, float | Tensor, Tensor, Tensor]]:
-        """(name, weight, value, slope) of every term; a balanced one is scaled to the slopes of the others.
+    def balance(self, terms: dict[str, Term], step: int) -> Iterator[tuple[str, float | Tensor, Term]]:
+        """Yield (name, weight, term) of every term; a balanced one is scaled to the slopes of the others.
 
         The scale is the median over MEASUREMENTS steps and over all processes, and stays as it is afterwards.
         """
-        others = [weight * slope for objective, weight, _, slope in terms.values() if not objective.balanced]
-        for name, (objective, weight, value, slope) in terms.items():
-            if objective.balanced:
-                if self.measures(objective, step) and others:
-                    squares = torch.stack([sum(others).square().sum(), slope.square().sum()]).double()
-                    there, here = sum_over_processes(squares).sqrt()
-                    first = max(objective.start - MEASUREMENTS, 0)
-                    self.student.ratios[step - first] = (there / here.clamp(min=1e-20)).float()
-                median = self.student.ratios.nanmedian()
-                weight = weight * torch.where(
-                    median.isnan(), torch.full_like(median, objective.fallback), median
-                )
-            yield name, weight, value, slope
+        others = [term.weight * term.slope for term in terms.values() if term.objective.balance is None]
+        for name, term in terms.items():
+            balance, weight = term.objective.balance, term.weight
+            if balance is None:
+                yield name, weight, term
+                continue
+            if others and self.measures(term.objective, step):
+                total = sum(others[1:], others[0])
+                squares = torch.stack([total.square().sum(), term.slope.square().sum()]).double()
+                there, here = sum_over_processes(squares).sqrt()
+                self.student.ratios[step - first_measured(balance)] = (there / here.clamp(min=1e-20)).float()
+            median = self.student.ratios.nanmedian()
+            scale = torch.where(median.isnan(), torch.full_like(median, balance.fallback), median)
+            yield name, weight * scale, term
 
     def export(self, model: nn.Module) -> nn.Module:
         return model
@@ -259,10 +295,19 @@ class DistillRun(Distill):
     """The stage on stored pairs, for the engine."""
 
     def __init__(
-        self, config: DistillConfig, model: nn.Module, teacher: nn.Module, data: Data, codec: LatentCodec,
-        text: TextEncoder, seed: int, device: torch.device, forward_flops: float, identity: str,
-    ) -> None:  # fmt: skip
-        """identity: of the teacher's weights; a resume with another teacher is refused."""
+        self,
+        config: DistillConfig,
+        model: nn.Module,
+        teacher: EMMDiT,
+        data: Data,
+        codec: LatentCodec,
+        text: TextEncoder,
+        seed: int,
+        device: torch.device,
+        forward_flops: float,
+        identity: str,
+    ) -> None:
+        """identity: a hash of the teacher's weights; a resume with another teacher is refused."""
         self.data, self.codec, self.text = data, codec, text
         self.batch_size, self.forward_flops = data.config.batch_size, forward_flops
         self.fingerprint = {**data.fingerprint(), "teacher": identity}
@@ -280,7 +325,7 @@ class DistillRun(Distill):
                 yield self.encode(record, step + number // accumulate, accumulate == 1)
 
     def encode(self, record: Records, step: int, alone: bool) -> DistillBatch:
-        """Records on the CPU -> a batch on the device. The stored half-precision noise is what the teacher began with."""
+        """Encode records on the device. The noise in half precision is exactly what the teacher began with."""
         batch = encode(record, self.codec, self.text, self.device)
         noise = None
         if self.config.inputs.needs_noise:

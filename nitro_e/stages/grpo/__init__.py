@@ -1,13 +1,13 @@
-"""Stage 3: post-training on rewards (GRPO for flow models, and DiffusionNFT).
+"""Stage 3: post-training on rewards (GRPO for flow models, and DiffusionNFT). stage.py is the place to start.
 
 sde        samplers as one coefficient table; the window of random steps
 rollout    drawing images and keeping their trajectories
 advantage  scores -> advantages
-losses     the objectives, as functions of velocities
-policy     the trained model beside its frozen copies; guided velocities with gradients
+groups     the prompts and images of every process and update
+policy     the trained model beside its frozen copies
+algorithm  interface of an objective; clipped, nft: the objectives there are; kl: their penalty
 adapter    LoRA, in files under the released names
-groups     which prompts and images, on which process, in which update
-stage      all of it on the engine
+stage      the rollouts on the engine
 """
 
 from nitro_e.stages.grpo.stage import GRPO, GRPOConfig

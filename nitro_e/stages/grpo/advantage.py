@@ -19,16 +19,17 @@ EPSILON = 1e-4  # added to every standard deviation
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageConfig(Config):
-    # What differences to the group's mean are divided by. within: their root mean square over the whole rollout, so that
-    # every reward has unit scale; batch: the spread of all scores (Flow-GRPO); group: that of the group (GRPO)
+    # The differences to the group's mean are divided by: within: their root mean square over the whole rollout, so that
+    # every reward has unit scale; batch: the std of all scores (Flow-GRPO); group: the std of the group (GRPO)
     std: Literal["within", "batch", "group"] = "within"
     clip: Annotated[float, Gt(0)] = 5.0  # largest advantage
 
 
 def advantages(scores: Tensor, weights: Tensor, config: AdvantageConfig) -> Tensor:
-    """(G, K) from scores (G, K, R) and weights (R,), of which 0 leaves a reward out.
+    """Compute advantages (G, K) from scores (G, K, R) and weights (R,), of which 0 leaves a reward out.
 
-    Several rewards: each is normalised alone, then the weighted sum once more (as in MixGRPO's advantage aggregation).
+    Several rewards: each is normalised alone, then the weighted sum once more by its root mean square over the rollout.
+    (MixGRPO, arXiv 2507.21802, aggregates in the same order, but with each group's own std.)
     """
     total = scores.new_zeros(scores.shape[:2], dtype=torch.float64)
     trained = [index for index, weight in enumerate(weights.tolist()) if weight]
@@ -40,7 +41,7 @@ def advantages(scores: Tensor, weights: Tensor, config: AdvantageConfig) -> Tens
 
 
 def normalised(scores: Tensor, std: str) -> Tensor:
-    """(G, K) advantages of one reward."""
+    """Compute the advantages (G, K) of one reward."""
     valid = usable(scores)
     centered = centre(scores, valid)
     if std == "group":
@@ -54,31 +55,34 @@ def normalised(scores: Tensor, std: str) -> Tensor:
 
 
 def usable(scores: Tensor) -> Tensor:
-    """(G, K) bool: scored, in a group that has at least two scores."""
+    """Tell which images (G, K) are scored and in a group with at least two scores."""
     valid = scores.isfinite()
     return valid & (valid.sum(dim=1, keepdim=True) >= 2)
 
 
 def centre(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores less their group's mean; 0 where not valid."""
+    """Subtract the group's mean from the scores; 0 where not valid."""
     scores = scores.masked_fill(~valid, 0.0)
     return (scores - _mean(scores, valid, dim=1, keepdim=True)).masked_fill(~valid, 0.0)
 
 
 def score_statistics(
-    scores: Tensor, names: tuple[str, ...], weights: Tensor, asked: Tensor
+    scores: Tensor, names: tuple[str, ...], weights: Tensor, applies: Tensor
 ) -> dict[str, Tensor]:
-    """What to log of a rollout's scores (G, K, R): per reward mean, std, within-group std of the groups that have two
-    scores, and the share not scored of the groups whose prompt it is `asked` (G, R) about; and the share of all groups
-    that teach nothing because their trained scores are all equal."""
+    """Summarise a rollout's scores (G, K, R) for the log.
+
+    Per reward: mean, std, std within the groups that have two scores, and the share of images without a score among the
+    groups whose prompt it `applies` (G, R) to. Over all: the share of groups whose trained scores are all equal, so
+    that they teach nothing.
+    """
     logs: dict[str, Tensor] = {}
     flat = torch.ones(len(scores), dtype=torch.bool, device=scores.device)  # (G,)
     for index, name in enumerate(names):
         values = scores[..., index].double()
         scored, valid = values[values.isfinite()], usable(values)
         within = _mean(centre(values, valid).square(), valid, dim=1).sqrt()  # (G,)
-        if asked[:, index].any():
-            logs[f"reward/{name}/invalid"] = 1 - values[asked[:, index]].isfinite().double().mean()
+        if applies[:, index].any():
+            logs[f"reward/{name}/invalid"] = 1 - values[applies[:, index]].isfinite().double().mean()
         if len(scored):
             logs[f"reward/{name}"] = scored.mean()
             logs[f"reward/{name}/std"] = scored.std(unbiased=False)
@@ -91,7 +95,7 @@ def score_statistics(
 
 
 def _mean(values: Tensor, valid: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Of the valid ones; 0 where there is none."""
+    """Take the mean of the valid values; 0 where there is none."""
     if dim is None:
         return (values * valid).sum() / valid.sum().clamp(min=1)
     return (values * valid).sum(dim, keepdim=keepdim) / valid.sum(dim, keepdim=keepdim).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The form of a GRPO objective (`stage.algorithm` of a recipe), and what the stage lends to all of them.
+"""Interface of a GRPO objective (`stage.algorithm` of a recipe), and the resources shared by all of them.
 
 An algorithm says which rows it needs (an image and a time each), what to minimise over them, and keeps what it alone
 needs, such as NFT's old policy. Drawing, scoring and advantages are the stage's. To add one: a config class of the form
@@ -26,7 +26,7 @@ from nitro_e.stages.grpo.sde import Schedule
 
 @dataclass
 class Shared:
-    """What the stage lends to its algorithm."""
+    """The resources that the stage lends to its algorithm."""
 
     policy: Policy
     null_text: TextEmbedding  # (1, L, D): the null prompt
@@ -68,7 +68,7 @@ class Algorithm(Protocol):
     frozen_passes: float
 
     @property
-    def drawing(self) -> nn.Module:
+    def rollout_model(self) -> nn.Module:
         """The model that draws the images of a rollout."""
 
     def before_rollout(self, rollout: int) -> None:
@@ -82,7 +82,7 @@ class Algorithm(Protocol):
 
 
 class AlgorithmConfig(Protocol):
-    """What the stage asks of the config of an algorithm before there is a model."""
+    """The interface of an algorithm's config, which the stage asks before there is a model."""
 
     keeps_old: bool  # Policy keeps a frozen copy `old` for it, which also lies in checkpoints
 

@@ -57,7 +57,7 @@ class Clipped:
         self.config, self.shared = config, shared
         schedule, self.sde = shared.schedule, shared.schedule.sde.to(shared.device)
         self.weights = step_weights(config.step_weight, schedule.sde, schedule.trained()).to(shared.device)
-        self.drawing = shared.policy.model
+        self.rollout_model = shared.policy.model
         # of every update but the first, in before_updates
         self.frozen_passes = (shared.updates - 1) / shared.updates
 
@@ -70,7 +70,9 @@ class Clipped:
             for rows in update:
                 with self.shared.autocast(), torch.enable_grad():
                     t = self.sde.t[rows.step]
-                    rows.old = self.shared.velocity(self.drawing, rows.x, t, rows.text).velocity.detach()
+                    rows.old = self.shared.velocity(
+                        self.rollout_model, rows.x, t, rows.text
+                    ).velocity.detach()
 
     def loss(self, net: nn.Module, rows: Rows, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
         shared, table = self.shared, self.sde.at(rows.step)

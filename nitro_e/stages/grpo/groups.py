@@ -30,7 +30,7 @@ def group_prompts(seed: int, rollout: int, groups: int, pool: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a rollout is spread over processes, updates and micro-batches. ConfigError if it does not come out even."""
+    """Spreads a rollout over processes, updates and micro-batches; ConfigError if it does not come out even."""
 
     groups: int
     group_size: int

@@ -57,7 +57,7 @@ class NFT:
         self.config, self.shared = config, shared
         self.sde = shared.schedule.sde.to(shared.device)
         assert shared.policy.old is not None, "Policy keeps it, as NFTConfig.keeps_old says"
-        self.drawing: nn.Module = shared.policy.old
+        self.rollout_model: nn.Module = shared.policy.old
 
     def before_rollout(self, rollout: int) -> None:
         """Let the old policy follow the trained one."""
@@ -72,7 +72,7 @@ class NFT:
         x = flow.interpolate(rows.latents, rng.normal(*rows.latents.shape[1:]), t)
         reference = shared.reference_velocity(x, t, rows.text)
         with torch.no_grad():
-            old = shared.velocity(self.drawing, x, t, rows.text, self.drawing).velocity
+            old = shared.velocity(self.rollout_model, x, t, rows.text, self.rollout_model).velocity
         policy = shared.velocity(net, x, t, rows.text)
         optimality = rows.advantage / largest / 2 + 0.5  # -largest..largest -> 0..1
         loss = nft_loss(rows.latents, x, t, policy.velocity, old, optimality, self.config.beta)  # (R,)

@@ -1,4 +1,4 @@
-"""Images drawn for training: the sampler's states inside the window, and what became of them."""
+"""Drawing of images for training, with the sampler's states inside the window."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RolloutConfig(Config):
 
 
 class Trajectory(NamedTuple):
-    """What was drawn of B images and a window of n steps."""
+    """The latents of B drawn images, and their states and log-probabilities inside a window of n steps."""
 
     states: Tensor  # (n + 1, B, C, h, w) float32: x before the window's first step ... after its last
     log_probs: Tensor  # (n, B) of its transitions, as drawn

@@ -20,11 +20,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig
 from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
+from nitro_e.model import EMMDiT
 from nitro_e.randomness import SlotRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling.samplers import guide
@@ -47,7 +48,7 @@ from nitro_e.stages.grpo.sde import Schedule, Window
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import gather_over_processes
 
-# what a GRPO objective may be, told apart by `kind`; each builds itself (algorithm.AlgorithmConfig)
+# the objectives there are; `kind` says which one a recipe means (see algorithm.AlgorithmConfig)
 Algorithms = ClippedConfig | NFTConfig
 # over this many rollouts a reward may leave this share of its images unscored
 MONITORED_ROLLOUTS, MAX_UNSCORED = 10, 0.05
@@ -97,10 +98,21 @@ class GRPO:
     bad_samples = 0
 
     def __init__(
-        self, config: GRPOConfig, model: nn.Module, pool: Sequence[Prompt], scorer: Scorer, codec: LatentCodec,
-        text: TextEncoder, *, latent_shape: tuple[int, int, int], seed: int, layout: Layout, device: torch.device,
-        autocast: Callable[[], AbstractContextManager], forward_flops: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        config: GRPOConfig,
+        model: EMMDiT,
+        pool: Sequence[Prompt],
+        scorer: Scorer,
+        codec: LatentCodec,
+        text: TextEncoder,
+        *,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        layout: Layout,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        forward_flops: float = 0.0,
+    ) -> None:
         """model: on the device, with the weights to start from; an adapter is put into it here.
 
         pool: the prompts; autocast: of the engine's precision; forward_flops: of one pass of one image.
@@ -115,9 +127,17 @@ class GRPO:
         self.policy = Policy(model, reference=kl.beta > 0, old=config.algorithm.keeps_old).to(device)
         self.null_text = text.encode([""])
         shared = Shared(
-            self.policy, self.null_text, self.schedule, KLPenalty(kl, self.schedule, device) if kl.beta else None,
-            config.rollout.guidance_scale, config.cfg_grad, config.updates, config.advantage.clip, autocast, device,
-        )  # fmt: skip
+            policy=self.policy,
+            null_text=self.null_text,
+            schedule=self.schedule,
+            kl=KLPenalty(kl, self.schedule, device) if kl.beta else None,
+            guidance_scale=config.rollout.guidance_scale,
+            cfg_grad=config.cfg_grad,
+            updates=config.updates,
+            max_advantage=config.advantage.clip,
+            autocast=autocast,
+            device=device,
+        )
         self.algorithm: Algorithm = config.algorithm.build(shared)
         self.name = self.algorithm.name
         self.phases = (Phase("policy", self.policy, self.algorithm.loss, config.optim),)
@@ -148,9 +168,12 @@ class GRPO:
         del rollout["per_device"]
         return {
             "prompts": f"{len(self.pool)} {digest.hexdigest()}",
-            "groups": c.groups, "group_size": c.group_size, "updates": c.updates,
-            "rollout": rollout, "adapter": adapter,
-        }  # fmt: skip
+            "groups": c.groups,
+            "group_size": c.group_size,
+            "updates": c.updates,
+            "rollout": rollout,
+            "adapter": adapter,
+        }
 
     def notes(self) -> dict[str, Any]:
         """Name the weights of the rewards, for the run's record."""
@@ -159,10 +182,10 @@ class GRPO:
 
     # ---- files
 
-    def export(self, model: nn.Module) -> nn.Module:
+    def export(self, model: EMMDiT) -> EMMDiT:
         return dense(model) if has_adapter(model) else model
 
-    def write_extras(self, model: nn.Module, folder: Path) -> None:
+    def write_extras(self, model: EMMDiT, folder: Path) -> None:
         """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
         if has_adapter(model):
             save_adapter(model, folder / "adapter")
@@ -217,9 +240,9 @@ class GRPO:
         everything = gather_over_processes(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
         advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
-        asked = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
+        applies = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
         stats = score_statistics(
-            everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, asked
+            everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, applies
         )
         stats |= {
             "advantage": advantage.abs().mean(),
@@ -229,11 +252,13 @@ class GRPO:
         }
         stats |= {f"seconds/{name}": torch.tensor(seconds) for name, seconds in clock.seconds.items()}
         experience = Experience(
-            trajectory=trajectory, window=window, text=text,
+            trajectory=trajectory,
+            window=window,
+            text=text,
             group=torch.tensor([image // size - first for image in images], device=self.device),
             advantages=advantage.flatten()[images.start : images.stop].float().to(self.device),
             keys=[f"rollout {rollout} '{prompts[image // size].text}' #{image % size}" for image in images],
-        )  # fmt: skip
+        )
         return experience, {name: value.double().cpu() for name, value in stats.items()}
 
     @torch.no_grad()
@@ -247,7 +272,9 @@ class GRPO:
             groups = range(images.start // size, -(-images.stop // size))
             shared = SlotRandom(*purpose, "group", first=groups.start, count=len(groups), device=self.device)
             x = shared.normal(*self.latent_shape)[[image // size - groups.start for image in images]]
-        velocity = guide(self.algorithm.drawing, text, self.null_text, self.config.rollout.guidance_scale)
+        velocity = guide(
+            self.algorithm.rollout_model, text, self.null_text, self.config.rollout.guidance_scale
+        )
         with self.autocast():
             return sample_trajectory(velocity, x, self.schedule, window, rng.normal)
 
