@@ -302,7 +302,7 @@ def test_u8_the_released_models_heads_give_752_logits_and_count_alike():
     assert sum(size**2 for size in sizes) == 752
     heads = FixedHeads(len(maps), 768, HeadConfig())
     assert sum(p.numel() for p in heads.heads[0].parameters()) == 1_214_593
-    small = FixedHeads(len(slots), 64, HeadConfig(width=32))
+    small = FixedHeads(len(maps), 64, HeadConfig(width=32))
     time, text = torch.randn(2, 2, 64)
 
     logits = small(Features([torch.randn(2, 64, size, size) for size in sizes], time, text), 0)

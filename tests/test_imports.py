@@ -15,7 +15,7 @@ ALLOWED = {
     "interfaces": {"config", "training.optim", "randomness"},  # the last two for annotations only
     "record": {"config", "files", "training.checkpoint"},
     "model": {"config", "files", "interfaces"},
-    "encoders": {"config", "files", "interfaces", "shapes.pretrained"},
+    "encoders": {"config", "files", "interfaces"},
     "sampling": {"config", "interfaces", "randomness", "record", "encoders", "model", "training.checkpoint"},
     "training": {"config", "files", "interfaces", "randomness", "record", "model", "shapes.pretrained"},
     "rewards": {"config", "files", "interfaces", "encoders"},
