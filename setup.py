@@ -16,7 +16,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["nitro_e", "nitro_e.*"]),
     package_data={
-        "nitro_e.shapes.pretrained": ["*/*.json", "*/*.safetensors"],  # the offline domain's weights
+        "nitro_e.shapes": [
+            "pretrained/*/*.json",
+            "pretrained/*/*.safetensors",
+        ],  # the offline domain's weights
         "nitro_e.rewards.geneval": ["*.txt"],  # the test prompts
         "nitro_e.record": ["templates/*"],
         "nitro_e": ["py.typed"],

@@ -26,6 +26,7 @@ from nitro_e.config import ConfigError
 
 T = TypeVar("T")
 
+SHIPPED = Path(__file__).parent / "shapes" / "pretrained"  # weights that the package brings along
 
 # Every hub repository that the project uses unasked -> the commit it is read at. None: no public record of a commit was
 # found, so it is the newest one at the time of the first download, which is printed then and recorded by `commit_of`.

@@ -104,6 +104,7 @@ def test_the_product_is_of_all_choices():
     """A new field of ModelConfig must be varied above or be named here."""
     varied = {key for choices in PRODUCT + ALONE for key in choices}
     assert {field.name for field in dataclasses.fields(ModelConfig)} - varied == {
+        "kind",
         "latent_channels",
         "text_width",
     }

@@ -13,8 +13,8 @@ from tiny import save_llama
 from nitro_e import files
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.encoders.components import ComponentConfig, build_text_encoder, pinned
+from nitro_e.files import SHIPPED
 from nitro_e.sampling.pipeline import TextToImage, Use
-from nitro_e.shapes.pretrained import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,7 +75,7 @@ def test_weights_record_the_commit_they_were_made_with(hub, tmp_path, monkeypatc
 
 
 def from_dict_sampling():
-    return from_dict(Use, json.loads((PRETRAINED / "model/config.json").read_text())["use"]).sampling
+    return from_dict(Use, json.loads((SHIPPED / "model/config.json").read_text())["use"]).sampling
 
 
 @pytest.fixture
@@ -85,18 +85,18 @@ def foreign(tmp_path):
     def make(path, revision=None, name="shapes-llama"):
         folder = tmp_path / "foreign"
         folder.mkdir(exist_ok=True)
-        config = json.loads((PRETRAINED / "model/config.json").read_text())
+        config = json.loads((SHIPPED / "model/config.json").read_text())
         config["use"]["text"] |= {"path": path, "revision": revision, "name": name}
         (folder / "config.json").write_text(json.dumps(config))
         if not (folder / "model.safetensors").exists():
-            (folder / "model.safetensors").symlink_to(PRETRAINED / "model/model.safetensors")
+            (folder / "model.safetensors").symlink_to(SHIPPED / "model/model.safetensors")
         return folder
 
     return make
 
 
 def test_weights_of_a_stranger_fetch_nothing_without_consent(hub, foreign):
-    hub.publish("evil/text", PRETRAINED / "text")
+    hub.publish("evil/text", SHIPPED / "text")
     with pytest.raises(ConfigError, match="'evil/text'.*--allow-download evil/text"):
         TextToImage.from_pretrained(foreign("evil/text"))
     stranger = hub.publish("meta-llama/Llama-3.2-1B", {"config.json": b"of an open pull request"})
@@ -109,7 +109,7 @@ def test_weights_of_a_stranger_fetch_nothing_without_consent(hub, foreign):
     assert hub.asked == []
     pipeline = TextToImage.from_pretrained(foreign("evil/text"), allow_download=["evil/text"])
     assert len(pipeline(["a red circle"], steps=1)) == 1
-    assert TextToImage.from_pretrained(foreign("evil/text"), text=str(PRETRAINED / "text"))
+    assert TextToImage.from_pretrained(foreign("evil/text"), text=str(SHIPPED / "text"))
 
 
 def run(arguments, tmp_path, **environment):
@@ -122,7 +122,7 @@ def run(arguments, tmp_path, **environment):
 
 
 def test_consent_on_the_command_line(hub, foreign, tmp_path):
-    commit = hub.publish("evil/text", PRETRAINED / "text")
+    commit = hub.publish("evil/text", SHIPPED / "text")
     command = [ROOT / "sample.py", foreign("evil/text"), "--prompt", "a red circle", "--steps", "1"]
     refused = run(command, tmp_path, HF_ENDPOINT=hub.url)
     assert refused.returncode == 2 and refused.stderr.startswith("error: use.text: these weights ask for")

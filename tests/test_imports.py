@@ -12,9 +12,9 @@ config:
 randomness:
 files: config
 interfaces: config training.optim randomness
-record: config files shapes.pretrained
+record: config files
 model: config files interfaces
-encoders: config files interfaces shapes.pretrained
+encoders: config files interfaces
 sampling: config files interfaces randomness record encoders model
 training: config files interfaces randomness record model
 rewards: config files interfaces encoders

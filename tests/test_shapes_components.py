@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny import OPTIMIZER
 
 from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder, build_vision_encoder
+from nitro_e.files import SHIPPED
 from nitro_e.shapes.judge import judge
-from nitro_e.shapes.pretrained import PRETRAINED
 from nitro_e.shapes.scenes import COLORS, SHAPES, metadata, scene
 from tools import train_components
 
@@ -96,9 +96,9 @@ def test_text_features_bind_words(held_out):
 @pytest.mark.parametrize("component", sorted(train_components.COMPONENTS))
 def test_shipped_figures_are_there(component):
     """metrics.json: the command that reproduces the weights and what was measured."""
-    metrics = json.loads((PRETRAINED / component / "metrics.json").read_text())
+    metrics = json.loads((SHIPPED / component / "metrics.json").read_text())
     assert metrics["command"].startswith(f"python tools/train_components.py {component} ")
-    weights = next((PRETRAINED / component).glob("*.safetensors"))
+    weights = next((SHIPPED / component).glob("*.safetensors"))
     assert weights.stat().st_size < 2 * metrics["parameters"] + 20_000  # fp16
 
 
@@ -117,7 +117,7 @@ def test_training_goes_on_where_it_was_stopped(component, tmp_path, monkeypatch)
     assert whole == parts
     assert not list(tmp_path.glob("*.training.pt"))
     if component == "text":  # names that transformers 4 and 5 both read
-        for folder in (tmp_path / "whole", PRETRAINED / "text"):
+        for folder in (tmp_path / "whole", SHIPPED / "text"):
             tokenizer, model = (
                 json.loads((folder / name).read_text()) for name in ("tokenizer_config.json", "config.json")
             )

@@ -37,10 +37,9 @@ from torch import Tensor, nn
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.encoders.vision import patch_tokens
-from nitro_e.files import atomic_path, save_object
+from nitro_e.files import SHIPPED, atomic_path, save_object
 from nitro_e.record import progress
 from nitro_e.shapes.judge import judge
-from nitro_e.shapes.pretrained import PRETRAINED
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import (
     COLORS,
@@ -371,9 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="default: as shipped")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
     args = parser.parse_args(argv)
-    return cli.run(
-        lambda: train(args.component, args.out or PRETRAINED / args.component, args.steps, args.seed)
-    )
+    return cli.run(lambda: train(args.component, args.out or SHIPPED / args.component, args.steps, args.seed))
 
 
 def train(component: str, out: Path, steps: int | None = None, seed: int = 0) -> dict:

@@ -22,7 +22,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class CLIP(nn.Module):
-    """A frozen CLIPModel with its tokenizer; features are float32 whatever the weights are."""
+    """A frozen CLIPModel with its tokenizer; features are float32, whatever the dtype of the weights."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class CLIP(nn.Module):
         return self.model.logit_scale.float().exp().item()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, size, size) in 0..1 -> (B, E) of length 1."""
+        """Encode images (B, 3, size, size) in 0..1 as unit vectors (B, E)."""
         pixels = ((images.float() - self.mean) / self.std).to(self.model.dtype)
         return F.normalize(_pooled(self.model.get_image_features(pixel_values=pixels)), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(B, E) of length 1; texts are cut at `length` tokens."""
+        """Encode texts, cut at `length` tokens, as unit vectors (B, E)."""
         batch = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.model.device)
@@ -55,7 +55,7 @@ class CLIP(nn.Module):
 
 
 def fit_short_side(pixels: Tensor, size: int) -> Tensor:
-    """pixels (B, 3, H, W) in -1..1 -> (B, 3, size, size) in 0..1, on the 8-bit grid, as PIL gives it."""
+    """Resize and crop pixels (B, 3, H, W) in -1..1 to (B, 3, size, size) in 0..1, rounded to 8 bits as by PIL."""
     height, width = pixels.shape[-2:]
     short = min(height, width)
     new = [size if side == short else int(size * side / short) for side in (height, width)]
@@ -67,7 +67,7 @@ def fit_short_side(pixels: Tensor, size: int) -> Tensor:
 
 
 def fit_long_side(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
-    """pixels (B, 3, H, W) in -1..1 -> (B, 3, size, size) about 0..1, the short side padded with zeros."""
+    """Resize pixels (B, 3, H, W) in -1..1 to (B, 3, size, size) about 0..1, the short side padded with zeros."""
     height, width = pixels.shape[-2:]
     new = [round(side * size / max(height, width)) for side in (height, width)]
     images = _resize(pixels.float() / 2 + 0.5, new, antialias)
@@ -82,7 +82,7 @@ def _resize(images: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
 
 
 def load_clip(folder: str, dtype: torch.dtype, tokenizer: Any = None) -> CLIP:
-    """From a folder of transformers' format; the tokenizer may come from elsewhere."""
+    """Load from a folder of transformers' format; the tokenizer may come from elsewhere."""
     from transformers import CLIPModel
 
     model, report = CLIPModel.from_pretrained(
@@ -100,7 +100,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def from_open_clip(state: Mapping[str, Tensor], base: str, dtype: torch.dtype) -> CLIP:
-    """Weights of open_clip (ViT towers); `base`: folder of the config and tokenizer."""
+    """Take weights of open_clip (ViT towers); `base`: folder of the config and tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
     model = CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True))
@@ -109,7 +109,7 @@ def from_open_clip(state: Mapping[str, Tensor], base: str, dtype: torch.dtype) -
 
 
 def rename_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names and layouts -> CLIPModel's. Projections are transposed, q, k, v are split."""
+    """Convert open_clip's names and layouts to CLIPModel's: projections are transposed, q, k, v are split."""
     renamed = {}
     for key, value in state.items():
         if key == "attn_mask":
@@ -129,7 +129,8 @@ def rename_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-OPEN_CLIP = (  # the first three: of the vision tower; the next three: of the text tower; then of both
+# names of the vision tower (the first three), of the text tower (the next three), and of both
+OPEN_CLIP = (
     (r"^class_embedding$", "embeddings.class_embedding"),
     (r"^conv1\.", "embeddings.patch_embedding."),
     (r"^proj$", "visual_projection.weight"),
@@ -148,5 +149,5 @@ OPEN_CLIP = (  # the first three: of the vision tower; the next three: of the te
 
 
 def _pooled(output: Any) -> Tensor:
-    """transformers 5 wraps the features."""
+    """Unwrap the features, which transformers 5 puts into an object."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()

@@ -1,4 +1,4 @@
-"""The frozen encoders by name: config -> codec, text encoder, vision encoder.
+"""The frozen encoders by name: builds codec, text encoder and vision encoder from their configs.
 
 Libraries (diffusers, transformers, timm) are imported only when a component that needs them is built.
 `shapes-*` are the small ones of the offline domain, which the package ships; they and the real ones take a hub id
@@ -18,7 +18,6 @@ from nitro_e import files
 from nitro_e.config import Config, ConfigError, Ge, Le, did_you_mean
 from nitro_e.encoders import codec, text, vision
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
-from nitro_e.shapes.pretrained import PRETRAINED
 
 Kind = Literal["codec", "text", "vision"]
 
@@ -61,22 +60,22 @@ class ComponentsConfig(Config):
 
 
 def build_codec(config: ComponentConfig, device: torch.device | str = "cpu") -> LatentCodec:
-    """The latent codec; ConfigError for an unknown name or weights that cannot be loaded."""
+    """Build the latent codec; raise ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("codec", config, CODECS)(config, device)
 
 
 def build_text_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> TextEncoder:
-    """The text encoder; ConfigError for an unknown name or weights that cannot be loaded."""
+    """Build the text encoder; raise ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("text", config, TEXT_ENCODERS)(config, device)
 
 
 def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> VisionEncoder:
-    """The vision encoder; ConfigError for an unknown name or weights that cannot be loaded."""
+    """Build the vision encoder; raise ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("vision", config, VISION_ENCODERS)(config, device)
 
 
 def pinned(config: ComponentConfig) -> ComponentConfig:
-    """The same with the commit of its hub repository as revision, as far as it is known: what to record."""
+    """Return the config with the commit of its hub repository as revision, if that is known: what is recorded."""
     source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
     if Path(source).is_dir() or not files.is_hub_id(source):
         return config
@@ -84,9 +83,10 @@ def pinned(config: ComponentConfig) -> ComponentConfig:
 
 
 def check_download(kind: str, config: ComponentConfig, allowed: Collection[str]) -> None:
-    """ConfigError if weights would have a hub repository fetched that is neither the project's nor allowed.
+    """Raise ConfigError if a component would be fetched from a hub repository that is neither the project's nor allowed.
 
-    The weights may be a stranger's. What is in the local cache already is not fetched."""
+    The config may come with a stranger's weights. What is in the local cache already is not fetched.
+    """
     source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
     allowed = (allowed,) if isinstance(allowed, str) else allowed
     if Path(source).expanduser().is_dir() or not files.is_hub_id(source) or source in allowed:
@@ -101,7 +101,7 @@ def check_download(kind: str, config: ComponentConfig, allowed: Collection[str])
 
 
 def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
-    """(channels, stride) without loading anything; None when only the files in `path` can tell."""
+    """Return (channels, stride) without loading anything; None when only the files in `path` can tell."""
     _builder("codec", config, CODECS)
     if config.name in codec.DCT_SIZES:
         stride, luma, chroma = codec.DCT_SIZES[config.name]
@@ -110,7 +110,7 @@ def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
 
 
 def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
-    """(width, length) without loading anything; width is None when only the files in `path` can tell."""
+    """Return (width, length) without loading anything; width is None when only the files in `path` can tell."""
     _builder("text", config, TEXT_ENCODERS)
     if config.name == "hash":
         encoder = _hash(config, "cpu")
@@ -120,15 +120,15 @@ def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
 
 
 def vision_width(config: ComponentConfig) -> int | None:
-    """Feature width without loading anything; None when only the files in `path` can tell."""
+    """Return the feature width without loading anything; None when only the files in `path` can tell."""
     _builder("vision", config, VISION_ENCODERS)
     return WEIGHTS[config.name].shape[0] if config.path is None else None
 
 
 def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
-    """The folder or the hub id of the weights, for people; None where there are none.
+    """Name the folder or the hub id of the weights, for people; None if there are none.
 
-    Nothing is loaded; ConfigError for an unknown name or a folder that does not exist.
+    Nothing is loaded; raises ConfigError for an unknown name or a folder that does not exist.
     """
     _builder(kind, config, TABLES[kind])
     if config.name not in WEIGHTS:
@@ -145,10 +145,10 @@ def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
 def chosen_component(
     kind: Kind, given: str | None, default: ComponentConfig | None = None, dtype: str | None = None
 ) -> ComponentConfig:
-    """The component meant by NAME, FOLDER or NAME=FOLDER, as commands take it in --codec, --text and --vision.
+    """Return the component meant by NAME, FOLDER or NAME=FOLDER, as commands take it in --codec, --text and --vision.
 
-    default: what weights were trained with, of which `given` may replace the files only; dtype: for a component that
-    has weights, in place of its own.
+    default: the component that weights were trained with, of which `given` may replace the files only.
+    dtype: replaces that of a component that has weights.
     """
     flag = f"--{kind} '{given}'"
     if given is None:
@@ -168,7 +168,7 @@ def chosen_component(
 
 
 class Weights(NamedTuple):
-    """Where a component's weights are if the config names no path, their files, and what is known of them unread."""
+    """The default weights of a component: where they are, their files, and the shapes known without reading them."""
 
     source: str  # hub id or folder
     files: tuple[str, ...]  # of a hub repository, as `files.fetch` takes them
@@ -180,9 +180,9 @@ WEIGHTS = {
     "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, codec.DC_AE_FILES, (32, 32)),
     "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, LLAMA_FILES, (2048, text.LLAMA_LENGTH)),
     "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, files.TRANSFORMER, (768,)),
-    "shapes-dc-ae": Weights(str(PRETRAINED / "codec"), codec.DC_AE_FILES, (8, 8)),
-    "shapes-llama": Weights(str(PRETRAINED / "text"), LLAMA_FILES, (128, 16)),
-    "shapes-vit": Weights(str(PRETRAINED / "vision"), files.TRANSFORMER, (128,)),
+    "shapes-dc-ae": Weights(str(files.SHIPPED / "codec"), codec.DC_AE_FILES, (8, 8)),
+    "shapes-llama": Weights(str(files.SHIPPED / "text"), LLAMA_FILES, (128, 16)),
+    "shapes-vit": Weights(str(files.SHIPPED / "vision"), files.TRANSFORMER, (128,)),
 }
 
 
@@ -223,7 +223,7 @@ TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 
 
 def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -> Builder:
-    """The table's entry, after checking that every option given means something for it."""
+    """Return the table's entry, after checking that it has every option that is given."""
     if config.name not in table:
         raise ConfigError(
             f"components.{kind}.name: unknown '{config.name}'" + did_you_mean(config.name, list(table))
@@ -240,12 +240,16 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
 
 
 def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any:
-    """Call the loader on the folder or the hub id; what goes wrong there becomes one line with the remedy."""
+    """Call the loader on the folder or the hub id; an error there becomes one line with the remedy."""
     default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
     return files.load(
-        f"{kind} '{config.name}'", key, config.path or default,
-        lambda folder: loader(folder, getattr(torch, config.dtype)), WEIGHTS[config.name].files, config.revision,
+        f"{kind} '{config.name}'",
+        key,
+        config.path or default,
+        lambda folder: loader(folder, getattr(torch, config.dtype)),
+        WEIGHTS[config.name].files,
+        config.revision,
         repository=None if Path(default).is_dir() else default,
         give=f"give the folder: --{kind} {config.name}=FOLDER, in training components.{kind}={config.name}=FOLDER"
         " (gated repositories need `hf auth login` first)",
-    )  # fmt: skip
+    )

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class LlamaText:
-    """Last hidden state, after the final norm, of a causal language model; always float32.
+    """A frozen causal language model; the embedding is its last hidden state after the final norm, always float32.
 
     Prompts are padded right to `length` with the end token and cut there; the model gets the attention mask.
     Rows at padded positions are returned as the model computes them: the released weights attend to them.
@@ -76,16 +76,13 @@ class LlamaText:
             self.length,
             self.truncated,
         )
-        # both (B, L)
-        ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        tokens = self.model(
-            input_ids=ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state  # (B, L, D)
-        return TextEmbedding(tokens.float(), mask.bool())
+        ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))  # (B, L)
+        output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return TextEmbedding(output.last_hidden_state.float(), mask.bool())  # (B, L, D), (B, L)
 
 
 def load_llama(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) on the CPU from a folder; safetensors only, nothing may be missing."""
+    """Load (model, tokenizer) on the CPU from a folder; safetensors only, nothing may be missing."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -106,7 +103,7 @@ def check_caption_cleaner() -> None:
 
 
 def clean_pixart_caption(prompt: str) -> str:
-    """The lower-casing caption cleaner of PixArt in diffusers, applied twice as its pipelines do.
+    """Apply the lower-casing caption cleaner of PixArt in diffusers, twice as its pipelines do.
 
     The released weights were evaluated with it, although not trained with it; our own recipes leave it out.
     """
@@ -119,7 +116,7 @@ def clean_pixart_caption(prompt: str) -> str:
 
 
 class HashText:
-    """Training-free text features: one row per word and one end row, then zero rows; float32.
+    """An encoder without training: one row per word and one end row, then zero rows; float32.
 
     A row is `hash_width` entries of the word (`word_features`), then `position_width` entries of its position
     (`position_features`), all of about unit variance. The model gives text no positions, so word order has to
@@ -155,9 +152,8 @@ class HashText:
         tokens = torch.zeros(len(sentences), self.length, self.width)  # (B, L, D)
         mask = torch.zeros(len(sentences), self.length, dtype=torch.bool)  # (B, L)
         for row, words in enumerate(sentences):
-            features = [word_features(word, self.hash_width) for word in words[: self.length - 1]] + [
-                self.end
-            ]
+            features = [word_features(word, self.hash_width) for word in words[: self.length - 1]]
+            features.append(self.end)
             count = len(features)
             tokens[row, :count, : self.hash_width] = torch.stack(features)
             tokens[row, :count, self.hash_width :] = self.positions[:count]
@@ -166,13 +162,13 @@ class HashText:
 
 
 def split_words(prompt: str) -> list[str]:
-    """Lower-cased runs of letters and digits, apostrophes inside a word included."""
+    """Split into lower-cased runs of letters and digits, apostrophes inside a word included."""
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", unicodedata.normalize("NFKC", prompt).lower())
 
 
 @lru_cache(maxsize=1 << 16)
 def word_features(word: str, width: int) -> Tensor:
-    """(width,) float32 of unit mean square: the sum of the signs of the word and of its 3- to 5-grams.
+    """Compute (width,) float32 of unit mean square: the sum of the signs of the word and of its 3- to 5-grams.
 
     `<` and `>` mark the ends of the word (arXiv 1607.04606, section 3.2). The result is shared: read only.
     """
@@ -185,13 +181,13 @@ def word_features(word: str, width: int) -> Tensor:
 
 
 def gram_signs(gram: str, width: int) -> np.ndarray:
-    """(width,) int8 of +-1: the leading bits of SHAKE-256 of the string, the same on every machine."""
+    """Compute (width,) int8 of +-1, the leading bits of SHAKE-256 of the string: the same on every machine."""
     digest = hashlib.shake_256(gram.encode("utf-8", "surrogatepass")).digest((width + 7) // 8)
     return np.unpackbits(np.frombuffer(digest, dtype=np.uint8))[:width].astype(np.int8) * 2 - 1
 
 
 def position_features(length: int, width: int) -> Tensor:
-    """(length, width) sines, then cosines, times sqrt(2); wavelengths from 2 pi to nearly 200 pi words.
+    """Compute (length, width) sines, then cosines, times sqrt(2); wavelengths from 2 pi to nearly 200 pi words.
 
     Vaswani et al. 2017 (arXiv 1706.03762, section 3.5) with base 100, because prompts are short.
     """
@@ -201,7 +197,7 @@ def position_features(length: int, width: int) -> Tensor:
 
 
 def _warn_truncated(cut: list[str], length: int, before: int) -> int:
-    """The number of cut prompts; the first time, also a warning that shows one."""
+    """Return the number of cut prompts; the first time, also log a warning that shows one."""
     if cut and not before:
         logger.warning(
             "prompt is longer than %d tokens and is cut (further ones are only counted): %.80s",

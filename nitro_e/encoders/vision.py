@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DINOv2:
-    """Patch tokens after the final norm, class and register tokens dropped; always float32."""
+    """A frozen vision transformer; its features are the patch tokens after the final norm, always float32."""
 
     def __init__(self, vit: Any, device: torch.device | str = "cpu") -> None:
         self.vit = vit.eval().requires_grad_(False).to(device)
@@ -34,7 +34,7 @@ class DINOv2:
 
 
 def patch_tokens(vit: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The same with a gradient, in the dtype of the transformer: (B, h*w, D)."""
+    """Compute what `DINOv2.features` does, but with gradients and in the dtype of the transformer: (B, h*w, D)."""
     size = tuple(cells * side for cells, side in zip(grid, vit.patch_embed.patch_size))
     images = (pixels.float() + 1) / 2
     images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
@@ -45,7 +45,7 @@ def patch_tokens(vit: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def load_dinov2(folder: str, dtype: torch.dtype) -> Any:
-    """A timm vision transformer without head, for any image size, on the CPU, from a folder."""
+    """Load a timm vision transformer without head, for any image size, on the CPU, from a folder."""
     import timm
 
     if not (Path(folder) / "model.safetensors").is_file():  # timm would also read pickles

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, TrainingError, did_you_mean, parse_json, read_text
-from nitro_e.files import write_text
-from nitro_e.shapes.pretrained import PRETRAINED
+from nitro_e.files import SHIPPED, write_text
 
 STEP = re.compile(r"step-(\d+)")
-SHIPPED = {"shapes": PRETRAINED / "model"}
+# names of weights that the package brings along
+NAMED = {"shapes": SHIPPED / "model"}
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -76,15 +76,15 @@ def model_folder(source: str | Path) -> Path:
     `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
     """
     name, _, which = str(source).partition("@")
-    if str(source) in SHIPPED and not Path(source).exists():
-        return SHIPPED[str(source)]
+    if str(source) in NAMED and not Path(source).exists():
+        return NAMED[str(source)]
     if which not in ("", "model", "ema"):
         raise ConfigError(f"'{source}': '@{which}' is unknown" + did_you_mean(which, ["model", "ema"]))
     path = Path(name)
     if not path.is_dir():
         raise ConfigError(
             f"'{name}' does not exist; give a run directory, a checkpoint, a model folder or "
-            f"the name of shipped weights ({', '.join(SHIPPED)})"
+            f"the name of shipped weights ({', '.join(NAMED)})"
         )
     if (path / "config.json").is_file() and not which:
         return path

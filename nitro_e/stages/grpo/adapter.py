@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.files import save_tensors
-from nitro_e.interfaces import Model
+from nitro_e.interfaces import AdapterLayer, Model
 from nitro_e.model.lora import read_lora
 from nitro_e.randomness import seeded
 
@@ -47,6 +47,12 @@ class Stacked(nn.ModuleList):
         return torch.cat([layer(x) for layer in self], dim=-1)
 
 
+def adapter_layers(model: Model) -> list[AdapterLayer]:
+    """List the layers that a model like this one offers; in the model itself an adapter may have replaced them."""
+    with torch.device("meta"):
+        return model.config.build().adapter_layers()
+
+
 def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
     """Put LoRA layers into the model, which alone stay trainable.
 
@@ -56,7 +62,7 @@ def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
     if config.init_from is not None:
         rank, alpha, factors = _read(Path(config.init_from))
     paths: dict[str, str] = {}  # name in adapter files -> path of the layer in the model
-    for layer in model.adapter_layers():
+    for layer in adapter_layers(model):
         chosen = layer.attention or config.targets == "blocks"
         wanted = [name for name in layer.names if (name in factors if factors else chosen)]
         if not wanted:
@@ -110,7 +116,7 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def dense(model: Model) -> Model:
     """Make a plain model with the adapter added to its weights."""
     state = dict(model.state_dict())
-    for path in (layer.path for layer in model.adapter_layers()):
+    for path in (layer.path for layer in adapter_layers(model)):
         if f"{path}.weight" in state:
             continue
         module = model.get_submodule(path)
@@ -129,7 +135,7 @@ def dense(model: Model) -> Model:
 def save_adapter(model: Model, folder: Path, base: str | None = None) -> None:
     """Write a PEFT folder under the model's names: `adapter_config.json` and `adapter_model.safetensors`."""
     tensors, layers = {}, {}
-    for layer in model.adapter_layers():
+    for layer in adapter_layers(model):
         module = model.get_submodule(layer.path)
         for name, part in zip(layer.names, module if isinstance(module, Stacked) else [module], strict=True):
             if isinstance(part, LoraLayer):
