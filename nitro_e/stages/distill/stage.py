@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Lt
 from nitro_e.data import Data, Records
-from nitro_e.interfaces import Denoiser, LatentCodec, Phase, TextEmbedding, TextEncoder
-from nitro_e.model import EMMDiT
+from nitro_e.interfaces import Denoiser, LatentCodec, Model, Phase, TextEmbedding, TextEncoder
 from nitro_e.randomness import SlotRandom
 from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_time
 from nitro_e.stages.batches import encode, null_prompt, to_device
@@ -298,7 +297,7 @@ class DistillRun(Distill):
         self,
         config: DistillConfig,
         model: nn.Module,
-        teacher: EMMDiT,
+        teacher: Model,
         data: Data,
         codec: LatentCodec,
         text: TextEncoder,

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig
-from nitro_e.interfaces import LatentCodec, Phase, TextEmbedding, TextEncoder
-from nitro_e.model import EMMDiT
+from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEncoder
 from nitro_e.randomness import SlotRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling.samplers import guide
@@ -100,7 +99,7 @@ class GRPO:
     def __init__(
         self,
         config: GRPOConfig,
-        model: EMMDiT,
+        model: Model,
         pool: Sequence[Prompt],
         scorer: Scorer,
         codec: LatentCodec,
@@ -182,10 +181,10 @@ class GRPO:
 
     # ---- files
 
-    def export(self, model: EMMDiT) -> EMMDiT:
+    def export(self, model: Model) -> Model:
         return dense(model) if has_adapter(model) else model
 
-    def write_extras(self, model: EMMDiT, folder: Path) -> None:
+    def write_extras(self, model: Model, folder: Path) -> None:
         """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
         if has_adapter(model):
             save_adapter(model, folder / "adapter")
