@@ -181,7 +181,7 @@ class GRPO:
 
     # ---- files
 
-    def export(self, model: Model) -> Model:
+    def export(self, model: Any) -> Model:
         return dense(model) if has_adapter(model) else model
 
     def write_extras(self, model: Model, folder: Path) -> None:
