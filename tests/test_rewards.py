@@ -328,7 +328,9 @@ def test_mistakes_are_found_before_anything_is_loaded(data, message):
 
 
 def test_a_key_of_older_recipes_is_named():
-    with pytest.raises(ConfigError, match=r"'rewards\[0\].timeout' is of an older version.*sets its own limit"):
+    with pytest.raises(
+        ConfigError, match=r"'rewards\[0\].timeout' is of an older version.*sets its own limit"
+    ):
         config("brightness", timeout=5)
 
 
