@@ -13,6 +13,7 @@ scores are kept under OUT: the same command goes on after an interruption, and d
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from nitro_e.cli import common as cli
@@ -35,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
     parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
-    parser.add_argument("--sampler", nargs="+", help="euler, heun or multistep")
+    parser.add_argument("--sampler", nargs="+", metavar="NAME", help="euler, heun or multistep")
     parser.add_argument("--batch-size", type=int, default=64)
     cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
@@ -59,33 +60,14 @@ def command(options: argparse.Namespace) -> None:
     from nitro_e.evaluation.benchmarks import benchmark
     from nitro_e.evaluation.evaluate import Options, as_text, default_device, evaluate
 
-    chosen = benchmark(
-        options.benchmark,
-        options.num,
-        options.per_prompt,
-        options.reward,
-        options.reward_path,
-        options.reward_option,
-    )
+    prompts = (options.benchmark, options.num, options.per_prompt)
+    chosen = benchmark(*prompts, options.reward, options.reward_path, options.reward_option)
     grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
+    grid = {key: values for key, values in grid.items() if values}
     sources = [options.checkpoint] + ([options.against] if options.against else [])
-    name = f"{chosen.name}-{Path(options.checkpoint).name}"
-    out = options.out or Path("outputs/evaluate") / name
-    evaluation = evaluate(
-        chosen,
-        sources,
-        {key: values for key, values in grid.items() if values},
-        Options(
-            seed=options.seed,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            device=options.device or default_device(),
-            codec=options.codec,
-            text=options.text,
-            allow_download=tuple(options.allow_download),
-            rejudge=options.rejudge,
-        ),
-        out,
-    )
+    out = options.out or Path("outputs/evaluate") / f"{chosen.name}-{Path(options.checkpoint).name}"
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    given |= {"device": options.device or default_device(), "allow_download": tuple(options.allow_download)}
+    evaluation = evaluate(chosen, sources, grid, Options(**given), out)
     print(as_text(evaluation))
     print(f"images with what was detected: {out / 'report.html'}; numbers: {out / 'results.json'}")

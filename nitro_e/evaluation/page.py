@@ -71,7 +71,7 @@ def changes(
     theirs: tuple[Path, Sequence[ScoredImage]],
     title: str,
 ) -> list[Album]:
-    """Two albums of pairs, each side given by its folder and rows: what only `ours` got right, what only `theirs` did."""
+    """Two albums of pairs, what only `ours` got right and what only `theirs` did; a side is its folder and rows."""
     albums = []
     for name, sign in (("Better than the other", 1), ("Worse than the other", -1)):
         pairs = zip(ours[1], theirs[1])

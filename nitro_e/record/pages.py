@@ -24,7 +24,7 @@ from PIL import Image
 from nitro_e.config import ConfigError, flatten, parse_yaml
 from nitro_e.record import metrics, run_folder
 from nitro_e.record.charts import Chart, Series, line_chart
-from nitro_e.record.render import data_url, duration, moment, number, percent, write_page
+from nitro_e.record.render import data_url, duration, write_page
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_EVENTS = 50
@@ -130,10 +130,10 @@ class Record:
         values = self.values("samples_per_second")
         return statistics.median(values) if values else None
 
-    def count(self, name: str) -> str:
-        """The last value of a counter, or a dash."""
+    def count(self, name: str) -> int | None:
+        """The last value of a counter."""
         values = self.values(name)
-        return f"{values[-1]:.0f}" if values else "–"
+        return round(values[-1]) if values else None
 
     def scores(self) -> dict[str, float]:
         """The last `eval/NAME` of every score."""
@@ -192,12 +192,9 @@ def write_report(run: Path) -> Path:
         state=record.state(),
         colour=COLOURS.get(record.state(), "fair"),
         now=time.time(),
-        reason=record.status.get("reason"),
-        tiles=tiles(record),
         charts=charts([record]),
         absent=[TITLES[name].lower() for name in EXPECTED if name not in logged] if record.rows else [],
         samples=samples(record),
-        attempts=attempts(record),
         events=events(record),
         MAX_EVENTS=MAX_EVENTS,
         environments=[environment(start) for start in starts],
@@ -213,7 +210,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         "comparison.html",
         title=f"{len(records)} runs compared",
         labels=labels,
-        results=[results(label, record) for label, record in zip(labels, records)],
+        records=records,
         differences=differences(records),
         unreadable=[label for label, record in zip(labels, records) if record.config is None],
         charts=charts(records),
@@ -222,23 +219,6 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
 
 # ---- what the pages show
-
-
-def tiles(record: Record) -> list[tuple[str, str]]:
-    """Name and value of the numbers in the header."""
-    of_steps = f" of {record.steps:,}" if isinstance(record.steps, int) else ""
-    return [
-        ("steps", f"{record.last_step:,}{of_steps}"),
-        ("wall-clock", duration(record.seconds())),
-        ("final loss", number(record.final("loss"))),
-        *((f"score: {name}", number(value)) for name, value in record.scores().items()),
-        ("samples/s", number(record.speed())),
-        ("waiting for data", percent(record.final("data_wait"))),
-        ("skipped steps", record.count("skipped")),
-        ("failed saves", record.count("failed_saves")),
-        ("bad samples", record.count("bad_samples")),
-        ("attempts", str(len(record.attempts()) or "–")),
-    ]
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
@@ -342,23 +322,6 @@ def sheet(path: Path, caption: str) -> Sheet:
     return Sheet(caption, cells=sources, small=cells[0][0].width < 128)
 
 
-def attempts(record: Record) -> list[list[str]]:
-    """A table row per attempt: number, start, steps, time, processes, device, commit."""
-    rows = []
-    for lines in record.attempts():
-        first, found = lines[0], lines[0].get("environment") or {}
-        rows.append(
-            [
-                str(first.get("attempt", "–")),
-                moment(first["time"]),
-                f"{first['step']:,} to {max(line['step'] for line in lines):,}",
-                duration(lines[-1]["time"] - first["time"]),
-                *(str(found.get(name) or "–") for name in ("processes", "device", "git")),
-            ]
-        )
-    return rows
-
-
 def events(record: Record) -> list[tuple[int, str]]:
     """Step and text of everything that happened besides the start of attempts."""
     return [(line["step"], _event(line)) for line in record.lines if line.get("event") not in (None, "start")]
@@ -378,21 +341,6 @@ def environment(found: dict[str, Any]) -> list[list[str]]:
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
     rest = {name: value for name, value in found.items() if name != "packages"} | {"packages": versions}
     return [[name, "unknown" if value is None else str(value)] for name, value in rest.items()]
-
-
-def results(label: str, record: Record) -> list[str]:
-    """A row of the comparison's first table."""
-    scores = ", ".join(f"{name} {number(value)}" for name, value in record.scores().items())
-    return [
-        label,
-        record.state(),
-        f"{record.last_step:,}",
-        number(record.final("loss")),
-        scores or "–",
-        number(record.speed()),
-        duration(record.seconds()),
-        record.count("skipped"),
-    ]
 
 
 def differences(records: Sequence[Record]) -> list[list[str]]:

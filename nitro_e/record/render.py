@@ -46,6 +46,11 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def known(value: Any) -> str:
+    """The value, or a dash for what is unknown."""
+    return "–" if value is None else str(value)
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
@@ -74,4 +79,6 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters.update(number=number, moment=moment, thousands="{:,}".format)
+TEMPLATES.filters.update(
+    duration=duration, known=known, moment=moment, number=number, percent=percent, thousands="{:,}".format
+)

@@ -2,7 +2,8 @@
 
 A reward is a callable
     reward(pixels (B, 3, H, W) float32 in -1..1, prompts: Sequence[str], info: Sequence[dict]) -> (B,) float32
-where NaN means "could not be scored"; it is never replaced by a number. `reward.source`, if there is one, names its weights.
+where NaN means "could not be scored"; it is never replaced by a number. `reward.source`, if there is one, names its
+weights.
 
 registry   names -> builders, the decorator for your own
 scorer     several of them, weighted or monitored: RewardConfig, build_rewards, Scorer

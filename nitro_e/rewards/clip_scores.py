@@ -1,9 +1,9 @@
-"""Rewards on CLIP: how well an image fits its prompt, how people like it.
+"""Rewards on CLIP: how well an image fits its prompt, and how much people like it.
 
-clipscore   cosine of image and prompt, CLIP ViT-L/14 (about .2 to .35)
-pickscore   PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): cosine times the trained scale (about 18 to 24)
-hpsv2.1     HPSv2.1 (Wu et al. 2023, arXiv:2306.09341): cosine (about .2 to .33), comparable within a prompt only
-aesthetic   LAION's predictor (Schuhmann 2022) on CLIP ViT-L/14: 1 to 10, knows no prompt
+clipscore   cosine of image and prompt, about .2 to .35              CLIP ViT-L/14
+pickscore   cosine times the trained scale, about 18 to 24           PickScore v1, Kirstain et al., arXiv:2305.01569
+hpsv2.1     cosine, .2 to .33, comparable for one prompt only        HPSv2.1, Wu et al., arXiv:2306.09341
+aesthetic   1 to 10, ignores the prompt                              LAION's predictor on CLIP ViT-L/14
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from nitro_e.encoders.clip import (
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 HPSV2_FILES = (f"{HPSV2_FILE}|model*.safetensors", "model.safetensors.index.json?", "config.json?")
-STRAIGHT = str.maketrans("‘’“”", "''\"\"")  # open_clip's tokenizer does it
+# open_clip's tokenizer straightens quotation marks
+STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
 
 class CLIPScore(nn.Module):
-    """`path`: a CLIP in transformers' format with its tokenizer."""
+    """Cosine of image and prompt. `path`: a CLIP in transformers' format with its tokenizer."""
 
     def __init__(
         self, path: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.clip = files.load(
-            *("reward 'clipscore'", "path", path or CLIP_L),
+            "reward 'clipscore'",
+            "path",
+            path or CLIP_L,
             lambda folder: load_clip(folder, dtype),
             (*files.TRANSFORMER, *files.TOKENIZER),
             revision,
@@ -53,7 +56,7 @@ class CLIPScore(nn.Module):
 
 
 class PickScore(nn.Module):
-    """`path`: a CLIP in transformers' format; `tokenizer`: hub id or folder of CLIP ViT-H's."""
+    """PickScore. `path`: a CLIP in transformers' format; `tokenizer`: hub id or folder of CLIP ViT-H's."""
 
     def __init__(
         self,
@@ -66,7 +69,9 @@ class PickScore(nn.Module):
         what = "reward 'pickscore'"
         words = files.load(what, "options.tokenizer", tokenizer, load_tokenizer, files.TOKENIZER)
         self.clip = files.load(
-            *(what, "path", path or PICKSCORE),
+            what,
+            "path",
+            path or PICKSCORE,
             lambda folder: load_clip(folder, dtype, words),
             files.TRANSFORMER,
             revision,
@@ -77,10 +82,10 @@ class PickScore(nn.Module):
 
 
 class HPSv2(nn.Module):
-    """`path`: hub id or folder with HPS_v2.1_compressed.pt, or with a CLIP in transformers' format.
+    """HPSv2.1. `path`: hub id or folder with HPS_v2.1_compressed.pt, or with a CLIP in transformers' format.
 
-    `base`: hub id or folder of CLIP ViT-H's config and tokenizer. `antialias`: HPSv2 resizes tensors, which
-    old torchvision did without antialiasing and new does with; scores differ, so it is pinned here."""
+    `base`: hub id or folder of CLIP ViT-H's config and tokenizer. `antialias`: HPSv2 resizes tensors, which old
+    torchvision did without antialiasing. The scores differ, so the option pins it."""
 
     def __init__(
         self,
@@ -112,7 +117,7 @@ class HPSv2(nn.Module):
 
 
 class Aesthetic(nn.Module):
-    """`path`: hub id or folder with the predictor's .pth; `clip`: hub id or folder of CLIP ViT-L/14."""
+    """LAION's aesthetic predictor. `path`: hub id or folder with its .pth; `clip`: likewise of CLIP ViT-L/14."""
 
     def __init__(
         self,
@@ -137,7 +142,9 @@ class Aesthetic(nn.Module):
         self.head = files.load(what, "path", path or AESTHETIC, load, wanted, revision).eval()
         self.head.requires_grad_(False)
         self.clip = files.load(
-            *(what, "options.clip", clip),
+            what,
+            "options.clip",
+            clip,
             lambda folder: load_clip(folder, dtype),
             (*files.TRANSFORMER, *files.TOKENIZER),
         )
@@ -148,7 +155,7 @@ class Aesthetic(nn.Module):
 
 
 def cosines(clip: CLIP, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(B,) of each image with its own prompt; every distinct prompt is embedded once."""
+    """(B,) cosine of each image with its own prompt; every distinct prompt is embedded once."""
     distinct = list(dict.fromkeys(prompts))
     texts = clip.text_features(distinct)  # (D, E)
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)
@@ -156,9 +163,9 @@ def cosines(clip: CLIP, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def linear_head(width: int) -> nn.Sequential:
-    """Five linear layers without activations: of the aesthetic predictor and of ImageReward.
+    """Make the head of the aesthetic predictor and of ImageReward: five linear layers without activations.
 
-    The gaps in the numbering of their weights are dropout, which is off."""
+    The gaps in the numbering of its weights are dropout layers, which do nothing here."""
     sizes = (width, 1024, 128, 64, 16, 1)
     head = nn.Sequential(*(nn.Identity() for _ in range(8)))
     for place, (inside, outside) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:])):

@@ -1,9 +1,8 @@
-"""ImageReward v1.0 (Xu et al. 2023, arXiv:2304.05977) on transformers' BLIP: a prompt read with an eye on
-its image.
+"""ImageReward v1.0 (Xu et al. 2023, arXiv:2304.05977) on transformers' BLIP.
 
-A vision transformer embeds the image, a bidirectional text encoder reads the prompt and attends to it,
-and a linear head on the first token gives the score, standardised (about -2 to 2). Watch it, don't train on
-it: images break when it is optimised.
+A vision transformer embeds the image, a bidirectional text encoder reads the prompt and attends to the image, and a
+linear head on the first token gives the score, standardised (about -2 to 2). Monitor it (weight 0): images break when
+it is optimised.
 
 The released file holds BLIP's own names; `rename_blip` turns them into transformers'.
 """
@@ -31,7 +30,7 @@ CENTER, SPREAD = 0.16717362830052426, 1.0333394966054072  # of the raw scores
 
 
 class ImageReward(nn.Module):
-    """`path`: hub id or folder with ImageReward.pt and med_config.json; `tokenizer`: BERT's."""
+    """ImageReward. `path`: hub id or folder with ImageReward.pt and med_config.json; `tokenizer`: of BERT's."""
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class ImageReward(nn.Module):
 
 
 def _load(folder: str, dtype: torch.dtype) -> tuple[Any, Any, nn.Module]:
-    """Vision encoder, text encoder, head."""
+    """Load vision encoder, text encoder and head."""
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -89,7 +88,7 @@ def _load(folder: str, dtype: torch.dtype) -> tuple[Any, Any, nn.Module]:
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> Any:
-    """Sizes as the weights have them."""
+    """A BlipVisionConfig with the sizes of the weights."""
     from transformers import BlipVisionConfig
 
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -118,7 +117,7 @@ def _text_config(file: Path, vision_width: int) -> Any:
 
 
 def rename_blip(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The released names -> {"vision", "text", "head"} with transformers' names."""
+    """Rename the released weights: {"vision", "text", "head"} with transformers' names."""
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}}
     for key, value in state.items():
         if key.startswith("mlp.layers."):

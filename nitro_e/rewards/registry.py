@@ -1,9 +1,8 @@
-"""Names of rewards -> what computes them, imported when they are used.
+"""Names of rewards -> the functions and classes behind them, imported when they are used.
 
-A recipe names a built-in reward, or one of yours as "module:name", which must carry the decorator `reward`:
-so a recipe can call nothing else. A function is the reward itself, its keyword-only arguments are options
-of the recipe; a class is built with them and its objects are the reward. docs/rewards.md has a complete
-example.
+A recipe names a built-in reward, or one of yours as "module:name". Yours must carry the decorator `reward`, so that a
+recipe can call nothing else. A function is the reward itself, and its keyword-only arguments are options of the recipe;
+a class is built with them and its objects are the reward. docs/rewards.md has a complete example.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RESERVED = ("path", "revision", "dtype", "device")
 def reward(target: Any = None, *, needs_info: bool = False) -> Any:
     """Decorator: recipes may name this function or class as "module:name".
 
-    With `needs_info` it is only asked about prompts that have GenEval metadata, `info["include"]`.
+    With `needs_info` it only gets prompts that have GenEval metadata, `info["include"]`.
     """
 
     def mark(target: Any) -> Any:
@@ -45,7 +44,7 @@ def reward(target: Any = None, *, needs_info: bool = False) -> Any:
 
 
 def find(name: str) -> Callable[..., Any]:
-    """The function or class behind a name; ConfigError if there is none."""
+    """Import the function or class behind a name; ConfigError if there is none."""
     if ":" not in name and name not in BUILT_IN:
         raise ConfigError(
             f"name: unknown reward '{name}'" + did_you_mean(name, list(BUILT_IN)) + "; yours: 'module:name'"
@@ -70,7 +69,7 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def check_options(name: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """ConfigError for options the reward does not have, or lacks; `given`: reserved ones that are set."""
+    """ConfigError for options that the reward does not have, or lacks; `given`: reserved ones that are set."""
     known = _keywords(find(name))
     for key in given:
         if key not in known:
@@ -87,7 +86,7 @@ def check_options(name: str, options: Mapping[str, Any], given: Mapping[str, Any
 
 
 def build(name: str, options: Mapping[str, Any], reserved: Mapping[str, Any]) -> Callable[..., Any]:
-    """The reward, ready to call: a class gets the reserved arguments it takes, a function its options."""
+    """Make the reward, ready to call: a class gets the reserved arguments it takes, a function its options."""
     target = find(name)
     known = _keywords(target)
     options = {key: _typed(known[key], value) for key, value in options.items()}
@@ -97,7 +96,7 @@ def build(name: str, options: Mapping[str, Any], reserved: Mapping[str, Any]) ->
 
 
 def _typed(parameter: inspect.Parameter, value: Any) -> Any:
-    """Configs hold 3.0 as 3."""
+    """Turn an int into the float that the parameter wants: configs hold 3.0 as 3."""
     is_float = parameter.annotation in (float, "float") or isinstance(parameter.default, float)
     return float(value) if is_float and type(value) is int else value
 

@@ -88,7 +88,9 @@ def load_color_detector(
     return ColorDetector(
         files.load("geneval's detector", "path", detector, load, files.TRANSFORMER, revision),
         files.load(
-            *("geneval's colors", "options.clip", clip),
+            "geneval's colors",
+            "options.clip",
+            clip,
             lambda folder: load_clip(folder, torch.float32),
             (*files.TRANSFORMER, *files.TOKENIZER),
         ),

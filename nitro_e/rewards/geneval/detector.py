@@ -1,15 +1,18 @@
-"""Objects in images: Mask2Former (Cheng et al. 2022, arXiv:2112.01527), run by transformers, read as
-GenEval reads it.
+"""Objects in images: Mask2Former (Cheng et al. 2022, arXiv:2112.01527), run by transformers, read as GenEval does.
 
-GenEval runs mmdetection; transformers' own post-processing gives other scores, and loses overlapping
-objects. Here: the best 100 of queries x classes; masks upsampled to the network's input, cropped and
-resized to the image, cut at 0; score = class probability x mean mask probability inside the mask; boxes
-tight, right and bottom edges exclusive. Overlapping objects stay. Float32 only: in less precision it finds
-next to nothing.
+GenEval runs mmdetection; transformers' own post-processing gives other scores, and loses overlapping objects.
+This one follows mmdetection:
 
-GenEval's own weights are OpenMMLab's (`openmmlab`), which have no hub repository. The default ones are
-Meta's, of the same architecture and data but calibrated differently, so .9 for counting is not quite the
-same threshold: print `source` beside every score.
+* the best 100 of queries x classes are candidates, and overlapping objects stay;
+* masks are upsampled to the network's input, cropped, resized to the image and cut at 0;
+* the score is the class probability times the mean mask probability inside the mask;
+* boxes are tight, right and bottom edges exclusive.
+
+Float32 only: in less precision it finds next to nothing.
+
+GenEval's own weights are OpenMMLab's (`openmmlab`), which have no hub repository. The default ones are Meta's, of the
+same architecture and data but calibrated differently, so .9 for counting is not quite the same threshold: print
+`source` beside every score.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""GenEval's 553 test prompts, and training prompts of the same templates that ask for none of the same
-images.
+"""GenEval's 553 test prompts, and training prompts of the same templates that ask for none of the same images.
 
-A test prompt is excluded by what it asks for, not by its words: "a B and an A" and "a B right of an A" are
+A test prompt is excluded by its meaning, not by its words: "a B and an A" and "a B right of an A" are
 as forbidden as "an A and a B" and "an A left of a B". All single objects are tested, so none is trained.
 """
 

@@ -28,7 +28,7 @@ class Detection(NamedTuple):
 
 
 def confident(found: Sequence[Detection], metadata: dict) -> list[Detection]:
-    """Keep the objects that the benchmark looks at: of each class the best 16 above .3, or .9 where it counts objects."""
+    """Keep what the benchmark looks at: of each class the best 16 objects above .3, or above .9 where it counts."""
     least = MIN_SCORE_COUNTING if metadata["tag"] == "counting" else MIN_SCORE
     kept: list[Detection] = []
     for thing in sorted(found, key=lambda thing: -thing.score):

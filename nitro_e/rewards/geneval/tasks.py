@@ -1,8 +1,7 @@
 """The requests behind GenEval's prompts: request <-> caption, and the metadata record that the rules read.
 
-A request is one thing, or two joined by a relation or by "and"; a thing is `count` objects of a class, of a
-color or of any. The wording is GenEval's ("two benchs" too), so that reading a prompt back gives its
-request.
+A request is one thing, or two joined by a relation or by "and"; a thing is `count` objects of a class, of one color or
+of any. The wording is GenEval's ("two benchs" too), so that reading a prompt back gives its request.
 """
 
 from __future__ import annotations
