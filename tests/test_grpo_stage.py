@@ -375,7 +375,7 @@ def test_images_advantages_and_gradients_do_not_depend_on_processes(options, wor
     whole = micro_batches(one, 2)
     expected = [gradient(one, [rows]) for rows in whole]
     threads = Threads(world)
-    monkeypatch.setattr("nitro_e.stages.grpo.stage.gather", threads.gather)
+    monkeypatch.setattr("nitro_e.stages.grpo.stage.gather_over_processes", threads.gather)
     stages = [toy.make_stage(world=world, **options) for _ in range(world)]
     streams = threads.run(lambda rank: micro_batches(stages[rank], 2, rank=rank, world=world))
     for update in range(2):
