@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,19 @@ def test_without_a_network_there_is_one_line_and_no_retry(environment, reason, t
     assert reason in done.stderr
     commit = files.REVISIONS["meta-llama/Llama-3.2-1B"]
     assert f"`hf download meta-llama/Llama-3.2-1B --revision {commit} --local-dir FOLDER`" in done.stderr
+
+
+def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
+    """What a failed block wrote is removed, and so is what a killed process left behind."""
+    with pytest.raises(RuntimeError), files.atomic_path(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / f"out.{socket.gethostname()}.{killed.pid}.tmp").mkdir()
+    with files.atomic_path(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "whole").touch()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/whole"]

@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nitro_e.cli import sample, train
+from nitro_e.config import TrainingError
 from nitro_e.data.making import write_shard
 from nitro_e.model import EMMDiT
 from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.training import checkpoint
+from nitro_e.training.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +72,19 @@ def recipe(tmp_path) -> Path:
 
 def run_train(recipe: Path, run: Path, *overrides: str) -> int:
     return train.main([str(recipe), f"run={run}", *overrides])
+
+
+def test_the_page_is_made_however_a_run_ends_and_never_decides_it(recipe, tmp_path, monkeypatch, caplog):
+    def broken(*_):
+        raise TrainingError("broken on purpose")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("nitro_e.record.pages.write_report", broken)
+        assert run_train(recipe, run, "engine.steps=1") == 0
+    assert "no report.html: broken on purpose" in caplog.text and not (run / "report.html").exists()
+    monkeypatch.setattr(Engine, "_loop", broken)
+    assert run_train(recipe, run) == 3 and "broken on purpose" in (run / "report.html").read_text()
 
 
 def test_train_resume_and_sample(recipe, tmp_path, capsys):
