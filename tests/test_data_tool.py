@@ -108,8 +108,8 @@ def test_which_reads_stored_features_as_training_does(tmp_path, capsys):
     overrides = [f"data.shards=[{columns}]", "batch=4", *OPTIMIZER]
     assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0
     data = open_run_data(load(RunConfig, recipe, overrides))
-    records = data.records(3)
-    assert capsys.readouterr().out.split() == next(records).keys
+    records = data.records()
+    assert capsys.readouterr().out.split() == next(records).keys[12:16]
     records.close()
 
 

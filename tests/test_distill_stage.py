@@ -135,7 +135,7 @@ def test_two_processes_train_as_one(pairs, tmp_path):
     pool = "stage.adversarial={start: 2, ramp: 2, misaligned: null, pool: {copies: 4, use: 2, width: 8, refresh: .1}}"
     assert train.main([str(path), pool, "batch=8"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train.py"), str(path), pool, f"run={tmp_path / 'two'}"]
+    command += [str(ROOT / "train.py"), str(path), pool, "batch=8", f"run={tmp_path / 'two'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
