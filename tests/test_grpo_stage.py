@@ -8,22 +8,25 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import grpo_toy as toy
 import pytest
 import torch
 from grpo_toy import merged
 
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import Config, ConfigError, TrainingError
 from nitro_e.data.prompts import Prompt
 from nitro_e.randomness import SlotRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import win_rates
+from nitro_e.sampling import flow
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
 from nitro_e.stages.grpo.clipped import clipped_objective, log_ratio, step_weights
 from nitro_e.stages.grpo.groups import Layout, group_prompts
-from nitro_e.stages.grpo.kl import convert_beta, kl_coefficients
+from nitro_e.stages.grpo.kl import KLConfig, convert_beta, kl_coefficients
 from nitro_e.stages.grpo.policy import without_adapter
 from nitro_e.stages.grpo.sde import per_sample
 from nitro_e.stages.grpo.stage import Clock
@@ -433,6 +436,58 @@ def test_nft_draws_with_a_policy_that_follows():
         with torch.no_grad():
             stage.model.out.weight += 0.1
     assert not any(parameter.requires_grad for parameter in stage.policy.old.parameters())
+
+
+# ---- an objective that the package does not have
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedConfig(Config):
+    """Flow matching on the drawn images, weighed by their advantage."""
+
+    keeps_old: ClassVar[bool] = False
+    kl: KLConfig = field(default_factory=lambda: KLConfig(beta=0.0))
+
+    def schedule(self, rollout):
+        return rollout.schedule(None)
+
+    def rows_per_image(self, rollout):
+        return 2
+
+    def build(self, shared):
+        return Weighted(shared)
+
+
+class Weighted:
+    name, frozen_passes = "weighted", 0.0
+
+    def __init__(self, shared):
+        self.shared, self.rollout_model, self.calls = shared, shared.policy.model, []
+
+    def before_rollout(self, rollout):
+        self.calls.append(("rollout", rollout))
+
+    def before_updates(self, updates):
+        self.calls.append(("updates", len(updates)))
+
+    def loss(self, net, rows, rng):
+        t, noise = self.shared.schedule.ode.t[rows.step], rng.normal(*rows.latents.shape[1:])
+        x = flow.interpolate(rows.latents, noise, t)
+        error = self.shared.velocity(net, x, t, rows.text).velocity - flow.velocity_target(
+            rows.latents, noise
+        )
+        return (rows.advantage * per_sample(error.square())).mean(), {}
+
+
+def test_another_objective_is_a_class_and_its_config(monkeypatch):
+    config = replace(toy.make_config(), algorithm=WeightedConfig())
+    monkeypatch.setattr(toy, "make_config", lambda: config)
+    stage = toy.make_stage()
+    batches = micro_batches(stage, 4)
+    assert stage.name == "weighted" and [len(rows.latents) for rows in batches] == [32] * 4
+    assert stage.algorithm.calls == [("rollout", 0), ("updates", 2), ("rollout", 1), ("updates", 2)]
+    assert gradient(stage, batches[:1]).norm() > 0
+    assert 3 * stage.forward_flops == pytest.approx(6 + 2 * 10 / 2)  # guided; ten steps for two rows
 
 
 # ---- on the engine
