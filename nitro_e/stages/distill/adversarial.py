@@ -67,9 +67,7 @@ class AdversarialConfig(Config):
     fallback: Annotated[float, Gt(0)] = 0.5  # of auto, until something has been measured
     start: Annotated[int, Ge(0)] = 250  # the heads learn alone before
     ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises
-    taps: tuple[Annotated[int, Ge(0)], ...] | None = (
-        None  # blocks of the backbone; None: default_taps of the model
-    )
+    taps: tuple[Annotated[int, Ge(0)], ...] | None = None  # blocks of the backbone; None: the model's default
     heads: HeadConfig = field(default_factory=HeadConfig)
     pool: PoolConfig | None = None  # in place of one head per slot
     judge: JudgeTimesConfig = field(default_factory=JudgeTimesConfig)
