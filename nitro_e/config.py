@@ -340,7 +340,7 @@ def class_of_kind(base: type[T], kind: Any, where: str = "kind", imports: bool =
     Only subclasses of `base` are taken, so a recipe can name nothing else. `imports=False` is for data that may be a
     stranger's: of modules that are not ours it knows only those that the program has imported.
     """
-    known = base.KINDS
+    known: Mapping[str, str] = vars(base)["KINDS"]
     kind = next(iter(known)) if kind is None else kind
     if not isinstance(kind, str) or not (kind in known or re.fullmatch(r"[\w.]+:\w+", kind)):
         raise ConfigError(

@@ -60,7 +60,7 @@ class TextEmbedding(NamedTuple):
 
 
 def as_prompts(prompts: Iterable[str], name: str = "prompts") -> list[str]:
-    """A list of strings. ConfigError for anything else: of a bare string every character would become a prompt."""
+    """Return a list of strings. A bare string is refused: each character would become a prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise ConfigError(
             f"{name}: expected a list of strings, got {prompts!r}; write [...] around a single one"
@@ -124,7 +124,7 @@ class Architecture(Config):
     """Base of the models' configs: what recipes, stages and samplers ask before there are weights.
 
     `kind` decides the class: a name of KINDS, or "module:name" for one of your own (docs/model.md shows how).
-    A subclass adds its fields, `depth` and `build`; the other methods fit a transformer that works on one token grid.
+    A subclass adds its fields, `depth` and `build`. The other methods fit a transformer on one token grid.
     """
 
     KINDS: ClassVar[Mapping[str, str]] = {
@@ -150,7 +150,7 @@ class Architecture(Config):
         raise NotImplementedError
 
     def build_empty(self) -> Model:
-        """Make a model whose parameters are all replaced afterwards; big ones need no memory or time for them."""
+        """Make a model whose parameters are all replaced afterwards; big ones take no memory for them."""
         return self.build()
 
     @property
@@ -159,13 +159,13 @@ class Architecture(Config):
         return False
 
     def feature_maps(self, tap: int) -> tuple[int, ...]:
-        """Return what the image tokens after `tap` blocks are: one map per entry r, of (rows / r) x (columns / r) tokens."""
+        """List the maps that image tokens form after `tap` blocks, by ratio r: (rows / r, columns / r) each."""
         self.check_taps([tap])
         return (1,)
 
     @property
     def default_taps(self) -> tuple[int, ...]:
-        """The taps that a discriminator reads unless the recipe names others: three, the last after the last block."""
+        """The taps that a discriminator reads by default: three, the last after the last block."""
         return tuple(sorted({max(round(self.depth * part / 3), 1) for part in (1, 2, 3)}))
 
     def check_taps(self, taps: Sequence[int]) -> None:
@@ -234,9 +234,9 @@ class AdapterLayer(NamedTuple):
 class Model(nn.Module):
     """Base of the diffusion transformers that the stages train and the samplers draw from.
 
-    A subclass defines `forward_intermediates`. The rest is optional: `condition` for adversarial distillation,
-    `adapter_layers` for LoRA, `compile_blocks` and `gradient_checkpointing` for speed and memory. What a model does
-    not define raises ConfigError where it is asked for.
+    A subclass defines `forward_intermediates`. The rest is optional: `condition` for adversarial
+    distillation, `adapter_layers` for LoRA, `compile_blocks` and `gradient_checkpointing` for speed and
+    memory. What a model does not define raises ConfigError where it is asked for.
     """
 
     def __init__(self, config: Architecture) -> None:
@@ -246,8 +246,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         """Predict the velocity `noise - data`.
 
-        x: (B, C, h, w) latents at time t; t: (B,) in 0..1, 1 = noise; text: tokens (B, L, text_width), mask (B, L).
-        Returns (B, C, h, w). A grid or text length that the config does not allow raises ConfigError.
+        x: (B, C, h, w) latents at time t; t: (B,) in 0..1, 1 = noise; text: tokens (B, L, text_width), mask
+        (B, L). Returns (B, C, h, w). A grid or text length that the config does not allow raises ConfigError.
         """
         return self.forward_intermediates(x, t, text)[0]
 
@@ -261,7 +261,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
-        """Return float32 features (B, width) of the times and of the real text tokens, for a discriminator's heads."""
+        """Return float32 features (B, width) of the times and of the real text tokens, for discriminators."""
         raise self._lacks("features of time and text, which adversarial distillation needs")
 
     def adapter_layers(self) -> list[AdapterLayer]:

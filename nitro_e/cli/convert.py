@@ -1,15 +1,15 @@
-"""Convert weights between the released format and our model folders, both ways, merging a LoRA adapter on the way.
+"""Convert weights between the released format and our model folders; merge a LoRA adapter on the way.
 
     nitro-e convert amd/Nitro-E models/nitro-e-512 --file Nitro-E-512px.safetensors
     nitro-e convert amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
     nitro-e convert runs/mine@ema mine-512px.safetensors --to-released
     nitro-e convert runs/mine@ema models/mine --dtype float16
 
-SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint. A model
-folder can be sampled at once (nitro-e sample models/nitro-e-512 ...): what sampling needs is written beside the
-weights, and so are step, resolved config and environment of a run (`provenance`). The released format holds the weights
-of an E-MMDiT alone, bit for bit, for other programs. The REPA projector that some released files carry is left out and
-reported, because only training uses it.
+SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint.
+A model folder can be sampled at once (nitro-e sample models/nitro-e-512 ...): what sampling needs is written
+beside the weights, and so are step, resolved config and environment of a run (`provenance`). The released
+format holds the weights of an E-MMDiT alone, bit for bit, for other programs. The REPA projector that some
+released files carry is left out and reported, because only training uses it.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def find(source: str, file: str | None, revision: str | None = None) -> Path:
 
 
 def use_of_released(name: str, model: Model) -> dict[str, Any]:
-    """Describe how released weights are sampled: 20 guided steps, or 4 without guidance for the distilled ones."""
+    """Describe how released weights are sampled: 20 guided steps, or 4 without guidance if distilled."""
     assert isinstance(model, EMMDiT)
     distilled = "-dist" in name
     sampling = SamplingConfig(
@@ -154,7 +154,7 @@ def write_folder(model: Model, out: Path, use: dict[str, Any], origin: dict[str,
 
 
 def provenance(path: Path) -> dict[str, Any] | None:
-    """Tell where weights come from: the step, config and environment of a run, or what a model folder itself says."""
+    """Tell where weights come from: step, config and environment of a run, or what a model folder says."""
     run = path.parents[2] if (path.parent / "meta.json").is_file() else None
     if run is None or not (run / "config.yaml").is_file():
         if not path.is_dir():

@@ -4,9 +4,9 @@
     nitro-e describe nitro-e-512 'attention=[full]' --grid 32x32
     nitro-e describe configs/shapes/1_pretrain.yaml model.width=256
 
-CONFIG is a preset of E-MMDiT (key=value then sets its fields) or a recipe (key=value as for nitro-e train; grid and
-text length are the recipe's). FLOPs are 2 per multiply-add, of one latent's forward pass. Tables are Markdown. Of a
-model of your own, named by a recipe, only parameters and FLOPs of its modules are counted.
+CONFIG is a preset of E-MMDiT (key=value then sets its fields) or a recipe (key=value as for nitro-e train;
+grid and text length are the recipe's). FLOPs are 2 per multiply-add, of one latent's forward pass. Tables are
+Markdown. Of a model of your own, named by a recipe, only parameters and FLOPs of its modules are counted.
 """
 
 from __future__ import annotations

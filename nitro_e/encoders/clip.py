@@ -55,7 +55,7 @@ class CLIP(nn.Module):
 
 
 def fit_short_side(pixels: Tensor, size: int) -> Tensor:
-    """Resize and crop pixels (B, 3, H, W) in -1..1 to (B, 3, size, size) in 0..1, rounded to 8 bits as by PIL."""
+    """Resize and crop pixels (B, 3, H, W) in -1..1 to (B, 3, size, size) in 0..1, 8 bits as by PIL."""
     height, width = pixels.shape[-2:]
     short = min(height, width)
     new = [size if side == short else int(size * side / short) for side in (height, width)]

@@ -1,8 +1,8 @@
 """The frozen encoders by name: builds codec, text encoder and vision encoder from their configs.
 
 Libraries (diffusers, transformers, timm) are imported only when a component that needs them is built.
-`shapes-*` are the small ones of the offline domain, which the package ships; they and the real ones take a hub id
-or a local folder in `path`. `dct-*` and `hash` need neither files nor network.
+`shapes-*` are the small ones of the offline domain, which the package ships; they and the real ones take a
+hub id or a local folder in `path`. `dct-*` and `hash` need neither files nor network.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "
 
 
 def pinned(config: ComponentConfig) -> ComponentConfig:
-    """Return the config with the commit of its hub repository as revision, if that is known: what is recorded."""
+    """Return the config with the commit of its hub repository as revision, if known: this is recorded."""
     source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
     if Path(source).is_dir() or not files.is_hub_id(source):
         return config
@@ -83,7 +83,7 @@ def pinned(config: ComponentConfig) -> ComponentConfig:
 
 
 def check_download(kind: str, config: ComponentConfig, allowed: Collection[str]) -> None:
-    """Raise ConfigError if a component would be fetched from a hub repository that is neither the project's nor allowed.
+    """Raise ConfigError if a hub repository would be fetched that is neither the project's nor allowed.
 
     The config may come with a stranger's weights. What is in the local cache already is not fetched.
     """
@@ -145,7 +145,7 @@ def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
 def chosen_component(
     kind: Kind, given: str | None, default: ComponentConfig | None = None, dtype: str | None = None
 ) -> ComponentConfig:
-    """Return the component meant by NAME, FOLDER or NAME=FOLDER, as commands take it in --codec, --text and --vision.
+    """Return the component meant by NAME, FOLDER or NAME=FOLDER, as --codec, --text and --vision take it.
 
     default: the component that weights were trained with, of which `given` may replace the files only.
     dtype: replaces that of a component that has weights.
@@ -168,7 +168,7 @@ def chosen_component(
 
 
 class Weights(NamedTuple):
-    """The default weights of a component: where they are, their files, and the shapes known without reading them."""
+    """The default weights of a component: where they are, their files, and their known shapes."""
 
     source: str  # hub id or folder
     files: tuple[str, ...]  # of a hub repository, as `files.fetch` takes them

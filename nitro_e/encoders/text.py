@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class LlamaText:
-    """A frozen causal language model; the embedding is its last hidden state after the final norm, always float32.
+    """A frozen causal language model: its last hidden state after the final norm, always float32.
 
     Prompts are padded right to `length` with the end token and cut there; the model gets the attention mask.
     Rows at padded positions are returned as the model computes them: the released weights attend to them.
@@ -168,7 +168,7 @@ def split_words(prompt: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 16)
 def word_features(word: str, width: int) -> Tensor:
-    """Compute (width,) float32 of unit mean square: the sum of the signs of the word and of its 3- to 5-grams.
+    """Sum the signs of a word and of its 3- to 5-grams: (width,) float32 of unit mean square.
 
     `<` and `>` mark the ends of the word (arXiv 1607.04606, section 3.2). The result is shared: read only.
     """
@@ -187,7 +187,7 @@ def gram_signs(gram: str, width: int) -> np.ndarray:
 
 
 def position_features(length: int, width: int) -> Tensor:
-    """Compute (length, width) sines, then cosines, times sqrt(2); wavelengths from 2 pi to nearly 200 pi words.
+    """Compute (length, width) sines, then cosines, times sqrt(2); wavelengths 2 pi to nearly 200 pi words.
 
     Vaswani et al. 2017 (arXiv 1706.03762, section 3.5) with base 100, because prompts are short.
     """

@@ -34,7 +34,7 @@ class DINOv2:
 
 
 def patch_tokens(vit: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Compute what `DINOv2.features` does, but with gradients and in the dtype of the transformer: (B, h*w, D)."""
+    """Compute `DINOv2.features` with gradients and in the dtype of the transformer: (B, h*w, D)."""
     size = tuple(cells * side for cells, side in zip(grid, vit.patch_embed.patch_size))
     images = (pixels.float() + 1) / 2
     images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)

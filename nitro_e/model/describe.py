@@ -1,9 +1,10 @@
 """Counts of a model's parameters and arithmetic: per part, per operation, and over E-MMDiT's ablations.
 
-Nothing is run or allocated. Of an E-MMDiT, parameters are read off the model on the meta device, and FLOPs (2 per
-multiply-add) are counted for every linear layer and for the two matrix products of attention. Norms, activations, sums
-and the position table are left out: they are below 1 % of the arithmetic. Of models of other kinds torch's counter
-follows the forward pass on the meta device. `nitro-e describe` prints what is counted here.
+Nothing is run or allocated. Of an E-MMDiT, parameters are read off the model on the meta device, and FLOPs (2
+per multiply-add) are counted for every linear layer and for the two matrix products of attention. Norms,
+activations, sums and the position table are left out: they are below 1 % of the arithmetic. Of models of
+other kinds torch's counter follows the forward pass on the meta device. `nitro-e describe` prints what is
+counted here.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def total(config: Architecture, grid: Grid | None = None, text_length: int = 128
 
 
 def ablations(config: ModelConfig, grid: Grid, text_length: int = 128) -> list[tuple[str, ModelConfig]]:
-    """List configs with one idea of the paper switched off, or replaced by what it replaced, as far as the grid allows it."""
+    """List configs with one idea of the paper switched off or replaced, as far as the grid allows it."""
     off: dict[str, Any] = dict(compression=(), position_reinforcement=False)
     choices: dict[str, dict[str, Any]] = {
         "compression: none": off,

@@ -1,10 +1,11 @@
-"""E-MMDiT: the diffusion transformer of Nitro-E (arXiv 2510.27135), every idea of it behind one validated config.
+"""E-MMDiT: the diffusion transformer of Nitro-E (arXiv 2510.27135), each idea of it a choice of the config.
 
     latents -> patch embedding + positions -> blocks on the full grid
             -> multi-path token compression -> blocks on few tokens -> reconstruction + positions again
             -> blocks on the full grid -> velocity
 
-A choice in `ModelConfig` decides which module is built; what is off has no parameters and no branch in `forward`.
+A choice in `ModelConfig` decides which module is built; what is off has no parameters and no branch in
+`forward`.
 """
 
 from __future__ import annotations
@@ -147,14 +148,14 @@ class ModelConfig(Architecture):
         return full, inside, full
 
     def feature_maps(self, tap: int) -> tuple[int, ...]:
-        """Return (1,) outside the compressed part and the ratio of each path inside, whose tokens follow each other."""
+        """List (1,) outside the compressed part, and the ratio of each path inside."""
         self.check_taps([tap])
         start, end = self.groups[0], self.groups[0] + self.groups[1]
         return self.compression if self.compression and start < tap <= end else (1,)
 
     @property
     def default_taps(self) -> tuple[int, ...]:
-        """Both ends of the compressed part, three taps in it and the last block: 4, 10, 16, 19, 24 of the released model."""
+        """Both ends of the compressed part, three taps in it, and the last block (512 px: 4, 10, 16, 19, 24)."""
         first, inside, _ = self.groups
         middle = [first + round(inside * share) for share in (6 / 16, 12 / 16, 15 / 16)]
         return tuple(sorted({max(first, 1), *middle, self.depth} - {0}))
@@ -247,7 +248,7 @@ class EMMDiT(Model):
             self._initialize_gates()
 
     def _initialize_gates(self) -> None:
-        """Close every residual branch (zero: AdaLN-zero, arXiv 2212.09748) or open it (one: plus the random part)."""
+        """Close every residual branch (zero: AdaLN-zero, arXiv 2212.09748), or open it (one)."""
         start = {"zero": 0.0, "one": 1.0}[self.config.gate_init]
         for module in self.modules():
             if isinstance(module, (layers.AffineModulation, layers.SingleModulation)):
@@ -326,18 +327,18 @@ class EMMDiT(Model):
         return self.time(t).float(), (words * real).sum(1) / real.sum(1).clamp(min=1)
 
     def adapter_layers(self) -> list[AdapterLayer]:
-        """The linear layers inside blocks, except modulation, under their names in the released implementation."""
+        """The linear layers inside blocks, except modulation, by their names in the released format."""
         return [
             AdapterLayer(ours, tuple(theirs), attention=".attn." in theirs[0])
             for ours, theirs in names.block_linears(self.config.groups).items()
         ]
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile every block in place: a few graphs shared by all blocks, one per region and token count.
+        """torch.compile every block in place: a few graphs for all, one per region and token count.
 
-        A block that cannot be one graph is an error. Names in the state dict stay as they are, and so does the rest
-        of the model (1 % of the arithmetic). options: of torch.compile, such as `mode="reduce-overhead"` for sampling
-        on CUDA.
+        A block that cannot be one graph is an error. Names in the state dict stay as they are, and so does
+        the rest of the model (1 % of the arithmetic). options: of torch.compile, such as
+        `mode="reduce-overhead"` for sampling on CUDA.
         """
         dynamo = torch._dynamo.config  # graphs of one Block.forward; the name that torch 2.6 knows too
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)

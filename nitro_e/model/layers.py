@@ -58,7 +58,7 @@ class SharedModulation(nn.Module):
 
 
 def sincos_table(size: int, width: int, base_grid: int, interpolation: int) -> Tensor:
-    """Compute the fixed 2-D position table (size, size, width): sines and cosines of the column, then of the row.
+    """Compute a fixed 2-D position table (size, size, width): sines and cosines of column, then row.
 
     Neighbours are `base_grid / size / interpolation` apart, as in diffusers' PatchEmbed.
     """
@@ -113,7 +113,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class AffineModulation(nn.Module):
-    """AdaLN-affine (Section 3.4): each block's own affine map of the one shared vector e, bias + e * (1 + scale)."""
+    """AdaLN-affine (Section 3.4): each block maps the one shared vector e to bias + e * (1 + scale)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -154,12 +154,13 @@ MODULATIONS = {"affine": AffineModulation, "single": SingleModulation, "full": F
 
 
 class Region(NamedTuple):
-    """A pattern of subregion attention (ASA, Section 3.5): the tokens are split into s groups, each attending alone.
+    """A pattern of subregion attention (ASA, Section 3.5): s groups of tokens, each attending alone.
 
-    A region sees tokens as one list, in which the image's run row by row; it knows no rows and columns. The list is
-    viewed as (l s n), and group i has the entries (:, i, :): of `4x1` (s = 4, n = 1) every 4th token, of `4x4` runs
-    of 4 out of every 16; `1x1`, also called `full`, is full attention. The numbers of image and of text tokens are
-    both multiples of s * n, so splitting the joint list splits each stream in the same way.
+    A region sees tokens as one list, in which the image's run row by row; it knows no rows and columns. The
+    list is viewed as (l s n), and group i has the entries (:, i, :): of `4x1` (s = 4, n = 1) every 4th token,
+    of `4x4` runs of 4 out of every 16; `1x1`, also called `full`, is full attention. The numbers of image and
+    of text tokens are both multiples of s * n, so splitting the joint list splits each stream in the same
+    way.
     """
 
     groups: int  # s
@@ -191,7 +192,7 @@ class Region(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all.
+    """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool, True = attended to, or None.
 
     On a CPU the same is computed by two matrix products, which are twice as fast for such narrow heads.
     """
@@ -205,14 +206,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, without weight, of operators that have derivatives of every kind and order."""
+    """RMSNorm over the last dimension, of operators that have derivatives of every kind and order."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's layer norm, replaced under forward-mode AD and torch.func: there torch's rule takes mean and deviation
-    for constants when it is derived again (pytorch issue 196700)."""
+    """torch's layer norm, replaced under forward-mode AD and torch.func: there torch's rule takes mean and
+    deviation for constants when it is derived again (pytorch issue 196700).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not transformed():
@@ -275,7 +277,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class Stream(nn.Module):
-    """One stream (image or text) of a block: its modulation, the layers around the joint attention, and its MLP."""
+    """One stream (image or text) of a block: modulation, the layers around joint attention, and MLP."""
 
     def __init__(self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool) -> None:
         super().__init__()
@@ -316,7 +318,7 @@ class Block(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """image (B, N, D), text (B, L, D), time: shared modulation or time embedding, mask (B, N + L) or None."""
+        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask (B, N + L) or None."""
         m_image, m_text = self.image.modulation(time), self.text.modulation(time)
 
         # attention: both streams see both, within each group of the region

@@ -60,7 +60,7 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Tensor, Tensor]]]:
-    """Read `adapter_config.json` of a PEFT folder, and (module, A, B) of every target; refuses what `merge_lora` does."""
+    """Read `adapter_config.json` of a PEFT folder, and (module, A, B) of every target; see `merge_lora`."""
     return _read_adapter_config(folder), list(_pairs(_read_adapter(folder), folder))
 
 
@@ -122,7 +122,7 @@ def _pairs(adapter: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Tens
 
 
 def _matched(pattern: dict | None, module: str, default: float) -> list[float]:
-    """Return the distinct values of the pattern keys that match the module's dotted name or its end (PEFT's rule).
+    """Return the distinct values of the pattern keys that match a module's name or its end (PEFT's rule).
 
     PEFT takes the first match, but saves the keys sorted, so of several only the tensors can tell.
     """

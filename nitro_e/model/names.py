@@ -35,7 +35,7 @@ STREAMS = {
 
 
 def block_linears(groups: Sequence[int]) -> Names:
-    """Map the linear layers inside blocks, except modulation, to the released layers they are made of (three for qkv)."""
+    """Map the linear layers inside blocks, except modulation, to released ones (three for each qkv)."""
     names: Names = {}
     for ours, theirs, stream, updated in _streams(groups):
         names[f"{_attention(ours, updated)}.qkv"] = [f"{theirs}.attn.{name}" for name in stream.qkv]

@@ -1,7 +1,7 @@
 """Models in files: our folders (`config.json` + `model.safetensors`), released files, hub repositories.
 
-The `model` of a config.json has a `kind` (none: written before there were kinds, an E-MMDiT). The released format is
-E-MMDiT's alone.
+The `model` of a config.json has a `kind` (none: written before there were kinds, an E-MMDiT). The released
+format is E-MMDiT's alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and `model.safetensors`.
 
-    use: what sampling needs to know (codec, text, resolution, ...). provenance: where the weights come from; for people.
+    use: what sampling needs to know (codec, text, resolution, ...). provenance: where the weights come from;
+    for people.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def load_state(
 
 
 def check_fits(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Any) -> None:
-    """Raise ConfigError for a state dict of other names or shapes, in one line that names the first differences."""
+    """Raise ConfigError for a state dict of other names or shapes, in one line with the first of them."""
     own = module.state_dict()
     wrong = {
         "missing": [name for name in own if name not in state],
@@ -179,7 +180,7 @@ def locate(source: str | Path, file: str | None = None, revision: str | None = N
 
 
 def locate_lora(lora: str | Path, source: str | Path, revision: str | None = None) -> Path:
-    """Return the local adapter folder meant by `lora`, downloaded if it is a folder of the hub repository `source`."""
+    """Return the adapter folder meant by `lora`, downloaded if it is part of the hub repository `source`."""
     if Path(lora).is_dir():
         return Path(lora)
     if Path(source).exists() or not is_hub_id(source):

@@ -1,8 +1,9 @@
 """The released weight format (hub repository `amd/Nitro-E`): its names and shapes, read and written.
 
-One table, `released_names`, maps each of our parameters to the released tensors it is made of. Reading and writing
-both follow it, so a round trip is exact. Two kinds of released tensors are no parameters of ours: the position table
-`pos_embed.pos_embed`, which is computed and compared, and the REPA projector `projectors.*`, which only training uses.
+One table, `released_names`, maps each of our parameters to the released tensors it is made of. Reading and
+writing both follow it, so a round trip is exact. Two kinds of released tensors are no parameters of ours: the
+position table `pos_embed.pos_embed`, which is computed and compared, and the REPA projector `projectors.*`,
+which only training uses.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _plain(value: Any) -> Any:
 
 
 def released_names(config: ModelConfig) -> Names:
-    """Map our parameter names to released ones, to be concatenated along the first axis and flattened to our shape."""
+    """Map our parameter names to released ones, to be concatenated along the first axis and reshaped."""
     check_representable(config)
     layers = {
         "patch": ["pos_embed.proj"],
@@ -74,7 +75,7 @@ def is_released(state: dict[str, Any]) -> bool:
 
 
 def infer_config(state: dict[str, Tensor], base_grid: int, attention: tuple[str, ...]) -> ModelConfig:
-    """Infer the config of a released state dict, but for training grid and attention, which weights do not show."""
+    """Infer the config of a released state dict, which does not show training grid and attention."""
 
     def shape(name: str, dimensions: int) -> torch.Size:
         if name not in state or state[name].ndim != dimensions:

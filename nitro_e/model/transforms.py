@@ -1,7 +1,7 @@
-"""Detects forward-mode differentiation and the transforms of torch.func, under which only plain operators are right.
+"""Detects forward-mode AD and the transforms of torch.func, under which only plain operators are right.
 
-The fast ways of computing (attention in one operator or a fused kernel, compiled blocks, checkpointing, packed weights)
-know values and first gradients only. Given a tangent, some of them drop it without a word.
+The fast ways of computing (attention in one operator or a fused kernel, compiled blocks, checkpointing,
+packed weights) know values and first gradients only. Given a tangent, some of them drop it without a word.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Return True inside forward_ad.dual_level, torch.func.jvp, grad, vmap and their like; never while compiling."""
+    """Return True inside forward_ad.dual_level, torch.func.jvp, vmap and the like; never when compiling."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,12 +1,12 @@
-"""Softmax attention on a CPU, for heads as narrow as E-MMDiT's (32): two matrix products instead of torch's kernel.
+"""Softmax attention on a CPU, for heads as narrow as E-MMDiT's (32), by two matrix products.
 
-torch's fused kernel takes about twice their time (docs/speed.md). But the scores (B, H, N, N) of plain matrix products
-leave the cache, and training would keep them: 7 MB per block and image at 512 px, 64 MB at 1024 px. So they are
-computed a chunk at a time in one buffer. Training keeps them where they are few, and computes them again in the
-backward pass where they are many.
+torch's fused kernel takes about twice their time (docs/speed.md). But the scores (B, H, N, N) of plain matrix
+products leave the cache, and training would keep them: 7 MB per block and image at 512 px, 64 MB at 1024 px.
+So they are computed a chunk at a time in one buffer. Training keeps them where they are few, and computes
+them again in the backward pass where they are many.
 
-It is one operator of torch's registry, so torch.compile sees one node. Like the fused kernels it has first gradients
-only. For jvp, vmap and second derivatives `layers.attend` takes plain attention.
+It is one operator of torch's registry, so torch.compile sees one node. Like the fused kernels it has first
+gradients only. For jvp, vmap and second derivatives `layers.attend` takes plain attention.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A faster model for sampling on a CPU: weights laid out for oneDNN once, bias and GELU fused into the linear layers.
+"""A faster model for sampling on a CPU: weights laid out for oneDNN once, linear layers fused with GELU.
 
     packed = pack_for_cpu(model)     # a copy; the same forward, no gradients, no state dict
     packed.compile_blocks()          # optional: fuses norms, modulation and residuals, for a minute of compiling
 
-Without it every linear layer lays its weights out anew at every call, and GELU is one more pass over the widest
-activations. Any `Model` can be packed whose linear layers are called, and have a bias. Left out: training and saving
-(keep the model that was packed), other devices and dtypes.
+Without it every linear layer lays its weights out anew at every call, and GELU is one more pass over the
+widest activations. Any `Model` can be packed whose linear layers are called, and have a bias. Left out:
+training and saving (keep the model that was packed), other devices and dtypes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from nitro_e.model.transforms import transformed
 def pack_for_cpu(model: Model) -> Model:
     """Copy a bfloat16 model on the CPU for inference, with packed linear layers.
 
-    It gives the model's velocities up to bfloat16 rounding. Raises ConfigError when this model, processor or build of
-    torch cannot be packed. The copy has no parameters in its linear layers and cannot be saved.
+    It gives the model's velocities up to bfloat16 rounding. Raises ConfigError when this model, processor or
+    build of torch cannot be packed. The copy has no parameters in its linear layers and cannot be saved.
     """
     _check(model)
     packed = copy.deepcopy(model).eval().requires_grad_(False)

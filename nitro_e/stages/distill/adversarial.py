@@ -69,9 +69,7 @@ class AdversarialConfig(Config):
     fallback: Annotated[float, Gt(0)] = 0.5  # of auto: the weight until something has been measured
     start: Annotated[int, Ge(0)] = 250  # first step of the student's term; before it the heads learn alone
     ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises to its full value
-    taps: tuple[Annotated[int, Ge(0)], ...] | None = (
-        None  # blocks of the backbone; None: default_taps of the model
-    )
+    taps: tuple[Annotated[int, Ge(0)], ...] | None = None  # blocks of the backbone; None: the model's default
     heads: HeadConfig = field(default_factory=HeadConfig)
     pool: PoolConfig | None = None  # instead of one head per feature map
     discriminator: DiscriminatorTimesConfig = field(default_factory=DiscriminatorTimesConfig)

@@ -1,9 +1,10 @@
 """The discriminator: small convolutional heads on the image tokens of a frozen transformer, the teacher.
 
-After some of its blocks (taps) the tokens become feature maps. Of an E-MMDiT that is one map on the full grid outside
-the compressed part, and one per compression path inside (16x16 | 8x8 and 4x4 | 16x16 for the 512 px model), so several
-scales come for free. Only the heads are trained. Left out: batch statistics, and 1-D convolutions over flattened tokens
-(Nitro-1, SANA-Sprint), which run across row ends and from one path into the next.
+After some of its blocks (taps) the tokens become feature maps. Of an E-MMDiT that is one map on the full grid
+outside the compressed part, and one per compression path inside (16x16 | 8x8 and 4x4 | 16x16 for the 512 px
+model), so several scales come for free. Only the heads are trained. Left out: batch statistics, and 1-D
+convolutions over flattened tokens (Nitro-1, SANA-Sprint), which run across row ends and from one path into
+the next.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def feature_maps(config: Architecture, taps: Sequence[int]) -> tuple[FeatureMap,
 
 
 def token_maps(tokens: Tensor, grid: Grid, ratios: Sequence[int]) -> list[Tensor]:
-    """Cut the image tokens (B, N, D) of one tap into its maps (B, D, rows / r, columns / r), which follow each other."""
+    """Cut the image tokens (B, N, D) of one tap into its maps (B, D, rows / r, columns / r), in order."""
     sizes = [(grid[0] // ratio, grid[1] // ratio) for ratio in ratios]
     parts = tokens.split([rows * columns for rows, columns in sizes], dim=1)
     return [rearrange(part, "b (h w) d -> b d h w", h=rows) for part, (rows, _) in zip(parts, sizes)]
@@ -56,7 +57,7 @@ class Features(NamedTuple):
 
 
 class Backbone:
-    """The frozen model whose features the heads read. Gradients flow through it to its input, none to its weights."""
+    """The frozen model whose features the heads read. Gradients flow to its input, none to its weights."""
 
     def __init__(self, model: Model, taps: Sequence[int] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -143,6 +144,6 @@ class FixedHeads(nn.Module):
 
 @contextlib.contextmanager
 def full_precision(features: Features) -> Iterator[Features]:
-    """Compute in float32, whatever the autocast: R1 compares logits that differ little, and heads cost almost nothing."""
+    """Compute in float32, whatever the autocast: R1 compares logits that differ little."""
     with torch.autocast(features.time.device.type, enabled=False):
         yield Features([x.float() for x in features.maps], features.time.float(), features.text.float())

@@ -1,12 +1,12 @@
-"""NitroFusion's pool of discriminator heads (arXiv 2412.02030): specialised by noise level, of which each iteration uses
-a random few, and 1 % of all are replaced by new ones after each iteration.
+"""NitroFusion's pool of discriminator heads (arXiv 2412.02030): specialised by noise level, of which each
+iteration uses a random few, and 1 % of all are replaced by new ones after each iteration.
 
-There are levels x feature maps x copies heads. Half of the copies give a logit per position, half one per map. All
-copies for a feature map lie in one tensor per weight, so that choosing is indexing and every parameter has a gradient.
-What is drawn depends on seed and step alone: all processes choose and replace the same heads, and a resume goes on
-exactly. With beta1 = 0 and no weight decay, Adam leaves heads that were not chosen as they are, bit for bit. The counts,
-the replacement and the dual objective are the paper's. Sizes, levels and the draw are ours, since its training code was
-not released.
+There are levels x feature maps x copies heads. Half of the copies give a logit per position, half one per
+map. All copies for a feature map lie in one tensor per weight, so that choosing is indexing and every
+parameter has a gradient. What is drawn depends on seed and step alone: all processes choose and replace the
+same heads, and a resume goes on exactly. With beta1 = 0 and no weight decay, Adam leaves heads that were not
+chosen as they are, bit for bit. The counts, the replacement and the dual objective are the paper's. Sizes,
+levels and the draw are ours, since its training code was not released.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class HeadBank(nn.Module):
 
     @torch.no_grad()
     def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw weights of `count` heads: uniform within 1 / sqrt(fan in), as in torch's layers; norms start at 1 and 0."""
+        """Draw weights of `count` heads: uniform within 1 / sqrt(fan in), as torch does; norms at 1 and 0."""
         fresh = {}
         for name, parameter in self.named_parameters():
             shape = (count, *parameter.shape[1:])
@@ -149,7 +149,7 @@ class HeadPool(nn.Module):
             yield bank, (level * count + order[: self.config.use // 2]).to(bank.age.device)
 
     def forward(self, features: Features, step: int) -> Logits:
-        """Return two entries per feature map: logits (B, use / 2, h * w) per position and (B, use / 2, 1) per map."""
+        """Return two logits per feature map: (B, use / 2, h * w) per position, (B, use / 2, 1) per map."""
         with full_precision(features) as (maps, _, _):
             maps = [x for x in maps for _ in range(2)]
             return [bank(x, chosen) for x, (bank, chosen) in zip(maps, self.chosen(step))]

@@ -1,9 +1,9 @@
-"""LoRA with peft on the layers that a model offers (`Model.adapter_layers`), in files under the names it gives them.
+"""LoRA with peft on the layers that a model offers (`Model.adapter_layers`), in files under their names.
 
-E-MMDiT's are those of the released implementation, which has separate query, key and value layers where ours has one
-`qkv`. A LoRA of each is not a LoRA of their stack, so `add_adapter` first cuts every `qkv` in three, and `dense` puts all
-together again. What is written loads with `PeftModel.from_pretrained` onto the released implementation, and with
-`load_pretrained(..., lora=FOLDER)` here.
+E-MMDiT's are those of the released implementation, which has separate query, key and value layers where ours
+has one `qkv`. A LoRA of each is not a LoRA of their stack, so `add_adapter` first cuts every `qkv` in three,
+and `dense` puts all together again. What is written loads with `PeftModel.from_pretrained` onto the released
+implementation, and with `load_pretrained(..., lora=FOLDER)` here.
 
 Left out: LoRA outside the blocks, dropout, DoRA.
 """
@@ -48,7 +48,7 @@ class Stacked(nn.ModuleList):
 
 
 def adapter_layers(model: Model) -> list[AdapterLayer]:
-    """List the layers that a model like this one offers; in the model itself an adapter may have replaced them."""
+    """List the layers that a fresh model offers; in the model itself an adapter may have replaced them."""
     with torch.device("meta"):
         return model.config.build().adapter_layers()
 
@@ -56,7 +56,8 @@ def adapter_layers(model: Model) -> list[AdapterLayer]:
 def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
     """Put LoRA layers into the model, which alone stay trainable.
 
-    They start with A ~ N(0, 1 / rank^2) and B = 0, so that nothing changes at first, or with those of `init_from`.
+    They start with A ~ N(0, 1 / rank^2) and B = 0, so that nothing changes at first, or with those of
+    `init_from`.
     """
     rank, alpha, factors = config.rank, config.alpha, Factors()
     if config.init_from is not None:
