@@ -71,7 +71,7 @@ OWNERS = {
     "timm": {"encoders.vision"},
     "peft": {"stages.grpo"},
     "tqdm": {"record.progress", "cli.make_shapes"},
-    "webdataset": {"data", "cli.benchmark"},
+    "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
 }
 

@@ -325,11 +325,10 @@ def folder_units(root: Path, config: PackConfig, captions: CaptionSource) -> lis
         raise ConfigError(f"'{root}' is not a folder; give the folder that holds the images")
     files = _image_files(root)
     if captions.table is not None:
-        # files without a row are kept, to be reported as having no caption
         named = _table_rows(captions.table, config, root)
-        return list_units(
-            list({**named, **{path: "" for path in files if path not in named}}.items()), config
-        )
+        for path in files:  # those without a row are reported as having no caption
+            named.setdefault(path, "")
+        return list_units(list(named.items()), config)
     names = captions.file_names
     return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
 
