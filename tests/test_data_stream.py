@@ -171,6 +171,15 @@ def test_a_member_that_is_there_twice_is_reported(tmp_path):
     assert "other" not in records.prompts and len(data.bad) == 1 and ("a.tar", "s005") in data.bad.seen
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_usable_sample_is_an_error(tmp_path, workers):
+    samples = [{**s, "txt": s["txt"] if i == 0 else ""} for i, s in enumerate(latent_samples(90))]
+    write_shard(tmp_path / "a.tar", samples)
+    data = opened(str(tmp_path / "a.tar"), workers=workers, max_bad_fraction=1.0)
+    with pytest.raises(ConfigError, match="64 samples in a row cannot be used, .*: empty caption; look for"):
+        list(islice(data.records(), 3))
+
+
 def test_every_loader_process_needs_a_shard(shards):
     with pytest.raises(ConfigError, match=r"5 shards \(a-000.tar, ...\) for 6 loader processes"):
         next(opened(shards, workers=3).records(world=2))

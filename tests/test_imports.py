@@ -54,7 +54,7 @@ OWNERS = {
     "peft": {"stages.grpo"},
     "tqdm": {"record.progress", "cli.make_shapes"},
     "jinja2": {"record.render"},
-    "webdataset": {"data", "cli.benchmark"},
+    "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
 }
 

@@ -136,9 +136,9 @@ class TarDataset(Dataset):
         if column is None:
             yield from [None] * len(ids)
             return
-        checked, places = self._checked[ids].tolist(), column.rows[member][ids].tolist()
-        for row, (shard, (offset, size, crc)) in enumerate(zip(shards, places)):
-            content = self._files[column.paths[shard]][offset : offset + size] if offset else None
+        files, paths, checked = self._files, column.paths, self._checked[ids].tolist()
+        for row, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[member][ids].tolist())):
+            content = files[paths[shard]][offset : offset + size] if offset else None
             if content is not None and (
                 len(content) != size or not checked[row] and zlib.crc32(content) != crc
             ):
@@ -175,12 +175,14 @@ class TarDataset(Dataset):
     ) -> Tensor:
         """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
         nbytes = layout.nbytes
-        buffer = np.zeros((len(ids), nbytes), np.uint8)
+        buffer = np.empty((len(ids), nbytes), np.uint8)
         flat = memoryview(buffer).cast("B")
         for row, content in enumerate(self._contents(member, ids, shards, failed)):
             if content is not None and len(content) == nbytes:
                 flat[row * nbytes : (row + 1) * nbytes] = content
-            elif content is not None:
+                continue
+            buffer[row] = 0
+            if content is not None:
                 reason = f"{member} of {len(content)} bytes, expected {nbytes} for {layout.shape}"
                 failed.setdefault(row, reason)
         start = len(layout.header)

@@ -45,7 +45,7 @@ class PromptsConfig(Config):
 
     # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
     source: str | tuple[str, ...]
-    # how many to make, or to take from `geneval` and files; null: all, or the number in GENERATORS
+    # how many of each source: to make, or the first of `geneval` and files; null: all, or as in GENERATORS
     num: Annotated[int, Ge(1), Le(10_000_000)] | None = None
     seed: Seed = 0  # of the prompts that are made
     objects: Objects = "all"  # geneval-train only: "seen" leaves 20 of the 80 classes to "unseen"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ class Batches:
             url = shard["url"]
             path = Path(self.cache.fetch(url) if is_url(url) else url)
             try:
-                self.bad += scan_tar(path, crc=False).problems
+                problems = scan_tar(path, crc=False).problems
             except DamagedTar as error:
                 self.damaged.add(url)
                 if len(self.damaged) > self.tolerated:
@@ -172,6 +173,8 @@ class Batches:
                 log.warning("left out: %s", error)
                 continue
             usable += 1
+            # of a copy in the cache, the URL has the name
+            self.bad += [replace(problem, shard=Path(url).name) for problem in problems]
             with open(path, "rb") as stream:
                 yield {"url": url, "stream": stream}
         if not usable:
@@ -181,19 +184,26 @@ class Batches:
             )
 
     def decoded(self, samples: Iterator[dict[str, Any]]) -> Iterator[tuple]:
-        """Decode samples, leaving out bad ones; raises BadDataError when there is hardly a good one."""
+        """Decode samples, leaving out bad ones; raises BadDataError when ATTEMPTS in a row are bad."""
+        failures = 0
         for sample in samples:
-            name = Path(sample["__url__"]).name
+            name, key = Path(sample["__url__"]).name, sample["__key__"]
             try:
-                yield f"{name}:{sample['__key__']}", *decode_sample(sample, self.spec)
+                decoded = decode_sample(sample, self.spec)
             except BadSample as error:
-                self.bad.append(Problem(name, sample["__key__"], str(error)))
-                if len(self.bad) > ATTEMPTS:
+                failures += 1
+                self.bad.append(Problem(name, key, str(error)))
+                if failures == ATTEMPTS:
                     raise BadDataError(
-                        f"{ATTEMPTS} samples of one batch cannot be used, the last is {self.bad[-1]}"
+                        f"{ATTEMPTS} samples in a row cannot be used, the last is {self.bad[-1]}; look for"
+                        " the cause with `nitro-e data verify`"
                     ) from None
+                continue
+            failures = 0
+            yield f"{name}:{key}", *decoded
 
     def collate(self, samples: list[tuple]) -> Records:
+        """Make a batch of decoded samples, and report the bad ones found since the last."""
         keys, prompts, info, *arrays, text, mask = map(list, zip(*samples))
         pixels, latents, features = (None if x[0] is None else torch.from_numpy(np.stack(x)) for x in arrays)
         embedding = None

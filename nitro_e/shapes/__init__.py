@@ -2,6 +2,5 @@
 
 scenes   what is asked for (GenEval's six tasks), captions, metadata, layouts, the train / held-out split
 render   scenes to pixels
-fit      training of the small encoders in `pretrained`
 judge    pixels to detected objects to verdicts by GenEval's rules (nitro_e.rewards.geneval); the reward
 """

@@ -32,7 +32,6 @@ TARGETS = {
     "index scan, headers only": 80_000,
     "indexed, in process": 200_000,
     "indexed, through one worker (wall)": 30_000,
-    "stream": 15_000,
 }
 
 

@@ -196,13 +196,14 @@ def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[st
             shorter = min(size)
             if shorter < min_side:
                 raise BadSample(f"{size[0]}x{size[1]} is smaller than --min-side {min_side}")
-            if kind in FORMATS and not (resize and shorter > resize):
+            shrink = resize is not None and shorter > resize
+            if kind in FORMATS and not shrink:
                 return FORMATS[kind], content, size
-            if resize and shorter > resize:
+            if shrink:
                 size = tuple(max(1, round(side * resize / shorter)) for side in size)
                 image = to_rgb(image).resize(size, Image.Resampling.BICUBIC)
             buffer = io.BytesIO()
-            if kind == "JPEG" or resize and shorter > resize:
+            if kind == "JPEG" or shrink:
                 exif = Image.open(io.BytesIO(content)).getexif()
                 image.save(buffer, "JPEG", quality=95, exif=exif)
                 return "jpg", buffer.getvalue(), size
@@ -325,11 +326,10 @@ def folder_units(root: Path, config: PackConfig, captions: CaptionSource) -> lis
         raise ConfigError(f"'{root}' is not a folder; give the folder that holds the images")
     files = _image_files(root)
     if captions.table is not None:
-        # files without a row are kept, to be reported as having no caption
         named = _table_rows(captions.table, config, root)
-        return list_units(
-            list({**named, **{path: "" for path in files if path not in named}}.items()), config
-        )
+        for path in files:  # those without a row are reported as having no caption
+            named.setdefault(path, "")
+        return list_units(list(named.items()), config)
     names = captions.file_names
     return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
 
