@@ -4,7 +4,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # the one place of the version is nitro_e/__init__.py, which needs no library to be read
-version = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("nitro_e").joinpath("__init__.py").read_text())[1]
+version = re.search(
+    r'__version__ = "(.+)"', Path(__file__).with_name("nitro_e").joinpath("__init__.py").read_text()
+)[1]
 
 setup(
     name="nitro-e",

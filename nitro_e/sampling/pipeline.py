@@ -206,13 +206,3 @@ def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in -1..1 -> 8-bit RGB."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
-
-
-def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size, row by row, two pixels apart on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + 2), index // columns * (height + 2)))
-    return sheet

@@ -43,8 +43,9 @@ from nitro_e.model.pretrained import load_pretrained, read_config
 from nitro_e.randomness import seeded
 from nitro_e.record.metrics import caption
 from nitro_e.rewards import build_rewards
-from nitro_e.sampling.pipeline import TextToImage, Use, image_grid, latent_size
+from nitro_e.sampling.pipeline import TextToImage, Use, latent_size
 from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sampling.sheets import image_grid
 from nitro_e.stages.distill import DistillConfig, DistillRun
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.stages.grpo import GRPO, GRPOConfig
