@@ -1,19 +1,32 @@
 """Draw images:  nitro-e sample RUN_OR_FOLDER --prompt "a photo of a red circle" --num-images 4
 
 RUN_OR_FOLDER is a run directory, a checkpoint or a model folder; `@ema` or `@model` at its end chooses the weights.
-Every PNG carries its prompt and settings as text entries; `grid.png` shows all of them.
+Every PNG carries its prompt and settings as text entries; `grid.png` shows up to 64 of them with their prompts.
+
+    nitro-e sample RUN --prompts-file prompts.txt --out DIR      a prompt per line; also .jsonl, .tsv (PartiPrompts), - for stdin
+    nitro-e sample RUN --prompts-file geneval_metadata.jsonl --num-images 4 --layout geneval --out DIR
+    torchrun --nproc_per_node 8 -m nitro_e.cli sample RUN --prompts-file ... --out DIR
+
+`DIR/manifest.jsonl` names every file with its prompt and seeds. The same command goes on where it was stopped and draws
+nothing twice. Lines of a .jsonl file have "prompt", and may have "negative_prompt", "seed" and "id".
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import re
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nitro_e.cli import common as cli
-from nitro_e.config import ConfigError, read_text
+from nitro_e.config import ConfigError
+
+if TYPE_CHECKING:
+    from nitro_e.sampling.layouts import Drawing
+    from nitro_e.sampling.pipeline import TextToImage
+
+MAX_ON_SHEET = 64  # images on grid.png; of more there is none
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,18 +38,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    number = cli.whole(1, 10_000)
     parser.add_argument("source", metavar="RUN_OR_FOLDER")
     parser.add_argument(
-        "--prompt", action="append", default=[], type=cli.text, help="may be given several times"
+        "--prompt", action="append", default=[], type=cli.text, help="several times for several"
     )
-    parser.add_argument("--prompts-file", type=Path, help="one prompt per line")
+    parser.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help=".txt (a prompt per line), .jsonl or .tsv; - for standard input",
+    )
     parser.add_argument("--negative-prompt", default="", type=cli.text)
     parser.add_argument(
-        "--num-images",
-        type=cli.whole(1, 10_000),
-        default=1,
-        metavar="N",
-        help="images per prompt (default 1)",
+        "--num-images", type=number, default=1, metavar="N", help="images per prompt (default 1)"
     )
     parser.add_argument(
         "--seed", type=cli.seed, default=0, metavar="N", help="of the first image; the next ones count up"
@@ -51,7 +65,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
-    parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
+    )
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
     cli.component_flags(
         parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
@@ -59,86 +75,120 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.download_flag(parser)
     cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
     parser.add_argument("--compile", action="store_true", help="slower start, faster steps: for many images")
+    parser.add_argument(
+        "--layout",
+        choices=("flat", "geneval", "dpg", "parti"),
+        default="flat",
+        help="of the files: as the scripts of these benchmarks expect them (docs/evaluation.md)",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
     return parser.parse_args(arguments)
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Sample, save and say where."""
-    prompts = read_prompts(options)
+    """Draw what is not there yet, and say with which settings and where."""
+    from nitro_e.data.prompts import (
+        read_records,  # torch comes with it: after the arguments are known to be right
+    )
+
+    records: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompt]
+    if options.prompts_file is not None:
+        records += read_records(options.prompts_file, "--prompts-file")
+    if not records:
+        raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')
 
     import torch
 
-    from nitro_e.files import save_png
-    from nitro_e.sampling.pipeline import TextToImage, image_grid
+    from nitro_e.sampling.folder import draw_folder
+    from nitro_e.sampling.layouts import LAYOUTS, write_metadata
+    from nitro_e.sampling.pipeline import TextToImage
 
-    device = options.device or default_device(torch)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    drawings = LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
     pipeline = TextToImage.from_pretrained(
         options.source,
-        device,
-        dtype,
+        options.device or default_device(torch),
+        None if options.dtype is None else getattr(torch, options.dtype),
         codec=options.codec,
         text=options.text,
         allow_download=options.allow_download,
     )
+    names = ("steps", "guidance_scale", "sampler", "height", "width")
+    overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
+    about = settings_of(pipeline, options, overrides)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        print(f"{options.source}: {in_words(about)}")
     if options.compile:
         pipeline.compile()
-    repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
-    seeds = list(range(options.seed, options.seed + len(repeated)))
-    overrides = {
-        name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler", "height", "width")
-    }
-    overrides["force"] = options.force or None
-    images = pipeline(
-        repeated,
-        negative_prompt=options.negative_prompt,
-        seeds=seeds,
+    if options.layout == "geneval":
+        write_metadata(drawings, options.out)
+    drawn = draw_folder(
+        pipeline,
+        drawings,
+        options.out,
+        about,
+        overrides=overrides,
         batch_size=options.batch_size,
-        progress=True,
-        **overrides,
+        rank=rank,
+        world=world,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(pipeline.settings(**overrides))
-    for index, (image, prompt, seed) in enumerate(zip(images, repeated, seeds)):
-        details = {
-            **settings,
-            "negative_prompt": options.negative_prompt,
-            "seed": seed,
-            "model": options.source,
-        }
-        path = options.out / f"{index:04d}-{slug(prompt)}-{seed}.png"
-        save_png(image, path, png_text(prompt, details))
-    columns = options.num_images if options.num_images > 1 else min(8, len(images))
-    save_png(image_grid(images, columns), options.out / "grid.png", png_text("\n".join(prompts), settings))
-    print(f"{len(images)} images and grid.png are in {options.out}/")
+    if world == 1 and len(drawings) <= MAX_ON_SHEET and options.layout == "flat":
+        write_sheet(drawings, options, about)
+    total = sum(len(item.seeds) for item in drawings)
+    kept = f", {total - drawn} were there" if world == 1 and drawn < total else ""
+    print(f"{drawn} images drawn{kept}; they are in {options.out}/, listed in manifest.jsonl")
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    prompts = list(options.prompt)
-    if options.prompts_file is not None:
-        if not options.prompts_file.is_file():
-            raise ConfigError(f"--prompts-file '{options.prompts_file}' does not exist or is no file")
-        prompts += [line.strip() for line in read_text(options.prompts_file).splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')
-    return prompts
+def settings_of(
+    pipeline: TextToImage, options: argparse.Namespace, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything the images depend on besides prompts and seeds."""
+    from nitro_e.record.run_folder import model_folder
+
+    weights = model_folder(options.source)
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.iterdir())]
+    parameter = next(pipeline.model.parameters())
+    return {
+        "model": options.source,
+        "weights": [str(weights.resolve()), *map(list, stamps)],
+        "codec": options.codec,
+        "text": options.text,
+        "sampling": dataclasses.asdict(pipeline.settings(**overrides)),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+        "compile": options.compile,
+    }
 
 
-def default_device(torch) -> str:
+def in_words(about: dict[str, Any]) -> str:
+    """The settings in one line."""
+    sampling = about["sampling"]
+    height, width = (sampling[side] or sampling["resolution"] for side in ("height", "width"))
+    guidance = sampling["guidance_scale"]
+    steps = f"{sampling['steps']} step" + "s" * (sampling["steps"] != 1)
+    return (
+        f"{steps} of {sampling['sampler']}, {f'guidance {guidance:g}' if guidance not in (0, 1) else 'no guidance'}, "
+        f"{height}x{width} px, {about['dtype']} on {about['device']}"
+    )
+
+
+def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dict[str, Any]) -> None:
+    """`grid.png`: the images of a prompt in a row, at least 256 px wide each, with the prompt under them."""
+    from PIL import Image
+
+    from nitro_e.files import save_png
+    from nitro_e.sampling.folder import png_text
+    from nitro_e.sampling.sheets import sheet
+
+    images = [Image.open(options.out / item.file).convert("RGB") for item in drawings]
+    columns = min(8, options.num_images if options.num_images > 1 else len(images))
+    prompts = [item.prompt for item in drawings]
+    whole = sheet(images, prompts, columns)
+    save_png(whole, options.out / "grid.png", png_text("\n".join(dict.fromkeys(prompts)), about["sampling"]))
+
+
+def default_device(torch: Any) -> str:
+    """This process's GPU, Apple's, or the CPU."""
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def png_text(prompt: str, details: dict):
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_itxt("prompt", prompt)
-    info.add_itxt("settings", json.dumps(details))
-    return info
-
-
-def slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"

@@ -5,12 +5,14 @@
     geneval                        its 553 test prompts
     FILE.txt                       a prompt per line; empty lines are skipped
     FILE.jsonl                     a record per line with "prompt"; the whole record becomes `info`
+    FILE.tsv                       a table with a column "Prompt", such as PartiPrompts
 
 Left out: weighting of prompts; `num` of each of several sources is the way to mix them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ class PromptsConfig(Config):
 
     SHORTHAND: ClassVar[str] = "source"
 
-    # names of GENERATORS, paths to .txt or .jsonl files; several are concatenated
+    # names of GENERATORS, paths to .txt, .jsonl or .tsv files; several are concatenated
     source: str | tuple[str, ...]
     # how many of each source: to make, or the first of `geneval` and files; null: all, or as in GENERATORS
     num: Annotated[int, Ge(1), Le(10_000_000)] | None = None
@@ -61,9 +63,9 @@ class PromptsConfig(Config):
         if not self.sources:
             raise ConfigError("source is empty; name one")
         for source in self.sources:
-            if source not in GENERATORS and Path(source).suffix not in (".txt", ".jsonl"):
+            if source not in GENERATORS and Path(source).suffix not in (".txt", ".jsonl", ".tsv"):
                 raise ConfigError(
-                    f"source: '{source}' is neither a .txt or .jsonl file nor a known name"
+                    f"source: '{source}' is neither a .txt, .jsonl or .tsv file nor a known name"
                     + did_you_mean(source, list(GENERATORS))
                 )
 
@@ -78,7 +80,7 @@ def _records(source: str, config: PromptsConfig) -> list[dict]:
     if source in GENERATORS:
         generate, num = GENERATORS[source]
         return generate(config, config.num or num)
-    return _read(Path(source).expanduser())[: config.num]
+    return read_records(source)[: config.num]
 
 
 def _shapes_train(config: PromptsConfig, num: int) -> list[dict]:
@@ -94,21 +96,58 @@ GENERATORS: dict[str, Generator] = {
 }
 
 
-def _read(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise ConfigError(f"prompts: file '{path}' does not exist or is no file")
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line]
+def read_records(path: str | Path, key: str = "prompts") -> list[dict]:
+    """The records of a prompts file, each with "prompt"; "-" is standard input. ConfigError for a bad file.
+
+    .jsonl has a JSON object per line, .tsv a header that names the columns (PartiPrompts), anything else a prompt per
+    line. Lines on standard input that begin with "{" are JSON.
+    """
+    if str(path) == "-":
+        text, name, suffix = sys.stdin.read(), "standard input", ""
+        suffix = ".jsonl" if text.lstrip().startswith("{") else ".txt"
+    else:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{key}: file '{path}' does not exist or is no file")
+        text, name, suffix = read_text(path), str(path), path.suffix
+    lines = [(number, line.strip("\r\n")) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise ConfigError(f"prompts: file '{path}' is empty; give a prompt per line")
-    if path.suffix == ".txt":
-        return [{"prompt": line} for _, line in lines]
-    return [_record(line, f"{path}:{number}") for number, line in lines]
+        raise ConfigError(f"{key}: {name} is empty; give a prompt per line")
+    if suffix == ".jsonl":
+        return [_record(line, f"{name}:{number}", key) for number, line in lines]
+    if suffix == ".tsv":
+        return _columns(lines, name, key)
+    return [{"prompt": check_characters(line.strip(), f"{key}: {name}:{number}")} for number, line in lines]
 
 
-def _record(line: str, where: str) -> dict:
-    record = parse_json(line, f"prompts: {where}")
+def _columns(lines: list[tuple[int, str]], name: str, key: str) -> list[dict]:
+    """Records of a table whose first line names its columns."""
+    names = [column.strip().lower() for column in lines[0][1].split("\t")]
+    if "prompt" not in names:
+        raise ConfigError(f"{key}: {name} has no column 'Prompt' (it has {', '.join(names)}); name one so")
+    records = []
+    for number, line in lines[1:]:
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) != len(names):
+            raise ConfigError(
+                f"{key}: {name}:{number} has {len(cells)} columns, the header has {len(names)}; mend it"
+            )
+        records.append(_checked(dict(zip(names, cells)), f"{key}: {name}:{number}"))
+    return records
+
+
+def _record(line: str, where: str, key: str) -> dict:
+    record = parse_json(line, f"{key}: {where}")
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ConfigError(f'prompts: {where} has no "prompt"; write {{"prompt": "a photo of ..."}}')
-    check_characters(record["prompt"], f"prompts: {where}")
+        raise ConfigError(f'{key}: {where} has no "prompt"; write {{"prompt": "a photo of ..."}}')
+    return _checked(record, f"{key}: {where}")
+
+
+def _checked(record: dict, where: str) -> dict:
+    check_characters(record["prompt"], where)
+    if not isinstance(record.get("negative_prompt", ""), str):
+        raise ConfigError(f"{where}: negative_prompt is {record['negative_prompt']!r}; write text")
+    seed = record.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 2**62:
+        raise ConfigError(f"{where}: seed is {seed!r}; write a whole number from 0 to 2^62")
     return record

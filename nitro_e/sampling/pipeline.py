@@ -212,13 +212,3 @@ def to_image(pixels: Tensor) -> Image.Image:
     """Turn (3, H, W) in -1..1 into an 8-bit RGB image."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
-
-
-def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Put images of one size row by row on white, two pixels apart."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + 2), index // columns * (height + 2)))
-    return sheet

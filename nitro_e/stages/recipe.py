@@ -37,8 +37,9 @@ from nitro_e.model import describe
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
 from nitro_e.record.run_config import write_config
-from nitro_e.sampling.pipeline import TextToImage, Use, image_grid, latent_size
+from nitro_e.sampling.pipeline import TextToImage, Use, latent_size
 from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sampling.sheets import image_grid
 from nitro_e.stages import flow_matching
 from nitro_e.stages.assembly import Parts, StageKind
 from nitro_e.stages.distill import DistillConfig

@@ -33,8 +33,9 @@ from nitro_e.data.prompts import GENERATORS, PromptsConfig, load_prompts
 from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.randomness import seed_of
 from nitro_e.record import progress
-from nitro_e.sampling.pipeline import TextToImage, image_grid, to_image
+from nitro_e.sampling.pipeline import TextToImage, to_image
 from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_noise, sample, scale_time
+from nitro_e.sampling.sheets import image_grid
 
 
 @dataclass
