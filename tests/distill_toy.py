@@ -90,7 +90,7 @@ class ToyDenoiser(nn.Module):
 
 class ToyBackbone:
     def __init__(self, model, taps=None):
-        self.model, self.slots, self.width = model, tuple(range(len(model.blocks))), model.width
+        self.model, self.maps, self.width = model, tuple(range(len(model.blocks))), model.width
 
     def __call__(self, x, t, text):
         return self.model.features(x, t, text)[1]

@@ -624,7 +624,7 @@ def test_a_weight_decays_as_a_cosine_to_its_floor():
 class PlainBackbone:
     """The noised latents are the features; `seen` is what was asked."""
 
-    slots, width = ((1, 1),), 4
+    maps, width = ((1, 1),), 4
 
     def __init__(self):
         self.seen = []
