@@ -127,15 +127,14 @@ class Architecture(Config):
     A subclass adds its fields, `depth` and `build`. The other methods fit a transformer on one token grid.
     """
 
-    KINDS: ClassVar[Mapping[str, str]] = {
-        "emmdit": "nitro_e.model.emmdit:ModelConfig"
-    }  # the first: if none is named
+    # the first is taken where a recipe names none
+    KINDS: ClassVar[Mapping[str, str]] = {"emmdit": "nitro_e.model.emmdit:ModelConfig"}
     # fields that say nothing about the weights: a run may go on from weights that had others
     FREE: ClassVar[tuple[str, ...]] = ()
 
-    kind: str
-    latent_channels: Annotated[int, Ge(1), Le(65536)] = 32
-    text_width: Annotated[int, Ge(1), Le(65536)] = 2048
+    kind: str  # the class of the model
+    latent_channels: Annotated[int, Ge(1), Le(65536)] = 32  # channels of the codec's latents
+    text_width: Annotated[int, Ge(1), Le(65536)] = 2048  # width of the text encoder's embeddings
     patch_size: Annotated[int, Ge(1), Le(256)] = 1  # latent cells per token side
     width: Annotated[int, Ge(1), Le(65536)] = 768  # channels of a token
     position_table: Annotated[int, Ge(1), Le(1024)] = 96  # tokens per side of the largest grid

@@ -13,7 +13,7 @@ from nitro_e.data.catalog import MissingShards, expand_shards
 class SourceConfig(Config):
     """One part of a mixture."""
 
-    shards: tuple[str, ...]
+    shards: tuple[str, ...]  # paths, globs, braces, URLs, or @file with a list of them
     # its share of every 512 samples, relative to the others; 0 drops the source
     weight: Annotated[float, Ge(0)] | None = None
 

@@ -28,7 +28,7 @@ class ComponentConfig(Config):
 
     SHORTHAND: ClassVar[str] = "name"
 
-    name: str
+    name: str  # a name of the table of encoders (docs/model.md)
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32

@@ -37,7 +37,7 @@ class EvaluationConfig(Config):
     rewards: tuple[RewardConfig, ...]  # weights do not matter here
     every: Annotated[int, Ge(1)] = 500  # steps
     seed: Seed = 0  # of the noise
-    batch_size: Annotated[int, Ge(1), Le(65536)] = 64
+    batch_size: Annotated[int, Ge(1), Le(65536)] = 64  # images drawn at a time
     sampling: SamplingConfig | None = None  # None: that of the run
 
     def __post_init__(self) -> None:

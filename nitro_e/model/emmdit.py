@@ -51,11 +51,11 @@ class ModelConfig(Architecture):
     groups: tuple[
         Annotated[int, Ge(0), Le(1000)], Annotated[int, Ge(0), Le(1000)], Annotated[int, Ge(1), Le(1000)]
     ] = (4, 16, 4)
-    # ratio of each path; () off, (2,) single path
+    # ratio of each path; [] is off, [2] a single path
     compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)
     position_reinforcement: bool = True
     modulation: Literal["affine", "single", "full"] = "affine"
-    # subregion attention: a cycle of patterns, tiled over all blocks; ("full",) is off
+    # subregion attention: a cycle of patterns, tiled over all blocks; [full] is off
     attention: tuple[str, ...] = ("full", "4x1", "4x4")
     qk_norm: bool = True
     # real: padded text positions are hidden; the released weights attend to them

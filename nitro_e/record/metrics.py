@@ -45,7 +45,7 @@ class WandBConfig(Config):
     project: str | None = None  # None: $WANDB_PROJECT, or nitro-e
     entity: str | None = None  # user or team; None: $WANDB_ENTITY, or the account's default
     group: str | None = None  # of runs that belong together, such as seeds; None: $WANDB_RUN_GROUP, or none
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()  # of the run
 
 
 class Metrics:

@@ -46,7 +46,7 @@ class RewardConfig(Config):
     transform: Literal["none", "rank"] = "none"  # rank: share of its group that an image beats (`win_rates`)
     path: str | None = None  # hub id or local folder of the weights; None = the default hub id
     revision: str | None = None  # of the hub repository
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # the reward model computes in
     device: str | None = None  # None = where training runs
     offload: bool = False  # keep the weights on the CPU between uses
     batch_size: Annotated[int, Ge(1), Le(65536)] = 16  # images at a time

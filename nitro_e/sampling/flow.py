@@ -50,9 +50,9 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 class TimestepConfig(Config):
     """The distribution of training times."""
 
-    kind: Literal["logit_normal", "uniform"] = "logit_normal"
+    kind: Literal["logit_normal", "uniform"] = "logit_normal"  # distribution of training times
     mean: float = 0.0  # of the logit; positive means more noise
-    std: Annotated[float, Gt(0)] = 1.0
+    std: Annotated[float, Gt(0)] = 1.0  # of the logit
     shift: Annotated[float, Gt(0)] = 1.0  # see shift_time
     quantize: bool = False  # to the released grid 1/1000, 2/1000, ..., 1
 

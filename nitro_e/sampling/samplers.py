@@ -35,13 +35,13 @@ class SamplingConfig(Config):
 
     resolution: Annotated[int, Ge(1), Le(65536)] = 512  # pixels per side
     height: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; None: resolution
-    width: Annotated[int, Ge(1), Le(65536)] | None = None
-    steps: Annotated[int, Ge(1), Le(10_000)] = 20
+    width: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; null: resolution
+    steps: Annotated[int, Ge(1), Le(10_000)] = 20  # of the sampler
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
     sampler: Literal["euler", "heun", "multistep"] = (
         "euler"  # multistep: consistency sampling, for distilled weights
     )
-    grid: TimeGrid = "released"
+    grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
     sigmas: tuple[tuple[float, ...], ...] = ()

@@ -45,14 +45,14 @@ from nitro_e.training.optim import OptimConfig
 class RepaConfig(Config):
     """Representation alignment (REPA, arXiv 2410.06940)."""
 
-    weight: Annotated[float, Gt(0), "to switch REPA off: stage.repa: null"] = 0.5
+    weight: Annotated[float, Gt(0), "to switch REPA off: stage.repa: null"] = 0.5  # of the alignment loss
     tap: Annotated[int, Ge(1)] = 4  # image tokens after this many blocks
     width: Annotated[int, Ge(1), Le(65536)] = 2048  # hidden width of the projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig(Config):
-    kind: Literal["flow_matching"] = "flow_matching"
+    kind: Literal["flow_matching"] = "flow_matching"  # stages 1 and 2
     caption_dropout: Fraction = 0.1  # share of captions replaced by "", for classifier-free guidance
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     repa: RepaConfig | None = None

@@ -65,17 +65,17 @@ KINDS: dict[str, StageKind[Any]] = {
 class RunConfig(Config):
     """A recipe: everything that decides a run. Nothing in it depends on the number of processes."""
 
-    name: str
+    name: str  # what the run is called; its directory is runs/NAME unless `run` says otherwise
     run: str | None = None  # run directory; None: runs/NAME
-    seed: Seed = 0
+    seed: Seed = 0  # of initial weights, data order and all noise
     init_from: str | None = None  # first weights: a run, checkpoint or model folder, with @model or @ema
     # E-MMDiT, or the kind that `model.kind` names; latent_channels and text_width follow from the components
     model: Architecture
-    stage: StageConfig
+    stage: StageConfig  # what is trained, and how; `kind` chooses among the stages
     data: DataConfig | None = None  # only for stages that read images
     batch: BatchConfig = field(default_factory=BatchConfig)
     components: ComponentsConfig
-    engine: EngineConfig
+    engine: EngineConfig  # the training loop: steps, precision, averages, checkpoints
     sampling: SamplingConfig = field(
         default_factory=SamplingConfig
     )  # resolution follows from data.resolution

@@ -57,18 +57,19 @@ class EngineConfig(Config):
     steps: Annotated[int, Ge(1)]  # optimiser steps
     # of the forward pass; weights stay float32
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # ddp: whole weights in every process; fsdp: sharded ones (FSDP2)
     sharding: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False  # the blocks of the model
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
-    ema: EMAConfig | None = None
+    ema: EMAConfig | None = None  # average of the weights during training; null: none
     # snapshots from which nitro-e ema makes any average afterwards
     posthoc_ema: PostHocEMAConfig | None = None
-    save_every: Annotated[int, Ge(1)] = 1000
+    save_every: Annotated[int, Ge(1)] = 1000  # steps between checkpoints
     keep_last: Annotated[int, Ge(2), "the newest one may turn out damaged"] = 2  # newest checkpoints
     keep_every: Annotated[int, Ge(0)] = 0  # and those at multiples of this many steps; 0: none
     max_failed_saves: Annotated[int, Ge(1)] = 3  # in a row before giving up
     max_skips: Annotated[int, Ge(0)] = 5  # non-finite steps in a row before giving up
-    log_every: Annotated[int, Ge(1)] = 20
+    log_every: Annotated[int, Ge(1)] = 20  # steps between lines of metrics
     sample_every: Annotated[int, Ge(0)] = 1000  # steps between sample grids; 0: none
     # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
     tracker: Tracker = "auto"

@@ -15,12 +15,14 @@ from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, Lt
 class OptimConfig(Config):
     """Configures AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
 
+    # adamw for all weights, or muon for hidden matrices and adamw for the rest
     kind: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Ge(0), Le(1000)] = 3e-4  # of AdamW
     muon_lr: Annotated[float, Ge(0), Le(1000)] = 6e-3  # of Muon, scaled to match AdamW's RMS update
+    # decay of AdamW's first and second moments
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
-    eps: Annotated[float, Ge(0)] = 1e-10
-    weight_decay: Annotated[float, Ge(0)] = 0.03
+    eps: Annotated[float, Ge(0)] = 1e-10  # added to AdamW's denominator
+    weight_decay: Annotated[float, Ge(0)] = 0.03  # decoupled, of all weights
     warmup: Annotated[int, Ge(0)] = 500  # steps of linear warm-up
     decay: Fraction = 0.0  # share of all steps, at the end, over which the rate falls linearly to zero
     clip: Annotated[float, Gt(0), "a large value switches clipping off"] = 1.0  # largest gradient norm

@@ -36,8 +36,8 @@ class DiscriminatorTimesConfig(Config):
     """The times tau at which real and fake are compared: logit-normal, clipped to the range, or uniform over it."""
 
     times: TimestepConfig = field(default_factory=lambda: TimestepConfig(std=1.2))
-    least: Fraction = 0.02
-    most: Fraction = 0.98
+    least: Fraction = 0.02  # smallest time at which images are compared
+    most: Fraction = 0.98  # largest such time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,12 +48,12 @@ class DiscriminatorTimesConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class MisalignedConfig(Config):
     share: Annotated[float, Gt(0), Lt(1)] = 0.5  # of the fake side of the loss
-    start: Annotated[int, Ge(0)] = 1000
+    start: Annotated[int, Ge(0)] = 1000  # step from which they are used
 
 
 @dataclass(frozen=True, kw_only=True)
 class R1Config(Config):
-    sigma: Annotated[float, Gt(0)] = 0.05
+    sigma: Annotated[float, Gt(0)] = 0.05  # deviation of the noise that stands for the gradient
     weight: Annotated[float, Gt(0)] = 200.0  # weight * sigma^2 is the gamma of exact R1
     every: Annotated[int, Ge(1)] = 1  # steps; the weight is multiplied by it
 
@@ -62,20 +62,23 @@ class R1Config(Config):
 class AdversarialConfig(Config):
     RENAMED: ClassVar[Mapping[str, str]] = {"judge": "discriminator"}
 
-    loss: Kind = "hinge"
+    loss: Kind = "hinge"  # of the discriminator and the student
     # auto: balance once, then freeze, so that the gradient at the x0 prediction is `ratio` times the other objectives'
     weight: Annotated[Literal["auto"] | float, Gt(0), "to switch off: adversarial: null"] = "auto"
+    # for auto: adversarial gradient norm as a multiple of the other objectives'
     ratio: Annotated[float, Gt(0)] = 1.0
     fallback: Annotated[float, Gt(0)] = 0.5  # of auto: the weight until something has been measured
     start: Annotated[int, Ge(0)] = 250  # first step of the student's term; before it the heads learn alone
     ramp: Annotated[int, Ge(0)] = 250  # steps over which the weight then rises to its full value
     taps: tuple[Annotated[int, Ge(0)], ...] | None = None  # blocks of the backbone; None: the model's default
-    heads: HeadConfig = field(default_factory=HeadConfig)
+    heads: HeadConfig = field(default_factory=HeadConfig)  # the discriminator heads
     pool: PoolConfig | None = None  # instead of one head per feature map
     discriminator: DiscriminatorTimesConfig = field(default_factory=DiscriminatorTimesConfig)
     share_time: bool = True  # real and fake at the same tau ...
     share_noise: bool = False  # ... and with the same noise
+    # real images with other prompts as further fakes; null: none
     misaligned: MisalignedConfig | None = field(default_factory=MisalignedConfig)
+    # approximate gradient penalty on real images; null: off
     r1: R1Config | None = field(default_factory=R1Config)
     null_text: Fraction = 0.0  # share of samples that the heads see without their prompt
     optim: OptimConfig = field(

@@ -26,8 +26,8 @@ class GuardConfig(Config):
     std_ratio: Annotated[float, Gt(0)] = 0.05  # |std of the student's data / std of the teacher's - 1|
     mean_drift: Annotated[float, Gt(0)] = 0.05  # |mean of the student's data - mean of the teacher's|
     start: Annotated[int, Ge(0)] = 3000  # steps before which nothing counts
-    patience: Annotated[int, Ge(1)] = 200
-    action: Literal["stop", "warn"] = "stop"
+    patience: Annotated[int, Ge(1)] = 200  # steps in a row beyond a limit before anything happens
+    action: Literal["stop", "warn"] = "stop"  # stop the run, or warn only
 
 
 def describe_prediction(prediction: Prediction, batch: DistillBatch, sigmas: Tensor) -> dict[str, Tensor]:

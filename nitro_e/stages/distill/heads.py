@@ -79,8 +79,8 @@ class Backbone:
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(Config):
     width: Annotated[int, Ge(1), Le(65536)] = 256  # hidden channels
-    condition: Condition = "time+text"
-    spectral_norm: bool = False
+    condition: Condition = "time+text"  # what the heads are told besides features
+    spectral_norm: bool = False  # normalise the heads' weights by their spectral norm
 
 
 def norm_groups(width: int) -> int:

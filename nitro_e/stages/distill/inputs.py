@@ -36,7 +36,7 @@ class StudentRolloutConfig(Config):
 
     share: Annotated[float, Gt(0), Le(1)] = 0.5  # of the steps, from step `end` on
     start: Annotated[int, Ge(0)] = 1000  # the share rises from here
-    end: Annotated[int, Ge(0)] = 3000
+    end: Annotated[int, Ge(0)] = 3000  # step from which the full share is used
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class StudentRolloutConfig(Config):
 class ContinuousTimesConfig(Config):
     """A fraction of the samples is trained at continuous t instead of the discrete sigmas."""
 
-    share: Annotated[float, Gt(0), Le(1)] = 1.0
+    share: Annotated[float, Gt(0), Le(1)] = 1.0  # fraction of the samples at continuous times
     times: TimestepConfig = field(default_factory=TimestepConfig)
 
 
@@ -65,7 +65,7 @@ class InputConfig(Config):
     # of the sigmas: [from step, one weight per sigma] ..., which are normalised to sum 1; empty: equal ones
     probabilities: tuple[tuple[int, tuple[float, ...]], ...] = ()
     continuous_times: ContinuousTimesConfig | None = None
-    noise: Literal["pair", "fresh"] = "pair"
+    noise: Literal["pair", "fresh"] = "pair"  # pair: the noise the image was drawn from; fresh: new noise
     rollout: StudentRolloutConfig | None = None
 
     def __post_init__(self) -> None:

@@ -24,9 +24,9 @@ from nitro_e.stages.distill.objective import Balance, Shared
 class DecayConfig(Config):
     """A cosine from 1 to `floor` between two steps."""
 
-    start: Annotated[int, Ge(0)] = 5000
-    end: Annotated[int, Ge(1)] = 20000
-    floor: Fraction = 0.1
+    start: Annotated[int, Ge(0)] = 5000  # step at which the weight begins to fall
+    end: Annotated[int, Ge(1)] = 20000  # step at which it has reached the floor
+    floor: Fraction = 0.1  # what remains of the weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,14 +45,15 @@ class DiffusionConfig(Config):
     Either way it carries the teacher's guidance: a target without guidance cannot teach an unguided student.
     """
 
+    # pair: the stored image; teacher: the teacher's guided prediction
     target: Literal["pair", "teacher"] = "pair"
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # of target `teacher`
     space: Literal["data", "velocity"] = "data"  # velocity: errors divided by t
-    kind: Literal["smooth_l1", "mse"] = "smooth_l1"
+    kind: Literal["smooth_l1", "mse"] = "smooth_l1"  # the distance to the target
     beta: Annotated[float, Gt(0)] = 1.0  # of smooth_l1
-    weight: Annotated[float, Gt(0), "to switch the objective off: diffusion: null"] = 1.0
+    weight: Annotated[float, Gt(0), "to switch the objective off: diffusion: null"] = 1.0  # of this objective
     decay: DecayConfig | None = None
-    on_rollout: bool = True
+    on_rollout: bool = True  # also train on the student's own states
     # ignore t above this; 0.5 with fresh noise, where above it the target is only a conditional mean
     largest_time: Annotated[float, Gt(0), Le(1)] = 1.0
 
@@ -103,7 +104,7 @@ class Diffusion:
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowConfig(Config):
-    weight: Annotated[float, Gt(0), "to switch it off: reflow: null"] = 1.0
+    weight: Annotated[float, Gt(0), "to switch it off: reflow: null"] = 1.0  # of this objective
 
 
 class Reflow:

@@ -63,16 +63,17 @@ class DistillConfig(Config):
     PRESETS: ClassVar[dict[str, dict]] = PRESETS
     ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = SAMPLER_ALIASES
 
-    kind: Literal["distill"] = "distill"
+    kind: Literal["distill"] = "distill"  # stage 4
     teacher: str  # run, checkpoint or model folder; the student starts from it too, unless init_from names other weights
+    # the noisy samples that the student is trained on
     inputs: InputConfig = field(default_factory=InputConfig)
-    sampler: Sampler = "euler"
+    sampler: Sampler = "euler"  # how the student will be sampled
     time_scale: Annotated[float, Gt(0)] = 1.0  # the student's input is time_scale * t
     # numbers of steps to be offered; empty: those whose times are among the sigmas
     sample_steps: tuple[Annotated[int, Ge(1)], ...] = ()
     diffusion: DiffusionConfig | None = None
-    reflow: ReflowConfig | None = None
-    adversarial: AdversarialConfig | None = None
+    reflow: ReflowConfig | None = None  # flow matching on stored pairs; null: off
+    adversarial: AdversarialConfig | None = None  # discriminator heads on the teacher's features; null: off
     guards: GuardConfig | None = field(default_factory=GuardConfig)
     heldout: Annotated[float, Ge(0), Lt(1)] = (
         0.02  # share of the prompts that are monitored and never trained on

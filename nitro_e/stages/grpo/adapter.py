@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, TypeGuard, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
@@ -34,7 +32,7 @@ NAME = "default"  # peft's name of the adapter
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Config):
-    rank: Annotated[int, Ge(1), Le(65536)] = 32
+    rank: Annotated[int, Ge(1), Le(65536)] = 32  # of the LoRA
     alpha: Annotated[float, Gt(0)] = 64.0  # B A is scaled by alpha / rank
     targets: Literal["attention", "blocks"] = "attention"  # blocks: the MLPs too
     init_from: str | None = None  # a PEFT folder to go on from; it decides rank, alpha and targets
@@ -80,6 +78,8 @@ def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
             f"adapter.init_from: {config.init_from} has a target '{unknown[0]}' that this model's blocks have not; "
             "merge it into the first weights instead (nitro-e convert --lora)"
         )
+    from peft import LoraConfig, inject_adapter_in_model  # seconds, for those who train an adapter
+
     lora = LoraConfig(
         r=rank,
         lora_alpha=cast(int, alpha),  # peft takes any number
@@ -97,13 +97,18 @@ def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return any(is_lora(module) for module in model.modules())
+
+
+def is_lora(module: nn.Module) -> TypeGuard[Any]:
+    """Whether this is a LoRA layer. Nobody can have made one as long as peft is not imported."""
+    return "peft" in sys.modules and isinstance(module, sys.modules["peft"].tuners.lora.LoraLayer)
 
 
 @contextlib.contextmanager
 def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it was before `add_adapter`, bit for bit."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in model.modules() if is_lora(module)]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -139,7 +144,7 @@ def save_adapter(model: Model, folder: Path, base: str | None = None) -> None:
     for layer in adapter_layers(model):
         module = model.get_submodule(layer.path)
         for name, part in zip(layer.names, module if isinstance(module, Stacked) else [module], strict=True):
-            if isinstance(part, LoraLayer):
+            if is_lora(part):
                 layers[name] = part
                 for factor, weight in zip("AB", _factors(part)):
                     tensors[f"base_model.model.{name}.lora_{factor}.weight"] = (
@@ -148,6 +153,8 @@ def save_adapter(model: Model, folder: Path, base: str | None = None) -> None:
     first = next(iter(layers.values()))
     # peft matches the ends of names: without "block_groups.0.1." they stand for the layer of every block
     targets = sorted({re.sub(r"^\w+(\.\d+)+\.", "", name) for name in layers})
+    from peft import LoraConfig
+
     config = LoraConfig(
         r=first.r[NAME],
         lora_alpha=first.lora_alpha[NAME],
@@ -200,7 +207,7 @@ def _cut(model: nn.Module, path: str, parts: int) -> None:
 
 def _base(layer: nn.Module) -> nn.Linear:
     """Return the linear layer itself, or the one under a LoRA."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    base = layer.get_base_layer() if is_lora(layer) else layer
     assert isinstance(base, nn.Linear)
     return base
 
@@ -213,4 +220,4 @@ def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
 def _weight(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer, a LoRA added to it."""
     weight = _base(layer).weight
-    return weight + layer.get_delta_weight(NAME) if isinstance(layer, LoraLinear) else weight
+    return weight + layer.get_delta_weight(NAME) if is_lora(layer) else weight

@@ -27,9 +27,9 @@ StepWeight = Literal["none", "noise", "1/h"]
 class ClippedConfig(Config):
     keeps_old: ClassVar[bool] = False
 
-    kind: Literal["clipped"] = "clipped"
+    kind: Literal["clipped"] = "clipped"  # clipped policy gradient (Flow-GRPO)
     clip_low: Annotated[float, Gt(0), Lt(1)] = 3e-4  # the ratio is held in 1 - clip_low ... 1 + clip_high
-    clip_high: Annotated[float, Gt(0), Lt(1)] = 3e-4
+    clip_high: Annotated[float, Gt(0), Lt(1)] = 3e-4  # upper half of the clip range
     kl: KLConfig = field(default_factory=KLConfig)
     # GRPO-Guard (arXiv 2510.22319): log-ratios without their bias, at one scale for all steps
     ratio_norm: bool = False

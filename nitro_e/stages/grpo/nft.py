@@ -21,7 +21,7 @@ from nitro_e.stages.grpo.sde import Schedule, per_sample
 class NFTConfig(Config):
     keeps_old: ClassVar[bool] = True
 
-    kind: Literal["nft"] = "nft"
+    kind: Literal["nft"] = "nft"  # DiffusionNFT: forward-process regression
     # how far the two velocities reach from the old one to the new one
     beta: Annotated[float, Gt(0), Le(1)] = 1.0
     times: Annotated[int, Ge(1)] = 9  # training times per image: the first steps of the rollout's grid

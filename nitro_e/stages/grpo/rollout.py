@@ -21,10 +21,10 @@ class RolloutConfig(Config):
     RENAMED: ClassVar[dict[str, str]] = {"batch_size": "per_device"}
 
     steps: Annotated[int, Ge(1), Le(10_000)] = 10  # of the sampler; fewer than for images that people see
-    grid: TimeGrid = "released"
-    shift: Annotated[float, Gt(0)] = 1.0
+    grid: TimeGrid = "released"  # time grid of the sampler
+    shift: Annotated[float, Gt(0)] = 1.0  # above 1: more steps at high noise
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # in the rollout and in the update; 0 or 1: none
-    sde: SDEConfig = field(default_factory=SDEConfig)
+    sde: SDEConfig = field(default_factory=SDEConfig)  # the stochastic sampler of trained steps
     window: WindowConfig = field(default_factory=WindowConfig)
     shared_noise: bool = False  # one first noise per group; the SDE alone makes its images differ
     per_device: Annotated[int, Ge(1), Le(65536)] = 64  # images that a process draws at a time

@@ -35,7 +35,7 @@ MIN_STD = 0.005
 
 @dataclass(frozen=True, kw_only=True)
 class SDEConfig(Config):
-    kind: Kind = "flow"
+    kind: Kind = "flow"  # flow: Flow-GRPO; ancestral; dance: DanceGRPO; cps: coefficients-preserving sampling
     # a of flow, eta of the others; None: 0.7, 0.3 for dance, 0.8 for ancestral and cps
     noise: Annotated[float, Gt(0), Le(10)] | None = None
 

@@ -55,17 +55,17 @@ MONITORED_ROLLOUTS, MAX_UNSCORED = 10, 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(Config):
-    kind: Literal["grpo"] = "grpo"
+    kind: Literal["grpo"] = "grpo"  # stage 3
     prompts: PromptsConfig
     rewards: tuple[RewardConfig, ...]  # those of weight 0 are monitored: scored and logged, never trained on
     groups: Annotated[int, Ge(1), Le(65536)] = 48  # prompts per rollout
     group_size: Annotated[int, Ge(2), Le(65536)] = 24  # images per prompt
     updates: Annotated[int, Ge(1)] = 2  # optimiser steps per rollout
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # how training images are drawn
     # gradients of guided velocities flow through both passes or through the text's alone
     cfg_grad: Literal["both", "cond"] = "both"
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    algorithm: Algorithms = field(default_factory=ClippedConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)  # how rewards become advantages
+    algorithm: Algorithms = field(default_factory=ClippedConfig)  # the objective; `kind` chooses
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)  # null: all weights are trained
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=3e-4, eps=1e-10, weight_decay=1e-4, warmup=20)
