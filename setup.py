@@ -56,7 +56,7 @@ setup(
             "pyarrow>=14",  # packing parquet
         ],
         "eval": [
-            "scipy>=1.11.2",  # transformers' Mask2Former, for GenEval
+            "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
         ],
         "dev": [
             "pytest>=8.0",

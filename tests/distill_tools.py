@@ -16,8 +16,15 @@ from nitro_e.stages.distill.inputs import DistillBatch
 from nitro_e.training.optim import build_optimizers, set_learning_rate
 
 TINY = ModelConfig(
-    latent_channels=4, text_width=8, width=64, heads=2, groups=(1, 2, 1), base_grid=16, attention=("full",), gate_init="one"
-)  # fmt: skip
+    latent_channels=4,
+    text_width=8,
+    width=64,
+    heads=2,
+    groups=(1, 2, 1),
+    base_grid=16,
+    attention=("full",),
+    gate_init="one",
+)
 SHAPE = (4, 16, 16)
 
 
@@ -50,9 +57,14 @@ def tiny_stage(config, seed=0, model=None):
     teacher = model or tiny_model()
     student = copy.deepcopy(teacher).requires_grad_(True)
     stage = Distill(
-        config, student, teacher.requires_grad_(False), partial(Backbone, teacher), random_text(1, 99), seed,
+        config,
+        student,
+        teacher.requires_grad_(False),
+        partial(Backbone, teacher),
+        random_text(1, 99),
+        seed,
         torch.device("cpu"),
-    )  # fmt: skip
+    )
     for phase in stage.phases:
         phase.net = phase.module
     return stage

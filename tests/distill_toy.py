@@ -173,33 +173,89 @@ HEADS = {"heads": {"width": 64}, "start": 0, "ramp": 0, "misaligned": None}
 FAST = {"eps": 1e-8, "weight_decay": 0.0, "betas": (0.0, 0.99), "warmup": 50}
 STEPS4 = {"probabilities": [[0, [0.4, 0.2, 0.2, 0.2]]], "rollout": {"share": 0.5, "start": 250, "end": 750}}
 ADVERSARIAL = {
-    **HEADS, "r1": {"sigma": 0.05, "weight": 200}, "discriminator": {"times": {"mean": 0.3, "std": 1.0}},
+    **HEADS,
+    "r1": {"sigma": 0.05, "weight": 200},
+    "discriminator": {"times": {"mean": 0.3, "std": 1.0}},
     "optim": {**FAST, "lr": 2e-3},
-}  # fmt: skip
+}
 ALONE = {
-    **ADVERSARIAL, "weight": 1.0, "r1": {"sigma": 0.05, "weight": 400}, "discriminator": {"times": {"mean": -1.5, "std": 1.5}},
-}  # fmt: skip
+    **ADVERSARIAL,
+    "weight": 1.0,
+    "r1": {"sigma": 0.05, "weight": 400},
+    "discriminator": {"times": {"mean": -1.5, "std": 1.5}},
+}
 POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "discriminator")}
 DIFFUSION = {"kind": "mse", "decay": None}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
-    "pair": ({"preset": "ladd4", "inputs": STEPS4, "diffusion": DIFFUSION, "adversarial": ADVERSARIAL}, 0.002, 0.05),
-    "pair rp": ({"preset": "ladd4", "inputs": STEPS4, "diffusion": DIFFUSION,
-                 "adversarial": {**ADVERSARIAL, "loss": "relativistic"}}, 0.002, 0.05),
-    "pair ns": ({"preset": "ladd4", "inputs": STEPS4, "diffusion": DIFFUSION,
-                 "adversarial": {**ADVERSARIAL, "loss": "non_saturating"}}, 0.002, 0.05),
-    "one step": ({"preset": "nitro1", "diffusion": DIFFUSION,
-                  "adversarial": {**ADVERSARIAL, "weight": 0.1}}, 0.002, 0.06),
+    "pair": (
+        {"preset": "ladd4", "inputs": STEPS4, "diffusion": DIFFUSION, "adversarial": ADVERSARIAL},
+        0.002,
+        0.05,
+    ),
+    "pair rp": (
+        {
+            "preset": "ladd4",
+            "inputs": STEPS4,
+            "diffusion": DIFFUSION,
+            "adversarial": {**ADVERSARIAL, "loss": "relativistic"},
+        },
+        0.002,
+        0.05,
+    ),
+    "pair ns": (
+        {
+            "preset": "ladd4",
+            "inputs": STEPS4,
+            "diffusion": DIFFUSION,
+            "adversarial": {**ADVERSARIAL, "loss": "non_saturating"},
+        },
+        0.002,
+        0.05,
+    ),
+    "one step": (
+        {"preset": "nitro1", "diffusion": DIFFUSION, "adversarial": {**ADVERSARIAL, "weight": 0.1}},
+        0.002,
+        0.06,
+    ),
     "one step, regression": ({"preset": "nitro1", "diffusion": DIFFUSION, "adversarial": None}, 0.002, 0.06),
-    "fresh": ({"preset": "ladd4", "inputs": {**STEPS4, "noise": "fresh", "rollout": None}, "sampler": "multistep",
-               "diffusion": DIFFUSION, "adversarial": None}, None, None),
-    "adversarial alone": ({"preset": "ladd4", "inputs": STEPS4, "diffusion": None,
-                           "adversarial": {**ALONE, "loss": "non_saturating"}}, 0.012, None),
-    "adversarial alone, one step": ({"preset": "nitro1", "diffusion": None,
-                                     "adversarial": {**ALONE, "loss": "non_saturating"}}, 0.02, None),
-    "pool": ({"preset": "nitrofusion", "time_scale": 1.0, "diffusion": {"kind": "mse", "weight": 1.0},
-              "adversarial": {**POOLED, "weight": 0.1, "pool": {"copies": 4, "use": 2, "width": 64}}}, 0.04, None),
-}  # fmt: skip
+    "fresh": (
+        {
+            "preset": "ladd4",
+            "inputs": {**STEPS4, "noise": "fresh", "rollout": None},
+            "sampler": "multistep",
+            "diffusion": DIFFUSION,
+            "adversarial": None,
+        },
+        None,
+        None,
+    ),
+    "adversarial alone": (
+        {
+            "preset": "ladd4",
+            "inputs": STEPS4,
+            "diffusion": None,
+            "adversarial": {**ALONE, "loss": "non_saturating"},
+        },
+        0.012,
+        None,
+    ),
+    "adversarial alone, one step": (
+        {"preset": "nitro1", "diffusion": None, "adversarial": {**ALONE, "loss": "non_saturating"}},
+        0.02,
+        None,
+    ),
+    "pool": (
+        {
+            "preset": "nitrofusion",
+            "time_scale": 1.0,
+            "diffusion": {"kind": "mse", "weight": 1.0},
+            "adversarial": {**POOLED, "weight": 0.1, "pool": {"copies": 4, "use": 2, "width": 64}},
+        },
+        0.04,
+        None,
+    ),
+}
 
 
 def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
@@ -246,8 +302,12 @@ def table(names):
     row = "{:<32}{:>9.4f}{:>8.3f}{:>7.2f}  {}"
     print(f"{'':<32}{'ED':>9}{'rmse':>8}{'hit':>7}  required")
     print(row.format("floor: teacher, 20 steps", *pairs.measure(pairs.same), ""))
-    for name, times in (("4 equal", time_grid(4, "linear")), ("4 of the released grid", time_grid(4)),
-                        ("2", time_grid(2, "linear")), ("1", time_grid(1))):  # fmt: skip
+    for name, times in (
+        ("4 equal", time_grid(4, "linear")),
+        ("4 of the released grid", time_grid(4)),
+        ("2", time_grid(2, "linear")),
+        ("1", time_grid(1)),
+    ):
         print(row.format(f"teacher, {name} steps", *pairs.teacher_at(times), ""), flush=True)
     for name in names or RUNS:
         start = time.process_time()

@@ -58,10 +58,18 @@ def make_emmdit() -> EMMDiT:
     torch.manual_seed(0)
     model = EMMDiT(
         ModelConfig(
-            latent_channels=DIM, text_width=PROMPTS, width=16, heads=1, groups=(0, 0, 2), base_grid=1, compression=(),
-            attention=("full",), position_reinforcement=False, gate_init="one",
+            latent_channels=DIM,
+            text_width=PROMPTS,
+            width=16,
+            heads=1,
+            groups=(0, 0, 2),
+            base_grid=1,
+            compression=(),
+            attention=("full",),
+            position_reinforcement=False,
+            gate_init="one",
         )
-    )  # fmt: skip
+    )
     nn.init.normal_(model.out.weight, std=0.2)
     return model
 
@@ -129,11 +137,16 @@ def broken(pixels, prompts, info):
 
 
 DEFAULTS = {
-    "kind": "grpo", "prompts": "shapes-train", "rewards": [{"name": "grpo_toy:signs", "label": "signs"}],
-    "groups": 4, "group_size": 8, "updates": 2, "adapter": None,
+    "kind": "grpo",
+    "prompts": "shapes-train",
+    "rewards": [{"name": "grpo_toy:signs", "label": "signs"}],
+    "groups": 4,
+    "group_size": 8,
+    "updates": 2,
+    "adapter": None,
     "rollout": {"steps": 10, "guidance_scale": 2.0, "window": {"size": 3}},
     "optim": {"lr": 1e-3, "warmup": 0, "weight_decay": 0.0, "eps": 1e-10},
-}  # fmt: skip
+}
 
 
 def merged(a, b):
@@ -167,14 +180,32 @@ class ToyGRPO(GRPO):
             return EMMDiT(MICRO)
 
 
-def make_stage(net=None, world=1, accumulate=1, seed=0, max_failures=3, cls=ToyGRPO, autocast=contextlib.nullcontext, **options):  # fmt: skip
+def make_stage(
+    net=None,
+    world=1,
+    accumulate=1,
+    seed=0,
+    max_failures=3,
+    cls=ToyGRPO,
+    autocast=contextlib.nullcontext,
+    **options,
+):
     config = make_config(**options)
     net = net or (make_net() if config.adapter is None else make_emmdit())
     stage = cls(
-        config, net, POOL, build_rewards(config.rewards, "cpu", retries=0, max_failures=max_failures),
-        Identity(), OneHot(), latent_shape=(DIM, 1, 1), seed=seed, layout=config.layout(world, accumulate),
-        device=torch.device("cpu"), autocast=autocast, forward_flops=1.0,
-    )  # fmt: skip
+        config,
+        net,
+        POOL,
+        build_rewards(config.rewards, "cpu", retries=0, max_failures=max_failures),
+        Identity(),
+        OneHot(),
+        latent_shape=(DIM, 1, 1),
+        seed=seed,
+        layout=config.layout(world, accumulate),
+        device=torch.device("cpu"),
+        autocast=autocast,
+        forward_flops=1.0,
+    )
     stir(stage.model)
     return stage
 
@@ -217,8 +248,14 @@ def train(
         run.mkdir(exist_ok=True, parents=True)
     accelerator.wait_for_everyone()
     stage = make_stage(
-        net, accelerator.num_processes, accumulate, seed, cls=cls, autocast=accelerator.autocast, **stage_options
-    )  # fmt: skip
+        net,
+        accelerator.num_processes,
+        accumulate,
+        seed,
+        cls=cls,
+        autocast=accelerator.autocast,
+        **stage_options,
+    )
     trainer = Engine(config, stage, accelerator, run=run, seed=seed, use={}, record={}, accumulate=accumulate)
     if stop is not None:  # as if SIGTERM came during step `stop`
         original = trainer.update

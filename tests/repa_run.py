@@ -12,9 +12,14 @@ from nitro_e.cli import make_shapes
 
 RECIPE = ROOT / "configs" / "shapes" / "1_pretrain.yaml"
 SMALL = (
-    "batch=4", "engine.save_every=2", "engine.log_every=1", "engine.sample_every=0", "engine.tracker=none",
-    "evaluation=null", "stage.optim.warmup=2",
-)  # fmt: skip
+    "batch=4",
+    "engine.save_every=2",
+    "engine.log_every=1",
+    "engine.sample_every=0",
+    "engine.tracker=none",
+    "evaluation=null",
+    "stage.optim.warmup=2",
+)
 
 
 def make_data(folder: Path, num: int = 64) -> None:

@@ -24,21 +24,44 @@ CYCLE = ["full", "4x1", "2x2"]
 
 COMPRESSION = [([], False), *itertools.product([[2], [4], [2, 4]], [True, False])]
 PRODUCT = [
-    dict(compression=compression, position_reinforcement=reinforce, modulation=modulation, attention=attention,
-         qk_norm=qk_norm, text_mask=text_mask)
+    dict(
+        compression=compression,
+        position_reinforcement=reinforce,
+        modulation=modulation,
+        attention=attention,
+        qk_norm=qk_norm,
+        text_mask=text_mask,
+    )
     for (compression, reinforce), modulation, attention, qk_norm, text_mask in itertools.product(
         COMPRESSION, ["affine", "single", "full"], [CYCLE, ["full"]], [True, False], ["none", "real"]
     )
-]  # fmt: skip
+]
 ALONE = [
-    *(dict(gate_init=gate, modulation=kind) for gate in ("random", "zero", "one") for kind in ("affine", "single", "full")),
-    dict(compression=[2, 8], base_grid=16, width=64), dict(compression=[4, 8], base_grid=16, width=64),
-    dict(compression=[2, 4, 8], base_grid=16, width=64), dict(compression=[4, 2]), dict(compression=[3], base_grid=6, width=36),
-    dict(attention=["2x2"]), dict(attention=["4x1", "2x1", "1x4"]), dict(attention=["1x1", "2x2"]),
-    dict(groups=[0, 2, 1]), dict(groups=[0, 0, 1]), dict(groups=[3, 0, 2]), dict(groups=[1, 1, 3]),
-    dict(heads=1), dict(heads=16), dict(width=20, compression=[2]), dict(mlp_ratio=0.5), dict(mlp_ratio=2.7),
-    dict(patch_size=2, base_grid=4, attention=["full"]), dict(position_table=8),
-]  # fmt: skip
+    *(
+        dict(gate_init=gate, modulation=kind)
+        for gate in ("random", "zero", "one")
+        for kind in ("affine", "single", "full")
+    ),
+    dict(compression=[2, 8], base_grid=16, width=64),
+    dict(compression=[4, 8], base_grid=16, width=64),
+    dict(compression=[2, 4, 8], base_grid=16, width=64),
+    dict(compression=[4, 2]),
+    dict(compression=[3], base_grid=6, width=36),
+    dict(attention=["2x2"]),
+    dict(attention=["4x1", "2x1", "1x4"]),
+    dict(attention=["1x1", "2x2"]),
+    dict(groups=[0, 2, 1]),
+    dict(groups=[0, 0, 1]),
+    dict(groups=[3, 0, 2]),
+    dict(groups=[1, 1, 3]),
+    dict(heads=1),
+    dict(heads=16),
+    dict(width=20, compression=[2]),
+    dict(mlp_ratio=0.5),
+    dict(mlp_ratio=2.7),
+    dict(patch_size=2, base_grid=4, attention=["full"]),
+    dict(position_table=8),
+]
 
 
 def name(choices: dict) -> str:
@@ -230,8 +253,10 @@ def test_parameter_counts(choices):
     d, hidden, k, c, text = 16, 48, 8, 3, 5
     model = build(**choices)
     shared, per_stream = {
-        "affine": (d * 6 * d + 6 * d, 12 * d), "single": (d * 6 * d + 6 * d, 6 * d), "full": (0, 6 * d * d + 6 * d),
-    }[choices["modulation"]]  # fmt: skip
+        "affine": (d * 6 * d + 6 * d, 12 * d),
+        "single": (d * 6 * d + 6 * d, 6 * d),
+        "full": (0, 6 * d * d + 6 * d),
+    }[choices["modulation"]]
     attention_input = 2 * d + 3 * d * d + 3 * d + 2 * k
     stream = per_stream + attention_input + d * d + d + 2 * d * hidden + hidden + d
     ends = (c * d + d) + (text * d + d) + (256 * d + d + d * d + d) + (d * c + c)

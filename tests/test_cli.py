@@ -34,12 +34,16 @@ def fails(error: BaseException) -> None:
         (lambda: fails(ConfigError("x is wrong")), 2, "error: x is wrong\n"),
         (lambda: fails(TrainingError("too many")), 3, "training stopped: too many\n"),
         (lambda: open("/nope/x"), 2, "error: /nope/x: No such file or directory; mend that and"),
-        (lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), 2, "error: [Errno 28] No space left on device; mend"),
+        (
+            lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"),
+            2,
+            "error: [Errno 28] No space left on device; mend",
+        ),
         (lambda: torch.empty(10**15), 2, "error: out of memory ("),
         (lambda: bytearray(10**15), 2, "error: out of memory (MemoryError); ask for less"),
         (lambda: fails(KeyboardInterrupt()), 130, "interrupted; run the same command again to continue\n"),
     ],
-)  # fmt: skip
+)
 def test_every_end_has_a_code_and_at_most_one_line(capsys, command, code, words):
     assert cli.run(command) == code
     said = capsys.readouterr().err
@@ -57,7 +61,10 @@ def test_a_terminal_without_the_letters_is_no_reason_to_end():
     assert (ended.stdout, ended.stderr) == ("caf\\xe9 \\udcff\n", "")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("x"), RecursionError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a bug"), KeyError("x"), RecursionError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")],
+)
 def test_a_bug_shows_its_traceback(error):
     with pytest.raises(type(error)):
         cli.run(lambda: fails(error))
@@ -148,10 +155,20 @@ def test_full_disk_while_tools_write(tmp_path, command, limit):
     commands = {
         "evaluate": ["tools/evaluate.py", "shapes", "shapes", "--num", "6", "--steps", "1", *out],
         "synthesize": ["tools/synthesize.py", "shapes", "--prompts", str(prompts), "--steps", "1", *out],
-        "encode": ["tools/data.py", "encode", f"{tmp_path}/packed/images-*.tar", "--codec", "dct-f8c24", "--resolution",
-                   "64", "--workers", "0", *out],
+        "encode": [
+            "tools/data.py",
+            "encode",
+            f"{tmp_path}/packed/images-*.tar",
+            "--codec",
+            "dct-f8c24",
+            "--resolution",
+            "64",
+            "--workers",
+            "0",
+            *out,
+        ],
         "pack": [*data, *out],
-    }  # fmt: skip
+    }
     check_full_disk(tmp_path / "out", commands[command], limit)
 
 

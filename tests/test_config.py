@@ -364,14 +364,24 @@ def test_a_global_batch_is_split_over_any_number_of_processes_that_divides_it(to
 @pytest.mark.parametrize(
     ("values", "world", "words"),
     [
-        ({"global": 2048, "per_device": 32}, 3,
-         "batch.global 2,048 is not a multiple of 32 x 3 processes; the nearest that are: 2,016 or 2,112"),
-        ({"global": 2048, "per_device": 24}, 8,
-         "24 x 8 processes; the nearest that are: 1,920 or 2,112; or set batch.per_device to 16 or 32"),
-        ({"global": 10}, 4, "batch.global 10 is not a multiple of 4 processes; the nearest that are: 8 or 12"),
+        (
+            {"global": 2048, "per_device": 32},
+            3,
+            "batch.global 2,048 is not a multiple of 32 x 3 processes; the nearest that are: 2,016 or 2,112",
+        ),
+        (
+            {"global": 2048, "per_device": 24},
+            8,
+            "24 x 8 processes; the nearest that are: 1,920 or 2,112; or set batch.per_device to 16 or 32",
+        ),
+        (
+            {"global": 10},
+            4,
+            "batch.global 10 is not a multiple of 4 processes; the nearest that are: 8 or 12",
+        ),
         ({"global": 2}, 4, "is not a multiple of 4 processes; the nearest that are: 4"),
     ],
-)  # fmt: skip
+)
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_values(values, world, words):
     from nitro_e.training.batch import BatchConfig
 

@@ -134,8 +134,16 @@ def damage(path, kind):
     path.write_bytes(content)
 
 
-KINDS = ["cut between members", "cut inside a member", "cut inside a member, whole blocks", "random header",
-         "zeroed header", "one bit in a name", "one bit in a size", "no end"]  # fmt: skip
+KINDS = [
+    "cut between members",
+    "cut inside a member",
+    "cut inside a member, whole blocks",
+    "random header",
+    "zeroed header",
+    "one bit in a name",
+    "one bit in a size",
+    "no end",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,8 +176,13 @@ def block(kind, name, content, size=None):
 
 
 def test_sizes_in_base_256_and_in_pax_records(tmp_path):
-    parts = [block(b"0", b"k.jpg", b"picture"), block(b"x", b"record", b"9 size=5\n"),
-             block(b"0", b"k.txt", b"hello", size=0), block(b"0", b"k.json", b"{}"), bytes(1024)]  # fmt: skip
+    parts = [
+        block(b"0", b"k.jpg", b"picture"),
+        block(b"x", b"record", b"9 size=5\n"),
+        block(b"0", b"k.txt", b"hello", size=0),
+        block(b"0", b"k.json", b"{}"),
+        bytes(1024),
+    ]
     (tmp_path / "a.tar").write_bytes(b"".join(parts))
     (row,) = scan_tar(tmp_path / "a.tar").rows
     found = {name: row[name].tolist()[1:] for name in row.dtype.names[1:]}

@@ -99,8 +99,12 @@ def parquet(root):
 
     for part in range(2):
         ids = range(part * 32, part * 32 + 32)
-        table = pyarrow.table({"image": [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in ids],
-                               "caption": [f"picture {i}" for i in ids]})  # fmt: skip
+        table = pyarrow.table(
+            {
+                "image": [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in ids],
+                "caption": [f"picture {i}" for i in ids],
+            }
+        )
         pyarrow.parquet.write_table(table, root / f"p{part}.parquet")
     return archive_units([str(root / "p*.parquet")], read_parquet, CONFIG)
 
@@ -189,8 +193,12 @@ def test_layout(tmp_path, layout):
     source.mkdir()
     entries = pack(layout(source), JobConfig(out=out))
     assert sum(entry["samples"] for entry in entries) == N and (out / "bad-images.jsonl").read_text() == ""
-    data = open_data(DataConfig(shards=(str(out / "*.tar"),), batch_size=N, resolution=16, workers=0),
-                     need_pixels=True, seed=0, stage="s")  # fmt: skip
+    data = open_data(
+        DataConfig(shards=(str(out / "*.tar"),), batch_size=N, resolution=16, workers=0),
+        need_pixels=True,
+        seed=0,
+        stage="s",
+    )
     records = next(data.records())
     found = {int(prompt.removeprefix("picture ")): x for prompt, x in zip(records.prompts, records.pixels)}
     assert sorted(found) == list(range(N))
@@ -212,8 +220,10 @@ def test_same_bytes_for_any_number_of_processes(tmp_path, layout):
     pack(units, JobConfig(out=tmp_path / "pool", processes=3))
     for rank in (1, 0):
         pack(units, JobConfig(out=tmp_path / "ranks", rank=rank, world=2))
-    one, pool, ranks = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("[!.]*")} for name in
-                        ("one", "pool", "ranks"))  # fmt: skip
+    one, pool, ranks = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("[!.]*")}
+        for name in ("one", "pool", "ranks")
+    )
     assert one == pool == ranks and len(one) >= 5 and "manifest-images.jsonl" in one
 
 

@@ -86,8 +86,12 @@ def test_weights_of_sources_hold_on_average(tmp_path):
 
 def test_images_and_json(tmp_path):
     write_shards(image_samples(12), str(tmp_path / "a-%d.tar"), 6)
-    indexed = open_data(DataConfig(shards=(str(tmp_path / "*.tar"),), batch_size=12, resolution=8, workers=0),
-                        need_pixels=True, seed=0, stage="s")  # fmt: skip
+    indexed = open_data(
+        DataConfig(shards=(str(tmp_path / "*.tar"),), batch_size=12, resolution=8, workers=0),
+        need_pixels=True,
+        seed=0,
+        stage="s",
+    )
     expected = next(indexed.records())
     expected = {
         key: (pixels, info) for key, pixels, info in zip(expected.keys, expected.pixels, expected.info)
@@ -100,8 +104,10 @@ def test_images_and_json(tmp_path):
 @pytest.mark.parametrize("mask", [True, False])
 def test_text(tmp_path, mask):
     rng = np.random.default_rng(0)
-    samples = [{**s, "text.npy": rng.standard_normal((6 if mask else 2 + i % 4, 3)).astype(np.float16)}
-               for i, s in enumerate(latent_samples(12))]  # fmt: skip
+    samples = [
+        {**s, "text.npy": rng.standard_normal((6 if mask else 2 + i % 4, 3)).astype(np.float16)}
+        for i, s in enumerate(latent_samples(12))
+    ]
     for i, sample in enumerate(samples):
         sample.update({"mask.npy": (np.arange(6) < 2 + i % 4).astype(np.uint8)} if mask else {})
     write_shard(tmp_path / "a.tar", samples)

@@ -98,7 +98,7 @@ def test_truncation_and_lost_shards(folder):
         ("latents-0", lambda s: s[:5], "latents-0.tar:s0_5: missing; images-0.tar has it"),
         ("images-0", lambda s: s[:5], "images-0.tar:s0_5: missing; latents-0.tar has it"),
     ],
-)  # fmt: skip
+)
 def test_content(folder, shard, change, expected):
     rewrite(folder / f"{shard}.tar", change)
     assert any(line.startswith(expected) for line in problems(folder, deep=True)), problems(folder, deep=True)

@@ -59,8 +59,11 @@ def test_counts_are_those_of_the_forward_pass(config, grid, text_length):
         assert sum(count.parameters for count in counts) == parameters
         assert sum(count.flops for count in counts) == flops["Global"]
     first, inside, last = config.groups
-    edges = {"blocks before": range(first), "blocks inside": range(first, first + inside),
-             "blocks after": range(first + inside, first + inside + last)}  # fmt: skip
+    edges = {
+        "blocks before": range(first),
+        "blocks inside": range(first, first + inside),
+        "blocks after": range(first + inside, first + inside + last),
+    }
     for name, indices in edges.items():
         assert sum(flops[f"EMMDiT.blocks.{index}"] for index in indices) == (
             parts[name].flops if name in parts else 0

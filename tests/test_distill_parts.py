@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from distill_tools import (
-    SHAPE,
-    TINY,
-    Loop,
-    distill_config,
-    random_batch,
-    random_text,
-    tiny_model,
-    tiny_stage,
-)
+from distill_tools import SHAPE, TINY, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
 from torch import nn
 
 from nitro_e.config import ConfigError, TrainingError, from_dict
@@ -44,13 +35,7 @@ from nitro_e.stages.distill.inputs import InputConfig, Prediction, Predictor
 from nitro_e.stages.distill.objective import Shared
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.stages.distill.presets import PRESETS
-from nitro_e.stages.distill.regression import (
-    DecayConfig,
-    Diffusion,
-    DiffusionConfig,
-    Reflow,
-    ReflowConfig,
-)
+from nitro_e.stages.distill.regression import DecayConfig, Diffusion, DiffusionConfig, Reflow, ReflowConfig
 from nitro_e.stages.distill.stage import Term
 from nitro_e.training.optim import OptimConfig, build_optimizers
 
@@ -410,8 +395,11 @@ def test_u11_each_phase_moves_its_own_weights_only():
 def test_gradients_taken_at_the_data_are_those_of_the_plain_sum():
     """The student's gradient equals that of one backward pass through everything."""
     config = distill_config(
-        "ladd4", inputs={"rollout": None}, heldout=0.0, adversarial={"start": 0, "ramp": 0, "weight": 0.7, "heads": {"width": 32}}
-    )  # fmt: skip
+        "ladd4",
+        inputs={"rollout": None},
+        heldout=0.0,
+        adversarial={"start": 0, "ramp": 0, "weight": 0.7, "heads": {"width": 32}},
+    )
     stage = tiny_stage(config)
     student, batch = stage.generator, random_batch(3)
     loss, logs = student.loss(student.net, batch, rng(8, "g"))
@@ -968,50 +956,125 @@ def test_what_is_logged_of_the_students_data():
 FOUR_PROBABILITIES = ((0, (0, 0, 0.5, 0.5)), (500, (0.1, 0.3, 0.3, 0.3)), (1500, (0.4, 0.2, 0.2, 0.2)))
 PUBLISHED = {  # the table of docs/distill.md, and what it leaves to AdversarialConfig
     "ladd4": {
-        "inputs.sigmas": SIGMAS, "inputs.probabilities": FOUR_PROBABILITIES, "inputs.noise": "pair", "inputs.rollout.share": 0.5,
-        "inputs.rollout.start": 1000, "inputs.rollout.end": 3000, "sampler": "euler", "time_scale": 1.0,
-        "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 1.0,
-        "diffusion.decay": DecayConfig(start=5000, end=20000, floor=0.1), "diffusion.space": "data",
-        "adversarial.loss": "hinge", "adversarial.weight": "auto", "adversarial.ratio": 1.0,
-        "adversarial.start": 250, "adversarial.ramp": 250, "adversarial.heads": HeadConfig(),
-        "adversarial.heads.condition": "time+text", "adversarial.heads.width": 256,
+        "inputs.sigmas": SIGMAS,
+        "inputs.probabilities": FOUR_PROBABILITIES,
+        "inputs.noise": "pair",
+        "inputs.rollout.share": 0.5,
+        "inputs.rollout.start": 1000,
+        "inputs.rollout.end": 3000,
+        "sampler": "euler",
+        "time_scale": 1.0,
+        "diffusion.target": "pair",
+        "diffusion.kind": "smooth_l1",
+        "diffusion.weight": 1.0,
+        "diffusion.decay": DecayConfig(start=5000, end=20000, floor=0.1),
+        "diffusion.space": "data",
+        "adversarial.loss": "hinge",
+        "adversarial.weight": "auto",
+        "adversarial.ratio": 1.0,
+        "adversarial.start": 250,
+        "adversarial.ramp": 250,
+        "adversarial.heads": HeadConfig(),
+        "adversarial.heads.condition": "time+text",
+        "adversarial.heads.width": 256,
         "adversarial.discriminator.times": TimestepConfig(kind="logit_normal", mean=0.0, std=1.2),
-        "adversarial.discriminator.least": 0.02, "adversarial.discriminator.most": 0.98, "adversarial.null_text": 0.0,
-        "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 1000, "adversarial.pool": None,
-        "adversarial.r1.sigma": 0.05, "adversarial.r1.weight": 200.0, "adversarial.r1.every": 1,
-        "adversarial.optim.lr": 1e-4, "optim.lr": 1e-5, "optim.warmup": 500, "reflow": None,
+        "adversarial.discriminator.least": 0.02,
+        "adversarial.discriminator.most": 0.98,
+        "adversarial.null_text": 0.0,
+        "adversarial.misaligned.share": 0.5,
+        "adversarial.misaligned.start": 1000,
+        "adversarial.pool": None,
+        "adversarial.r1.sigma": 0.05,
+        "adversarial.r1.weight": 200.0,
+        "adversarial.r1.every": 1,
+        "adversarial.optim.lr": 1e-4,
+        "optim.lr": 1e-5,
+        "optim.warmup": 500,
+        "reflow": None,
     },
     "nitro1": {
-        "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "euler", "time_scale": 1.0,
-        "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 1.0, "diffusion.decay": None,
-        "adversarial.loss": "non_saturating", "adversarial.weight": 1.0, "adversarial.heads.condition": "none",
-        "adversarial.discriminator.times.kind": "uniform", "adversarial.discriminator.least": 0.0, "adversarial.discriminator.most": 0.8,
-        "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 0, "adversarial.null_text": 0.0,
-        "adversarial.pool": None, "adversarial.optim.lr": 1e-6, "optim.lr": 1e-6, "reflow": None,
+        "inputs.sigmas": (1.0,),
+        "inputs.noise": "pair",
+        "inputs.rollout": None,
+        "sampler": "euler",
+        "time_scale": 1.0,
+        "diffusion.target": "pair",
+        "diffusion.kind": "smooth_l1",
+        "diffusion.weight": 1.0,
+        "diffusion.decay": None,
+        "adversarial.loss": "non_saturating",
+        "adversarial.weight": 1.0,
+        "adversarial.heads.condition": "none",
+        "adversarial.discriminator.times.kind": "uniform",
+        "adversarial.discriminator.least": 0.0,
+        "adversarial.discriminator.most": 0.8,
+        "adversarial.misaligned.share": 0.5,
+        "adversarial.misaligned.start": 0,
+        "adversarial.null_text": 0.0,
+        "adversarial.pool": None,
+        "adversarial.optim.lr": 1e-6,
+        "optim.lr": 1e-6,
+        "reflow": None,
     },
     "nitrofusion": {
-        "inputs.sigmas": (1.0,), "inputs.noise": "pair", "inputs.rollout": None, "sampler": "multistep",
-        "time_scale": 0.5, "diffusion.target": "pair", "diffusion.kind": "smooth_l1", "diffusion.weight": 0.1,
-        "adversarial.loss": "hinge", "adversarial.weight": 1.0, "adversarial.misaligned": None,
-        "adversarial.null_text": 0.5, "adversarial.pool.levels": (0.09, 0.41, 0.62, 0.80),
-        "adversarial.pool.copies": 15, "adversarial.pool.use": 4, "adversarial.pool.refresh": 0.01,
-        "adversarial.pool.spread": 0.03, "adversarial.optim.lr": 1e-4, "optim.lr": 1e-5, "reflow": None,
+        "inputs.sigmas": (1.0,),
+        "inputs.noise": "pair",
+        "inputs.rollout": None,
+        "sampler": "multistep",
+        "time_scale": 0.5,
+        "diffusion.target": "pair",
+        "diffusion.kind": "smooth_l1",
+        "diffusion.weight": 0.1,
+        "adversarial.loss": "hinge",
+        "adversarial.weight": 1.0,
+        "adversarial.misaligned": None,
+        "adversarial.null_text": 0.5,
+        "adversarial.pool.levels": (0.09, 0.41, 0.62, 0.80),
+        "adversarial.pool.copies": 15,
+        "adversarial.pool.use": 4,
+        "adversarial.pool.refresh": 0.01,
+        "adversarial.pool.spread": 0.03,
+        "adversarial.optim.lr": 1e-4,
+        "optim.lr": 1e-5,
+        "reflow": None,
     },
     "sana_adv": {
-        "inputs.sigmas": (1.0,), "inputs.noise": "fresh", "inputs.rollout": None, "inputs.continuous_times.share": 0.5,
-        "inputs.continuous_times.times": TimestepConfig(kind="logit_normal", mean=0.89, std=1.6), "sampler": "multistep",
-        "time_scale": 1.0, "diffusion.target": "teacher", "diffusion.guidance_scale": 4.5, "diffusion.kind": "mse",
-        "diffusion.space": "velocity", "diffusion.weight": 1.0, "adversarial.loss": "hinge",
-        "adversarial.weight": 0.5, "adversarial.discriminator.times": TimestepConfig(mean=0.093, std=1.0),
-        "adversarial.misaligned.share": 0.5, "adversarial.misaligned.start": 0, "adversarial.null_text": 0.0,
-        "adversarial.pool": None, "adversarial.optim.lr": 2e-6, "optim.lr": 2e-6, "reflow": None,
+        "inputs.sigmas": (1.0,),
+        "inputs.noise": "fresh",
+        "inputs.rollout": None,
+        "inputs.continuous_times.share": 0.5,
+        "inputs.continuous_times.times": TimestepConfig(kind="logit_normal", mean=0.89, std=1.6),
+        "sampler": "multistep",
+        "time_scale": 1.0,
+        "diffusion.target": "teacher",
+        "diffusion.guidance_scale": 4.5,
+        "diffusion.kind": "mse",
+        "diffusion.space": "velocity",
+        "diffusion.weight": 1.0,
+        "adversarial.loss": "hinge",
+        "adversarial.weight": 0.5,
+        "adversarial.discriminator.times": TimestepConfig(mean=0.093, std=1.0),
+        "adversarial.misaligned.share": 0.5,
+        "adversarial.misaligned.start": 0,
+        "adversarial.null_text": 0.0,
+        "adversarial.pool": None,
+        "adversarial.optim.lr": 2e-6,
+        "optim.lr": 2e-6,
+        "reflow": None,
     },
     "reflow": {
-        "inputs.continuous_times.share": 1.0, "inputs.continuous_times.times.kind": "uniform", "inputs.noise": "pair",
-        "inputs.rollout": None, "sampler": "euler", "time_scale": 1.0, "diffusion": None, "adversarial": None,
-        "reflow.weight": 1.0, "optim.lr": 1e-5,
+        "inputs.continuous_times.share": 1.0,
+        "inputs.continuous_times.times.kind": "uniform",
+        "inputs.noise": "pair",
+        "inputs.rollout": None,
+        "sampler": "euler",
+        "time_scale": 1.0,
+        "diffusion": None,
+        "adversarial": None,
+        "reflow.weight": 1.0,
+        "optim.lr": 1e-5,
     },
-}  # fmt: skip
+}
 STEPS = {"ladd4": [1, 2, 4], "nitro1": [1], "nitrofusion": [1, 2, 3, 4], "sana_adv": [1, 2, 4], "reflow": []}
 
 

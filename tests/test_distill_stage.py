@@ -32,17 +32,21 @@ TEXT = ComponentConfig(name="hash")
 HEADS = {"start": 2, "ramp": 2, "heads": {"width": 16}, "r1": {"sigma": 0.05, "weight": 200}}
 SMALL = {
     "ladd4": {
-        "inputs": {"probabilities": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}}, "adversarial": HEADS
+        "inputs": {"probabilities": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}},
+        "adversarial": HEADS,
     },
     "nitro1": {"adversarial": HEADS},
     "nitrofusion": {
         "adversarial": {
-            "start": 2, "ramp": 2, "r1": HEADS["r1"], "pool": {"copies": 4, "use": 2, "width": 8, "refresh": 0.05}
+            "start": 2,
+            "ramp": 2,
+            "r1": HEADS["r1"],
+            "pool": {"copies": 4, "use": 2, "width": 8, "refresh": 0.05},
         }
     },
     "sana_adv": {"adversarial": HEADS},
     "reflow": {},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +76,32 @@ def recipe(pairs, folder, preset="ladd4", **overrides):
         "run": str(folder / "run"),
         "model": {"preset": "micro-8", "latent_channels": 24, "text_width": text_shape(TEXT)[0]},
         "stage": {
-            "kind": "distill", "preset": preset, "teacher": str(pairs / "teacher"), "guards": None,
-            "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2}, **SMALL[preset],
+            "kind": "distill",
+            "preset": preset,
+            "teacher": str(pairs / "teacher"),
+            "guards": None,
+            "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2},
+            **SMALL[preset],
         },
         "data": {"shards": [str(pairs / "pairs/*.tar")], "resolution": 64, "workers": 0},
         "batch": 4,
         "components": {"codec": "dct-f8c24", "text": "hash"},
-        "engine": {"steps": 6, "save_every": 3, "sample_every": 0, "log_every": 1, "precision": "float32",
-                   "tracker": "none", "ema": {"beta": 0.9}},
-        "sampling": {"resolution": 64, "steps": 1, "guidance_scale": 1,
-                     "sampler": PRESETS[preset]["sampler"]},
-    }  # fmt: skip
+        "engine": {
+            "steps": 6,
+            "save_every": 3,
+            "sample_every": 0,
+            "log_every": 1,
+            "precision": "float32",
+            "tracker": "none",
+            "ema": {"beta": 0.9},
+        },
+        "sampling": {
+            "resolution": 64,
+            "steps": 1,
+            "guidance_scale": 1,
+            "sampler": PRESETS[preset]["sampler"],
+        },
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**data, **overrides}))
     return path
@@ -260,8 +279,15 @@ def test_every_preset_trains(preset):
     from distill_tools import tiny_model
 
     small = ModelConfig(
-        latent_channels=4, text_width=8, width=32, heads=2, groups=(1, 2, 1), base_grid=8, attention=("full",), gate_init="one"
-    )  # fmt: skip
+        latent_channels=4,
+        text_width=8,
+        width=32,
+        heads=2,
+        groups=(1, 2, 1),
+        base_grid=8,
+        attention=("full",),
+        gate_init="one",
+    )
     stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=small))
     before = [p.detach().clone() for p in stage.student.parameters()]
     loop, verdicts, weights = Loop(stage, 20), {"real": [], "fake": []}, []

@@ -86,9 +86,16 @@ def train(run, stage=None, stop=None, hooks=(), accumulate=1, **options) -> Engi
     }
     config = EngineConfig(**options)
     trainer = Engine(
-        config, stage or ToyStage(), make_accelerator(config), run=run, seed=1, use={}, record={},
-        accumulate=accumulate, hooks=hooks,
-    )  # fmt: skip
+        config,
+        stage or ToyStage(),
+        make_accelerator(config),
+        run=run,
+        seed=1,
+        use={},
+        record={},
+        accumulate=accumulate,
+        hooks=hooks,
+    )
     if stop is not None:  # as if SIGTERM came during step `stop`
         original, trainer.update = trainer.update, None
 

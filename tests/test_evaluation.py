@@ -23,13 +23,7 @@ from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import benchmark, describe
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
-from nitro_e.evaluation.images import (
-    ImageGenerator,
-    ScoredImage,
-    collect,
-    noise_seeds,
-    read_rows,
-)
+from nitro_e.evaluation.images import ImageGenerator, ScoredImage, collect, noise_seeds, read_rows
 from nitro_e.files import weights_hash
 from nitro_e.interfaces import DistContext
 from nitro_e.model import EMMDiT, ModelConfig

@@ -14,10 +14,19 @@ from nitro_e.sampling.pipeline import TextToImage
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
-    ("train", []), ("sample", []), ("benchmark.model", []), ("convert", []), ("data", ["encode"]),
-    ("describe", []), ("ema", ["synthesize"]), ("evaluate", []), ("make_shapes", []),
-    ("report", []), ("study", []), ("synthesize", []),
-]  # fmt: skip
+    ("train", []),
+    ("sample", []),
+    ("benchmark.model", []),
+    ("convert", []),
+    ("data", ["encode"]),
+    ("describe", []),
+    ("ema", ["synthesize"]),
+    ("evaluate", []),
+    ("make_shapes", []),
+    ("report", []),
+    ("study", []),
+    ("synthesize", []),
+]
 
 
 def test_all_commands_spell_components_and_precision_alike(capsys):
@@ -31,9 +40,13 @@ def test_all_commands_spell_components_and_precision_alike(capsys):
     component, dtype = "NAME|FOLDER|NAME=FOLDER", ("dtype", "{float32,bfloat16,float16}")
     both = {("codec", component), ("text", component)}
     expected = {
-        "sample": both | {dtype}, "evaluate": both | {dtype}, "synthesize": both | {dtype},
-        "data": both | {("vision", component), dtype}, "convert": {dtype}, "benchmark.model": {dtype},
-    }  # fmt: skip
+        "sample": both | {dtype},
+        "evaluate": both | {dtype},
+        "synthesize": both | {dtype},
+        "data": both | {("vision", component), dtype},
+        "convert": {dtype},
+        "benchmark.model": {dtype},
+    }
     assert found == {module: expected.get(module, set()) for module, _ in COMMANDS}
 
 

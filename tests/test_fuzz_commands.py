@@ -207,39 +207,74 @@ TOOLS = {
 # ---- what is right, so that not everything is refused; and what is wrong but said in another way
 
 RIGHT = {
-    "train.py": ["W/tiny.yaml --dry-run", "W/tiny.yaml --dry-run seed=3 engine.steps=1e3", "--dry-run W/tiny.yaml seed=3"],
+    "train.py": [
+        "W/tiny.yaml --dry-run",
+        "W/tiny.yaml --dry-run seed=3 engine.steps=1e3",
+        "--dry-run W/tiny.yaml seed=3",
+    ],
     "sample.py": [
         "W/run --prompt 'a red circle' --out W/out",
         "W/run --prompt '' --seed 9223372036854775 --out W/out",
         "shapes --prompt '🚀 ../../etc/passwd \u202e' --steps 1 --guidance 0 --device cpu --out W/out",
     ],
-    "tools/data.py": [f"index {DATA}", f"head {DATA} --count 1", "which W/tiny.yaml --step 1",
-                      "pack folder W/images --captions-from-names --out W/o/right --resize 8"],
+    "tools/data.py": [
+        f"index {DATA}",
+        f"head {DATA} --count 1",
+        "which W/tiny.yaml --step 1",
+        "pack folder W/images --captions-from-names --out W/o/right --resize 8",
+    ],
     "tools/report.py": ["W/damaged_run"],
     "tools/evaluate.py": ["shapes shapes --num 2 --steps 1 --out W/o/right_v"],
     "tools/synthesize.py": ["shapes --prompts W/ok.txt --limit 1 --steps 1 --out W/o/right_y"],
     "tools/make_shapes.py": ["W/o/right_m --num 3"],
-}  # fmt: skip
+}
 # answers "1 problems" and 1
 FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}
 
 FEW = {  # at once, in this process
-    "train": [f"W/tiny.yaml {words} --dry-run" for words in (
-        "stage.optim.clip=.nan", "engine.keep_every=-1", "engine.steps=010", "name=../../evil", "model.preset=[1]",
-        "data.shards=[W/zero.tar]",
-    )] + ["W/recipes/latin.yaml", "W/recipes/deep.yaml", "W/recipes/section_twice.yaml"],
-    "sample": ["shapes --prompt x --device foo", "shapes --prompt x --seed 1e30", "shapes --prompt SURROGATE",
-               "shapes --prompts-file W/binary.txt", "W/ok.txt --prompt x"],
-    "data": ["pack table W/lists.jsonl --out W/o", "pack table /etc/passwd --out W/o", "pack table W/deep.jsonl --out W/o",
-             "pack folder W/images --out W/o", "pack folder W/images --resize -5 --captions-from-names --out W/o",
-             "index W/zero.tar", "head W/broken.tar", "stats W/no_image.tar", "which W/tiny.yaml --step -1",
-             "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o", "verify W/damaged/data-0.tar",
-             "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o"],
-    "evaluate": ["W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
-                 "W/lists.jsonl shapes --reward shapes"],
-    "synthesize": ["shapes --prompts W/ok.txt --limit -1 --out W/o", "shapes --prompts W/ok.txt --max-abs nan --out W/o"],
+    "train": [
+        f"W/tiny.yaml {words} --dry-run"
+        for words in (
+            "stage.optim.clip=.nan",
+            "engine.keep_every=-1",
+            "engine.steps=010",
+            "name=../../evil",
+            "model.preset=[1]",
+            "data.shards=[W/zero.tar]",
+        )
+    ]
+    + ["W/recipes/latin.yaml", "W/recipes/deep.yaml", "W/recipes/section_twice.yaml"],
+    "sample": [
+        "shapes --prompt x --device foo",
+        "shapes --prompt x --seed 1e30",
+        "shapes --prompt SURROGATE",
+        "shapes --prompts-file W/binary.txt",
+        "W/ok.txt --prompt x",
+    ],
+    "data": [
+        "pack table W/lists.jsonl --out W/o",
+        "pack table /etc/passwd --out W/o",
+        "pack table W/deep.jsonl --out W/o",
+        "pack folder W/images --out W/o",
+        "pack folder W/images --resize -5 --captions-from-names --out W/o",
+        "index W/zero.tar",
+        "head W/broken.tar",
+        "stats W/no_image.tar",
+        "which W/tiny.yaml --step -1",
+        "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o",
+        "verify W/damaged/data-0.tar",
+        "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
+    ],
+    "evaluate": [
+        "W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
+        "W/lists.jsonl shapes --reward shapes",
+    ],
+    "synthesize": [
+        "shapes --prompts W/ok.txt --limit -1 --out W/o",
+        "shapes --prompts W/ok.txt --max-abs nan --out W/o",
+    ],
     "study": ["W/binary.txt", "W/study_outside.yaml"],
-}  # fmt: skip
+}
 
 
 def make_files(folder: Path) -> None:
@@ -354,8 +389,12 @@ def pairs(text: str) -> list[str]:
 
 def wrong_lines() -> dict[str, list[str]]:
     """Program -> command lines that it must refuse."""
-    overrides = [f"{key}={value}" for key, value in itertools.chain(
-        itertools.product(REAL_KEYS.split(), FRACTIONS), itertools.product(COUNT_KEYS.split(), COUNTS))]  # fmt: skip
+    overrides = [
+        f"{key}={value}"
+        for key, value in itertools.chain(
+            itertools.product(REAL_KEYS.split(), FRACTIONS), itertools.product(COUNT_KEYS.split(), COUNTS)
+        )
+    ]
     overrides = [shlex.quote(override) for override in overrides]
     written = re.findall(r"""'[^']*'|"[^"]*"|\S+\{[^}]*\}|\S+""", OVERRIDES)
     overrides += [word if word[0] in "'\"" else shlex.quote(word) for word in written]
@@ -436,8 +475,11 @@ def test_hundreds_of_command_lines(folder):
         server = subprocess.run(
             [sys.executable, str(ROOT / "tests/fuzz_server.py"), str(ROOT / program), str(folder)],
             input="".join(json.dumps(arguments_of(line, folder)) + "\n" for line, _ in lines),
-            stdout=subprocess.PIPE, text=True, env=environment(), cwd=folder,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            cwd=folder,
+        )
         ended = [json.loads(answer) for answer in server.stdout.splitlines()]
         assert len(ended) == len(lines), f"{program}: the server ended early"
         for index, ((line, right), (code, seconds, stderr)) in enumerate(zip(lines, ended)):

@@ -87,10 +87,13 @@ def test_the_reference_model_runs_on_other_grids(released_state):
 
 
 CONFIGS = [
-    {}, dict(attention=["full"]), dict(compression=[], position_reinforcement=False),
-    dict(compression=[2, 8], attention=["full", "2x2"], width=64), dict(attention=["3x1"], base_grid=12),
+    {},
+    dict(attention=["full"]),
+    dict(compression=[], position_reinforcement=False),
+    dict(compression=[2, 8], attention=["full", "2x2"], width=64),
+    dict(attention=["3x1"], base_grid=12),
     dict(groups=[2, 1, 3], attention=["8x1", "full", "2x4"], position_table=20),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("choices", CONFIGS)
@@ -121,14 +124,26 @@ def test_nearest_grids_are_the_nearest(choices, height, width):
 @pytest.mark.parametrize(
     "grid, text_length, message",
     [
-        ((8, 8), 16, r"grid 8x8: attention \['full', '4x1', '4x4'\] needs multiples of 16 tokens, but group 2 has 20; "
-         "the nearest that work: grid 16x16"),
-        ((18, 16), 16, "18x16 tokens are not a multiple of compression ratio 4; the nearest that work: grid 16x16"),
-        ((100, 16), 16, "more than the 96 tokens per side of position_table; the nearest that work: grid 96x16"),
+        (
+            (8, 8),
+            16,
+            r"grid 8x8: attention \['full', '4x1', '4x4'\] needs multiples of 16 tokens, but group 2 has 20; "
+            "the nearest that work: grid 16x16",
+        ),
+        (
+            (18, 16),
+            16,
+            "18x16 tokens are not a multiple of compression ratio 4; the nearest that work: grid 16x16",
+        ),
+        (
+            (100, 16),
+            16,
+            "more than the 96 tokens per side of position_table; the nearest that work: grid 96x16",
+        ),
         ((16, 16), 120, "the text has 120; the nearest text length that works: 112 or 128"),
         ((16, 16), 7, "the text has 7; the nearest text length that works: 16"),
     ],
-)  # fmt: skip
+)
 def test_forward_refuses_with_the_nearest_sizes_that_work(grid, text_length, message):
     model = build(groups=[1, 2, 1], attention=["full", "4x1", "4x4"])
     with pytest.raises(ConfigError, match=message):

@@ -157,7 +157,10 @@ def test_saved_adapter_merges_in_peft_and_here_to_the_same_weights(model, inputs
         for name in ("adapter_config.json", "adapter_model.safetensors")
     ]
     save_adapter(model, tmp_path / "twice", base="amd/Nitro-E")
-    assert files == [(tmp_path / "twice" / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]  # fmt: skip
+    assert files == [
+        (tmp_path / "twice" / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
 
 
 def test_going_on_from_a_saved_adapter(model, inputs, tmp_path):
@@ -172,8 +175,18 @@ def test_going_on_from_a_saved_adapter(model, inputs, tmp_path):
     save_adapter(other, tmp_path / "again")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
-    small = EMMDiT(ModelConfig(latent_channels=4, text_width=16, width=32, heads=2, groups=(0, 0, 1), mlp_ratio=2.0,
-                               compression=(), position_reinforcement=False))  # fmt: skip
+    small = EMMDiT(
+        ModelConfig(
+            latent_channels=4,
+            text_width=16,
+            width=32,
+            heads=2,
+            groups=(0, 0, 1),
+            mlp_ratio=2.0,
+            compression=(),
+            position_reinforcement=False,
+        )
+    )
     with pytest.raises(ConfigError, match="block_groups"):
         add_adapter(small, AdapterConfig(init_from=str(tmp_path / "lora")), seed=0)
     with pytest.raises(ConfigError, match="adapter_config.json"):

@@ -58,9 +58,12 @@ def test_policy_gradient_of_a_linear_chain(name):
     theta = torch.zeros((), requires_grad=True)
     with torch.no_grad():
         drawn = sample_trajectory(
-            lambda x, t: gaussian_velocity(t[0]) * x, x, schedule, window,
+            lambda x, t: gaussian_velocity(t[0]) * x,
+            x,
+            schedule,
+            window,
             lambda *shape: torch.randn(count, *shape, generator=generator),
-        )  # fmt: skip
+        )
     rewards = drawn.latents.flatten()
     advantage = rewards - rewards.mean()
     per_image = torch.zeros(count)
@@ -103,11 +106,17 @@ def test_loss_gradient_is_reinforce_over_dimensions():
 @pytest.mark.parametrize(
     "advantage, ratio, value, moves",
     [
-        (1.0, 1.0, -1.0, True), (1.0, 1.05, -1.05, True), (1.0, 1.3, -1.2, False), (1.0, 0.5, -0.5, True),
-        (-1.0, 1.0, 1.0, True), (-1.0, 1.3, 1.3, True), (-1.0, 0.95, 0.95, True), (-1.0, 0.5, 0.9, False),
+        (1.0, 1.0, -1.0, True),
+        (1.0, 1.05, -1.05, True),
+        (1.0, 1.3, -1.2, False),
+        (1.0, 0.5, -0.5, True),
+        (-1.0, 1.0, 1.0, True),
+        (-1.0, 1.3, 1.3, True),
+        (-1.0, 0.95, 0.95, True),
+        (-1.0, 0.5, 0.9, False),
         (0.0, 2.0, 0.0, False),
     ],
-)  # fmt: skip
+)
 def test_clipping(advantage, ratio, value, moves):
     """Clipped at 0.9 and 1.2; outside, the gradient stops exactly where going on would pay."""
     r = torch.tensor([ratio], requires_grad=True)
@@ -156,8 +165,10 @@ def test_beta_is_converted_between_kinds():
     assert convert("gaussian_dt", "velocity", 9) == pytest.approx(1.4e-3, rel=0.02)
     assert convert("gaussian_dt", "velocity", 6) == pytest.approx(3.9e-4, rel=0.02)
     assert convert("gaussian_dt", "velocity", 19, num=20) == pytest.approx(4.4e-4, rel=0.02)
-    config = toy.make_config(algorithm={"kind": "clipped", "kl": {"kind": "velocity", "units": "gaussian_dt", "beta": 0.04}},
-                             rollout={"window": {"size": 6}})  # fmt: skip
+    config = toy.make_config(
+        algorithm={"kind": "clipped", "kl": {"kind": "velocity", "units": "gaussian_dt", "beta": 0.04}},
+        rollout={"window": {"size": 6}},
+    )
     assert config.algorithm.kl.weight(config.schedule()) == pytest.approx(3.9e-4, rel=0.02)
 
 
@@ -288,11 +299,13 @@ def test_score_statistics_of_mixed_prompts():
 
 def test_bad_configs():
     for options, message in [
-        ({"group_size": 1}, "group_size"), ({"rewards": [{"name": "grpo_toy:signs", "weight": 0}]}, "none has a weight"),
-        ({"algorithm": {"kind": "nft", "times": 20}}, "times"), ({"rollout": {"window": {"size": 20}}}, "window"),
+        ({"group_size": 1}, "group_size"),
+        ({"rewards": [{"name": "grpo_toy:signs", "weight": 0}]}, "none has a weight"),
+        ({"algorithm": {"kind": "nft", "times": 20}}, "times"),
+        ({"rollout": {"window": {"size": 20}}}, "window"),
         ({"algorithm": {"kind": "nft", "kl": {"kind": "gaussian"}}}, "velocity"),
         ({"algorithm": {"kind": "clipped", "clip_low": 0.0}}, "clip"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ConfigError, match=message):
             toy.make_config(**options)
     with pytest.raises(ConfigError, match="stage.updates"):

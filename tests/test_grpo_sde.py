@@ -73,12 +73,21 @@ def test_flow_tends_to_the_ode_as_its_noise_goes_to_zero():
 @pytest.mark.parametrize(
     "kind, noise, steps, expected",
     [
-        ("ode", 0.0, 10, 0.751), ("flow", 0.7, 10, 0.921), ("flow", 0.4, 10, 0.818), ("dance", 0.3, 10, 0.767),
-        ("cps", 0.8, 10, 0.512), ("ancestral", 0.495, 10, 0.729),
-        ("ode", 0.0, 20, 0.874), ("flow", 0.7, 20, 0.976), ("cps", 0.8, 20, 0.576), ("ancestral", 0.495, 20, 0.857),
-        ("flow", 0.7, 200, 1.009), ("cps", 0.8, 200, 0.642), ("ancestral", 0.495, 200, 0.985),
+        ("ode", 0.0, 10, 0.751),
+        ("flow", 0.7, 10, 0.921),
+        ("flow", 0.4, 10, 0.818),
+        ("dance", 0.3, 10, 0.767),
+        ("cps", 0.8, 10, 0.512),
+        ("ancestral", 0.495, 10, 0.729),
+        ("ode", 0.0, 20, 0.874),
+        ("flow", 0.7, 20, 0.976),
+        ("cps", 0.8, 20, 0.576),
+        ("ancestral", 0.495, 20, 0.857),
+        ("flow", 0.7, 200, 1.009),
+        ("cps", 0.8, 200, 0.642),
+        ("ancestral", 0.495, 200, 0.985),
     ],
-)  # fmt: skip
+)
 def test_variance_of_gaussian_data(kind, noise, steps, expected):
     """Values of an independent numpy computation."""
     assert final_variance(kind, steps, noise) == pytest.approx(expected, abs=1.5e-3)
@@ -114,9 +123,12 @@ def test_two_peaks_keep_their_shape():
         schedule = Schedule(time_grid(500), SDEConfig(kind=kind, noise=noise), WindowConfig(size=1))
         x = torch.randn(count, 1, 1, 1, generator=generator)
         end = sample_trajectory(
-            velocity, x, schedule, Window(0, schedule.stop),
+            velocity,
+            x,
+            schedule,
+            Window(0, schedule.stop),
             lambda *shape: torch.randn(count, *shape, generator=generator),
-        ).latents.flatten()  # fmt: skip
+        ).latents.flatten()
         distances[kind] = (end.sort().values - data.sort().values).abs().mean().item()
     assert max(distances[kind] for kind in ("flow", "dance", "ancestral")) <= 0.02, distances
     assert distances["cps"] > 0.03, distances
@@ -173,9 +185,12 @@ def test_a_drawn_step_has_the_mean_std_and_density_of_the_table(kind):
     x = torch.randn(64, 4, 8, 8, generator=generator)
     velocity = torch.randn(64, 4, 8, 8, generator=generator)
     drawn = sample_trajectory(
-        lambda x, t: velocity, x, schedule, Window(2, 3),
+        lambda x, t: velocity,
+        x,
+        schedule,
+        Window(2, 3),
         lambda *shape: torch.randn(64, *shape, generator=generator),
-    )  # fmt: skip
+    )
     start, end = drawn.states
     row = schedule.sde.at(torch.full((64,), 2))
     mean, std = row.mean(start, velocity), row.std.flatten()[0]

@@ -562,10 +562,28 @@ def test_metrics(tmp_path):
         for part in ("", "/std", "/within_std", "/invalid"):
             assert math.isfinite(first[f"reward/{reward}{part}"])
     for name in (
-        "zero_std_ratio", "advantage", "diversity", "rollout_gap", "ratio/step2", "ratio_error/step0", "delta/step1",
-        "kl/step2", "kl_old/step0", "clip_low", "clip_high", "null_drift", "grad_norm", "lr", "ema_gap", "data_wait",
-        "seconds/draw", "seconds/decode", "seconds/reward", "window", "rollout",
-    ):  # fmt: skip
+        "zero_std_ratio",
+        "advantage",
+        "diversity",
+        "rollout_gap",
+        "ratio/step2",
+        "ratio_error/step0",
+        "delta/step1",
+        "kl/step2",
+        "kl_old/step0",
+        "clip_low",
+        "clip_high",
+        "null_drift",
+        "grad_norm",
+        "lr",
+        "ema_gap",
+        "data_wait",
+        "seconds/draw",
+        "seconds/decode",
+        "seconds/reward",
+        "window",
+        "rollout",
+    ):
         assert math.isfinite(first[name]), name
     assert "reward/signs" not in second and second["ratio_error"] > 0
 
@@ -631,10 +649,20 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     runs = {str(tmp_path / "two" / name): {"steps": 4, "stage": stage} for name, stage in options.items()}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
-         json.dumps(runs)],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+            json.dumps(runs),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for name in options:
         one, two = (numbers(tmp_path / processes / name) for processes in ("one", "two"))

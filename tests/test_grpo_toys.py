@@ -10,9 +10,16 @@ from nitro_e.sampling.samplers import euler, guide
 
 ROLLOUTS = 60
 BASE = {
-    "groups": 8, "group_size": 16, "updates": 2,
-    "algorithm": {"kind": "clipped", "clip_low": 3e-3, "clip_high": 3e-3, "kl": {"kind": "gaussian_dt", "beta": 0.04}},
-}  # fmt: skip
+    "groups": 8,
+    "group_size": 16,
+    "updates": 2,
+    "algorithm": {
+        "kind": "clipped",
+        "clip_low": 3e-3,
+        "clip_high": 3e-3,
+        "kl": {"kind": "gaussian_dt", "beta": 0.04},
+    },
+}
 NFT = {"algorithm": {"kind": "nft"}, "rollout": {"guidance_scale": 1.0}, "updates": 1}
 _pretrained: dict[int, dict] = {}
 
@@ -65,14 +72,18 @@ def test_without_a_learning_rate_nothing_changes(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rollout": {"window": {"size": 6}}}, {"rollout": {"window": {"kind": "random", "size": 4, "stop": 7}}},
-        {"rollout": {"window": {"size": 6}, "sde": {"kind": "ancestral"}}}, {"cfg_grad": "cond"},
-        {"algorithm": {"kl": {"kind": "velocity", "beta": 1e-3}}}, {"advantage": {"std": "batch"}},
+        {"rollout": {"window": {"size": 6}}},
+        {"rollout": {"window": {"kind": "random", "size": 4, "stop": 7}}},
+        {"rollout": {"window": {"size": 6}, "sde": {"kind": "ancestral"}}},
+        {"cfg_grad": "cond"},
+        {"algorithm": {"kl": {"kind": "velocity", "beta": 1e-3}}},
+        {"advantage": {"std": "batch"}},
         {"algorithm": {"ratio_norm": True, "step_weight": "1/h"}, "rollout": {"window": {"size": 6}}},
-        {"rollout": {"shared_noise": True, "window": {"size": 6}}}, {"algorithm": {"step_weight": "noise"}},
+        {"rollout": {"shared_noise": True, "window": {"size": 6}}},
+        {"algorithm": {"step_weight": "noise"}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_variants_learn_too(options, seed, tmp_path):
     assert gain(tmp_path, seed, options)[1] > 0.2
 

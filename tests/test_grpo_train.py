@@ -123,14 +123,22 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
     assert train.main([str(recipe), "stage.adapter.init_from=nowhere", "--dry-run"]) == 2
     assert "stage.adapter.init_from: folder 'nowhere' does not exist" in capsys.readouterr().err
     for overrides, message in [
-        (["engine.steps=3"], "engine.steps"), (["engine.save_every=3"], "engine.save_every"),
+        (["engine.steps=3"], "engine.steps"),
+        (["engine.save_every=3"], "engine.save_every"),
         (["stage.updates=3", "engine.steps=3", "engine.save_every=3"], "stage.group_size"),
         (["data={shards: [a.tar], resolution: 64}"], "leave data out"),
-        (["stage.kind=gpro"], "did you mean 'grpo'"), (["components.vision=dinov2-b14"], "components.vision"),
-        (["batch.per_device=5"], "the batch of 24 rows is not a multiple of 5 x 1 processes; set batch.per_device to 4 or 6"),
-        (["engine.accumulate=5"], "engine.accumulate 5: recipes no longer"), (["batch=8"], "batch.global 8: stage.kind 'grpo'"), (["stage.rewards=[{name: shape}]"], "did you mean 'shapes'"),
-        (["engine.posthoc_ema={}"], "posthoc"), (["stage.prompts=none.txt"], "none.txt"),
-    ]:  # fmt: skip
+        (["stage.kind=gpro"], "did you mean 'grpo'"),
+        (["components.vision=dinov2-b14"], "components.vision"),
+        (
+            ["batch.per_device=5"],
+            "the batch of 24 rows is not a multiple of 5 x 1 processes; set batch.per_device to 4 or 6",
+        ),
+        (["engine.accumulate=5"], "engine.accumulate 5: recipes no longer"),
+        (["batch=8"], "batch.global 8: stage.kind 'grpo'"),
+        (["stage.rewards=[{name: shape}]"], "did you mean 'shapes'"),
+        (["engine.posthoc_ema={}"], "posthoc"),
+        (["stage.prompts=none.txt"], "none.txt"),
+    ]:
         assert run_train(recipe, tmp_path / "bad", *overrides) == 2
         assert message in capsys.readouterr().err, message
     with pytest.raises(ConfigError, match="data"):

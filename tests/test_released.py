@@ -70,9 +70,14 @@ def test_position_table_is_that_of_diffusers(base_grid, grid):
 
     config = ModelConfig(width=48, heads=2, base_grid=base_grid, attention=("full",))
     embed = PatchEmbed(
-        height=base_grid, width=base_grid, patch_size=1, in_channels=4, embed_dim=48,
-        interpolation_scale=max(base_grid // 16, 1), pos_embed_max_size=96,
-    )  # fmt: skip
+        height=base_grid,
+        width=base_grid,
+        patch_size=1,
+        in_channels=4,
+        embed_dim=48,
+        interpolation_scale=max(base_grid // 16, 1),
+        pos_embed_max_size=96,
+    )
     position = EMMDiT(config).position
     assert torch.equal(position.table.reshape(1, -1, 48), embed.pos_embed)
     added = position(torch.zeros(1, grid[0] * grid[1], 48), grid)
@@ -242,10 +247,15 @@ def test_lora_merges_into_our_folder_as_into_the_file(released_file, tmp_path):
 
 
 TARGETS = [
-    "block_groups.0.0.attn.to_q", "block_groups.0.1.attn.to_q", "block_groups.1.10.attn.add_k_proj",
-    "block_groups.1.1.ff.net.0.proj", "block_groups.2.3.attn.to_out.0", "adaln_single.linear",
-    "tokencompressor.0.0.body4x.1", "pos_embed.proj",
-]  # fmt: skip
+    "block_groups.0.0.attn.to_q",
+    "block_groups.0.1.attn.to_q",
+    "block_groups.1.10.attn.add_k_proj",
+    "block_groups.1.1.ff.net.0.proj",
+    "block_groups.2.3.attn.to_out.0",
+    "adaln_single.linear",
+    "tokencompressor.0.0.body4x.1",
+    "pos_embed.proj",
+]
 
 
 class Skeleton(nn.Module):
@@ -276,12 +286,14 @@ class Skeleton(nn.Module):
         dict(r=3, lora_alpha=7),
         dict(r=4, lora_alpha=8, use_rslora=True),
         dict(
-            r=4, lora_alpha=6, rank_pattern={"to_q": 2, "block_groups.0.1.attn.to_q": 5, "3.attn.to_out.0": 9},
+            r=4,
+            lora_alpha=6,
+            rank_pattern={"to_q": 2, "block_groups.0.1.attn.to_q": 5, "3.attn.to_out.0": 9},
             alpha_pattern={r"block_groups\.0\..*to_q": 1, "add_k_proj": 32, "linear": 2.5},
         ),
         dict(r=2, lora_alpha=3, use_rslora=True, rank_pattern={"proj": 6}, alpha_pattern={"proj": 5}),
     ],
-)  # fmt: skip
+)
 def test_lora_merge_is_that_of_peft(released_state, tmp_path, options):
     import peft
 
@@ -330,17 +342,39 @@ FIRST = "base_model.model.block_groups.0.0.attn.to_q"
         ("peft_type is 'LOHA'", dict(peft_type="LOHA"), None),
         ("r = None in adapter_config.json", dict(r=None), None),
         ("has rank 4, adapter_config.json says 5", dict(r=5), None),
-        ("target 'block_groups.0.0.attn.to_x' is not in the released model", {},
-         lambda s: {n.replace("0.0.attn.to_q", "0.0.attn.to_x"): t for n, t in s.items()}),
-        ("tensor 'base_model.model.proj_out.weight' is not a LoRA factor", {},
-         lambda s: {**s, "base_model.model.proj_out.weight": torch.zeros(2)}),
-        ("lora_magnitude_vector' is not a LoRA factor", {}, lambda s: {**s, f"{FIRST}.lora_magnitude_vector": torch.zeros(2)}),
-        ("'block_groups.0.0.attn.to_q' lacks one of its two", {}, lambda s: {n: t for n, t in s.items() if n != f"{FIRST}.lora_A.weight"}),
-        (r"LoRA factors \[32, 4\] x \[4, 8\] for a weight \[32, 32\]", {}, lambda s: {**s, f"{FIRST}.lora_A.weight": torch.zeros(4, 8)}),
+        (
+            "target 'block_groups.0.0.attn.to_x' is not in the released model",
+            {},
+            lambda s: {n.replace("0.0.attn.to_q", "0.0.attn.to_x"): t for n, t in s.items()},
+        ),
+        (
+            "tensor 'base_model.model.proj_out.weight' is not a LoRA factor",
+            {},
+            lambda s: {**s, "base_model.model.proj_out.weight": torch.zeros(2)},
+        ),
+        (
+            "lora_magnitude_vector' is not a LoRA factor",
+            {},
+            lambda s: {**s, f"{FIRST}.lora_magnitude_vector": torch.zeros(2)},
+        ),
+        (
+            "'block_groups.0.0.attn.to_q' lacks one of its two",
+            {},
+            lambda s: {n: t for n, t in s.items() if n != f"{FIRST}.lora_A.weight"},
+        ),
+        (
+            r"LoRA factors \[32, 4\] x \[4, 8\] for a weight \[32, 32\]",
+            {},
+            lambda s: {**s, f"{FIRST}.lora_A.weight": torch.zeros(4, 8)},
+        ),
         ("holds no lora_A / lora_B tensors", {}, lambda s: {}),
-        ("1 of .* not finite, the first is '.*lora_A", {}, lambda s: {**s, f"{FIRST}.lora_A.weight": torch.full((2, 32), torch.nan)}),
+        (
+            "1 of .* not finite, the first is '.*lora_A",
+            {},
+            lambda s: {**s, f"{FIRST}.lora_A.weight": torch.full((2, 32), torch.nan)},
+        ),
     ],
-)  # fmt: skip
+)
 def test_adapters_that_cannot_be_merged_exactly_are_refused(
     released_state, tmp_path, message, config, change
 ):

@@ -60,8 +60,12 @@ def test_files_of_the_layouts():
     ]
     drawn = {name: layout(records, 4, 7, "bad") for name, layout in LAYOUTS.items()}
     assert [item.file for item in drawn["flat"]][:5] == [
-        "0000-a-red-fox-7.png", "0001-a-red-fox-8.png", "0002-a-red-fox-9.png", "0003-a-red-fox-10.png", "0004-two-100.png",
-    ]  # fmt: skip
+        "0000-a-red-fox-7.png",
+        "0001-a-red-fox-8.png",
+        "0002-a-red-fox-9.png",
+        "0003-a-red-fox-10.png",
+        "0004-two-100.png",
+    ]
     assert [item.file for item in drawn["geneval"]][3:5] == [
         "00000/samples/00003.png",
         "00001/samples/00000.png",

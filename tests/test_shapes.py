@@ -22,15 +22,7 @@ from nitro_e.shapes import judge as judge_module
 from nitro_e.shapes import scenes
 from nitro_e.shapes.judge import ShapesReward, find_objects, judge
 from nitro_e.shapes.render import render, signed_distance
-from nitro_e.shapes.scenes import (
-    Object,
-    Request,
-    Scene,
-    Thing,
-    caption,
-    metadata,
-    scene,
-)
+from nitro_e.shapes.scenes import Object, Request, Scene, Thing, caption, metadata, scene
 
 
 def pixels_of(drawn: list[Scene], resolution: int = 64) -> torch.Tensor:
@@ -72,9 +64,11 @@ HELD_OUT = {
     *scenes.UNSEEN_PAIRS,
     *{({2: "two", 3: "three", 4: "four"}[number], shape) for number, shape in scenes.UNSEEN_COUNTS},
     *{(first, relation.split()[0], second) for first, relation, second in scenes.UNSEEN_RELATIONS},
-    ("star", "right", "square"), ("triangle", "left", "circle"),  # the mirror images, by hand
-    ("cross", "below", "star"), ("cross", "above", "square"),
-}  # fmt: skip
+    ("star", "right", "square"),
+    ("triangle", "left", "circle"),  # the mirror images, by hand
+    ("cross", "below", "star"),
+    ("cross", "above", "square"),
+}
 
 
 def test_training_never_names_or_shows_a_held_out_combination():
@@ -106,16 +100,22 @@ def test_heldout_prompts_are_balanced_and_rightly_flagged():
     "request_, prompt, include, exclude",
     [
         (
-            Request("single_object", (Thing("cross"),)), "a photo of a cross",
-            [{"class": "cross", "count": 1}], None,
+            Request("single_object", (Thing("cross"),)),
+            "a photo of a cross",
+            [{"class": "cross", "count": 1}],
+            None,
         ),
         (
-            Request("colors", (Thing("star", "orange"),)), "a photo of an orange star",
-            [{"class": "star", "count": 1, "color": "orange"}], None,
+            Request("colors", (Thing("star", "orange"),)),
+            "a photo of an orange star",
+            [{"class": "star", "count": 1, "color": "orange"}],
+            None,
         ),
         (
-            Request("counting", (Thing("cross", None, 3),)), "a photo of three crosses",
-            [{"class": "cross", "count": 3}], [{"class": "cross", "count": 4}],
+            Request("counting", (Thing("cross", None, 3),)),
+            "a photo of three crosses",
+            [{"class": "cross", "count": 3}],
+            [{"class": "cross", "count": 4}],
         ),
         (
             Request("color_attr", (Thing("star", "red"), Thing("circle", "orange"))),
@@ -133,7 +133,7 @@ def test_heldout_prompts_are_balanced_and_rightly_flagged():
             None,
         ),
     ],
-)  # fmt: skip
+)
 def test_captions_and_metadata_follow_geneval(request_, prompt, include, exclude):
     record = metadata(request_)
     assert record["prompt"] == caption(request_) == prompt

@@ -190,14 +190,7 @@ def test_a_dry_run_knows_the_length_of_stored_text(tmp_path, capsys):
     shards = f"data.shards=[{tmp_path}/latents-*.tar, {tmp_path}/text-*.tar]"
     assert (
         train(
-            [
-                "configs/shapes/2_finetune.yaml",
-                shards,
-                "init_from=null",
-                "batch=4",
-                *OPTIMIZER,
-                "--dry-run",
-            ]
+            ["configs/shapes/2_finetune.yaml", shards, "init_from=null", "batch=4", *OPTIMIZER, "--dry-run"]
         )
         == 0
     )

@@ -51,10 +51,20 @@ def submit(tmp_path):
             (tmp_path / "run" / "STATUS.json").write_text(before + "\n")
         new = "" if state is None else json.dumps({"state": state, "step": 70, "time": 2.0})
         environment = {
-            **os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": str(torchrun), "STUB": str(tmp_path),
-            "NEW_STATUS": new, "SRUN_CODE": str(code), "JOB_STATE": job, "TORCHRUN_HELP": options, "SLURM_JOB_ID": "4321",
-            "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": restarts,
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "PYTHON": str(torchrun),
+            "STUB": str(tmp_path),
+            "NEW_STATUS": new,
+            "SRUN_CODE": str(code),
+            "JOB_STATE": job,
+            "TORCHRUN_HELP": options,
+            "SLURM_JOB_ID": "4321",
+            "SLURM_NNODES": "2",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_RESTART_COUNT": restarts,
+        }
         command = [
             "bash",
             str(ROOT / "tools" / "slurm.sh"),

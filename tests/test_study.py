@@ -16,24 +16,37 @@ from nitro_e.stages.recipe import RunConfig
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/shapes/3_grpo.yaml"
 SMALL = [
-    "model.preset=micro-8", "engine.steps=1", "batch.per_device=null", "engine.tracker=none", "engine.sample_every=0",
-    "stage.groups=2", "stage.group_size=2", "stage.rollout.steps=6", "stage.rollout.per_device=4",
+    "model.preset=micro-8",
+    "engine.steps=1",
+    "batch.per_device=null",
+    "engine.tracker=none",
+    "engine.sample_every=0",
+    "stage.groups=2",
+    "stage.group_size=2",
+    "stage.rollout.steps=6",
+    "stage.rollout.per_device=4",
     "sampling.steps=2",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     """A study of one variant of an untrained model, in an empty directory."""
     config = load(RunConfig, ROOT / RECIPE, [*SMALL, "init_from=null"])
-    use = {"codec": {"name": "shapes-dc-ae"}, "text": {"name": "shapes-llama"},
-           "sampling": {"resolution": 64, "steps": 2, "grid": "linear"}}  # fmt: skip
+    use = {
+        "codec": {"name": "shapes-dc-ae"},
+        "text": {"name": "shapes-llama"},
+        "sampling": {"resolution": 64, "steps": 2, "grid": "linear"},
+    }
     save_pretrained(EMMDiT(config.model), tmp_path / "base", use)
     plan = {
-        "name": "tried", "base": str(tmp_path / "base"), "num": 12, "seeds": [3, 4],
+        "name": "tried",
+        "base": str(tmp_path / "base"),
+        "num": 12,
+        "seeds": [3, 4],
         "settings": [{"guidance_scale": 1.0, "steps": 2}],
         "variants": {"base": {}, "grpo": {"recipe": str(ROOT / RECIPE), "set": SMALL}},
-    }  # fmt: skip
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
     monkeypatch.chdir(tmp_path)
     return plan

@@ -247,12 +247,7 @@ def test_a_diffusers_pipeline(tmp_path, prompts, monkeypatch):
 
 def save_stable_diffusion(folder, tokenizer_folder):
     """A StableDiffusionPipeline of a few thousand random weights, with a tokenizer of single letters."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = [chr(code) for code in range(33, 127)]
@@ -349,8 +344,18 @@ def test_denormalize_inverts_every_codec():
 def test_a_run_of_the_teacher_again_gives_the_pairs(tmp_path, model, prompts):
     """U25: the stored noise is the seed's, and the teacher makes the stored latent of it, in float32 and in bfloat16."""
     run(
-        model, "--prompts", prompts, "--limit", 4, "--grid", "linear", "--guidance", 6, "--out", tmp_path / "o"
-    )  # fmt: skip
+        model,
+        "--prompts",
+        prompts,
+        "--limit",
+        4,
+        "--grid",
+        "linear",
+        "--guidance",
+        6,
+        "--out",
+        tmp_path / "o",
+    )
     config = DataConfig(shards=(str(tmp_path / "o/*.tar"),), batch_size=4, resolution=64, workers=0)
     records = next(open_data(config, need_pixels=False, extra=("noise.npy",), seed=0, stage="s").records())
     noise = records.extra["noise.npy"].float()

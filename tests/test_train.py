@@ -119,8 +119,20 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
 def test_training_learns_the_colours(recipe, tmp_path):
     """After a minute's worth of toy steps the loss has fallen and prompts decide the colour."""
     run = tmp_path / "run"
-    assert run_train(recipe, run, "engine.steps=120", "engine.save_every=120", "engine.log_every=20", "engine.ema=null",
-                     "batch=12", "model.gate_init=one", "stage.optim.lr=4e-3") == 0  # fmt: skip
+    assert (
+        run_train(
+            recipe,
+            run,
+            "engine.steps=120",
+            "engine.save_every=120",
+            "engine.log_every=20",
+            "engine.ema=null",
+            "batch=12",
+            "model.gate_init=one",
+            "stage.optim.lr=4e-3",
+        )
+        == 0
+    )
     losses = [row["loss"] for row in metrics.read(run)]
     assert losses[-1] < 0.5 * losses[0]
     prompts = [f"a plain {name} square" for name in COLOURS]
@@ -193,9 +205,12 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
         f"components={{codec: dc-ae-f32c32={tmp_path}/dcae, "
         f"text: {{name: llama-3.2-1b, path: {tmp_path}/llama, length: 16}}, "
         f"vision: {{name: dinov2-b14, path: {tmp_path}/dino}}}}",
-        "model.latent_channels=8", "model.text_width=32", "data.resolution=32",
-        "stage.repa={tap: 1, width: 16}", "engine.ema=null",
-    ]  # fmt: skip
+        "model.latent_channels=8",
+        "model.text_width=32",
+        "data.resolution=32",
+        "stage.repa={tap: 1, width: 16}",
+        "engine.ema=null",
+    ]
     assert run_train(recipe, run, *options, "sampling.height=7") == 2  # the stride is in the codec's files
     assert not (run / "metrics.jsonl").exists()
     assert run_train(recipe, run, *options) == 0
@@ -395,8 +410,10 @@ def test_a_changed_config_is_told_recorded_and_the_old_one_kept(recipe, tmp_path
     assert "stage.caption_dropout was 0.1, is 0.4" in told and "engine.ema.beta was 0.9, is 0.5" in told
     (event,) = [row for row in metrics.read_events(run) if row["event"] == "config"]
     assert event["step"] == 3 and event["changed"] == {
-        "engine.steps": [3, 6], "engine.ema.beta": [0.9, 0.5], "stage.caption_dropout": [0.1, 0.4],
-    }  # fmt: skip
+        "engine.steps": [3, 6],
+        "engine.ema.beta": [0.9, 0.5],
+        "stage.caption_dropout": [0.1, 0.4],
+    }
     assert (run / "config.1.yaml").read_text() == before
     assert "caption_dropout: 0.4" in (run / "config.yaml").read_text()
     assert "stage.caption_dropout was 0.1, is 0.4" in (run / "report.html").read_text()
@@ -490,12 +507,21 @@ def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, mo
         (["init_from=runs/nothing"], "init_from: 'runs/nothing' does not exist"),
         (["init_from=shapes"], "'shapes' is of another architecture (model.latent_channels was 8, is 24"),
         (["data.shards=[nowhere/*.tar]"], "missing shards: nowhere/*.tar"),
-        (["data={sources: {a: {shards: [a.tar]}, b: {shards: [b.tar]}}, resolution: 64}"], "a.tar; check the path or the range; data.sources.b.shards: missing shards: b.tar"),
-        (["components.codec={name: dc-ae-f32c32, path: ./gone}"], "components.codec.path: folder './gone' does not"),
-        (["components.text={name: llama-3.2-1b, length: 16, path: ./gone}", "model.text_width=64"], "components.text.path: folder './gone' does not"),
+        (
+            ["data={sources: {a: {shards: [a.tar]}, b: {shards: [b.tar]}}, resolution: 64}"],
+            "a.tar; check the path or the range; data.sources.b.shards: missing shards: b.tar",
+        ),
+        (
+            ["components.codec={name: dc-ae-f32c32, path: ./gone}"],
+            "components.codec.path: folder './gone' does not",
+        ),
+        (
+            ["components.text={name: llama-3.2-1b, length: 16, path: ./gone}", "model.text_width=64"],
+            "components.text.path: folder './gone' does not",
+        ),
         (["engine.step=3"], "did you mean 'engine.steps'"),
     ],
-)  # fmt: skip
+)
 def test_dry_run_refuses_what_is_asked_for_and_not_there(recipe, tmp_path, capsys, overrides, words):
     assert run_train(recipe, tmp_path / "run", *overrides, "--dry-run") == 2
     assert words in capsys.readouterr().err

@@ -27,10 +27,14 @@ def test_features_equal_the_library(dinov2, size, grid):
     pixels = images(*size)
     features = encoder.features(pixels, grid)
     assert features.shape == (2, grid[0] * grid[1], 24) and not features.requires_grad
-    prepare = transforms.Compose([
-        transforms.Resize((14 * grid[0], 14 * grid[1]), transforms.InterpolationMode.BICUBIC, antialias=True),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ])  # fmt: skip
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(
+                (14 * grid[0], 14 * grid[1]), transforms.InterpolationMode.BICUBIC, antialias=True
+            ),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     with torch.no_grad():
         expected = reference.forward_features(prepare((pixels + 1) / 2))
     assert expected.shape[1] == 3 + grid[0] * grid[1]  # a class token and two registers in front

@@ -141,11 +141,7 @@ def save_aesthetic(folder: Path, name: str = "aesthetic-model.pth", seed: int = 
 
 def save_mask2former(folder: Path, seed: int = 3):
     """A Mask2Former of width 32 with ten queries and COCO's classes; returns it."""
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        SwinConfig,
-    )
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     torch.manual_seed(seed)
     swin = SwinConfig(

@@ -94,11 +94,16 @@ class CodecTask:
         self.seed = seed
         self.module = self.shipped = AutoencoderDC(
             latent_channels=8,
-            encoder_block_out_channels=(16, 32, 64, 128), decoder_block_out_channels=(16, 32, 64, 128),
-            encoder_layers_per_block=(0, 1, 1, 1), decoder_layers_per_block=(0, 1, 2, 2),
-            encoder_qkv_multiscales=((),) * 4, decoder_qkv_multiscales=((),) * 4,
-            encoder_out_shortcut=False, decoder_in_shortcut=False, scaling_factor=1.0,
-        )  # fmt: skip
+            encoder_block_out_channels=(16, 32, 64, 128),
+            decoder_block_out_channels=(16, 32, 64, 128),
+            encoder_layers_per_block=(0, 1, 1, 1),
+            decoder_layers_per_block=(0, 1, 2, 2),
+            encoder_qkv_multiscales=((),) * 4,
+            decoder_qkv_multiscales=((),) * 4,
+            encoder_out_shortcut=False,
+            decoder_in_shortcut=False,
+            scaling_factor=1.0,
+        )
         self.module.to(memory_format=torch.channels_last)
         self.data = Scenes(TRAIN_SCENES // 2, seed)
 
@@ -200,11 +205,19 @@ class Reader(nn.Module):
         super().__init__()
         self.model = LlamaModel(
             LlamaConfig(
-                vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH, rope_theta=ROPE_THETA,
-                bos_token_id=1, eos_token_id=2, pad_token_id=2,
+                vocab_size=vocabulary,
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=LENGTH,
+                rope_theta=ROPE_THETA,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=2,
             )
-        )  # fmt: skip
+        )
         self.words = nn.Linear(128, vocabulary)
         self.probes = nn.ModuleList(nn.Linear(128, len(values)) for values in 2 * list(ATTRIBUTES.values()))
 
@@ -301,12 +314,14 @@ class VisionTask:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.shipped = vision_transformer()
-        self.module = nn.ModuleDict({
-            "vit": self.shipped,
-            "shape": nn.Linear(128, len(SHAPES) + 1),
-            "color": nn.Linear(128, len(COLORS) + 1),
-            "place": nn.Linear(128, 2),
-        })  # fmt: skip
+        self.module = nn.ModuleDict(
+            {
+                "vit": self.shipped,
+                "shape": nn.Linear(128, len(SHAPES) + 1),
+                "color": nn.Linear(128, len(COLORS) + 1),
+                "place": nn.Linear(128, 2),
+            }
+        )
         self.data = Scenes(TRAIN_SCENES, seed)
         self.classes, self.places = self.data.cells()  # (N, cells, 2) each
 
@@ -344,8 +359,10 @@ class VisionTask:
         results = {"scenes": len(data.scenes)}
         for column, name in enumerate(("shape", "color")):
             right = self.module[name](tokens).argmax(-1) == classes[..., column]
-            results |= {name: round(right.float().mean().item(), 4),
-                        f"{name}_covered": round(right[covered].float().mean().item(), 4)}  # fmt: skip
+            results |= {
+                name: round(right.float().mean().item(), 4),
+                f"{name}_covered": round(right[covered].float().mean().item(), 4),
+            }
         error = (self.module["place"](tokens) - places)[covered].square().mean().sqrt()
         return results | {"place_rmse_cells": round(error.item(), 3)}
 
@@ -410,9 +427,12 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
                 saved_at = time.monotonic()
                 out.parent.mkdir(parents=True, exist_ok=True)
                 reached = {
-                    "module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "asked": asked,
+                    "module": task.module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": done,
+                    "asked": asked,
                     "seconds": seconds + saved_at - started,
-                }  # fmt: skip
+                }
                 with atomic_path(state) as temporary:
                     save_object(reached, temporary)
     out.mkdir(parents=True, exist_ok=True)

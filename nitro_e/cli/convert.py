@@ -27,13 +27,7 @@ from nitro_e.encoders.components import ComponentConfig
 from nitro_e.files import atomic_path, commit_of, save_tensors
 from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT, released
-from nitro_e.model.pretrained import (
-    load_pretrained,
-    locate,
-    locate_lora,
-    read_config,
-    save_pretrained,
-)
+from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config, save_pretrained
 from nitro_e.record import metrics, run_folder
 from nitro_e.record.run_folder import model_folder
 from nitro_e.sampling.pipeline import Use

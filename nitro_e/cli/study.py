@@ -237,9 +237,12 @@ def score(plan: Study, name: str, out: Path) -> list[Row]:
                 chosen, [source], {key: [value] for key, value in setting.items()}, options, place
             )
             theirs = evaluate(
-                chosen, [plan.base], {key: [value] for key, value in (plan.reference or setting).items()}, options,
+                chosen,
+                [plan.base],
+                {key: [value] for key, value in (plan.reference or setting).items()},
+                options,
                 out / "base",
-            )  # fmt: skip
+            )
             row.scores.append({title: each.overall.value for title, each in found.results[0].scores.items()})
             row.differences.append(compare(found, theirs))
             row.cpu_seconds.append(json.loads((folder / "cpu_seconds.json").read_text()) if trained else 0.0)

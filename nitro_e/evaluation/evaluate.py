@@ -25,13 +25,7 @@ from nitro_e.config import Config, ConfigError, Ge, Le, Seed, parse_json, read_t
 from nitro_e.data.prompts import Prompt, load_prompts
 from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
-from nitro_e.evaluation.images import (
-    Autocast,
-    ImageGenerator,
-    ScoredImage,
-    collect,
-    short_hash,
-)
+from nitro_e.evaluation.images import Autocast, ImageGenerator, ScoredImage, collect, short_hash
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
@@ -149,11 +143,7 @@ def _evaluate_one(
     out: Path,
 ) -> Iterable[Result]:
     pipeline = TextToImage.from_pretrained(
-        source,
-        options.device,
-        codec=options.codec,
-        text=options.text,
-        allow_download=options.allow_download,
+        source, options.device, codec=options.codec, text=options.text, allow_download=options.allow_download
     )
     checkpoint = identity(source, pipeline)
     autocast = lower_precision(pipeline, options.dtype)

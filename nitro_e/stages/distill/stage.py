@@ -27,26 +27,12 @@ from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_tim
 from nitro_e.stages.batches import encode, null_prompt, to_device
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
-from nitro_e.stages.distill.guards import (
-    GuardConfig,
-    describe_prediction,
-)
+from nitro_e.stages.distill.guards import GuardConfig, describe_prediction
 from nitro_e.stages.distill.heads import Backbone
-from nitro_e.stages.distill.inputs import (
-    DistillBatch,
-    InputConfig,
-    Prediction,
-    Predictor,
-    Sampler,
-)
+from nitro_e.stages.distill.inputs import DistillBatch, InputConfig, Prediction, Predictor, Sampler
 from nitro_e.stages.distill.objective import Balance, Objective, Shared
 from nitro_e.stages.distill.presets import PRESETS
-from nitro_e.stages.distill.regression import (
-    Diffusion,
-    DiffusionConfig,
-    Reflow,
-    ReflowConfig,
-)
+from nitro_e.stages.distill.regression import Diffusion, DiffusionConfig, Reflow, ReflowConfig
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import sum_over_processes
 
