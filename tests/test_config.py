@@ -227,7 +227,7 @@ def test_every_number_of_a_recipe_is_finite_and_has_bounds():
     import dataclasses
     import typing
 
-    free = {"TimestepConfig.mean", "RewardConfig.weight", "RewardConfig.options", "InputConfig.odds"}
+    free = {"TimestepConfig.mean", "RewardConfig.weight", "RewardConfig.options", "InputConfig.probabilities"}
     free |= {"SamplingConfig.sigmas", "InputConfig.sigmas", "PostHocEMAConfig.sigma_rels"}
     classes = config_classes()
     assert len(classes) > 30 and all(issubclass(cls, Config) for cls in classes)

@@ -16,13 +16,12 @@ from nitro_e.interfaces import Architecture, TextEmbedding
 from nitro_e.model import ModelConfig
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import reward
 from nitro_e.sampling.pipeline import TextToImage
-from nitro_e.training import checkpoint
 
 MODEL = {"kind": "plain_dit:PlainConfig", "width": 32, "latent_channels": 24, "text_width": 128}
-DATA = {"batch_size": 4, "resolution": 64, "workers": 0}
+DATA = {"resolution": 64, "workers": 0}
 ENGINE = {
     "steps": 2,
     "save_every": 2,
@@ -52,6 +51,7 @@ def run_stage(folder, name, stage, **keys):
         "engine": ENGINE,
         "sampling": {"resolution": 64, "steps": 1, "guidance_scale": 1},
         "prompts": ["a red square"],
+        **({"batch": 4} if "data" in keys else {}),
         **keys,
     }
     path = folder / f"{name}.yaml"
@@ -62,7 +62,7 @@ def run_stage(folder, name, stage, **keys):
 
 
 def weights(run):
-    model = load_pretrained(checkpoint.model_folder(run))
+    model = load_pretrained(run_folder.model_folder(run))
     assert type(model) is PlainDiT
     return model.state_dict()
 
@@ -112,7 +112,7 @@ def test_all_stages_train_a_plain_dit(tmp_path, capsys):
     pairs = {**DATA, "shards": [f"{tmp_path}/pairs/*.tar"]}
     fourth = run_stage(tmp_path, "distill", {**distill, "optim": optim}, data=pairs)
     assert (
-        json.loads((checkpoint.model_folder(fourth) / "config.json").read_text())["model"]["kind"]
+        json.loads((run_folder.model_folder(fourth) / "config.json").read_text())["model"]["kind"]
         == MODEL["kind"]
     )
 

@@ -56,7 +56,10 @@ def test_the_log_of_a_command_has_no_bars(tmp_path):
     """Those of transformers ("Loading weights") and of the sampler were in it."""
     command = [str(ROOT / "sample.py"), "shapes", "--prompt", "a red circle", "--steps", "2", "--out", "out"]
     text = run(command, tmp_path)
-    assert text == "1 images and grid.png are in out/\n"
+    settings, bar, end = text.splitlines()
+    assert settings == "shapes: 2 steps of euler, guidance 3, 64x64 px, float32 on cpu"
+    assert bar.startswith("sample: 1 of 1 img") and "\r" not in text
+    assert end == "1 images drawn; they are in out/, listed in manifest.jsonl"
 
 
 def test_a_terminal_shows_a_bar(tmp_path):

@@ -353,7 +353,7 @@ BAD = {
     "text width": (["model.text_width=64"], "model.text_width is 64, but 'hash' gives 128"),
     "codec name": (["components.codec=dct-f8c42"], "did you mean 'dct-f8c24'?"),
     "REPA alone": (["stage.repa={tap: 1}"], "REPA needs a vision encoder"),
-    "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose 1 to 1 or 4 to 4"),
+    "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose one of 1, 4"),
     "init_from": (["init_from=nowhere"], "'nowhere' does not exist"),
     "height of the images": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
     "width of the images": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),

@@ -44,8 +44,9 @@ class ModelConfig(Architecture):
 
     FREE: ClassVar[tuple[str, ...]] = ("gate_init", "base_grid", "attention")
 
-    kind: Literal["emmdit"] = "emmdit"
-    heads: Annotated[int, Ge(1), Le(65536)] = 24
+    kind: Literal["emmdit"] = "emmdit"  # the class of the model
+    heads: Annotated[int, Ge(1), Le(65536)] = 24  # attention heads; they divide the width
+    # hidden width of the MLPs as a multiple of the width
     mlp_ratio: Annotated[float, Gt(0), Le(100)] = 3.0
     # blocks before, inside and after the compressed part
     groups: tuple[
@@ -53,11 +54,13 @@ class ModelConfig(Architecture):
     ] = (4, 16, 4)
     # ratio of each path; [] is off, [2] a single path
     compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)
+    # add the positions again where tokens are reconstructed
     position_reinforcement: bool = True
+    # affine: one shared modulation, with a scale and bias per block; single: shared alone; full: a layer per block
     modulation: Literal["affine", "single", "full"] = "affine"
     # subregion attention: a cycle of patterns, tiled over all blocks; [full] is off
     attention: tuple[str, ...] = ("full", "4x1", "4x4")
-    qk_norm: bool = True
+    qk_norm: bool = True  # RMS norm of queries and keys
     # real: padded text positions are hidden; the released weights attend to them
     text_mask: Literal["none", "real"] = "none"
     # mean of the residual gates at the start; released: random
