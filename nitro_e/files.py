@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -233,6 +234,22 @@ def write_text(path: Path, text: str) -> None:
     """Write the whole UTF-8 file or, on a full disk, nothing of it. Its folder must exist."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
+
+
+def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Append JSON lines to a file, on lines of their own also after one that a kill cut short."""
+    with path.open("a+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+
+
+def short_hash(data: Any) -> str:
+    """Hash plain data to ten hex digits, for names of files."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from nitro_e.config import Config, ConfigError, Ge, Le
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from nitro_e.randomness import SlotRandom
+    from nitro_e.randomness import SampleRandom
     from nitro_e.training.optim import OptimConfig
 
 
@@ -297,7 +297,7 @@ class Batch:
     info: list[dict] = field(default_factory=list)  # the sample's json member, if any
 
 
-LossFn = Callable[[nn.Module, Any, "SlotRandom"], tuple[Tensor, dict[str, Tensor]]]
+LossFn = Callable[[nn.Module, Any, "SampleRandom"], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass

@@ -30,7 +30,7 @@ def seeded(*parts: object) -> Iterator[None]:
         yield
 
 
-class SlotRandom:
+class SampleRandom:
     """Draws for the `count` sample indices from `first` on; successive calls give fresh numbers."""
 
     def __init__(self, *purpose: object, first: int, count: int, device: torch.device | str = "cpu") -> None:

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 from nitro_e.config import from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.stages.distill import Distill, DistillConfig
 from nitro_e.stages.distill.heads import Backbone
 from nitro_e.stages.distill.inputs import DistillBatch
@@ -82,7 +82,7 @@ class Loop:
         logs = {}
         for phase, optimizers in zip(self.stage.phases, self.optimizers):
             set_learning_rate(optimizers, phase.optim.factor(batch.step, self.steps))
-            rng = SlotRandom(0, phase.name, batch.step, first=0, count=len(batch.latents))
+            rng = SampleRandom(0, phase.name, batch.step, first=0, count=len(batch.latents))
             loss, parts = phase.loss(phase.net, batch, rng)
             loss.backward()
             clip_grad_norm_(phase.module.parameters(), phase.optim.clip)

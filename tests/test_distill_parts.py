@@ -15,7 +15,7 @@ from torch import nn
 from nitro_e.config import ConfigError, TrainingError, from_dict
 from nitro_e.model import ModelConfig
 from nitro_e.model.layers import Compressor, Reconstructor, fold
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
 from nitro_e.sampling.samplers import SamplingConfig, euler, multistep, sample
@@ -43,7 +43,7 @@ SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 
 def rng(count=8, *purpose):
-    return SlotRandom("test", *purpose, first=0, count=count)
+    return SampleRandom("test", *purpose, first=0, count=count)
 
 
 # ---- samplers

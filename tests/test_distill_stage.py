@@ -18,7 +18,7 @@ from nitro_e.config import ConfigError, from_dict, load, to_dict
 from nitro_e.encoders.components import ComponentConfig, text_shape
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage, Use
 from nitro_e.sampling.samplers import SamplingConfig, with_overrides
@@ -216,9 +216,9 @@ def test_bf16_rollouts_leave_gradients():
     batch = random_batch(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         critic, student = stage.phases
-        critic.loss(critic.net, batch, SlotRandom("d", first=0, count=2))
+        critic.loss(critic.net, batch, SampleRandom("d", first=0, count=2))
         assert not batch.prediction.on_path
-        loss, _ = student.loss(student.net, batch, SlotRandom("g", first=0, count=2))
+        loss, _ = student.loss(student.net, batch, SampleRandom("g", first=0, count=2))
     loss.backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0 for p in stage.model.blocks[0].image.mlp.parameters()

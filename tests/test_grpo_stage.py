@@ -19,7 +19,7 @@ from grpo_toy import merged
 
 from nitro_e.config import Config, ConfigError, TrainingError
 from nitro_e.data.prompts import Prompt
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import win_rates
 from nitro_e.sampling import flow
@@ -45,7 +45,7 @@ def micro_batches(stage, count, step=0, rank=0, world=1, accumulate=1):
 
 
 def rng_for(stage, micro=0):
-    return SlotRandom("test", first=micro * stage.batch_size, count=stage.batch_size)
+    return SampleRandom("test", first=micro * stage.batch_size, count=stage.batch_size)
 
 
 def loss_of(stage, rows, micro=0):

@@ -2,12 +2,12 @@
 
 import torch
 
-from nitro_e.randomness import BLOCK, SlotRandom, seed_of
+from nitro_e.randomness import BLOCK, SampleRandom, seed_of
 
 
 def test_any_split_of_the_slots_gives_the_same_numbers():
     def draw(first, count):
-        rng = SlotRandom(0, "stage", 7, first=first, count=count)
+        rng = SampleRandom(0, "stage", 7, first=first, count=count)
         return rng.normal(3), rng.uniform()
 
     whole = draw(0, 100)
@@ -18,7 +18,7 @@ def test_any_split_of_the_slots_gives_the_same_numbers():
 
 
 def test_purposes_and_calls_are_independent():
-    a, b = SlotRandom(0, 1, first=0, count=4 * BLOCK), SlotRandom(0, 2, first=0, count=4 * BLOCK)
+    a, b = SampleRandom(0, 1, first=0, count=4 * BLOCK), SampleRandom(0, 2, first=0, count=4 * BLOCK)
     first, second, other = a.normal(100), a.normal(100), b.normal(100)
     for x, y in ((first, second), (first, other), (first[:BLOCK], first[BLOCK : 2 * BLOCK])):
         correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].abs()

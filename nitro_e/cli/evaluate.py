@@ -58,7 +58,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def command(options: argparse.Namespace) -> None:
     from nitro_e.evaluation.benchmarks import benchmark
-    from nitro_e.evaluation.evaluate import Options, as_text, default_device, evaluate
+    from nitro_e.evaluation.evaluate import Options, as_text, evaluate
+    from nitro_e.record.environment import default_device
 
     prompts = (options.benchmark, options.num, options.per_prompt)
     chosen = benchmark(*prompts, options.reward, options.reward_path, options.reward_option)

@@ -99,6 +99,7 @@ def draw(options: argparse.Namespace) -> None:
 
     import torch
 
+    from nitro_e.record.environment import default_device
     from nitro_e.sampling.folder import draw_folder
     from nitro_e.sampling.layouts import LAYOUTS, write_metadata
     from nitro_e.sampling.pipeline import TextToImage
@@ -106,7 +107,7 @@ def draw(options: argparse.Namespace) -> None:
     drawings = LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
     pipeline = TextToImage.from_pretrained(
         options.source,
-        options.device or default_device(torch),
+        options.device or default_device(),
         None if options.dtype is None else getattr(torch, options.dtype),
         codec=options.codec,
         text=options.text,
@@ -185,10 +186,3 @@ def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dic
     prompts = [item.prompt for item in drawings]
     whole = sheet(images, prompts, columns)
     save_png(whole, options.out / "grid.png", png_text("\n".join(dict.fromkeys(prompts)), about["sampling"]))
-
-
-def default_device(torch: Any) -> str:
-    """This process's GPU, Apple's, or the CPU."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

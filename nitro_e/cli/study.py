@@ -221,7 +221,8 @@ def train(plan: Study, name: str, seed: int, alone: bool) -> None:
 
 def score(plan: Study, name: str, out: Path) -> list[Row]:
     """The rows of one variant, a setting each."""
-    from nitro_e.evaluation.evaluate import Options, default_device, evaluate
+    from nitro_e.evaluation.evaluate import Options, evaluate
+    from nitro_e.record.environment import default_device
 
     variant, rows = plan.variants[name], []
     chosen, options = judged(plan), Options(device=default_device())

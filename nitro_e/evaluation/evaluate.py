@@ -25,9 +25,9 @@ from nitro_e.config import Config, ConfigError, Ge, Le, Seed, parse_json, read_t
 from nitro_e.data.prompts import Prompt, load_prompts
 from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
-from nitro_e.evaluation.images import Autocast, ImageGenerator, ScoredImage, collect, short_hash
+from nitro_e.evaluation.images import Autocast, ImageGenerator, ScoredImage, collect
 from nitro_e.evaluation.results import Score, plain
-from nitro_e.files import sha256_of, weights_hash, write_text
+from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.record.environment import environment
 from nitro_e.record.render import write_page
@@ -195,12 +195,6 @@ def lower_precision(pipeline: TextToImage, dtype: str) -> Autocast:
             pipeline.model = pack_for_cpu(copy.deepcopy(pipeline.model).to(torch.bfloat16))
             return contextlib.nullcontext
     return partial(torch.autocast, device, getattr(torch, dtype))
-
-
-def default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def setting_name(sampling: SamplingConfig) -> str:

@@ -11,16 +11,13 @@ settings, batch sizes and numbers of prompts. What is there is not drawn or scor
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +27,7 @@ from torch import Tensor
 from nitro_e.config import ConfigError, parse_json, read_text, to_dict
 from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation.benchmarks import Benchmark, describe
-from nitro_e.files import save_png
+from nitro_e.files import append_lines, save_png, short_hash
 from nitro_e.randomness import seed_of
 from nitro_e.record import progress
 from nitro_e.rewards import Scorer
@@ -161,13 +158,7 @@ def read_rows(path: Path) -> dict[tuple[int, int], ScoredImage]:
 def append_rows(path: Path, rows: Sequence[ScoredImage]) -> None:
     """Append images whose scores are all known; the next call scores the others again."""
     known = [row for row in rows if not any(map(math.isnan, row.scores.values()))]
-    with path.open("a+b") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # cut short by a kill
-                file.write(b"\n")
-        file.write(b"".join(json.dumps(row._asdict()).encode() + b"\n" for row in known))
+    append_lines(path, [row._asdict() for row in known])
 
 
 def read_pixels(path: Path) -> Tensor:
@@ -175,7 +166,3 @@ def read_pixels(path: Path) -> Tensor:
     with Image.open(path) as image:
         array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def short_hash(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]

@@ -49,6 +49,15 @@ def git_commit() -> str | None:
         return None
 
 
+def default_device() -> str:
+    """Name this process's GPU, Apple's, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def device_name() -> str:
     """Name the GPUs of this machine, or its CPU."""
     import torch

@@ -11,9 +11,7 @@ world-th batch and has a manifest of its own; whoever finds everything drawn joi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from nitro_e.config import ConfigError, parse_json, read_text
-from nitro_e.files import atomic_file, save_png
+from nitro_e.files import append_lines, atomic_file, save_png, short_hash
 from nitro_e.record.progress import bar
 from nitro_e.sampling.layouts import Drawing
 from nitro_e.sampling.pipeline import TextToImage, to_image
@@ -148,17 +146,6 @@ def line_of(item: Drawing, key: str) -> dict[str, Any]:
     return {**item._asdict(), "seeds": list(item.seeds), "key": key}
 
 
-def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines to a manifest, on lines of their own also after one that a kill cut short."""
-    with path.open("a+b") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-
-
 def join_manifests(folder: Path, drawings: Sequence[Drawing], key: str) -> None:
     """Write one manifest, in the order of the drawings, once all of them are there; the processes' own are removed."""
     lines = read_manifest(folder)
@@ -170,7 +157,3 @@ def join_manifests(folder: Path, drawings: Sequence[Drawing], key: str) -> None:
         file.write(b"".join(json.dumps(lines[name]).encode() + b"\n" for name in order))
     for path in folder.glob("manifest.rank*.jsonl"):
         path.unlink(missing_ok=True)
-
-
-def short_hash(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]

@@ -24,7 +24,7 @@ from nitro_e.interfaces import (
     TextEncoder,
     VisionEncoder,
 )
-from nitro_e.randomness import SlotRandom, seeded
+from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
 from nitro_e.stages.assembly import (
@@ -133,7 +133,7 @@ class FlowMatching:
             for record in records:
                 yield encode(record, self.codec, self.text, self.device, vision, grid)
 
-    def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared velocity error, plus the weighted REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)

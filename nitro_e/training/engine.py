@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, TrainingError
 from nitro_e.interfaces import Phase, Stage
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import Metrics, Tracker, WandBConfig
 from nitro_e.training.attendance import Attendance
@@ -312,12 +312,12 @@ class Engine:
         # float16: the scaler skips overflowing steps while it searches for a scale; a scale below 1 counts as failure.
         return finite or (scaler is not None and scaler.get_scale() >= 1)
 
-    def _random(self, phase: Phase, number: int) -> SlotRandom:
+    def _random(self, phase: Phase, number: int) -> SampleRandom:
         """Draw for the samples of a micro-batch; the global batch is ranks in order, of each its micro-batches."""
         count = self.stage.batch_size
         first = (self.accelerator.process_index * self.accumulate + number) * count
         purpose = (self.seed, self.stage.name, phase.name, self.step)
-        return SlotRandom(*purpose, first=first, count=count, device=self.accelerator.device)
+        return SampleRandom(*purpose, first=first, count=count, device=self.accelerator.device)
 
     # ---- what training is refused for
 

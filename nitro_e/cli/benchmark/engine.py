@@ -27,7 +27,7 @@ from nitro_e.cli import common as cli
 from nitro_e.config import from_dict
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.record.progress import bar
 from nitro_e.sampling import flow
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
@@ -105,7 +105,7 @@ class Premade(FlowMatching):
 class PremadeBare(Premade):
     """The same with the loss of the bare loop."""
 
-    def loss(self, net: nn.Module, batch: Batch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         return bare_loss(lambda *inputs: net(*inputs)[0], batch), {}
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Lt
 from nitro_e.interfaces import Phase, TextEmbedding
-from nitro_e.randomness import SlotRandom, seeded
+from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, training_times
 from nitro_e.stages.distill import gan_losses as losses
@@ -150,7 +150,7 @@ class Adversarial:
 
     # ---- what both phases do
 
-    def discriminator_times(self, step: int, rng: SlotRandom) -> Tensor:
+    def discriminator_times(self, step: int, rng: SampleRandom) -> Tensor:
         """Draw tau, (B,)."""
         if isinstance(self.heads, HeadPool):
             pool = self.heads.config
@@ -162,7 +162,7 @@ class Adversarial:
             return config.least + (config.most - config.least) * times
         return times.clamp(config.least, config.most)
 
-    def discriminator_text(self, text: TextEmbedding, rng: SlotRandom) -> TextEmbedding:
+    def discriminator_text(self, text: TextEmbedding, rng: SampleRandom) -> TextEmbedding:
         """Replace a share of the prompts by the null prompt."""
         if self.config.null_text == 0:
             return text
@@ -171,7 +171,7 @@ class Adversarial:
     # ---- the heads
 
     def discriminator_loss(
-        self, net: nn.Module, batch: DistillBatch, rng: SlotRandom
+        self, net: nn.Module, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.step = batch.step
         prediction = self.shared.predict(batch, rng, last=False)
@@ -186,7 +186,7 @@ class Adversarial:
         return (values * keep).mean(), logs
 
     def discriminator_inputs(
-        self, batch: DistillBatch, prediction: Prediction, rng: SlotRandom
+        self, batch: DistillBatch, prediction: Prediction, rng: SampleRandom
     ) -> list[tuple[str, Tensor, Tensor, TextEmbedding]]:
         """List (name, x, tau, text) of everything that the heads see in one pass, the real side first."""
         config, data = self.config, batch.latents
@@ -257,7 +257,7 @@ class Adversarial:
     # ---- the student
 
     def loss(
-        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+        self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute (B,) how little the heads take the student's data for the teacher's, at fresh tau and noise."""
         config, shape = self.config, batch.latents.shape[1:]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import Denoiser, TextEmbedding
-from nitro_e.randomness import SlotRandom, seed_of
+from nitro_e.randomness import SampleRandom, seed_of
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, training_times
 from nitro_e.sampling.samplers import check_sigmas, euler, multistep
@@ -141,7 +141,7 @@ class Predictor:
         self.config, self.sampler, self.seed = config, sampler, seed
         self.times = torch.tensor([*config.sigmas, 0.0])
 
-    def __call__(self, student: Denoiser, batch: DistillBatch, rng: SlotRandom, last: bool) -> Prediction:
+    def __call__(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom, last: bool) -> Prediction:
         """Predict x0, with a graph if this is the student's phase (`last`), or if it can be kept for that one."""
         if batch.prediction is None:
             x, t, on_path = self.input(student, batch, rng)
@@ -153,7 +153,7 @@ class Predictor:
         return batch.prediction
 
     @torch.no_grad()
-    def input(self, student: Denoiser, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, Tensor, bool]:
+    def input(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom) -> tuple[Tensor, Tensor, bool]:
         """Draw x (B, C, h, w), t (B,), and whether x is a mix of the pair (`Prediction.on_path`)."""
         config, data = self.config, batch.latents
         # the same on all ranks
@@ -167,7 +167,7 @@ class Predictor:
         noise = batch.stored_noise if config.noise == "pair" else rng.normal(*data.shape[1:])
         return flow.interpolate(data, noise, t), t, True
 
-    def draw_times(self, step: int, rng: SlotRandom) -> Tensor:
+    def draw_times(self, step: int, rng: SampleRandom) -> Tensor:
         """Draw (B,) sigmas, or continuous times for a fraction of them."""
         uniform = rng.uniform()
         levels = self.config.probabilities_at(step).cumsum(0).to(uniform.device)
@@ -180,7 +180,7 @@ class Predictor:
         return torch.where(rng.uniform() < continuous.share, times, t)
 
     def rollout(
-        self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, place: int, rng: SlotRandom
+        self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, place: int, rng: SampleRandom
     ) -> Tensor:
         """Follow the student's sampler from the noise to sigma number `place` (0: the noise itself)."""
         times = self.times[: place + 1].to(noise.device)

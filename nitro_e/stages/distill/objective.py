@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nitro_e.interfaces import Denoiser, Phase, TextEmbedding
-from nitro_e.randomness import SlotRandom, seed_of
+from nitro_e.randomness import SampleRandom, seed_of
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 
 
@@ -59,6 +59,6 @@ class Objective(Protocol):
         """Return the weight at this step; 0 leaves the objective out of it."""
 
     def loss(
-        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+        self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what to minimise, (B,), and what to log as in Phase.loss."""

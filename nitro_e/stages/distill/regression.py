@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import Phase
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import expand
 from nitro_e.sampling.samplers import guide
@@ -73,7 +73,7 @@ class Diffusion:
         return self.config.weight * (self.config.decay.factor(step) if self.config.decay else 1.0)
 
     def loss(
-        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+        self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         residual = prediction.data - self.target(prediction, batch)
@@ -125,7 +125,7 @@ class Reflow:
         return self.config.weight
 
     def loss(
-        self, prediction: Prediction, batch: DistillBatch, rng: SlotRandom
+        self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         error = (prediction.data - batch.latents) / expand(prediction.t, prediction.data)
         return error.square().flatten(1).mean(dim=1), {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nitro_e.config import Config, ConfigError, Ge, Gt, Lt
 from nitro_e.data import Data, Records
 from nitro_e.interfaces import Denoiser, LatentCodec, Model, Phase, TextEmbedding, TextEncoder
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_time
 from nitro_e.stages.batches import encode, null_prompt, to_device
 from nitro_e.stages.distill import guards
@@ -198,7 +198,7 @@ class Distill:
             self.generator,
         )
 
-    def predict(self, batch: DistillBatch, rng: SlotRandom, last: bool = False) -> Prediction:
+    def predict(self, batch: DistillBatch, rng: SampleRandom, last: bool = False) -> Prediction:
         """Predict x0 with the student, once per step."""
         return self.predictor(self.velocity, batch, rng, last)
 
@@ -209,7 +209,9 @@ class Distill:
 
     # ---- the student's loss
 
-    def loss(self, net: nn.Module, batch: DistillBatch, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, net: nn.Module, batch: DistillBatch, rng: SampleRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add up the weighted objectives.
 
         Their gradients are taken at the x0 prediction, one by one, which balances and reports them at no cost, and

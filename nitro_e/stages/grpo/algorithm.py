@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.interfaces import Denoiser, TextEmbedding
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.samplers import Guided, guided_velocity
 from nitro_e.stages.grpo.kl import KLConfig, KLPenalty
 from nitro_e.stages.grpo.policy import Policy
@@ -77,7 +77,7 @@ class Algorithm(Protocol):
     def before_updates(self, updates: list[list[Rows]]) -> None:
         """Called with the micro-batches of every update, before the first update of a rollout."""
 
-    def loss(self, net: nn.Module, rows: Rows, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, net: nn.Module, rows: Rows, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what to minimise over R rows, and what to log as in Phase.loss."""
 
 

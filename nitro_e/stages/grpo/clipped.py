@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, Gt, Lt
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.stages.grpo.algorithm import Shared
 from nitro_e.stages.grpo.kl import KLConfig
 from nitro_e.stages.grpo.rollout import RolloutConfig, Rows
@@ -74,7 +74,7 @@ class Clipped:
                         self.rollout_model, rows.x, t, rows.text
                     ).velocity.detach()
 
-    def loss(self, net: nn.Module, rows: Rows, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, net: nn.Module, rows: Rows, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         shared, table = self.shared, self.sde.at(rows.step)
         # before the pass that keeps gradients
         reference = shared.reference_velocity(rows.x, table.t, rows.text)

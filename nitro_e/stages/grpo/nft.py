@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.stages.grpo.algorithm import Shared
 from nitro_e.stages.grpo.kl import KLConfig
@@ -67,7 +67,7 @@ class NFT:
     def before_updates(self, updates: list[list[Rows]]) -> None:
         pass
 
-    def loss(self, net: nn.Module, rows: Rows, rng: SlotRandom) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, net: nn.Module, rows: Rows, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         shared, largest, t = self.shared, self.shared.max_advantage, self.sde.t[rows.step]
         x = flow.interpolate(rows.latents, rng.normal(*rows.latents.shape[1:]), t)
         reference = shared.reference_velocity(x, t, rows.text)

@@ -25,7 +25,7 @@ from torch import Tensor
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig
 from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEncoder
-from nitro_e.randomness import SlotRandom
+from nitro_e.randomness import SampleRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling.samplers import guide
 from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
@@ -258,12 +258,14 @@ class GRPO:
     def draw(self, rollout: int, images: range, text: TextEmbedding, window: Window) -> Trajectory:
         """Draw images of consecutive indices. Each has its own noise, whatever process or chunk it is drawn in."""
         purpose = (self.seed, "rollout", rollout)
-        rng = SlotRandom(*purpose, first=images.start, count=len(images), device=self.device)
+        rng = SampleRandom(*purpose, first=images.start, count=len(images), device=self.device)
         x = rng.normal(*self.latent_shape)
         if self.config.rollout.shared_noise:
             size = self.config.group_size
             groups = range(images.start // size, -(-images.stop // size))
-            shared = SlotRandom(*purpose, "group", first=groups.start, count=len(groups), device=self.device)
+            shared = SampleRandom(
+                *purpose, "group", first=groups.start, count=len(groups), device=self.device
+            )
             x = shared.normal(*self.latent_shape)[[image // size - groups.start for image in images]]
         velocity = guide(
             self.algorithm.rollout_model, text, self.null_text, self.config.rollout.guidance_scale
