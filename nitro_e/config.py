@@ -286,7 +286,7 @@ def apply_override(data: dict, override: str) -> None:
 
 
 def is_overridden(key: str, overrides: Sequence[str]) -> bool:
-    """Whether overrides set this key, a part of it, or what it is a part of."""
+    """Tell whether overrides set this key, a part of it, or what it is a part of."""
     names = [override.partition("=")[0] for override in overrides]
     return any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in names)
 

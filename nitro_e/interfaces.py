@@ -1,4 +1,4 @@
-"""What the parts of the project promise each other: structural protocols, and the two base classes of models.
+"""Promises that the parts of the project make each other: structural protocols, and the two base classes of models.
 
 Ranges and shapes used everywhere:
     pixels    (B, 3, H, W) float, -1..1
@@ -102,7 +102,7 @@ class VisionEncoder(Protocol):
 
 
 class Denoiser(Protocol):
-    """What samplers take: a `Model`, a guided one, a test's lambda."""
+    """Samplers take one: a `Model`, a guided one, a test's lambda."""
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         """Velocity `noise - data` at (x, t): (B, C, h, w)."""
@@ -154,7 +154,7 @@ class Architecture(Config):
 
     @property
     def attends_padding(self) -> bool:
-        """Whether padded text positions influence the result; then data must store them."""
+        """True if padded text positions influence the result; then data must store them."""
         return False
 
     def feature_maps(self, tap: int) -> tuple[int, ...]:
@@ -273,7 +273,7 @@ class Model(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the backward pass computes activations again instead of keeping them."""
+        """True if the backward pass computes activations again instead of keeping them."""
         return False
 
     @gradient_checkpointing.setter
@@ -338,7 +338,7 @@ class Stage(Protocol):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """What is trained, in the order of every step."""
+        """The phases, in their order within a step."""
 
     @property
     def bad_samples(self) -> int:

@@ -170,9 +170,8 @@ def test_stored_text_and_features_are_read(tmp_path, images, text_format):
         with pytest.raises(ConfigError, match=f"stored text has {text.length} tokens, the text encoder 99"):
             opened(text_length=99)
     else:
-        with pytest.raises(
-            ConfigError, match="bad samples of 26 .*expected up to 3 x"
-        ):  # nearly all are longer
+        # nearly all are longer
+        with pytest.raises(ConfigError, match="bad samples of 26 .*expected up to 3 x"):
             next(opened(text_length=3).records())
     only = open_data(
         DataConfig(shards=(str(tmp_path / "latents-*.tar"),), workers=0),

@@ -301,9 +301,8 @@ def test_a_full_disk_does_not_stop_training_at_once(run, monkeypatch, disk_of, f
         if self.step > 4 and len(failures) < 2:
             failures.append(run_folder.latest(run).name)
             limit = disk_of(1000)
-            if (
-                file == "model.pt"
-            ):  # the published weights are larger than those of the trainer: leave them out
+            # the published weights are larger than those of the trainer: leave them out
+            if file == "model.pt":
                 (folder / "trainer").mkdir()
                 with limit:
                     save_object(gathered, folder / "trainer" / file)

@@ -499,9 +499,8 @@ def test_a_file_of_prompts_with_any_reward(tmp_path, capsys):
     assert (
         len(pixels) == 6 and found["value"] == pytest.approx(np.mean(means), rel=1e-4) and found["num"] == 2
     )
-    assert (found["low"], found["high"]) == pytest.approx(
-        (min(means), max(means)), rel=1e-4
-    )  # of two prompts
+    # of two prompts
+    assert (found["low"], found["high"]) == pytest.approx((min(means), max(means)), rel=1e-4)
     assert tool.main(command[:2]) == 2 and "--reward NAME" in capsys.readouterr().err
     assert tool.main([*command, "--reward-option", "scale"]) == 2 and "KEY=VALUE" in capsys.readouterr().err
     assert (

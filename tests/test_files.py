@@ -103,9 +103,8 @@ def test_weights_of_a_stranger_fetch_nothing_without_consent(hub, foreign):
     stranger = hub.publish("meta-llama/Llama-3.2-1B", {"config.json": b"of an open pull request"})
     with pytest.raises(ConfigError, match=f"Llama-3.2-1B' at revision '{stranger}'"):
         TextToImage.from_pretrained(foreign("meta-llama/Llama-3.2-1B", stranger, "llama-3.2-1b"))
-    with pytest.raises(
-        ConfigError, match="'evil/text'"
-    ):  # a string is one name, not a container of its parts
+    # a string is one name, not a container of its parts
+    with pytest.raises(ConfigError, match="'evil/text'"):
         TextToImage.from_pretrained(foreign("evil/text"), allow_download="not-evil/text")
     assert hub.asked == []
     pipeline = TextToImage.from_pretrained(foreign("evil/text"), allow_download=["evil/text"])

@@ -53,7 +53,7 @@ OWNERS = {
     "timm": {"encoders.vision"},
     "peft": {"stages.grpo"},
     "tqdm": {"record.progress", "cli.make_shapes"},
-    "jinja2": {"record.render"},
+    "jinja2": {"record.templating"},
     "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
 }

@@ -159,9 +159,8 @@ def inputs_of_seed():
 
 
 def test_kinds(tmp_path, monkeypatch):
-    assert (
-        type(from_dict(Architecture, {})) is ModelConfig
-    )  # recipes and weights from before there were kinds
+    # recipes and weights from before there were kinds
+    assert type(from_dict(Architecture, {})) is ModelConfig
     assert type(from_dict(Architecture, {"kind": "emmdit", "preset": "tiny-8"})) is ModelConfig
     assert type(from_dict(Architecture, MODEL)) is PlainConfig
     for kind, message in {

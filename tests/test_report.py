@@ -21,7 +21,7 @@ from nitro_e.record import charts
 from nitro_e.record.charts import Scale, Series, line_chart, nice_ticks, running_mean, thin_out
 from nitro_e.record.metrics import Metrics, caption
 from nitro_e.record.pages import read_record, spread, write_comparison, write_report
-from nitro_e.record.render import TEMPLATES, duration
+from nitro_e.record.templating import TEMPLATES, duration
 from nitro_e.training.attendance import Attendance
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

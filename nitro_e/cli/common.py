@@ -1,4 +1,4 @@
-"""What the commands of the project share: how they take arguments, the flags that must read alike everywhere, and how
+"""Shared parts of the commands: how they take arguments, the flags that must read alike everywhere, and how
 they end: 0, or one line on stderr and a code that scripts can tell apart."""
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def run(command: Callable[[], None]) -> int:
     Whatever else comes out of it is a bug, and shows its traceback.
     """
     quiet_libraries()
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a prompt or a name of a file that the terminal has no letters for
+    # a prompt or a name of a file may have letters that the terminal lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()

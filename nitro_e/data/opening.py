@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nitro_e.data.catalog import open_catalog
-from nitro_e.data.config import DataConfig
+from nitro_e.data.data_config import DataConfig
 from nitro_e.data.order import Order
 from nitro_e.data.reader import Data
 from nitro_e.data.remote import ShardCache

@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog, Column
-from nitro_e.data.config import DataConfig
+from nitro_e.data.data_config import DataConfig
 from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
 from nitro_e.data.manifests import read_manifests

@@ -8,7 +8,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import IMAGES, Catalog
-from nitro_e.data.config import DataConfig
+from nitro_e.data.data_config import DataConfig
 from nitro_e.data.decode import BadSample, decode_info, npy_layout
 from nitro_e.data.remote import is_url
 

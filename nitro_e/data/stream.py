@@ -27,7 +27,7 @@ import webdataset as wds
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog, group_columns
-from nitro_e.data.config import DataConfig
+from nitro_e.data.data_config import DataConfig
 from nitro_e.data.dataset import ATTEMPTS, Records, pad_rows, ragged_rows
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import DamagedTar, scan_tar

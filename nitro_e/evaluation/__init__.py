@@ -1,4 +1,4 @@
-"""How good images are: a model draws a benchmark's prompts, rewards score the images, with confidence intervals.
+"""Measuring images: a model draws a benchmark's prompts, rewards score the images, with confidence intervals.
 
 benchmarks  prompts and rewards by name
 images      the images of one setting with their scores, drawn and kept on disk

@@ -30,8 +30,8 @@ from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.record.environment import environment
-from nitro_e.record.render import write_page
 from nitro_e.record.run_folder import model_folder
+from nitro_e.record.templating import write_page
 from nitro_e.rewards import Scorer, build_rewards
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.samplers import SamplingConfig

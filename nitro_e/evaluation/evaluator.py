@@ -74,7 +74,7 @@ class Evaluator:
         return {name: value for name, value in logs.items() if not math.isnan(value)}
 
     def draw_and_score(self, pipeline: TextToImage) -> Tensor:
-        """(prompts, rewards) float32: the scores of this process's prompts, zero for those of the others."""
+        """Return float32 (prompts, rewards): the scores of this process's prompts, zero for the others'."""
         mine = range(len(self.prompts))[self.dist.rank :: self.dist.world_size]
         values = torch.zeros(len(self.prompts), len(self.scorer.names))
         generate = ImageGenerator(

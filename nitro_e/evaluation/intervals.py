@@ -102,7 +102,7 @@ def _wilson(values: np.ndarray) -> Estimate:
 
 
 def _resample(tasks: Sequence[np.ndarray], ends: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-    """(RESAMPLES,) means of the tasks' means, each task's prompts drawn with replacement; NaN for a task of one prompt
+    """Return (RESAMPLES,) means of the tasks' means, each task's prompts drawn with replacement; NaN for a task of one prompt
     without ends."""
     total = np.zeros(RESAMPLES)
     for values in tasks:
@@ -110,9 +110,8 @@ def _resample(tasks: Sequence[np.ndarray], ends: Sequence[float], rng: np.random
             return np.full(RESAMPLES, math.nan)
         distinct, place = np.unique([*values, *ends], return_inverse=True)
         weights = np.bincount(place, [1.0] * len(values) + [EXTRA] * len(ends))
-        counts = rng.multinomial(
-            len(values), weights / weights.sum(), size=RESAMPLES
-        )  # (RESAMPLES, distinct)
+        # (RESAMPLES, distinct)
+        counts = rng.multinomial(len(values), weights / weights.sum(), size=RESAMPLES)
         total += counts @ distinct / len(values)
     return total / len(tasks)
 

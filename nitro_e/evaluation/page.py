@@ -16,7 +16,7 @@ from PIL import Image
 from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.results import task_of
-from nitro_e.record.render import data_url
+from nitro_e.record.templating import data_url
 
 PER_TASK = 48  # images of a task
 SIDE = 192  # pixels; larger images are shown smaller

@@ -93,7 +93,7 @@ def compare(
 
 
 def prompt_means(num: int, rows: Sequence[ScoredImage], title: str) -> np.ndarray:
-    """(num,) mean over a prompt's images; NaN if one of them has no score."""
+    """Average a prompt's images, (num,); NaN if one of them has no score."""
     values: list[list[float]] = [[] for _ in range(num)]
     for row in rows:
         values[row.index].append(row.scores[title])

@@ -158,7 +158,7 @@ class ModelConfig(Architecture):
 
     @property
     def default_taps(self) -> tuple[int, ...]:
-        """Both ends of the compressed part, three taps in it, and the last block (512 px: 4, 10, 16, 19, 24)."""
+        """The taps at both ends of the compressed part, three in it, and the last block (512 px: 4, 10, 16, 19, 24)."""
         first, inside, _ = self.groups
         middle = [first + round(inside * share) for share in (6 / 16, 12 / 16, 15 / 16)]
         return tuple(sorted({max(first, 1), *middle, self.depth} - {0}))

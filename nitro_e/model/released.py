@@ -70,7 +70,7 @@ def released_names(config: ModelConfig) -> Names:
 
 
 def is_released(state: dict[str, Any]) -> bool:
-    """Whether a state dict is in the released format."""
+    """Tell whether a state dict is in the released format."""
     return POSITION_TABLE in state and "adaln_single.linear.weight" in state
 
 

@@ -1,1 +1,1 @@
-"""What a run leaves for people: metrics, progress, charts and pages."""
+"""The record that a run leaves for people: metrics, progress, charts and pages."""

@@ -24,7 +24,7 @@ from PIL import Image
 from nitro_e.config import ConfigError, flatten, parse_yaml
 from nitro_e.record import metrics, run_folder
 from nitro_e.record.charts import Chart, Series, line_chart
-from nitro_e.record.render import data_url, duration, write_page
+from nitro_e.record.templating import data_url, duration, write_page
 
 MAX_GRIDS = 12  # sample grids shown, evenly spaced over the run
 MAX_EVENTS = 50
@@ -48,12 +48,8 @@ EXPECTED = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait")
 COUNTERS = ("skipped", "failed_saves", "bad_samples", "eta_seconds")
 NOT_NOISY = ("lr", "memory_gb")
 NOT_METRICS = ("attempt", "time", "step")
-COLOURS = {
-    "done": "good",
-    "running": "good",
-    "failed": "bad",
-    "crashed": "bad",
-}  # of a status; others: "fair"
+# of a status; others are "fair"
+COLOURS = {"done": "good", "running": "good", "failed": "bad", "crashed": "bad"}
 
 
 @dataclass
@@ -114,7 +110,7 @@ class Record:
         return list(grouped.values())
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) wherever a metric is a number."""
+        """List (step, value) wherever a metric is a number."""
         return [(row["step"], row[name]) for row in self.rows if _is_number(row.get(name))]
 
     def values(self, name: str) -> list[float]:

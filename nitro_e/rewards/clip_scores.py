@@ -155,7 +155,7 @@ class Aesthetic(nn.Module):
 
 
 def cosines(clip: CLIP, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(B,) cosine of each image with its own prompt; every distinct prompt is embedded once."""
+    """Compute the cosine of each image with its own prompt, (B,); every distinct prompt is embedded once."""
     distinct = list(dict.fromkeys(prompts))
     texts = clip.text_features(distinct)  # (D, E)
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)

@@ -123,7 +123,7 @@ class Scorer:
         return {column.config.title: column.source() for column in self._columns if column.source()}
 
     def applies(self, info: Sequence[dict]) -> Tensor:
-        """(B, R) bool: whether a reward can score images of such a prompt."""
+        """Return (B, R) bool: whether a reward can score images of such a prompt."""
         rows = [[column.applies(record) for column in self._columns] for record in info]
         return torch.tensor(rows, dtype=torch.bool).reshape(len(info), len(self._columns))
 
@@ -171,7 +171,7 @@ def quantize(pixels: Tensor) -> Tensor:
 
 
 def win_rates(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
-    """(B,) share of the other valid images of its group that each one beats, ties counting half.
+    """Return (B,): the share of the other valid images of its group that each one beats, ties counting half.
 
     This removes the scale of the scores, as in Pref-GRPO (arXiv:2508.20751), here with a pointwise reward.
     An image alone in its group gets one half, one without a valid score NaN."""
@@ -218,7 +218,7 @@ class _Column:
     def score(
         self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict], whole: Sequence[bool]
     ) -> Tensor:
-        """(B,) float32 on the device of the pixels, NaN where there is no score; whole: B, images to look at."""
+        """Return (B,) float32 on the device of the pixels, NaN where there is no score; whole: B, images to look at."""
         self.load()
         values = torch.full((len(pixels),), math.nan)  # (B,)
         applicable = [i for i, record in enumerate(info) if self.applies(record)]
@@ -239,7 +239,7 @@ class _Column:
         return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
 
     def _score_batch(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Tensor:
-        """(B,) on the CPU, NaN where there is no score; TrainingError after too many batches without any."""
+        """Return (B,) on the CPU, NaN where there is no score; TrainingError after too many batches without any."""
         values, reason = self._call(pixels, prompts, info)
         if values.isfinite().any():
             self.failed_batches = 0

@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def line_of(item: Drawing, key: str) -> dict[str, Any]:
-    """What the manifest says of a file; equal lines are equal images."""
+    """Make the manifest's line of a file; equal lines are equal images."""
     return {**item._asdict(), "seeds": list(item.seeds), "key": key}
 
 

@@ -1,4 +1,4 @@
-"""Which file holds which image: the layouts that the scripts of benchmarks expect."""
+"""Layouts of a folder of images, as the scripts of benchmarks expect them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from nitro_e.config import ConfigError
 
-Record = dict[
-    str, Any
-]  # of a prompts file: "prompt", and perhaps "negative_prompt", "seed", "id" and anything else
+# of a prompts file: "prompt", and perhaps "negative_prompt", "seed", "id" and anything else
+Record = dict[str, Any]
 
 
 class Drawing(NamedTuple):
@@ -79,7 +78,7 @@ LAYOUTS = {"flat": flat, "geneval": geneval, "dpg": dpg, "parti": numbered}
 def _images(
     prompts: Sequence[Record], num_images: int, seed: int, negative: str
 ) -> Iterator[tuple[Record, str, int]]:
-    """(record, negative prompt, seed) of every image, prompt by prompt; a record's own seed counts up likewise."""
+    """Yield (record, negative prompt, seed) of every image, prompt by prompt; a record's own seed counts up likewise."""
     for index, record in enumerate(prompts):
         first = record.get("seed", seed + index * num_images)
         for number in range(num_images):

@@ -38,9 +38,8 @@ class SamplingConfig(Config):
     width: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; null: resolution
     steps: Annotated[int, Ge(1), Le(10_000)] = 20  # of the sampler
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
-    sampler: Literal["euler", "heun", "multistep"] = (
-        "euler"  # multistep: consistency sampling, for distilled weights
-    )
+    # multistep: consistency sampling, for distilled weights
+    sampler: Literal["euler", "heun", "multistep"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
@@ -63,7 +62,7 @@ class SamplingConfig(Config):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """The image's (height, width) in pixels."""
         return self.height or self.resolution, self.width or self.resolution
 
     def times(self) -> Tensor:

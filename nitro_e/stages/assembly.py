@@ -1,4 +1,4 @@
-"""What every stage is put together from, and what differs between the stages; each has its own part beside it."""
+"""Parts that every stage is put together from, and what differs between the stages; each has its own part beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Settings = TypeVar("Settings", covariant=True)  # the stage's own config
 
 
 class Run(Protocol[Settings]):
-    """What a stage reads of the recipe it is part of. `recipe.RunConfig` is one."""
+    """The recipe as a stage sees it. `recipe.RunConfig` is one."""
 
     @property
     def name(self) -> str: ...
@@ -51,7 +51,7 @@ class Run(Protocol[Settings]):
 
 
 class Parts(NamedTuple):
-    """What every stage is made of."""
+    """Everything a stage is made of besides its own config."""
 
     device: torch.device
     rank: int
@@ -75,7 +75,7 @@ def given_sampling(config: Run) -> SamplingConfig:
 
 @dataclass(frozen=True)
 class StageKind(Generic[Settings]):
-    """What differs between the stages when a run is put together."""
+    """Everything that differs between the stages when a run is put together."""
 
     check: Callable[[Run[Settings]], None]  # refuses what is wrong across the whole recipe
     split: Callable[[Run[Settings], int], Split]  # of the global batch over so many processes

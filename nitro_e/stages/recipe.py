@@ -76,9 +76,8 @@ class RunConfig(Config):
     batch: BatchConfig = field(default_factory=BatchConfig)
     components: ComponentsConfig
     engine: EngineConfig  # the training loop: steps, precision, averages, checkpoints
-    sampling: SamplingConfig = field(
-        default_factory=SamplingConfig
-    )  # resolution follows from data.resolution
+    # how the weights will be sampled; the resolution follows from data.resolution
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: tuple[str, ...] = ()  # of the sample grids; empty: the first captions of the data
     evaluation: EvaluationConfig | None = None  # scores during training
 
@@ -184,7 +183,7 @@ class RunConfig(Config):
                 raise ConfigError(f"{key}: {error}") from None
 
     def token_grid(self, stride: int) -> tuple[int, int]:
-        """(rows, columns) of tokens of a training image."""
+        """Return the (rows, columns) of tokens of a training image."""
         side = self.resolution // stride
         return self.model.latent_grid(side, side)
 

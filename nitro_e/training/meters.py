@@ -30,9 +30,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def mean_by(name: str, values: Tensor, index: Tensor, num: int) -> dict[str, Tensor]:
     """Return the (2,) sums and counts of `values` (B,) by `index` (B,) in 0..num-1, as {NAME0: ..., NAME1: ...}."""
-    pairs = torch.stack(
-        [values.detach().double(), torch.ones_like(values, dtype=torch.float64)], dim=1
-    )  # (B, 2)
+    ones = torch.ones_like(values, dtype=torch.float64)
+    pairs = torch.stack([values.detach().double(), ones], dim=1)  # (B, 2)
     sums = pairs.new_zeros(num, 2).index_add_(0, index, pairs)
     return {f"{name}{number}": sums[number] for number in range(num)}
 

@@ -1,4 +1,4 @@
-"""How training is spread over processes: modules replicated (DDP) or sharded (FSDP2), and sums over processes.
+"""Spread training over processes: modules replicated (DDP) or sharded (FSDP2), and sums over processes.
 
 The only place that knows torch.distributed. Replicated and sharded modules give and take whole tensors under the raw
 module's names, so a checkpoint does not show what wrote it. The 304M model needs no sharding (4.9 GB for weights, Adam

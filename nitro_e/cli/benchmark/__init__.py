@@ -1,4 +1,4 @@
-"""How fast the parts are on this machine, each beside a plain way of doing the same.
+"""Measure how fast the parts are on this machine, each beside a plain way of doing the same.
 
     nitro-e benchmark model     the model's forward pass and training step
     nitro-e benchmark data      finding and reading samples

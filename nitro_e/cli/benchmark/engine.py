@@ -1,4 +1,4 @@
-"""What the engine costs per step over a bare training loop, on one batch that is already there.
+"""Measure what the engine costs per step over a bare training loop, on one batch that is already there.
 
     nitro-e benchmark engine [--presets micro-8 tiny-8] [--batch 32] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""How fast a model's forward pass and training step are, as shares of this machine's own matrix product rate.
+"""Measure a model's forward pass and training step, as shares of this machine's own matrix product rate.
 
     nitro-e benchmark model [--preset nitro-e-512] [--batch 1 8] [--train] [--compile] [--json FILE]
 
@@ -100,7 +100,7 @@ class Bench:
         return Variant(lambda x, t, text: model(x, t, text.tokens), list(state.values()))
 
     def variants(self, compiled: bool, train: bool) -> dict[str, Variant]:
-        """What cannot be measured is said and left out."""
+        """List the ways of computing it that this machine has; the others are named and left out."""
         builders = {"plain": self.plain, "ours": lambda: _variant(self.model)}
         if self.device == "cpu" and not train:
             builders["ours, packed"] = lambda: _variant(pack_for_cpu(self.model))

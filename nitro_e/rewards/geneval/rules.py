@@ -117,7 +117,7 @@ def _count(found: Sequence[Detection], name: str) -> int:
 
 
 def _is_placed(group: list[Detection], groups: list[list[Detection] | None], position: Sequence) -> bool:
-    """Whether all objects of a group stand so to all of an earlier one; position = [relation, index]."""
+    """Tell whether all objects of a group stand so to all of an earlier one; position = [relation, index]."""
     relation, target = position
     others = groups[target]
     return others is not None and all(relation in relations(a.box, b.box) for a in group for b in others)

@@ -1,4 +1,4 @@
-"""How stage 4 is put together from a recipe."""
+"""Put stage 4 together from a recipe."""
 
 from __future__ import annotations
 

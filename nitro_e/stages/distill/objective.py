@@ -50,9 +50,8 @@ class Objective(Protocol):
 
     name: str
     phases: tuple[Phase, ...]  # what is trained beside the student
-    balance: (
-        Balance | None
-    )  # scaled so that its gradient is `weight` times that of the others; None: not scaled
+    # scaled so that its gradient is `weight` times that of the others; None: not scaled
+    balance: Balance | None
     direct: bool  # False: a function of prediction.data; True: it calls the student's net itself
 
     def weight(self, step: int) -> float:

@@ -243,9 +243,8 @@ class Distill:
         for name, scaled, term in self.balance(terms, batch.step):
             logs |= {f"{name}_weight": torch.as_tensor(scaled).float(), f"{name}_slope": term.slope.norm()}
             total, slope = total + scaled * term.value, slope + scaled * term.slope
-        if (
-            self.config.guards is not None and batch.step != self.checked_step
-        ):  # the first micro-batch of a step
+        # with the first micro-batch of a step
+        if self.config.guards is not None and batch.step != self.checked_step:
             self.checked_step = batch.step
             guards.check(self.config.guards, self.student.alarms, prediction, batch)
         through = (slope.detach() * prediction.data).sum()

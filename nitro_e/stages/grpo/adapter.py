@@ -101,7 +101,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def is_lora(module: nn.Module) -> TypeGuard[Any]:
-    """Whether this is a LoRA layer. Nobody can have made one as long as peft is not imported."""
+    """Tell whether this is a LoRA layer. Nobody can have made one as long as peft is not imported."""
     return "peft" in sys.modules and isinstance(module, sys.modules["peft"].tuners.lora.LoraLayer)
 
 

@@ -1,4 +1,4 @@
-"""How stage 3 is put together from a recipe."""
+"""Put stage 3 together from a recipe."""
 
 from __future__ import annotations
 

@@ -105,5 +105,5 @@ class Rows:
 
     @property
     def text(self) -> TextEmbedding:
-        """(R, L, D), gathered only when it is needed: long texts take far more memory than all else."""
+        """The rows' text (R, L, D), gathered only when it is needed: long texts take far more memory than all else."""
         return self.prompts.take(self.group)
