@@ -19,14 +19,14 @@ def bar(iterable: Iterable | None = None, *, brief: bool = False, **options: Any
 
     brief: the work is short, or part of other work, and so not worth lines in a log file.
     """
-    if watched():
+    if interactive():
         return live_tqdm(iterable, **options)
     if brief:
         return tqdm(iterable, **{**options, "disable": True})
     return Lines(iterable, **options)
 
 
-def watched() -> bool:
+def interactive() -> bool:
     """Tell whether a person sees the output: stderr is a terminal, or this is a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
@@ -38,7 +38,7 @@ def quiet_libraries() -> None:
     """
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    if not watched():
+    if not interactive():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
 
 

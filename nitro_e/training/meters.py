@@ -101,7 +101,7 @@ class Progress:
 
     def __init__(self, name: str, step: int, steps: int, shown: bool) -> None:
         self.name, self.steps = name, steps
-        self.plain = shown and not progress.watched()
+        self.plain = shown and not progress.interactive()
         self.bar = progress.bar(brief=True, total=steps, initial=step, desc=name, disable=not shown)
 
     def advance(self) -> None:

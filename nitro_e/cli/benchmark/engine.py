@@ -3,7 +3,7 @@
     nitro-e benchmark engine [--presets micro-8 tiny-8] [--batch 32] [--json FILE]
 
 The bare loop is forward, backward, clip, step. The same model, batch and fused AdamW then train in the engine: once with
-the bare loop's own loss (what the engine itself costs), once with the flow-matching stage (its per-slot noise, caption
+the bare loop's own loss (what the engine itself costs), once with the flow-matching stage (its noise per sample, caption
 drop and loss by timestep too). Measured are windows of `log_every` steps, each with one report; the variants take turns,
 and the best window of each counts. The target is about CPU time, in which other jobs on the machine hardly show. Data,
 trackers, averages and saving are left out.

@@ -148,7 +148,7 @@ class DiffusersGenerator:
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
 
-        if not progress.watched():
+        if not progress.interactive():
             logging.disable_progress_bar()
         try:
             pipeline = DiffusionPipeline.from_pretrained(
