@@ -95,7 +95,7 @@ def two_processes(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def interactive_batches(seen: list):
+def watched_batches(seen: list):
     """Every batch that reaches the loss: its size and keys."""
     original = FlowMatching.loss
 

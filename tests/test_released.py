@@ -139,7 +139,7 @@ def test_loaded_file_gives_the_reference_velocity(reference, released_file):
         ("other.safetensors", 1024, (1024, 20, 4.5)),
     ],
 )
-def test_folder_says_how_to_sample(tmp_path, convert, name, resolution, expected):
+def test_folder_says_how_to_sample(tmp_path, convert, name, resolution, expected, capsys):
     preset = {
         "preset": f"nitro-e-{expected[0]}",
         "width": 16,
@@ -156,6 +156,17 @@ def test_folder_says_how_to_sample(tmp_path, convert, name, resolution, expected
     assert use.sampling.grid == "released" and use.codec.name == "dc-ae-f32c32"
     assert use.text.name == "llama-3.2-1b" and use.text.clean_caption
     assert config["model"] == from_dict(ModelConfig, preset)
+    size, steps, guidance = expected
+    said, guided = capsys.readouterr().out, f"guidance {guidance}" if guidance else "no guidance"
+    assert f"sampled in {steps} steps of euler, {guided}, {size}x{size} px" in said
+    assert ("distilled weights have -dist" in said) == (steps == 20)
+
+    # what the command line says about sampling is what the folder says
+    given = [*options, "--steps", "3", "--guidance", "1.5", "--sampler", "heun"]
+    assert convert([str(tmp_path / name), str(tmp_path / "set"), *given]) == 0
+    use = from_dict(Use, read_config(tmp_path / "set")["use"])
+    assert (use.sampling.steps, use.sampling.guidance_scale, use.sampling.sampler) == (3, 1.5, "heun")
+    assert "sampled in 3 steps of heun, guidance 1.5" in capsys.readouterr().out
 
 
 def test_what_the_released_format_cannot_say_is_told_or_refused(released_file, tmp_path, convert, capsys):

@@ -4,6 +4,7 @@
     nitro-e convert amd/Nitro-E models/nitro-e-grpo --file Nitro-E-512px.safetensors --lora ckpt_grpo_512px
     nitro-e convert runs/mine@ema mine-512px.safetensors --to-released
     nitro-e convert runs/mine@ema models/mine --dtype float16
+    nitro-e convert mydistilled.safetensors models/fast --resolution 512 --steps 4 --guidance 0
 
 SOURCE is a released .safetensors file, a hub id with --file, a model folder, a run directory or a checkpoint.
 A model folder can be sampled at once (nitro-e sample models/nitro-e-512 ...): what sampling needs is written
@@ -22,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from nitro_e.cli import common as cli
-from nitro_e.config import ConfigError, parse_json, parse_yaml, read_text, to_dict
+from nitro_e.config import ConfigError, from_dict, parse_json, parse_yaml, read_text, to_dict
 from nitro_e.encoders.components import ComponentConfig
 from nitro_e.files import atomic_path, commit_of, save_tensors
 from nitro_e.interfaces import Model
@@ -31,7 +32,7 @@ from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_
 from nitro_e.record import metrics, run_folder
 from nitro_e.record.run_folder import model_folder
 from nitro_e.sampling.pipeline import Use
-from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sampling.samplers import SamplingConfig, with_overrides
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--to-released", action="store_true", help="write the released format instead of a model folder"
     )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="how the weights are to be sampled, as the next two; default: as SOURCE says",
+    )
+    parser.add_argument(
+        "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
+    )
+    parser.add_argument("--sampler", help="euler, heun or multistep")
     cli.dtype_flag(parser, "of the result; default: as they are")
     options = parser.parse_args(arguments)
     return cli.run(lambda: print(convert(options)))
@@ -89,14 +99,29 @@ def convert(options: argparse.Namespace) -> str:
         lines = [f"{out}: the released format; its reader must be told: {told}"]
     else:
         use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
+        sampling = sampling_of(use, options)
+        use = {**use, "sampling": to_dict(sampling)}
         write_folder(model, out, use, provenance(path) or from_hub(options))
-        lines = [f'{out}: model folder; try it: nitro-e sample {out} --prompt "..."']
+        lines = [
+            f'{out}: model folder; try it: nitro-e sample {out} --prompt "..."',
+            f"sampled in {sampling.in_words()}, unless told otherwise",
+        ]
+        if not path.is_dir() and "-dist" not in path.name and options.steps is None:
+            lines.append(
+                "(distilled weights have -dist in the file's name; of others say so: --steps 4 --guidance 0)"
+            )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines.append(
         f"{parameters:,} parameters in {next(model.parameters()).dtype}"
         + (f", {lora} merged" if lora else "")
     )
     return "\n".join([*lines, *left_out(path)])
+
+
+def sampling_of(use: dict[str, Any], options: argparse.Namespace) -> SamplingConfig:
+    """Return the sampling settings of the result: those of SOURCE, but for what the command line sets."""
+    given = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler")}
+    return with_overrides(from_dict(SamplingConfig, use.get("sampling", {}), "sampling"), given)
 
 
 def tell_reader(path: Path, model: EMMDiT) -> str:

@@ -118,7 +118,8 @@ def draw(options: argparse.Namespace) -> None:
     about = settings_of(pipeline, options, overrides)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
-        print(f"{options.source}: {in_words(about)}")
+        words = pipeline.settings(**overrides).in_words()
+        print(f"{options.source}: {words}, {about['dtype']} on {about['device']}")
     if options.compile:
         pipeline.compile()
     if options.layout == "geneval":
@@ -159,18 +160,6 @@ def settings_of(
         "device": parameter.device.type,
         "compile": options.compile,
     }
-
-
-def in_words(about: dict[str, Any]) -> str:
-    """The settings in one line."""
-    sampling = about["sampling"]
-    height, width = (sampling[side] or sampling["resolution"] for side in ("height", "width"))
-    guidance = sampling["guidance_scale"]
-    steps = f"{sampling['steps']} step" + "s" * (sampling["steps"] != 1)
-    return (
-        f"{steps} of {sampling['sampler']}, {f'guidance {guidance:g}' if guidance not in (0, 1) else 'no guidance'}, "
-        f"{height}x{width} px, {about['dtype']} on {about['device']}"
-    )
 
 
 def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dict[str, Any]) -> None:

@@ -65,6 +65,13 @@ class SamplingConfig(Config):
         """The image's (height, width) in pixels."""
         return self.height or self.resolution, self.width or self.resolution
 
+    def in_words(self) -> str:
+        """Say the settings in one line: "20 steps of euler, guidance 4.5, 512x512 px"."""
+        steps = f"{self.steps} step" + "s" * (self.steps != 1)
+        guided = self.guidance_scale not in (0, 1)
+        guidance = f"guidance {self.guidance_scale:g}" if guided else "no guidance"
+        return f"{steps} of {self.sampler}, {guidance}, {self.size[0]}x{self.size[1]} px"
+
     def times(self) -> Tensor:
         """The (steps + 1,) falling times, the last one 0."""
         for times in self.sigmas:
