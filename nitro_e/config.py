@@ -182,6 +182,14 @@ def check_characters(text: str, where: str) -> str:
     return text
 
 
+def environment_number(name: str, default: int) -> int:
+    """Read a whole number from an environment variable, such as RANK and WORLD_SIZE, which launchers set."""
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal():
+        raise ConfigError(f"the environment has {name}={given!r}; set it to a whole number, or unset it")
+    return int(given)
+
+
 # ---- text files that people write
 
 

@@ -239,3 +239,24 @@ def test_an_installed_copy_works_elsewhere(tmp_path):
     where = [sys.executable, "-c", "import nitro_e; print(nitro_e.__file__)"]
     shown = subprocess.run(where, cwd=tmp_path, env=variables, check=True, capture_output=True, text=True)
     assert shown.stdout.startswith(str(target))
+
+
+@pytest.mark.parametrize(
+    "variable, command",
+    [
+        ("RANK", ["train", "configs/shapes/1_pretrain.yaml"]),
+        ("WORLD_SIZE", ["train", "configs/shapes/1_pretrain.yaml", "--dry-run"]),
+        ("RANK", ["sample", "shapes", "--prompt", "x", "--out", "OUT"]),
+        ("RANK", ["data", "encode", "x.tar", "--out", "OUT"]),
+        ("WORLD_SIZE", ["synthesize", "shapes", "--prompts", "x.txt", "--out", "OUT"]),
+    ],
+)
+def test_a_launcher_s_variable_that_is_no_number_is_one_line(variable, command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(variable, "x")
+    name, *arguments = [part.replace("OUT", str(tmp_path / "out")) for part in command]
+    try:
+        code = importlib.import_module(f"nitro_e.cli.{name}").main(arguments)
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said and "'x'" in said.splitlines()[-1]

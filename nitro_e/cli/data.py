@@ -141,10 +141,10 @@ def job_arguments(parser: argparse.ArgumentParser, processes: bool = True) -> No
     if processes:
         parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
-        "--rank", type=int, default=int(os.environ.get("RANK", 0)), help="of this process or array job"
+        "--rank", type=cli.whole(), default=os.environ.get("RANK", "0"), help="of this process or array job"
     )
     parser.add_argument(
-        "--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of ranks"
+        "--world", type=cli.whole(1), default=os.environ.get("WORLD_SIZE", "1"), help="number of ranks"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="redo what was made from other input or options"

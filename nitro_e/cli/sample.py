@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nitro_e.cli import common as cli
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, environment_number
 
 if TYPE_CHECKING:
     from nitro_e.sampling.layouts import Drawing
@@ -116,7 +115,7 @@ def draw(options: argparse.Namespace) -> None:
     names = ("steps", "guidance_scale", "sampler", "height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
     about = settings_of(pipeline, options, overrides)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     if rank == 0:
         words = pipeline.settings(**overrides).in_words()
         print(f"{options.source}: {words}, {about['dtype']} on {about['device']}")

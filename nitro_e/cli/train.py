@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 from pathlib import Path
 
 from nitro_e.cli import common as cli
-from nitro_e.config import load
+from nitro_e.config import environment_number, load
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def train(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(summary(config, options.overrides))
         return
-    first = os.environ.get("RANK", "0") == "0"
+    first = environment_number("RANK", 0) == 0
     with run_folder.lock(config.folder) if first else contextlib.nullcontext():
         engine = build(config)
         try:

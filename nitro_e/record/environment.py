@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nitro_e.config import environment_number
+
 PACKAGES = (
     "torch",
     "accelerate",
@@ -33,7 +35,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "platform": platform.platform(),
         "device": device_name(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": environment_number("WORLD_SIZE", 1),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
@@ -54,7 +56,7 @@ def default_device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return f"cuda:{environment_number('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from nitro_e.config import (
     Seed,
     check_file_name,
     dump,
+    environment_number,
     flatten,
     from_dict,
     is_overridden,
@@ -197,7 +197,7 @@ def refuse_old_keys(data: Mapping[str, Any]) -> None:
     micro_batch, accumulate = old.get("data.batch_size"), old.get("engine.accumulate", 1)
     instead = "batch: {per_device: N}, the samples (in stage 3: rows) that a process takes at a time"
     if isinstance(micro_batch, int) and isinstance(accumulate, int):
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        world = environment_number("WORLD_SIZE", 1)
         instead = (
             f"batch: {{global: {micro_batch * accumulate * world}, per_device: {micro_batch}}} for {micro_batch} x "
             f"{accumulate} on {world} processes"
@@ -221,7 +221,7 @@ def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
             if is_overridden("data.shards", given) or is_overridden("data.sources", given):
                 raise
             warnings.append(f"{error}; the lines that depend on the data are left out")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = environment_number("WORLD_SIZE", 1)
     shape, (_, text_length) = codec_shape(config.components.codec), text_shape(config.components.text)
     grid = None if shape is None else config.token_grid(shape[1])
     total = describe.total(config.model, grid, text_length)

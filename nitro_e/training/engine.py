@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Ge, TrainingError
+from nitro_e.config import Config, ConfigError, Ge, TrainingError, environment_number
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.randomness import SampleRandom
 from nitro_e.record import run_folder
@@ -88,7 +88,7 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     # `accelerate launch --num_processes N` without GPUs names an address for N processes, then starts a single one.
     promised = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     patience = InitProcessGroupKwargs(
-        timeout=timedelta(minutes=int(os.environ.get("NITRO_E_TIMEOUT_MINUTES", 10)))
+        timeout=timedelta(minutes=environment_number("NITRO_E_TIMEOUT_MINUTES", 10))
     )
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[patience])
     if promised and accelerator.num_processes == 1:
@@ -96,7 +96,7 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
             "accelerate launch was told of several processes but starts a single one without GPUs; use "
             "`torchrun --nproc_per_node N -m nitro_e.cli train CONFIG` (for one process: no launcher, or unset MASTER_ADDR)"
         )
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = environment_number("WORLD_SIZE", 1)
     if accelerator.num_processes != world:
         raise ConfigError(
             f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}; "
