@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train.py configs/shapes/2_finetune.yaml
 	$(BIN)/python sample.py runs/shapes-2-finetune --prompts-file configs/shapes/prompts.txt --out outputs/demo
 	$(BIN)/python tools/report.py runs/shapes-1-pretrain runs/shapes-2-finetune --out outputs/demo/report.html
-	@echo "Open outputs/demo/report.html (curves; pictures in runs/*/report.html) and outputs/demo/grid.png."
+	@echo "Open outputs/demo/report.html (curves; images in runs/*/report.html) and outputs/demo/grid.png."
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses $(TEST_PROCESSES) --dist worksteal tests
