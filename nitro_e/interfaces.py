@@ -205,6 +205,16 @@ class Architecture(Config):
         )
         return list(itertools.islice((grid for grid in grids if self.grid_problem(*grid) is None), count))
 
+    def similar_grids(self, height: int, width: int, low: float = 0.7, high: float = 1.35) -> list[Grid]:
+        """Return the token grids that work and have `low` to `high` times as many tokens, the squarest first."""
+        sides, tokens = range(1, self.position_table + 1), height * width
+        grids = [
+            grid
+            for grid in itertools.product(sides, sides)
+            if low * tokens <= grid[0] * grid[1] <= high * tokens and self.grid_problem(*grid) is None
+        ]
+        return sorted(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1], grid))
+
     def grid_problem(self, height: int, width: int) -> str | None:
         """Return why the model cannot work on a token grid, or None."""
         if height < 1 or width < 1:

@@ -251,7 +251,9 @@ def test_an_installed_copy_works_elsewhere(tmp_path):
         ("WORLD_SIZE", ["synthesize", "shapes", "--prompts", "x.txt", "--out", "OUT"]),
     ],
 )
-def test_a_launcher_s_variable_that_is_no_number_is_one_line(variable, command, monkeypatch, capsys, tmp_path):
+def test_a_launcher_s_variable_that_is_no_number_is_one_line(
+    variable, command, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setenv(variable, "x")
     name, *arguments = [part.replace("OUT", str(tmp_path / "out")) for part in command]
     try:

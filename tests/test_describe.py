@@ -1,6 +1,8 @@
 """The counts of `nitro_e.model.describe` against torch's own counter on the real forward, and the published numbers."""
 
+import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny import OPTIMIZER
 from torch.utils.flop_counter import FlopCounterMode
 
 import nitro_e.cli.describe
-from nitro_e.config import from_dict
+from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe
 
@@ -100,6 +102,20 @@ def test_tool_prints_what_the_documentation_shows(tool, capsys):
     printed = capsys.readouterr().out
     assert "302,449,952 parameters, 80.4 GFLOP" in printed and "80 instead of 256, 68.75% fewer" in printed
     assert printed in (ROOT / "docs" / "model.md").read_text()
+
+
+def test_similar_grids_are_those_that_the_model_takes():
+    """By trying every grid, as a sampler would."""
+    config = from_dict(ModelConfig, {"preset": "nitro-e-512", "attention": ["full", "2x4"], "base_grid": 8})
+    taken = set()
+    for grid in itertools.product(range(1, 97), repeat=2):
+        with contextlib.suppress(ConfigError):
+            config.check_grid(*grid)
+            if 0.7 * 12 * 8 <= grid[0] * grid[1] <= 1.35 * 12 * 8:
+                taken.add(grid)
+    found = config.similar_grids(12, 8)
+    assert set(found) == taken and len(found) == len(taken) > 5
+    assert max(found[0]) / min(found[0]) == min(max(grid) / min(grid) for grid in taken)
 
 
 def test_tool_reads_recipes_and_overrides(tool, capsys):

@@ -78,16 +78,28 @@ def report(config: Architecture, grid: Grid, text_length: int) -> list[str]:
         f"{whole.parameters:,} parameters, {gflop(whole.flops)} GFLOP for {grid[0]}x{grid[1]} image and "
         f"{text_length} text tokens."
     )
+    others = config.similar_grids(*grid)
+    sizes = f"{len(others)} token grids with 0.7 to 1.35 times as many tokens work"
+    shown = ", ".join(f"{rows}x{columns}" for rows, columns in others[:12])
+    sizes += f", such as {shown}." if len(others) > 12 else f": {shown}."
     header = ["part", "parameters", "share", "image + text tokens", "GFLOP", "share"]
     rows = [[c.name, *shares(c, whole)[:2], tokens(c), *shares(c, whole)[2:]] for c in by_part]
     part_table = ["", *table(header, rows)]
     if not isinstance(config, ModelConfig):
-        return [first, *part_table]
+        return [first, sizes, *part_table]
     header = ["operation", "parameters", "share", "GFLOP", "share"]
     rows = [[c.name, *shares(c, whole)] for c in operations(config, grid, text_length)]
     operation_table = ["", *table(header, rows)]
     savings = [*compression_line(config, grid), *attention_line(config, grid, text_length)]
-    return [first, *savings, *part_table, *operation_table, "", *ablation_table(config, grid, text_length)]
+    return [
+        first,
+        *savings,
+        sizes,
+        *part_table,
+        *operation_table,
+        "",
+        *ablation_table(config, grid, text_length),
+    ]
 
 
 def shares(count: Count, whole: Count) -> list[str]:
