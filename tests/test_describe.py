@@ -106,7 +106,7 @@ def test_tool_prints_what_the_documentation_shows(tool, capsys):
 
 def test_similar_grids_are_those_that_the_model_takes():
     """By trying every grid, as a sampler would."""
-    config = from_dict(ModelConfig, {"preset": "nitro-e-512", "attention": ["full", "2x4"], "base_grid": 8})
+    config = from_dict(ModelConfig, {"preset": "small-8"})
     taken = set()
     for grid in itertools.product(range(1, 97), repeat=2):
         with contextlib.suppress(ConfigError):
@@ -114,7 +114,7 @@ def test_similar_grids_are_those_that_the_model_takes():
             if 0.7 * 12 * 8 <= grid[0] * grid[1] <= 1.35 * 12 * 8:
                 taken.add(grid)
     found = config.similar_grids(12, 8)
-    assert set(found) == taken and len(found) == len(taken) > 5
+    assert set(found) == taken and len(found) == len(taken) > 3
     assert max(found[0]) / min(found[0]) == min(max(grid) / min(grid) for grid in taken)
 
 
