@@ -47,7 +47,8 @@ def wait(process: int) -> int | None:
 
 
 def serve(program: Path, scratch: Path) -> None:
-    main = importlib.import_module(f"nitro_e.cli.{program.stem}").main
+    home = "tools" if program.stem == "train_components" else "nitro_e.cli"
+    main = importlib.import_module(f"{home}.{program.stem}").main
     sys.argv = [str(program)]
     output = scratch / f"{program.stem}.stderr"
     for line in sys.stdin:
