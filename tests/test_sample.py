@@ -18,7 +18,7 @@ from nitro_e.cli import sample
 from nitro_e.config import ConfigError
 from nitro_e.data.prompts import read_records
 from nitro_e.sampling.folder import batched, draw_folder, read_manifest
-from nitro_e.sampling.layouts import LAYOUTS, Drawing
+from nitro_e.sampling.layouts import LAYOUTS, Drawing, write_metadata
 from nitro_e.sampling.sheets import sheet
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +167,19 @@ def test_prompts_from_standard_input(monkeypatch, tmp_path):
     assert read_records("-") == [{"prompt": "one", "id": "a"}]
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert [record["prompt"] for record in read_records("-")] == ["one", "two"]
+
+
+def test_several_processes_cannot_share_standard_input(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sample.main(["shapes", "--prompts-file", "-", "--out", str(tmp_path)]) == 2
+    assert "standard input reaches one of 2 processes only; give a file" in capsys.readouterr().err
+
+
+def test_metadata_follows_the_prompts(tmp_path):
+    for records in (RECORDS, RECORDS[::-1]):
+        write_metadata(LAYOUTS["geneval"](records, 2, 0, ""), tmp_path)
+        found = [json.loads((tmp_path / f"{i:05d}/metadata.jsonl").read_text()) for i in range(len(records))]
+        assert found == records
 
 
 def test_a_sheet_enlarges_small_images_and_has_room_for_words():

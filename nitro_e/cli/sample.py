@@ -91,6 +91,11 @@ def draw(options: argparse.Namespace) -> None:
     )
 
     records: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompt]
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    if options.prompts_file == "-" and world > 1:
+        raise ConfigError(
+            f"--prompts-file -: standard input reaches one of {world} processes only; give a file instead"
+        )
     if options.prompts_file is not None:
         records += read_records(options.prompts_file, "--prompts-file")
     if not records:
@@ -115,7 +120,6 @@ def draw(options: argparse.Namespace) -> None:
     names = ("steps", "guidance_scale", "sampler", "height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
     about = settings_of(pipeline, options, overrides)
-    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     if rank == 0:
         words = pipeline.settings(**overrides).in_words()
         print(f"{options.source}: {words}, {about['dtype']} on {about['device']}")

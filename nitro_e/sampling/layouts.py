@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nitro_e.config import ConfigError
+from nitro_e.files import write_text
 
 # of a prompts file: "prompt", and perhaps "negative_prompt", "seed", "id" and anything else
 Record = dict[str, Any]
@@ -89,9 +90,10 @@ def write_metadata(drawings: Sequence[Drawing], folder: Path) -> None:
     """The metadata.jsonl that GenEval expects in the folder of every prompt."""
     for item in drawings:
         path = folder / Path(item.file).parent.parent / "metadata.jsonl"
-        if not path.exists():
+        text = json.dumps(item.record) + "\n"
+        if not path.exists() or path.read_text("utf-8") != text:  # other prompts may have been here before
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(item.record) + "\n", "utf-8")
+            write_text(path, text)
 
 
 def slug(prompt: str) -> str:
