@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import resource
 import shutil
@@ -262,3 +263,13 @@ def test_a_launcher_s_variable_that_is_no_number_is_one_line(
         code = error.code
     said = capsys.readouterr().err
     assert code == 2 and "Traceback" not in said and "'x'" in said.splitlines()[-1]
+
+
+def test_a_line_for_stderr_is_one_write(monkeypatch):
+    """Where Python is unbuffered, as in many containers, print() makes two, and lines of processes mix."""
+    written = []
+    monkeypatch.setattr(
+        sys, "stderr", type("Stderr", (io.StringIO,), {"write": lambda self, text: written.append(text)})()
+    )
+    assert cli.run(lambda: (_ for _ in ()).throw(ConfigError("wrong"))) == 2
+    assert written == ["error: wrong\n"]

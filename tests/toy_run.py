@@ -63,7 +63,9 @@ def main(run: Path, options: dict) -> None:
     stage = FaultyStage(**{"fault": None, **faults}, batch_size=batch_size)
     trainer = Engine(config, stage, accelerator, run=run, seed=1, use={}, record={}, accumulate=accumulate)
     trainer.run()
-    print(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.state.skipped}", flush=True)
+    # in one write, or the lines of two processes can share one
+    sys.stdout.write(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.state.skipped}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

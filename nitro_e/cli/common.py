@@ -49,10 +49,10 @@ def run(command: Callable[[], None]) -> int:
     try:
         command()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except TrainingError as error:
-        print(f"training stopped: {error}", file=sys.stderr)
+        say(f"training stopped: {error}")
         return 3
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,21 +62,26 @@ def run(command: Callable[[], None]) -> int:
             if error.filename is not None
             else " ".join(str(error).split())
         )
-        print(f"error: {named}; mend that and run the same command again", file=sys.stderr)
+        say(f"error: {named}; mend that and run the same command again")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(
+        say(
             f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); "
-            "ask for less at a time (batch size, resolution, length) or use a larger machine",
-            file=sys.stderr,
+            "ask for less at a time (batch size, resolution, length) or use a larger machine"
         )
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        say("interrupted; run the same command again to continue")
         return 130
     return 0
+
+
+def say(line: str) -> None:
+    """Write one line to stderr in one piece: print() makes two where Python is unbuffered, and lines of processes mix."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def _out_of_memory(error: BaseException) -> bool:
