@@ -94,5 +94,8 @@ def _setting(sampling: Mapping[str, Any]) -> str:
     return f"{sampling['steps']} steps of {sampling['sampler']}, guidance {sampling['guidance_scale']:g}"
 
 
-def _estimate(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+def _estimate(estimate: Mapping[str, float | None]) -> str:
+    value, low, high = (
+        "–" if number is None else f"{number:.3f}" for number in map(estimate.get, ("value", "low", "high"))
+    )
+    return f"{value} [{low}, {high}]"

@@ -12,7 +12,7 @@ from nitro_e.files import is_hub_id
 from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config
-from nitro_e.record.run_folder import model_folder
+from nitro_e.record.run_folder import NAMED, model_folder
 from nitro_e.sampling.samplers import SamplingConfig
 
 
