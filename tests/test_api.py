@@ -342,7 +342,7 @@ def test_publishing_and_drawing_from_the_hub(hub, pipe, tmp_path, monkeypatch):
     drawn = TextToImage.from_pretrained("me/shapes")
     options = {"num_inference_steps": 2, "output_type": "latent"}
     # not equal to the bit: the shipped file is in float16, and so is the position table beside it
-    close(drawn(RED, **options).images, pipe(RED, **options).images, 1e-3)
+    close(drawn(RED, **options).images, pipe(RED, **options).images, 5e-3)
     with pytest.raises(ConfigError, match="cannot be a hub repository"):
         pipe.push_to_hub("a/b/c")
     scores.write_text("{}")
