@@ -64,6 +64,8 @@ setup(
             "ruff>=0.17",  # make lint, like the next two
             "mypy>=1.18",
             "types-PyYAML>=6.0.12",
+            "nbclient>=0.10",  # runs examples/tour.ipynb, like ipykernel
+            "ipykernel>=6.29",
         ],
     },
 )
