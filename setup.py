@@ -58,6 +58,9 @@ setup(
         "eval": [
             "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
         ],
+        "serve": [
+            "gradio>=6.0"  # the page; 5 takes theme and styles elsewhere
+        ],
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.5",  # the tests on two cores: 5 minutes instead of 10

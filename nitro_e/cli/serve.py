@@ -1,0 +1,105 @@
+"""Draw in a browser:  nitro-e serve [SOURCE ...]
+
+SOURCE is what `nitro-e sample` takes: shipped weights, a run, a checkpoint, a model folder. Without one the page offers
+the shipped weights and every run under runs/ that has a complete checkpoint; one model is in memory at a time. The page
+is for this machine alone unless --host says otherwise, takes no files and loads nothing from the network. Ctrl-C ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import socket
+from pathlib import Path
+
+from nitro_e.cli import common as cli
+from nitro_e.config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return cli.run(lambda: serve(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="*", metavar="SOURCE")
+    parser.add_argument("--port", type=cli.whole(1, 65535), default=7860, metavar="N", help="default 7860")
+    parser.add_argument(
+        "--host",
+        type=address,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="of this machine; default 127.0.0.1, which only this machine reaches; 0.0.0.0: all of its addresses",
+    )
+    parser.add_argument(
+        "--api", action="store_true", help="offer the page's functions to programs, with docs"
+    )
+    parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
+    cli.component_flags(
+        parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
+    )
+    cli.download_flag(parser)
+    cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
+    return parser.parse_args(arguments)
+
+
+def address(name: str) -> str:
+    """An IPv4 address, or localhost."""
+    if name == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.IPv4Address(name))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an address such as 127.0.0.1, got '{name}'") from None
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Check what can be checked at once, load the first weights, and serve the page until Ctrl-C."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("the page needs gradio: pip install gradio")
+    check_address(options.host, options.port)
+    if not ipaddress.IPv4Address(options.host).is_loopback:
+        cli.say(
+            f"warning: whoever reaches {options.host}:{options.port} can draw with this machine; there is no password"
+        )
+
+    import torch
+
+    from nitro_e.record.environment import default_device
+    from nitro_e.record.run_folder import model_folder
+    from nitro_e.sampling.pipeline import TextToImage
+    from nitro_e.serving.drawing import Shelf, found_weights
+
+    for source in options.sources:
+        model_folder(source)
+
+    def load(source: str) -> TextToImage:
+        return TextToImage.from_pretrained(
+            source,
+            options.device or default_device(),
+            None if options.dtype is None else getattr(torch, options.dtype),
+            codec=options.codec,
+            text=options.text,
+            allow_download=options.allow_download,
+        )
+
+    shelf = Shelf(options.sources or found_weights(Path("runs")), load)
+    shelf.take(shelf.sources[0])
+
+    from nitro_e.serving import page
+
+    page.serve(shelf, options.host, options.port, options.api)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError where nothing can listen at this address, before anything is loaded."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: {error.strerror}; choose another, as --port {port % 65535 + 1}"
+        ) from None
