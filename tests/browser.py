@@ -115,7 +115,7 @@ class Browser:
         """Press the mouse where an element is."""
         box = self.evaluate(
             f"(() => {{const e = document.querySelector({json.dumps(selector)}); "
-            "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect(); "
+            "e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect(); "
             "return [b.x + b.width / 2, b.y + b.height / 2]})()"
         )
         for kind in ("mousePressed", "mouseReleased"):

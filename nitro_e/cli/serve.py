@@ -1,6 +1,6 @@
 """Draw in a browser:  nitro-e serve [SOURCE ...]
 
-SOURCE is what `nitro-e sample` takes: shipped weights, a run, a checkpoint, a model folder. Without one the page offers
+SOURCE is what `nitro-e sample` takes: shipped weights, a run, a checkpoint, a model folder, a hub id. Without one the page offers
 the shipped weights and every run under runs/ that has a complete checkpoint; one model is in memory at a time. The page
 is for this machine alone unless --host says otherwise, takes no files and loads nothing from the network. Ctrl-C ends it.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import ipaddress
+import os
 import socket
+import threading
 from pathlib import Path
 
 from nitro_e.cli import common as cli
@@ -70,12 +72,12 @@ def serve(options: argparse.Namespace) -> None:
     import torch
 
     from nitro_e.record.environment import default_device
-    from nitro_e.record.run_folder import model_folder
     from nitro_e.sampling.pipeline import TextToImage
+    from nitro_e.sampling.sources import find
     from nitro_e.serving.drawing import Shelf, found_weights
 
     for source in options.sources:
-        model_folder(source)
+        find(source)
 
     def load(source: str) -> TextToImage:
         return TextToImage.from_pretrained(
@@ -90,9 +92,11 @@ def serve(options: argparse.Namespace) -> None:
     shelf = Shelf(options.sources or found_weights(Path("runs")), load)
     shelf.take(shelf.sources[0])
 
-    from nitro_e.serving import page
+    from nitro_e.serving.page import running
 
-    page.serve(shelf, options.host, options.port, options.api)
+    with running(shelf, options.host, options.port, options.api) as url:
+        print(f"{', '.join(shelf.sources)}: {url} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
 
 
 def check_address(host: str, port: int) -> None:
@@ -101,5 +105,6 @@ def check_address(host: str, port: int) -> None:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise ConfigError(
-            f"--host {host} --port {port}: {error.strerror}; choose another, as --port {port % 65535 + 1}"
+            f"--host {host} --port {port}: {os.strerror(error.errno or 0)}; "
+            f"choose another, as --port {port % 65535 + 1}"
         ) from None

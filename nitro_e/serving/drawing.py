@@ -13,8 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from PIL import Image
 
 from nitro_e.config import Config, ConfigError, Ge, Le, check_characters, did_you_mean, from_dict
-from nitro_e.model.pretrained import read_config
-from nitro_e.record.run_folder import NAMED, latest, model_folder
+from nitro_e.record.run_folder import NAMED, latest
 from nitro_e.sampling.pipeline import TextToImage
 
 MAX_PROMPT = 1000  # characters
@@ -143,7 +142,7 @@ def _draw(pipeline: TextToImage, name: str, request: Request, on_step: OnStep, f
     batch = max(1, min(request.images, MAX_IMAGES * 512**2 // (height * width)))
     total, done = request.steps * -(-request.images // batch), 0
 
-    def stepped(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def stepped(_: TextToImage, step: int, t: float, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
         done += 1
         on_step(done, total)
@@ -151,8 +150,9 @@ def _draw(pipeline: TextToImage, name: str, request: Request, on_step: OnStep, f
 
     start = time.perf_counter()
     images = pipeline(
-        [request.prompt] * request.images,
+        request.prompt,
         negative_prompt=request.negative_prompt,
+        num_images_per_prompt=request.images,
         seeds=request.seeds,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
@@ -181,10 +181,6 @@ def sizes(pipeline: TextToImage) -> list[str]:
     return list(dict.fromkeys([f"{height}x{width}", *others]))
 
 
-def draws_shapes(name: str) -> bool:
-    """Tell whether weights were trained on the offline domain, whose prompts are their own small language."""
-    try:
-        use = read_config(model_folder(name))["use"]
-    except ConfigError:  # a hub repository or a released file
-        return False
-    return use["text"]["name"].startswith("shapes")
+def draws_shapes(pipeline: TextToImage) -> bool:
+    """Tell whether weights were trained on the offline domain, whose prompts are a small language of their own."""
+    return pipeline.use is not None and pipeline.use.text.name.startswith("shapes")

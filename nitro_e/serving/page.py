@@ -8,7 +8,6 @@ import os
 import random
 import re
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +29,19 @@ from nitro_e.serving.drawing import COMPARED, Request, Shelf
 # what a browser needs of the addresses that Gradio answers; the others (uploads, proxies, recordings, ...) are refused
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
 FOLDERS = ("/assets/", "/static/")
-API = ("queue/", "run/", "call/", "file=", "heartbeat/", "startup-events", "info", "cancel", "reset", "theme.css", "app_id")
+API = (
+    "queue/",
+    "run/",
+    "call/",
+    "file=",
+    "heartbeat/",
+    "startup-events",
+    "info",
+    "cancel",
+    "reset",
+    "theme.css",
+    "app_id",
+)
 
 PROMPTS = [
     "a photo of a red circle left of a blue square",
@@ -46,6 +57,7 @@ CSS = """
 #gallery .grid-container:has(> :nth-child(4):last-child) {--least: max(256px, 40%)}
 .enlarged img {image-rendering: pixelated}
 .compared img {width: 100% !important; height: auto !important; min-height: 256px; object-fit: contain !important}
+.compared .image-frame {width: 100% !important}
 """
 
 
@@ -58,12 +70,12 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def errors_shown() -> Iterator[None]:
+def told() -> Iterator[None]:
     """Show on the page, as one readable line, what the user can mend; whatever else comes up is a bug."""
     try:
         yield
     except Stopped:
-        raise gr.Error("Stopped.", title="", duration=3, print_exception=False) from None
+        gr.Info("Stopped", duration=3)
     except (ConfigError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
@@ -74,10 +86,11 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
     """Make the page. The first weights are loaded for the fields' values. api: other programs may use it, too."""
     stopping: set[str | None] = set()  # sessions that want no more of what is being drawn for them
     first = shelf.sources[0]
-    values = _fields(first, shelf.take(first))
+    values = _fields(shelf.take(first))
 
     def watched(progress: gr.Progress, session: str | None) -> drawing.OnStep:
         stopping.discard(session)
+        progress(0, desc="Loading")
 
         def on_step(done: int, total: int) -> None:
             if session in stopping:
@@ -87,8 +100,8 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
         return on_step
 
     def choose(name: str) -> tuple[Any, ...]:
-        with errors_shown():
-            return tuple(gr.update(**field) for field in _fields(name, shelf.take(name)))
+        with told():
+            return tuple(gr.update(**field) for field in _fields(shelf.take(name)))
 
     def draw(
         name: str,
@@ -102,7 +115,7 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
         request: gr.Request,
         progress: gr.Progress = PROGRESS,
     ) -> tuple[Any, Any]:
-        with errors_shown():
+        with told():
             wanted = Request.of(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
@@ -112,10 +125,10 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
                 images=images,
                 size=size,
             )
-            progress(0, desc="Loading")
-            pipeline = shelf.take(name)
-            drawn = drawing.draw(pipeline, name, wanted, watched(progress, request.session_hash))
+            on_step = watched(progress, request.session_hash)
+            drawn = drawing.draw(shelf.take(name), name, wanted, on_step)
             return _gallery(drawn.images), _text(drawn.words)
+        return gr.skip(), gr.skip()
 
     def compare(
         name: str,
@@ -127,7 +140,7 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
         request: gr.Request,
         progress: gr.Progress = PROGRESS,
     ) -> Iterator[list[Any]]:
-        with errors_shown():
+        with told():
             wanted = Request.of(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
@@ -137,24 +150,29 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
                 images=1,
                 size=size,
             )
-            progress(0, desc="Loading")
+            on_step = watched(progress, request.session_hash)
             pipeline = shelf.take(name)
             shown: list[Any] = [None, ""] * len(COMPARED)
-            yield shown
-            on_step = watched(progress, request.session_hash)
+            yield list(shown)
             for column, drawn in enumerate(drawing.compare(pipeline, name, wanted, on_step)):
                 image = drawn.images[0]
                 shown[2 * column] = gr.update(value=image, elem_classes=["compared", *_classes(image)])
                 shown[2 * column + 1] = _text(drawn.words)
-                yield shown
+                yield list(shown)
 
     with gr.Blocks(title="Nitro-E", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# Nitro-E")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                name = gr.Dropdown(shelf.sources, value=first, label="Weights", interactive=True)
+                name = gr.Dropdown(
+                    shelf.sources, value=first, label="Weights", interactive=True, elem_id="weights"
+                )
                 prompt = gr.Textbox(
-                    label="Prompt", lines=2, max_length=drawing.MAX_PROMPT, placeholder="What to draw"
+                    label="Prompt",
+                    lines=2,
+                    max_length=drawing.MAX_PROMPT,
+                    placeholder="What to draw",
+                    elem_id="prompt",
                 )
                 examples = gr.Dataset(
                     label="Examples", components=[prompt], samples=[[text] for text in PROMPTS], **values[3]
@@ -246,11 +264,12 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
             stopping.add(request.session_hash)
 
         gr.on([stop.click, stop_compare.click], halt, queue=False, **hidden)
+        page.unload(halt)  # a closed tab
     page.queue(max_size=32, default_concurrency_limit=1, api_open=api)
     return page
 
 
-def _fields(name: str, pipeline: TextToImage) -> list[dict[str, Any]]:
+def _fields(pipeline: TextToImage) -> list[dict[str, Any]]:
     """Say what steps, guidance, size and examples are with these weights, as arguments of the components."""
     defaults = pipeline.defaults
     trained = sorted(len(times) for times in defaults.sigmas)
@@ -260,7 +279,7 @@ def _fields(name: str, pipeline: TextToImage) -> list[dict[str, Any]]:
         {"value": defaults.steps, "info": info},
         {"value": defaults.guidance_scale},
         {"choices": sizes, "value": sizes[0]},
-        {"visible": drawing.draws_shapes(name)},
+        {"visible": drawing.draws_shapes(pipeline)},
     ]
 
 
@@ -313,8 +332,9 @@ def _needed(path: str) -> bool:
     return path in PAGES or path.startswith(FOLDERS) or (api != path and api.startswith(API))
 
 
-def serve(shelf: Shelf, host: str, port: int, api: bool = False) -> None:
-    """Serve the page until Ctrl-C (KeyboardInterrupt)."""
+@contextlib.contextmanager
+def running(shelf: Shelf, host: str, port: int, api: bool = False) -> Iterator[str]:
+    """Serve the page in other threads; the value is its address."""
     # images that browsers fetch lie in a folder of their own, which goes with the server
     with tempfile.TemporaryDirectory(prefix="nitro-e-serve-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -341,7 +361,6 @@ def serve(shelf: Shelf, host: str, port: int, api: bool = False) -> None:
             css=CSS,
         )
         try:
-            print(f"{', '.join(shelf.sources)}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
-            threading.Event().wait()
+            yield f"http://{host}:{port}"
         finally:
             page.close(verbose=False)
