@@ -112,14 +112,18 @@ class Browser:
         raise AssertionError(f"after {seconds} s still not: {expression}")
 
     def click(self, selector: str) -> None:
-        """Press the mouse where an element is."""
-        box = self.evaluate(
+        """Press the mouse where an element is, once it has come to rest."""
+        place = (
             f"(() => {{const e = document.querySelector({json.dumps(selector)}); "
             "e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect(); "
             "return [b.x + b.width / 2, b.y + b.height / 2]})()"
         )
+        before, (x, y) = None, self.evaluate(place)
+        while (x, y) != before:
+            time.sleep(0.2)
+            before, (x, y) = (x, y), self.evaluate(place)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def write(self, selector: str, text: str) -> None:
         """Replace what a field holds by typed text."""

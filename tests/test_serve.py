@@ -378,9 +378,17 @@ def test_in_a_browser(process, pipeline, tmp_path):
     assert {line.split()[1] for line in connected} <= {"127.0.0.1", "localhost", "None"}, connected
 
 
-def look_at(browser: Browser, url: str, pipeline: TextToImage) -> None:
-    browser.open(url, 1280, 1130)
+def visit(browser: Browser, url: str, *size: int, dark: bool = False) -> None:
+    """Open the page and wait until it talks to its server."""
+    before = len(browser.requests)
+    browser.open(url, *size, dark=dark)
     browser.wait_for("document.querySelector('#draw')")
+    while not any("/heartbeat/" in address for address in browser.requests[before:]):
+        browser.evaluate("new Promise(done => setTimeout(done, 100))")
+
+
+def look_at(browser: Browser, url: str, pipeline: TextToImage) -> None:
+    visit(browser, url, 1280, 1130)
     browser.write("#prompt textarea", PROMPT)
     browser.click("#draw")
     check_images(browser, pipeline(PROMPT, num_images_per_prompt=4, seeds=0).images)
@@ -412,8 +420,7 @@ def look_at(browser: Browser, url: str, pipeline: TextToImage) -> None:
     browser.wait_for("!document.body.innerText.includes('distilled for 2 or 4')")
 
     # a telephone: one column, nothing to scroll sideways; the second tab
-    browser.open(url, 390, 844, dark=True)
-    browser.wait_for("document.querySelector('#draw')")
+    visit(browser, url, 390, 844, dark=True)
     assert browser.evaluate("document.documentElement.scrollWidth") == 390
     browser.write("#prompt textarea", PROMPT)
     browser.evaluate("document.querySelectorAll('button[role=tab]')[1].click()")
