@@ -6,6 +6,7 @@ The picture in docs/serve.md comes from the slow test of the browser:
 """
 
 import base64
+import importlib.metadata
 import io
 import json
 import os
@@ -304,10 +305,17 @@ def test_other_machines_are_let_in_with_a_warning_only(capsys, tmp_path):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_without_gradio_it_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("found", [None, "5.50.0"])
+def test_without_gradio_it_is_one_line(capsys, monkeypatch, found):
+    def version(name):
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(command, "version", version)
     assert command.main([]) == 2
-    assert capsys.readouterr().err == "error: the page needs gradio: pip install gradio\n"
+    said = capsys.readouterr().err
+    assert said == f"error: the page needs gradio 6, found {found or 'none'}: pip install 'gradio>=6.0.1'\n"
 
 
 # Writes every address that the process connects to, or asks a name server for, into a file.

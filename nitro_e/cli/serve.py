@@ -8,11 +8,14 @@ is for this machine alone unless --host says otherwise, takes no files and loads
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import ipaddress
 import os
+import re
+import signal
 import socket
+import sys
 import threading
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nitro_e.cli import common as cli
@@ -61,8 +64,7 @@ def address(name: str) -> str:
 
 def serve(options: argparse.Namespace) -> None:
     """Check what can be checked at once, load the first weights, and serve the page until Ctrl-C."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the page needs gradio: pip install gradio")
+    check_gradio()
     check_address(options.host, options.port)
     if not ipaddress.IPv4Address(options.host).is_loopback:
         cli.say(
@@ -94,9 +96,20 @@ def serve(options: argparse.Namespace) -> None:
 
     from nitro_e.serving.page import running
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # it clears up as after Ctrl-C
     with running(shelf, options.host, options.port, options.api) as url:
         print(f"{', '.join(shelf.sources)}: {url} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
+
+
+def check_gradio() -> None:
+    """Raise ConfigError if the library of the page is not there, or too old."""
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        found = "none"
+    if not re.match(r"([6-9]|\d\d)\.", found):
+        raise ConfigError(f"the page needs gradio 6, found {found}: pip install 'gradio>=6.0.1'")
 
 
 def check_address(host: str, port: int) -> None:
