@@ -104,7 +104,7 @@ def test_every_field_has_bounds(wrong, message):
         Request.of(**{**FIELDS, **wrong})
 
 
-def test_one_model_is_in_memory():
+def test_one_model_is_in_memory_and_lent_to_one():
     loaded = []
 
     def load(name):
@@ -114,16 +114,22 @@ def test_one_model_is_in_memory():
             raise ConfigError("broken")
         return name.upper()
 
+    def take(name):
+        with shelf.use(name) as pipeline:
+            assert shelf._lock.locked()
+            return pipeline
+
     shelf = Shelf(["a", "b", "broken", "a"], load)
     assert shelf.sources == ["a", "b", "broken"]
-    assert [shelf.take(name) for name in "aaba"] == ["A", "A", "B", "A"]
+    assert [take(name) for name in "aaba"] == ["A", "A", "B", "A"]
     with pytest.raises(ConfigError, match="broken"):
-        shelf.take("broken")
-    assert shelf.take("b") == "B"
+        take("broken")
+    assert take("b") == "B"
     assert loaded == ["a", "b", "a", "broken", "b"]
     for name in ("c", "../a", None):
         with pytest.raises(ConfigError, match="not offered here"):
-            shelf.take(name)
+            take(name)
+    assert not shelf._lock.locked()
 
 
 def test_runs_with_a_complete_checkpoint_are_found(tmp_path):
@@ -148,20 +154,13 @@ def test_images_are_those_of_the_pipeline(pipeline):
     assert json.loads(drawn.images[1].info["settings"])["seed"] == 6
 
 
-def test_comparison_starts_from_the_same_noise(pipeline, distilled, monkeypatch):
-    monkeypatch.setattr(drawing, "COMPARED", (3, 2, 1))
-    counted = []
-    request = Request.of(**FIELDS)
-    drawn = list(drawing.compare(pipeline, "shapes", request, lambda *counts: counted.append(counts)))
-    expected = [pipeline(PROMPT, seeds=5, num_inference_steps=steps).images[0] for steps in (3, 2, 1)]
-    assert all(same(one.images[0], image) for one, image in zip(drawn, expected, strict=True))
-    assert counted == [(done, 6) for done in range(1, 7)]
-    # counts that distilled weights were not trained for are drawn too, here and not where they are asked for
+def test_distilled_weights_draw_other_counts_only_where_they_are_compared(distilled):
     student = TextToImage.from_pretrained(distilled)
-    drawn = list(drawing.compare(student, "student", request, lambda *counts: None))
-    assert [one.words.split()[1] for one in drawn] == ["3", "2", "1"]
+    request = Request.of(**FIELDS)
     with pytest.raises(ConfigError, match="distilled for 2 or 4 steps, not 3"):
         drawing.draw(student, "student", request, lambda *counts: None)
+    drawn = drawing.draw(student, "student", request, lambda *counts: None, force=True)
+    assert drawn.words.startswith("student: 3 steps of multistep")
 
 
 def test_a_step_can_end_the_drawing(pipeline):
@@ -220,6 +219,10 @@ def test_programs_get_the_same_images_and_messages(url, pipeline):
     assert all(same(*pair) for pair in zip(drawn, expected, strict=True))
     assert json.loads(drawn[0].text["settings"])["seed"] == 5 and drawn[0].text["prompt"] == PROMPT
     assert "3 steps of euler, guidance 3, 64x64 px, seeds 5 to 6" in words
+    compared = client.predict("shapes", PROMPT, "", 3.0, 5, "64x64", api_name="/compare")
+    for shown, words, steps in zip(compared[::2], compared[1::2], COMPARED, strict=True):
+        expected = pipeline(PROMPT, seeds=5, num_inference_steps=steps).images[0]
+        assert same(Image.open(shown["value"]), expected) and f"{steps} step" in words
     for wrong, message in (
         ({"prompt": ""}, "prompt is empty; write what to draw"),
         ({"size": "63x64"}, "both sides must be multiples of 8"),
@@ -426,6 +429,14 @@ def look_at(browser: Browser, url: str, pipeline: TextToImage) -> None:
     browser.click("#weights input")
     browser.click("ul[role=listbox] li:nth-child(1)")
     browser.wait_for("!document.body.innerText.includes('distilled for 2 or 4')")
+
+    # a drawing that is not wanted any more
+    browser.write("#prompt textarea", PROMPT)
+    browser.write("input[aria-label='number input for Steps']", "100")
+    browser.click("#draw")
+    browser.wait_for("document.body.innerText.includes('Drawing')")
+    browser.click("#draw-stop")
+    browser.wait_for("document.body.innerText.includes('Stopped')")
 
     # a telephone: one column, nothing to scroll sideways; the second tab
     visit(browser, url, 390, 844, dark=True)

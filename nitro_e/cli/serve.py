@@ -92,8 +92,6 @@ def serve(options: argparse.Namespace) -> None:
         )
 
     shelf = Shelf(options.sources or found_weights(Path("runs")), load)
-    shelf.take(shelf.sources[0])
-
     from nitro_e.serving.page import running
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # it clears up as after Ctrl-C

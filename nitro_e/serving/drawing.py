@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -81,16 +82,26 @@ class Shelf:
         self._name: str | None = None
         self._pipeline: TextToImage | None = None
         self._lock = threading.Lock()
+        self.closed = threading.Event()
 
-    def take(self, name: str) -> TextToImage:
-        """Return the pipeline of these weights; those of others leave memory before it is loaded."""
+    @contextlib.contextmanager
+    def use(self, name: str) -> Iterator[TextToImage]:
+        """Lend the pipeline of these weights to one user at a time; other weights leave memory before it is loaded."""
         if name not in self.sources:
             raise ConfigError(f"weights '{name}' are not offered here{did_you_mean(str(name), self.sources)}")
         with self._lock:
             if self._pipeline is None or self._name != name:
                 self._pipeline = None
                 self._pipeline, self._name = self._load(name), name
-            return self._pipeline
+            yield self._pipeline
+
+    def close(self) -> None:
+        """Tell who draws to end (`closed`), wait for that, and lend nothing any more.
+
+        A process that ends while torch computes in another thread is aborted.
+        """
+        self.closed.set()
+        self._lock.acquire()
 
 
 def found_weights(runs: Path) -> list[str]:
@@ -110,30 +121,10 @@ class Drawn(NamedTuple):
     words: str  # weights, settings, seeds and time in one line
 
 
-def draw(pipeline: TextToImage, name: str, request: Request, on_step: OnStep) -> Drawn:
-    """Draw the images of a request."""
-    return _draw(pipeline, name, request, on_step, force=None)
-
-
-def compare(pipeline: TextToImage, name: str, request: Request, on_step: OnStep) -> Iterator[Drawn]:
-    """Draw the first image of a request in 20, 4 and 1 steps from the same noise; yield each when it is done.
-
-    Distilled weights draw in counts that they were not trained for, too.
-    """
-    total, before = sum(COMPARED), 0
-    for steps in COMPARED:
-
-        def counted(done: int, _: int, before: int = before) -> None:
-            on_step(before + done, total)
-
-        one = dataclasses.replace(request, steps=steps, images=1)
-        trained = {len(times) for times in pipeline.defaults.sigmas}
-        untrained = bool(trained) and steps not in trained
-        yield _draw(pipeline, name, one, counted, force=untrained or None)
-        before += steps
-
-
-def _draw(pipeline: TextToImage, name: str, request: Request, on_step: OnStep, force: bool | None) -> Drawn:
+def draw(
+    pipeline: TextToImage, name: str, request: Request, on_step: OnStep, force: bool | None = None
+) -> Drawn:
+    """Draw the images of a request. force: with distilled weights, also in counts that they were not trained for."""
     height, width = request.height_width
     settings = pipeline.settings(
         steps=request.steps, guidance_scale=request.guidance_scale, height=height, width=width, force=force

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import html
 import os
 import random
@@ -86,22 +87,23 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
     """Make the page. The first weights are loaded for the fields' values. api: other programs may use it, too."""
     stopping: set[str | None] = set()  # sessions that want no more of what is being drawn for them
     first = shelf.sources[0]
-    values = _fields(shelf.take(first))
+    with shelf.use(first) as loaded:
+        values = _fields(loaded)
 
     def watched(progress: gr.Progress, session: str | None) -> drawing.OnStep:
         stopping.discard(session)
         progress(0, desc="Loading")
 
         def on_step(done: int, total: int) -> None:
-            if session in stopping:
+            if session in stopping or shelf.closed.is_set():
                 raise Stopped
             progress((done, total), desc="Drawing", unit="steps")
 
         return on_step
 
     def choose(name: str) -> tuple[Any, ...]:
-        with told():
-            return tuple(gr.update(**field) for field in _fields(shelf.take(name)))
+        with told(), shelf.use(name) as pipeline:
+            return tuple(gr.update(**field) for field in _fields(pipeline))
 
     def draw(
         name: str,
@@ -126,7 +128,8 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
                 size=size,
             )
             on_step = watched(progress, request.session_hash)
-            drawn = drawing.draw(shelf.take(name), name, wanted, on_step)
+            with shelf.use(name) as pipeline:
+                drawn = drawing.draw(pipeline, name, wanted, on_step)
             return _gallery(drawn.images), _text(drawn.words)
         return gr.skip(), gr.skip()
 
@@ -151,10 +154,12 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
                 size=size,
             )
             on_step = watched(progress, request.session_hash)
-            pipeline = shelf.take(name)
             shown: list[Any] = [None, ""] * len(COMPARED)
             yield list(shown)
-            for column, drawn in enumerate(drawing.compare(pipeline, name, wanted, on_step)):
+            for column, steps in enumerate(COMPARED):
+                with shelf.use(name) as pipeline:
+                    one = dataclasses.replace(wanted, steps=steps)
+                    drawn = drawing.draw(pipeline, name, one, on_step, force=True)
                 image = drawn.images[0]
                 shown[2 * column] = gr.update(value=image, elem_classes=["compared", *_classes(image)])
                 shown[2 * column + 1] = _text(drawn.words)
@@ -364,3 +369,4 @@ def running(shelf: Shelf, host: str, port: int, api: bool = False) -> Iterator[s
             yield f"http://{host}:{port}"
         finally:
             page.close(verbose=False)
+            shelf.close()
