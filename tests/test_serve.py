@@ -1,6 +1,6 @@
 """`nitro-e serve`: what is behind the page, what its server refuses, and the page itself in a real browser.
 
-The picture in docs/serve.md comes from the slow test of the browser:
+The screenshot in docs/serve.md comes from the slow test of the browser:
 
     SERVE_SCREENSHOT=docs/img/serve.png python -m pytest -m slow tests/test_serve.py -k browser
 """
@@ -407,11 +407,9 @@ def look_at(browser: Browser, url: str, pipeline: TextToImage) -> None:
     if "SERVE_SCREENSHOT" in os.environ:
         browser.evaluate("document.activeElement.blur()")
         time.sleep(1)
-        picture = Path(os.environ["SERVE_SCREENSHOT"])
-        browser.screenshot(picture)
-        Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
-            picture, optimize=True
-        )
+        screenshot = Path(os.environ["SERVE_SCREENSHOT"])
+        browser.screenshot(screenshot)
+        Image.open(screenshot).convert("RGB").save(screenshot, optimize=True)
 
     # a message for a wrong field, and none of Python's
     browser.write("#prompt textarea", " ")

@@ -154,16 +154,13 @@ def build(shelf: Shelf, api: bool = False) -> gr.Blocks:
                 size=size,
             )
             on_step = watched(progress, request.session_hash)
-            shown: list[Any] = [None, ""] * len(COMPARED)
-            yield list(shown)
-            for column, steps in enumerate(COMPARED):
+            done: list[drawing.Drawn] = []
+            yield _columns(done)
+            for steps in COMPARED:
                 with shelf.use(name) as pipeline:
                     one = dataclasses.replace(wanted, steps=steps)
-                    drawn = drawing.draw(pipeline, name, one, on_step, force=True)
-                image = drawn.images[0]
-                shown[2 * column] = gr.update(value=image, elem_classes=["compared", *_classes(image)])
-                shown[2 * column + 1] = _text(drawn.words)
-                yield list(shown)
+                    done.append(drawing.draw(pipeline, name, one, on_step, force=True))
+                yield _columns(done)
 
     with gr.Blocks(title="Nitro-E", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# Nitro-E")
@@ -308,6 +305,15 @@ def _column(steps: int) -> gr.Image:
 
 def _gallery(images: Sequence[Image.Image]) -> Any:
     return gr.update(value=list(images), elem_classes=_classes(images[0]))
+
+
+def _columns(done: Sequence[drawing.Drawn]) -> list[Any]:
+    """Image and words of each compared count of steps; empty where it is not drawn yet."""
+    shown: list[Any] = []
+    for drawn in done:
+        image = drawn.images[0]
+        shown += [gr.update(value=image, elem_classes=["compared", *_classes(image)]), _text(drawn.words)]
+    return shown + [None, ""] * (len(COMPARED) - len(done))
 
 
 def _classes(image: Image.Image) -> list[str]:
