@@ -374,5 +374,5 @@ def running(shelf: Shelf, host: str, port: int, api: bool = False) -> Iterator[s
         try:
             yield f"http://{host}:{port}"
         finally:
-            page.close(verbose=False)
             shelf.close()
+            page.close(verbose=False)
