@@ -8,6 +8,9 @@ version = re.search(
     r'__version__ = "(.+)"', Path(__file__).with_name("nitro_e").joinpath("__init__.py").read_text()
 )[1]
 
+# the page of `nitro-e serve`; 5 takes theme and styles elsewhere, 6.0.0 needs a pre-release of its client
+GRADIO = "gradio>=6.0.1"
+
 setup(
     name="nitro-e",
     version=version,
@@ -58,7 +61,9 @@ setup(
         "eval": [
             "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
         ],
+        "serve": [GRADIO],
         "dev": [
+            GRADIO,
             "pytest>=8.0",
             "pytest-xdist>=3.5",  # the tests on two cores: 5 minutes instead of 10
             "ruff>=0.17",  # make lint, like the next two
