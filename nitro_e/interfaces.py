@@ -324,6 +324,10 @@ class Phase:
     of which the mean over processes and steps is reported. `net` is the engine's view (DDP,
     compiled, autocast) of `module`; whatever else the loss calls is bare and frozen, or the `net` of another phase of
     the stage, for phases that share a forward pass.
+
+    A phase is due in steps start, start + every, start + 2 every, ..., and then makes `repeat` updates on the batches of
+    the step, each with random numbers of its own. In other steps nothing of it runs: no loss, no optimiser, no average
+    of its weights. Its learning rate follows its own updates.
     """
 
     name: str
@@ -332,7 +336,18 @@ class Phase:
     optim: OptimConfig
     # with the phase's optimisers, once they have stepped
     after_step: Callable[[list[Optimizer]], None] | None = None
+    every: int = 1  # steps from one in which the phase is due to the next
+    repeat: int = 1  # updates in each of them
+    start: int = 0  # the first of them
     net: nn.Module | None = None  # set by the engine
+
+    def due(self, step: int) -> bool:
+        """Tell whether the phase runs in this step."""
+        return step >= self.start and (step - self.start) % self.every == 0
+
+    def updates(self, step: int) -> int:
+        """Count the updates before this step; of the last step + 1, those of the whole run."""
+        return max(0, -(-(step - self.start) // self.every)) * self.repeat
 
 
 class Stage(Protocol):

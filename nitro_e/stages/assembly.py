@@ -69,6 +69,10 @@ def no_copies(config: Run) -> int:
     return 0
 
 
+def always(config: Run) -> bool:
+    return True
+
+
 def given_sampling(config: Run) -> SamplingConfig:
     return config.sampling
 
@@ -85,6 +89,7 @@ class StageKind(Generic[Settings]):
     open_data: Callable[[Run[Settings]], Data] | None = None  # None: the stage reads none
     sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
     further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
+    reads_data: Callable[[Run[Settings]], bool] = always  # whether this recipe reads images
 
 
 # ---- stages that read data

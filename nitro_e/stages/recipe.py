@@ -113,7 +113,7 @@ class RunConfig(Config):
         super().__post_init__()
         check_file_name(self.name, "name")
         kind = self.stage_kind
-        if kind.open_data is not None:
+        if kind.reads_data(self):
             if self.data is None:
                 raise ConfigError(f"missing key 'data': stage.kind '{self.stage.kind}' reads images")
             if self.batch.global_ is None:
@@ -215,7 +215,7 @@ def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
     """
     sources, warnings = check_first_weights(config, given)
     data = None
-    if config.stage_kind.open_data is not None:
+    if config.stage_kind.open_data is not None and config.data is not None:
         try:
             data = config.stage_kind.open_data(config)
         except MissingShards as error:

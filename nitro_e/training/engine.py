@@ -218,7 +218,7 @@ class Engine:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batches = self.stage.batches(self.step, rank, world, self.accumulate)
         progress = Progress(self.stage.name, self.step, self.config.steps, shown=self.main)
-        self._first_step = self.step
+        self._checked: set[str] = set()  # phases whose parameters are all known to be used
         self._averages = MetricAverages(self.step)
         # Closing the batches ends the data workers.
         with contextlib.closing(batches), contextlib.closing(progress):
@@ -251,24 +251,31 @@ class Engine:
             self.state.finish_averages()
 
     def _train_step(self, stream: Iterator[Any]) -> None:
-        """Take one optimiser step of every phase; the averages follow, unless a gradient was not finite."""
+        """Run every phase that is due; the averages follow, unless a gradient was not finite."""
         with self._averages.waiting():
             batches = list(islice(stream, self.accumulate))
         finite = [
-            self.update(phase, optimizers, batches)
+            self.update(phase, optimizers, batches, number)
             for phase, optimizers in zip(self.stage.phases, self.state.optimizers)
+            if phase.due(self.step)
+            for number in range(phase.repeat)
         ]
         if not all(finite):
             self._count_skip(batches)
+        trained = self.stage.phases[-1].due(self.step)
         self.state.step += 1
         if all(finite):
             self.skipped_in_row = 0
-            self.state.update_averages()
+            self.state.update_averages(trained)
 
-    def update(self, phase: Phase, optimizers: list[Any], batches: list[Any]) -> bool:
-        """Take one optimiser step of a phase on this process's micro-batches; False if it had to be skipped."""
+    def update(self, phase: Phase, optimizers: list[Any], batches: list[Any], repetition: int = 0) -> bool:
+        """Take one optimiser step of a phase on this process's micro-batches; False if it had to be skipped.
+
+        repetition: 0 to `phase.repeat` - 1.
+        """
         # Learning rate, a function of the step.
-        lr_factor = phase.optim.factor(self.step, self.config.steps)
+        updates = phase.updates(self.step) + repetition
+        lr_factor = phase.optim.factor(updates, phase.updates(self.config.steps))
         set_learning_rate(optimizers, lr_factor)
 
         # Forward and backward over the micro-batches; processes exchange gradients with the last one.
@@ -278,7 +285,7 @@ class Engine:
         for number, batch in enumerate(batches):
             with self.state.parallel.synchronize(phase.net, last=number == len(batches) - 1):
                 with self.accelerator.autocast():
-                    loss, parts = phase.loss(phase.net, batch, self._random(phase, number))
+                    loss, parts = phase.loss(phase.net, batch, self._random(phase, number, repetition))
                 self.accelerator.backward(loss / len(batches))
             for name, value in {"loss": loss, **parts}.items():
                 logs[name] = logs.get(name, 0) + sum_and_count(value)
@@ -312,19 +319,20 @@ class Engine:
         # float16: the scaler skips overflowing steps while it searches for a scale; a scale below 1 counts as failure.
         return finite or (scaler is not None and scaler.get_scale() >= 1)
 
-    def _random(self, phase: Phase, number: int) -> SampleRandom:
+    def _random(self, phase: Phase, number: int, repetition: int) -> SampleRandom:
         """Draw for the samples of a micro-batch; the global batch is ranks in order, of each its micro-batches."""
         count = self.stage.batch_size
         first = (self.accelerator.process_index * self.accumulate + number) * count
-        purpose = (self.seed, self.stage.name, phase.name, self.step)
+        purpose = (self.seed, self.stage.name, phase.name, self.step, *([repetition] if repetition else []))
         return SampleRandom(*purpose, first=first, count=count, device=self.accelerator.device)
 
     # ---- what training is refused for
 
     def _check_all_used(self, phase: Phase) -> None:
         """Refuse a parameter that no loss reaches: it would hang DDP, or drift by weight decay alone."""
-        if self.step > self._first_step:
+        if phase.name in self._checked:
             return
+        self._checked.add(phase.name)
         unused = [name for name, p in phase.module.named_parameters() if p.requires_grad and p.grad is None]
         if unused:
             raise TrainingError(

@@ -67,9 +67,9 @@ class TrainingState:
             self.optimizers.append([accelerator.prepare_optimizer(optimizer) for optimizer in optimizers])
             phase.net = self.parallel.wrap(phase.module)
 
-    def update_averages(self) -> None:
-        """Average in the weights after optimiser step `self.step`."""
-        if self.ema is not None:
+    def update_averages(self, trained: bool = True) -> None:
+        """Average in the weights after optimiser step `self.step`; trained: whether the step has changed them."""
+        if self.ema is not None and trained:
             self.ema.update()
         if self.posthoc is not None:
             self.posthoc.update(self.step)

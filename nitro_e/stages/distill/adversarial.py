@@ -189,7 +189,7 @@ class Adversarial:
         self, batch: DistillBatch, prediction: Prediction, rng: SampleRandom
     ) -> list[tuple[str, Tensor, Tensor, TextEmbedding]]:
         """List (name, x, tau, text) of everything that the heads see in one pass, the real side first."""
-        config, data = self.config, batch.latents
+        config, data = self.config, batch.stored_latents
         shape = data.shape[1:]
         tau = self.discriminator_times(batch.step, rng)
         text = self.discriminator_text(batch.text, rng)
@@ -260,7 +260,7 @@ class Adversarial:
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute (B,) how little the heads take the student's data for the teacher's, at fresh tau and noise."""
-        config, shape = self.config, batch.latents.shape[1:]
+        config, shape = self.config, batch.shape
         tau = self.discriminator_times(batch.step, rng)
         text = self.discriminator_text(batch.text, rng)
         with frozen(self.heads):
@@ -271,7 +271,7 @@ class Adversarial:
         real = weights = None
         if config.loss == "relativistic":
             with torch.no_grad():
-                x = flow.interpolate(batch.latents, rng.normal(*shape), tau)
+                x = flow.interpolate(batch.stored_latents, rng.normal(*shape), tau)
                 real = self.heads(self.backbone(x, tau, text), batch.step)
         if isinstance(self.heads, HeadPool):
             weights = self.heads.experienced(batch.step)

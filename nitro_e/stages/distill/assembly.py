@@ -8,6 +8,7 @@ import torch
 
 from nitro_e.config import ConfigError
 from nitro_e.data import Data
+from nitro_e.data.prompts import load_prompts
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import Stage
 from nitro_e.model.pretrained import load_pretrained, read_config
@@ -22,6 +23,7 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
+from nitro_e.stages.distill.sources import Pairs, Prompts, Source
 from nitro_e.stages.distill.stage import DistillConfig, DistillRun
 
 
@@ -37,7 +39,12 @@ def check(config: Run[DistillConfig]) -> None:
         raise ConfigError(
             "engine.precision 'float16': stage.kind 'distill' takes gradients inside its loss; use bfloat16"
         )
-    if data is None or not data.use_latents or data.reader != "indexed":
+    if data is None:
+        if config.batch.global_ is None:
+            raise ConfigError(
+                "missing key 'batch': the samples of an optimiser step, over all processes; for example batch: 64"
+            )
+    elif not data.use_latents or data.reader != "indexed":
         raise ConfigError(
             "stage.kind 'distill' reads stored latents; set data.use_latents: true, data.reader: indexed"
         )
@@ -47,6 +54,10 @@ def check(config: Run[DistillConfig]) -> None:
 def sampling(config: Run[DistillConfig]) -> SamplingConfig:
     """The settings that are stored with the student: its times are part of them."""
     return config.stage.sampling(config.sampling)
+
+
+def reads_data(config: Run[DistillConfig]) -> bool:
+    return config.stage.prompts is None
 
 
 def open_pairs(config: Run[DistillConfig], parts: Parts | None = None) -> Data:
@@ -67,7 +78,7 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
         ours, theirs = getattr(config.components, name).name, use.get(name, {}).get("name")
         if theirs not in (None, ours):
             raise ConfigError(f"components.{name} is '{ours}', but stage.teacher was trained with '{theirs}'")
-    data = open_pairs(config, parts)
+    source, shown = open_source(config, parts)
     teacher = load_pretrained(folder).to(parts.device, getattr(torch, config.engine.precision))
     teacher.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:
@@ -76,23 +87,47 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
         config.stage,
         parts.model,
         teacher,
-        data,
-        parts.codec,
-        parts.text,
+        source,
         config.seed,
         parts.device,
         parts.flops,
         identity=sha256_of(folder / "model.safetensors")[:16],
     )
-    return stage, config.prompts or first_records(data).prompts[:8]
+    return stage, config.prompts or shown
+
+
+def open_source(config: Run[DistillConfig], parts: Parts) -> tuple[Source, Sequence[str]]:
+    """Open the batches, and choose prompts to show."""
+    stage, size = config.stage, parts.split.micro_batch
+    for count in stage.inputs.chain_counts:
+        if size % count:
+            raise ConfigError(
+                f"batch: {size} samples of a process at a time cannot be chains of {count} steps; set "
+                f"batch.per_device to a multiple of {count}"
+            )
+    if stage.prompts is None:
+        data = open_pairs(config, parts)
+        pairs = Pairs(data, parts.codec, parts.text, stage.inputs.needs_noise, parts.device)
+        return pairs, first_records(data).prompts[:8]
+    pool = [prompt.text for prompt in load_prompts(stage.prompts)]
+    prompts = Prompts(pool, parts.text, parts.latent_shape, size, config.seed, parts.device)
+    return prompts, prompts.prompts[:8]
 
 
 def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: float) -> list[str]:
+    lines = data_summary(config, data, world, flops)
+    if config.stage.prompts is not None:
+        distinct = {prompt.text for prompt in load_prompts(config.stage.prompts)}
+        lines.append(f"prompts              {len(distinct):,} distinct ones, no images")
     offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
-    return [
-        *data_summary(config, data, world, flops),
-        f"student              {offered} steps of {config.stage.sampler}",
-    ]
+    return [*lines, f"student              {offered} steps of {config.stage.sampler}"]
 
 
-KIND = StageKind(check, split_of_data, build, summary, open_pairs, sampling)
+def further_copies(config: Run[DistillConfig]) -> int:
+    """Count the fake score with its two moments."""
+    return 3 if config.stage.score else 0
+
+
+KIND = StageKind(
+    check, split_of_data, build, summary, open_pairs, sampling, further_copies, reads_data=reads_data
+)

@@ -31,9 +31,15 @@ class GuardConfig(Config):
 
 
 def describe_prediction(prediction: Prediction, batch: DistillBatch, sigmas: Tensor) -> dict[str, Tensor]:
-    """Compare student and teacher per sigma: ratio of standard deviations, difference of means, (sum, count) each."""
-    ours, theirs = prediction.data.detach().flatten(1), batch.latents.flatten(1)
-    ratio, drift = ours.std(dim=1) / theirs.std(dim=1).clamp(min=1e-6), ours.mean(dim=1) - theirs.mean(dim=1)
+    """Compare student and teacher per sigma: ratio of standard deviations, difference of means, (sum, count) each.
+
+    Of prompts without images these are the student's own standard deviations and means.
+    """
+    ours = prediction.data.detach().flatten(1)
+    ratio, drift = ours.std(dim=1), ours.mean(dim=1)
+    if batch.latents is not None:
+        theirs = batch.latents.flatten(1)
+        ratio, drift = ratio / theirs.std(dim=1).clamp(min=1e-6), drift - theirs.mean(dim=1)
     logs = {"std_ratio": ratio.mean(), "mean_drift": drift.mean()}
     for number, sigma in enumerate(sigmas.tolist()):
         at = (prediction.t - sigma).abs() < 1e-6
@@ -49,7 +55,7 @@ def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: Di
     """Count in `alarms` (3,), a buffer of the student, the steps in a row above each limit; act if they are too many."""
     if batch.step < config.start:
         return
-    ours, theirs = prediction.data.detach(), batch.latents
+    ours, theirs = prediction.data.detach(), batch.stored_latents
     gap = torch.zeros(2) if batch.heldout_gap is None else batch.heldout_gap
     sums = torch.stack(
         [

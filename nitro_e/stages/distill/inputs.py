@@ -5,17 +5,20 @@ Builders of the input at time t from a pair of data x0 and the noise e that the 
     pair      (1 - t) x0 + t e                the stored noise
     fresh     (1 - t) x0 + t e'               new noise
     rollout   the student's own sampler from e down to t, without gradients
+    chain     every state of the student's own sampler from new noise down to 0, with gradients; needs no data
 
 Inputs and sampler must match. The first Euler step from e gives exactly (1 - t) x0_hat + t e, the pair's input; the
 multistep sampler gives the fresh one. So `euler` is trained on pairs or rollouts, `multistep` on fresh noise or
-rollouts; trained on the other's inputs, a student meets states at sampling time that it has never seen.
+rollouts; trained on the other's inputs, a student meets states at sampling time that it has never seen. Rollouts and
+chains follow the sampler itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,12 +68,16 @@ class InputConfig(Config):
     # of the sigmas: [from step, one weight per sigma] ..., which are normalised to sum 1; empty: equal ones
     probabilities: tuple[tuple[int, tuple[float, ...]], ...] = ()
     continuous_times: ContinuousTimesConfig | None = None
-    noise: Literal["pair", "fresh"] = "pair"  # pair: the noise the image was drawn from; fresh: new noise
+    # pair: the noise the image was drawn from; fresh: new noise; chain: the student's own states, of no image
+    noise: Literal["pair", "fresh", "chain"] = "pair"
     rollout: StudentRolloutConfig | None = None
+    # of chains: {number of sampler steps: its weight}, drawn once per step; empty: as many steps as sigmas
+    counts: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sigmas(self.sigmas)
+        self._check_counts()
         for start, weights in self.probabilities:
             if len(weights) != len(self.sigmas) or min(weights) < 0 or sum(weights) <= 0:
                 raise ConfigError(
@@ -79,6 +86,34 @@ class InputConfig(Config):
         starts = [start for start, _ in self.probabilities]
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ConfigError(f"probabilities: the steps must begin with 0 and rise, got {starts}")
+
+    def _check_counts(self) -> None:
+        if self.noise != "chain":
+            if self.counts:
+                raise ConfigError(f"counts: only for noise 'chain', not '{self.noise}'; leave it out")
+            return
+        for name in ("probabilities", "continuous_times", "rollout"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}: noise 'chain' takes all times of the sampler; leave it out")
+        for name in self.counts:
+            if not name.isdecimal() or int(name) < 1 or len(self.sigmas) % int(name):
+                raise ConfigError(
+                    f"counts: {name} steps are not evenly spaced among the {len(self.sigmas)} sigmas; name a divisor of it"
+                )
+        if self.counts and sum(self.counts.values()) == 0:
+            raise ConfigError("counts: all weights are 0; give one a weight")
+
+    @property
+    def chain_counts(self) -> dict[int, float]:
+        """The numbers of steps that chains are drawn with, and their weights; none without chains."""
+        if self.noise != "chain":
+            return {}
+        counts = {int(name): weight for name, weight in self.counts.items() if weight}
+        return counts or {len(self.sigmas): 1.0}
+
+    def times_of(self, count: int) -> tuple[float, ...]:
+        """Return the falling times of a sampler of `count` steps, a divisor of the number of sigmas."""
+        return self.sigmas[:: len(self.sigmas) // count]
 
     @property
     def needs_noise(self) -> bool:
@@ -96,7 +131,9 @@ class InputConfig(Config):
     def check_sampler(self, sampler: Sampler) -> None:
         """Refuse inputs that the sampler never produces; at t = 1 alone, where all inputs are pure noise, none are."""
         expected = {"euler": "pair", "multistep": "fresh"}[sampler]
-        if self.noise != expected and (self.sigmas != (1.0,) or self.continuous_times is not None):
+        if self.noise not in (expected, "chain") and (
+            self.sigmas != (1.0,) or self.continuous_times is not None
+        ):
             raise ConfigError(
                 f"sampler '{sampler}' meets states made with inputs.noise '{expected}', but the student would be "
                 f"trained on '{self.noise}'; set inputs.noise: {expected}, or the other sampler"
@@ -109,16 +146,17 @@ class Prediction:
 
     x: Tensor  # (B, C, h, w) noised input
     t: Tensor  # (B,)
-    on_path: bool  # x is a mix of the pair's own data and noise, not a rollout
+    on_path: bool  # x is a mix of the pair's own data and noise, not a state of the student's sampler
     data: Tensor  # (B, C, h, w) predicted x0
+    t_next: Tensor | None = None  # (B,) time that the sampler goes to from here; of chains only
 
 
 @dataclass
 class DistillBatch:
-    """One micro-batch of the teacher's images on the device."""
+    """One micro-batch on the device: images of the teacher with their prompts, or prompts alone."""
 
     step: int
-    latents: Tensor  # (B, C, h, w)
+    latents: Tensor | None  # (B, C, h, w); None: prompts alone
     noise: Tensor | None  # (B, C, h, w) that the teacher drew them from
     text: TextEmbedding
     prompts: list[str]
@@ -127,11 +165,39 @@ class DistillBatch:
     alone: bool = True
     prediction: Prediction | None = None  # made by the first phase that needs it
     heldout_gap: Tensor | None = None  # (2,) sum and count, left by the discriminator for the guards
+    scored: Scored | None = None  # left by the fake score for the student's phase
+    latent_shape: tuple[int, ...] = ()  # (C, h, w), given where there are no latents
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (C, h, w) of a latent."""
+        return self.latent_shape if self.latents is None else tuple(self.latents.shape[1:])
+
+    @property
+    def stored_latents(self) -> Tensor:
+        assert self.latents is not None, "DistillConfig.needs_pairs says who reads them"
+        return self.latents
 
     @property
     def stored_noise(self) -> Tensor:
         assert self.noise is not None, "InputConfig.needs_noise says which inputs read it"
         return self.noise
+
+    def share_prompts(self, count: int) -> None:
+        """Give every `count` samples in a row the prompt and image of the first of them."""
+        rows = [row - row % count for row in range(len(self.prompts))]
+        self.text = self.text.take(rows)
+        self.prompts, self.keys = [self.prompts[row] for row in rows], [self.keys[row] for row in rows]
+        self.latents = None if self.latents is None else self.latents[rows]
+        self.noise = None if self.noise is None else self.noise[rows]
+
+
+class Scored(NamedTuple):
+    """The fake score's answer at noised data of the student."""
+
+    x: Tensor  # (B, C, h, w) the student's x0 predictions, noised to tau
+    tau: Tensor  # (B,)
+    velocity: Tensor  # (B, C, h, w) the answer, before the fake score learned from it
 
 
 class Predictor:
@@ -141,11 +207,19 @@ class Predictor:
         self.config, self.sampler, self.seed = config, sampler, seed
         self.times = torch.tensor([*config.sigmas, 0.0])
 
-    def __call__(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom, last: bool) -> Prediction:
-        """Predict x0, with a graph if this is the student's phase (`last`), or if it can be kept for that one."""
-        if batch.prediction is None:
+    def __call__(
+        self, student: Denoiser, batch: DistillBatch, rng: SampleRandom, last: bool, learns: bool = True
+    ) -> Prediction:
+        """Predict x0, with a graph if this is the student's phase (`last`), or if it can be kept for that one.
+
+        learns: whether the student's phase will come in this step.
+        """
+        graph = last or (batch.alone and learns)
+        if batch.prediction is None and self.config.noise == "chain":
+            batch.prediction = self.chain(student, batch, rng, graph)
+        elif batch.prediction is None:
             x, t, on_path = self.input(student, batch, rng)
-            with torch.set_grad_enabled(last or batch.alone):
+            with torch.set_grad_enabled(graph):
                 batch.prediction = Prediction(x, t, on_path, flow.to_data(x, t, student(x, t, batch.text)))
         elif last and not batch.prediction.data.requires_grad:
             x, t = batch.prediction.x, batch.prediction.t
@@ -155,7 +229,7 @@ class Predictor:
     @torch.no_grad()
     def input(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom) -> tuple[Tensor, Tensor, bool]:
         """Draw x (B, C, h, w), t (B,), and whether x is a mix of the pair (`Prediction.on_path`)."""
-        config, data = self.config, batch.latents
+        config, data = self.config, batch.stored_latents
         # the same on all ranks
         steps = torch.Generator().manual_seed(seed_of(self.seed, "distill", batch.step))
         if config.rollout and torch.rand((), generator=steps) < config.rollout.share_at(batch.step):
@@ -166,6 +240,41 @@ class Predictor:
         t = self.draw_times(batch.step, rng).to(data.device)
         noise = batch.stored_noise if config.noise == "pair" else rng.normal(*data.shape[1:])
         return flow.interpolate(data, noise, t), t, True
+
+    def chain(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom, graph: bool) -> Prediction:
+        """Follow the student's sampler from noise to data; each of its K steps is a sample of the batch.
+
+        Of every K samples in a row the first gives the prompt, and sample k is the chain's step k. K is drawn once per
+        step. States are detached: gradients stay within a step.
+        """
+        counts = self.config.chain_counts
+        steps = torch.Generator().manual_seed(
+            seed_of(self.seed, "chain", batch.step)
+        )  # the same on all ranks
+        count = list(counts)[int(torch.multinomial(torch.tensor(list(counts.values())), 1, generator=steps))]
+        batch.share_prompts(count)
+        noise = rng.normal(*batch.shape).unflatten(0, (-1, count))  # (B / K, K, C, h, w)
+        times = torch.tensor([*self.config.times_of(count), 0.0], device=noise.device)
+        states, predicted, x = [], [], noise[:, 0]
+        for step, (t, t_next) in enumerate(pairwise(times.unsqueeze(1).expand(-1, len(noise)))):
+            with torch.set_grad_enabled(graph):
+                velocity = student(x, t, batch.text.take(slice(step, None, count)))
+                data = flow.to_data(x, t, velocity)
+            states.append(x)
+            predicted.append(data)
+            if step + 1 < count:
+                again = noise[:, step + 1] if self.sampler == "multistep" else flow.to_noise(x, t, velocity)
+                x = flow.interpolate(data, again, t_next).detach()
+        if not graph:
+            torch.clear_autocast_cache()  # it holds weights cast without a graph
+        each = lambda values: values.repeat(len(noise))  # noqa: E731
+        return Prediction(
+            x=torch.stack(states, dim=1).flatten(0, 1),
+            t=each(times[:-1]),
+            on_path=False,
+            data=torch.stack(predicted, dim=1).flatten(0, 1),
+            t_next=each(times[1:]),
+        )
 
     def draw_times(self, step: int, rng: SampleRandom) -> Tensor:
         """Draw (B,) sigmas, or continuous times for a fraction of them."""

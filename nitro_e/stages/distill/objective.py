@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nitro_e.interfaces import Denoiser, Phase, TextEmbedding
 from nitro_e.randomness import SampleRandom, seed_of
+from nitro_e.sampling.samplers import guided_velocity
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 
 
@@ -23,7 +24,7 @@ from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 class Shared:
     """The resources that the stage lends to its objectives."""
 
-    teacher: Denoiser  # frozen
+    teacher: nn.Module  # frozen; a Denoiser
     backbone: Callable[[Sequence[int] | None], Any]  # taps -> heads.Backbone of the teacher
     null_text: TextEmbedding  # (1, L, D), (1, L): the null prompt
     predict: Callable[..., Prediction]  # (batch, rng, last=False): the student's forward of this step
@@ -35,7 +36,12 @@ class Shared:
     def training(self, batch: DistillBatch) -> Tensor:
         """Return (B,): 1 for prompts that are trained on, 0 for held-out ones; a function of the prompt alone."""
         places = [seed_of("held out", prompt) / 2**63 for prompt in batch.prompts]
-        return torch.tensor([float(place >= self.heldout) for place in places], device=batch.latents.device)
+        return torch.tensor([float(place >= self.heldout) for place in places], device=batch.text.mask.device)
+
+    @torch.no_grad()
+    def guided(self, x: Tensor, t: Tensor, text: TextEmbedding, scale: float) -> Tensor:
+        """Return the teacher's velocity (B, C, h, w) with classifier-free guidance, without a graph."""
+        return guided_velocity(self.teacher, x, t, text, self.null_text, scale).velocity
 
 
 class Balance(NamedTuple):

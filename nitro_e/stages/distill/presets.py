@@ -32,6 +32,7 @@ PRESETS: dict[str, dict] = {
         "diffusion": {"kind": "smooth_l1", "weight": 1.0},
         "adversarial": {
             "loss": "non_saturating",
+            "share_time": False,  # real and fake at times of their own, as in its code
             "weight": 1.0,
             "heads": {"condition": "none"},
             "discriminator": {"times": {"kind": "uniform"}, "least": 0.0, "most": 0.8},
@@ -75,6 +76,44 @@ PRESETS: dict[str, dict] = {
         },
         "guards": None,  # they compare with images; a guided velocity from pure noise points at something blurred
         "optim": {"lr": 2e-6, **SLOW},
+    },
+    # DMD2 (arXiv 2405.14867) for four steps, without its GAN: five updates of the fake score for one of the student.
+    "dmd2": {
+        "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"},
+        "sampler": "multistep",
+        "sample_steps": (4,),
+        "every": 5,
+        "score": {
+            "times": {"range": "full"},
+            "fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0, "clip": 10.0}},
+        },
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW, "clip": 10.0},
+    },
+    # TDM (arXiv 2503.06674): the same within the steps of a deterministic sampler, along its trajectory.
+    "tdm": {
+        "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"},
+        "sampler": "euler",
+        "sample_steps": (4,),
+        "every": 5,
+        "score": {
+            "times": {"range": "step"},
+            "noise": "trajectory",
+            "fake": {"weighting": "snr", "optim": {"lr": 1e-5, **SLOW, "warmup": 0}},
+        },
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
+    # Ours: distribution matching, and the teacher's guided velocity on the student's own states (as in pi-Flow, arXiv
+    # 2510.14974); no pairs, and one set of weights for 4, 2 and 1 steps.
+    "score_imitate": {
+        "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain", "counts": {4: 0.4, 2: 0.3, 1: 0.3}},
+        "sampler": "multistep",
+        "start": 20,
+        "score": {"weight": 1.0, "fake": {"optim": {"lr": 1.5e-5, **SLOW, "warmup": 0}}},
+        "imitate": {"weight": 0.5, "largest_time": 0.8},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
     },
     # InstaFlow's first round (arXiv 2309.06380): straighter paths, any number of steps; a start for the others.
     "reflow": {

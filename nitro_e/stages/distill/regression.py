@@ -15,7 +15,6 @@ from nitro_e.interfaces import Phase
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import expand
-from nitro_e.sampling.samplers import guide
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 from nitro_e.stages.distill.objective import Balance, Shared
 
@@ -95,11 +94,9 @@ class Diffusion:
     def target(self, prediction: Prediction, batch: DistillBatch) -> Tensor:
         """Return the target, (B, C, h, w) data."""
         if self.config.target == "pair":
-            return batch.latents
-        shared, scale = self.shared, self.config.guidance_scale
-        with torch.no_grad():
-            velocity = guide(shared.teacher, batch.text, shared.null_text, scale)(prediction.x, prediction.t)
-            return flow.to_data(prediction.x, prediction.t, velocity)
+            return batch.stored_latents
+        x, t = prediction.x, prediction.t
+        return flow.to_data(x, t, self.shared.guided(x, t, batch.text, self.config.guidance_scale))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,5 +124,5 @@ class Reflow:
     def loss(
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        error = (prediction.data - batch.latents) / expand(prediction.t, prediction.data)
+        error = (prediction.data - batch.stored_latents) / expand(prediction.t, prediction.data)
         return error.square().flatten(1).mean(dim=1), {}

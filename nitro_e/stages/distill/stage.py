@@ -10,7 +10,6 @@ DistillConfig, and a line in OBJECTIVES. Left out: FSDP (the 304M model does not
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,25 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Lt
-from nitro_e.data import Data, Records
-from nitro_e.interfaces import Denoiser, LatentCodec, Model, Phase, TextEmbedding, TextEncoder
+from nitro_e.data.prompts import PromptsConfig
+from nitro_e.interfaces import Model, Phase, TextEmbedding
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_time
-from nitro_e.stages.batches import encode, null_prompt, to_device
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import GuardConfig, describe_prediction
 from nitro_e.stages.distill.heads import Backbone
+from nitro_e.stages.distill.imitate import Imitate, ImitateConfig
 from nitro_e.stages.distill.inputs import DistillBatch, InputConfig, Prediction, Predictor, Sampler
 from nitro_e.stages.distill.objective import Balance, Objective, Shared
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.distill.regression import Diffusion, DiffusionConfig, Reflow, ReflowConfig
+from nitro_e.stages.distill.score import Score, ScoreConfig
+from nitro_e.stages.distill.sources import Source
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import sum_over_processes
 
 OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of DistillConfig
     "diffusion": Diffusion,
     "reflow": Reflow,
+    "score": Score,
+    "imitate": Imitate,
     "adversarial": Adversarial,
 }
 MEASUREMENTS = 16  # steps over which the weight `auto` is measured
@@ -60,10 +63,17 @@ class DistillConfig(Config):
     diffusion: DiffusionConfig | None = None
     reflow: ReflowConfig | None = None  # flow matching on stored pairs; null: off
     adversarial: AdversarialConfig | None = None  # discriminator heads on the teacher's features; null: off
+    score: ScoreConfig | None = None  # distribution matching with a fake score; null: off
+    imitate: ImitateConfig | None = None  # the teacher's velocity on the student's own states; null: off
+    # prompts alone instead of pairs, for objectives that need no images; leave `data` out then
+    prompts: PromptsConfig | None = None
     guards: GuardConfig | None = field(default_factory=GuardConfig)
     heldout: Annotated[float, Ge(0), Lt(1)] = (
         0.02  # share of the prompts that are monitored and never trained on
     )
+    # the student learns in steps start, start + every, ...; networks beside it (heads, fake score) in all steps
+    every: Annotated[int, Ge(1)] = 1
+    start: Annotated[int, Ge(0)] = 0
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-5, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=500, decay=0.2, clip=1.0
@@ -98,6 +108,32 @@ class DistillConfig(Config):
                 "adversarial.weight 'auto' is measured against another objective, and there is none; set a number"
             )
 
+        if self.prompts and self.needs_pairs:
+            raise ConfigError(
+                f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
+            )
+        if inputs.noise != "chain":
+            if self.imitate:
+                raise ConfigError("imitate follows the student's own states: it needs inputs.noise: chain")
+            if self.score and self.score.times.range == "step":
+                raise ConfigError("score.times.range 'step' needs the steps of inputs.noise: chain")
+        if self.score and self.score.noise == "trajectory" and self.sampler != "euler":
+            raise ConfigError(
+                f"score.noise 'trajectory' is Euler's, but stage.sampler is '{self.sampler}'; set noise: fresh"
+            )
+
+    @property
+    def needs_pairs(self) -> list[str]:
+        """List the keys of everything that reads images of the teacher."""
+        reads = {
+            "inputs.noise": self.inputs.noise != "chain",
+            "diffusion": self.diffusion is not None and self.diffusion.target == "pair",
+            "reflow": self.reflow is not None,
+            "adversarial": self.adversarial is not None,
+            "guards": self.guards is not None,
+        }
+        return [name for name, needed in reads.items() if needed]
+
     @property
     def schedules(self) -> tuple[tuple[float, ...], ...]:
         """The falling times of every number of steps on offer; none for a student of all times (reflow)."""
@@ -105,9 +141,13 @@ class DistillConfig(Config):
         if continuous is not None and continuous.share == 1:
             return ()
         size = len(sigmas)
-        counts = self.sample_steps or [count for count in range(1, size + 1) if size % count == 0]
+        counts = self.sample_steps or [
+            count
+            for count in range(1, size + 1)
+            if count in (self.inputs.chain_counts or [count]) and size % count == 0
+        ]
         return tuple(
-            sigmas[:: size // count]
+            self.inputs.times_of(count)
             if size % count == 0
             else tuple(1 - step / count for step in range(count))
             for count in counts
@@ -173,7 +213,7 @@ class Distill:
         self,
         config: DistillConfig,
         student: nn.Module,
-        teacher: Denoiser,
+        teacher: nn.Module,
         backbone: Callable[..., Backbone],
         null_text: TextEmbedding,
         seed: int,
@@ -183,7 +223,9 @@ class Distill:
         self.config, self.model, self.device = config, student, device
         self.student = Student(student, config.time_scale).to(device)
         self.predictor = Predictor(config.inputs, config.sampler, seed)
-        self.generator = Phase("student", self.student, self.loss, config.optim)
+        self.generator = Phase(
+            "student", self.student, self.loss, config.optim, every=config.every, start=config.start
+        )
         self.shared = Shared(
             teacher, backbone, null_text, self.predict, self.velocity, config.heldout, seed, device
         )
@@ -200,7 +242,7 @@ class Distill:
 
     def predict(self, batch: DistillBatch, rng: SampleRandom, last: bool = False) -> Prediction:
         """Predict x0 with the student, once per step."""
-        return self.predictor(self.velocity, batch, rng, last)
+        return self.predictor(self.velocity, batch, rng, last, self.generator.due(batch.step))
 
     def velocity(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         """Run the student as the engine has wrapped it."""
@@ -279,42 +321,27 @@ class Distill:
 
 
 class DistillRun(Distill):
-    """The stage on stored pairs, for the engine."""
+    """The stage with its batches, for the engine."""
 
     def __init__(
         self,
         config: DistillConfig,
         model: nn.Module,
         teacher: Model,
-        data: Data,
-        codec: LatentCodec,
-        text: TextEncoder,
+        source: Source,
         seed: int,
         device: torch.device,
         forward_flops: float,
         identity: str,
     ) -> None:
         """identity: a hash of the teacher's weights; a resume with another teacher is refused."""
-        self.data, self.codec, self.text = data, codec, text
-        self.batch_size, self.forward_flops = data.config.batch_size, forward_flops
-        self.fingerprint = {**data.fingerprint(), "teacher": identity}
-        null_text = null_prompt(data, text, device)
-        super().__init__(config, model, teacher, partial(Backbone, teacher), null_text, seed, device)
+        self.source, self.batch_size, self.forward_flops = source, source.batch_size, forward_flops
+        self.fingerprint = {**source.fingerprint, "teacher": identity}
+        super().__init__(config, model, teacher, partial(Backbone, teacher), source.null_text, seed, device)
 
     @property
     def bad_samples(self) -> int:
-        return len(self.data.bad)
+        return self.source.bad_samples
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[DistillBatch]:
-        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
-        with contextlib.closing(records):
-            for number, record in enumerate(records):
-                yield self.encode(record, step + number // accumulate, accumulate == 1)
-
-    def encode(self, record: Records, step: int, alone: bool) -> DistillBatch:
-        """Encode records on the device. The noise in half precision is exactly what the teacher began with."""
-        batch = encode(record, self.codec, self.text, self.device)
-        noise = None
-        if self.config.inputs.needs_noise:
-            noise = to_device(record.extra["noise.npy"], self.device)
-        return DistillBatch(step, batch.latents, noise, batch.text, batch.prompts, batch.keys, alone)
+        return self.source.batches(step, rank, world, accumulate)
