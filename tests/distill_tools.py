@@ -26,6 +26,16 @@ TINY = ModelConfig(
     gate_init="one",
 )
 SHAPE = (4, 16, 16)
+SMALLER = ModelConfig(
+    latent_channels=4,
+    text_width=8,
+    width=32,
+    heads=2,
+    groups=(1, 2, 1),
+    base_grid=8,
+    attention=("full",),
+    gate_init="one",
+)
 
 
 def tiny_model(seed=0, config=TINY):
@@ -78,11 +88,18 @@ class Loop:
         self.optimizers = [build_optimizers(phase.module, phase.optim) for phase in stage.phases]
 
     def step(self, batch):
-        """One step of every phase; the logs."""
+        """One step of every phase that is due; the logs."""
         logs = {}
-        for phase, optimizers in zip(self.stage.phases, self.optimizers):
-            set_learning_rate(optimizers, phase.optim.factor(batch.step, self.steps))
-            rng = SampleRandom(0, phase.name, batch.step, first=0, count=len(batch.latents))
+        due = [
+            (phase, optimizers, number)
+            for phase, optimizers in zip(self.stage.phases, self.optimizers)
+            if phase.due(batch.step)
+            for number in range(phase.repeat)
+        ]
+        for phase, optimizers, number in due:
+            updates = phase.updates(batch.step) + number
+            set_learning_rate(optimizers, phase.optim.factor(updates, phase.updates(self.steps)))
+            rng = SampleRandom(0, phase.name, batch.step, number, first=0, count=len(batch.prompts))
             loss, parts = phase.loss(phase.net, batch, rng)
             loss.backward()
             clip_grad_norm_(phase.module.parameters(), phase.optim.clip)

@@ -25,7 +25,7 @@ from nitro_e.config import from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import time_grid
-from nitro_e.sampling.samplers import SamplingConfig, euler, sample
+from nitro_e.sampling.samplers import SamplingConfig, euler, fresh_noise, sample
 from nitro_e.stages.distill import Distill, DistillConfig
 from nitro_e.stages.distill.heads import Features
 from nitro_e.stages.distill.inputs import DistillBatch
@@ -186,6 +186,7 @@ ALONE = {
 }
 POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "discriminator")}
 DIFFUSION = {"kind": "mse", "decay": None}
+FAKE = {"optim": {**FAST, "lr": 1e-3, "warmup": 0}}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
     "pair": (
@@ -255,6 +256,26 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         0.04,
         None,
     ),
+    "dmd2": ({"preset": "dmd2", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.012, None),
+    "dmd2, every step": (
+        {"preset": "dmd2", "every": 1, "score": {"guidance_scale": 1, "fake": FAKE}},
+        0.04,
+        None,
+    ),
+    "tdm": (
+        {"preset": "tdm", "score": {"guidance_scale": 1, "fake": {**FAKE, "weighting": "snr"}}},
+        0.012,
+        None,
+    ),
+    "score and imitate": (
+        {
+            "preset": "score_imitate",
+            "score": {"guidance_scale": 1, "fake": FAKE},
+            "imitate": {"guidance_scale": 1},
+        },
+        0.04,
+        None,
+    ),
 }
 
 
@@ -290,8 +311,8 @@ def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
     )
     text = as_text(pairs.test_classes)
     with torch.no_grad():
-        seeds = range(len(pairs.test_noise)) if config.sampler == "multistep" else []
-        points = sample(average, text, text, settings, pairs.test_noise, seeds)
+        fresh = fresh_noise(range(len(pairs.test_noise)), pairs.test_noise)
+        points = sample(average, text, text, settings, pairs.test_noise, fresh)
     return points, logs
 
 

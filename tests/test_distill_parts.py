@@ -18,7 +18,7 @@ from nitro_e.model.layers import Compressor, Reconstructor, fold
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
-from nitro_e.sampling.samplers import SamplingConfig, euler, multistep, sample
+from nitro_e.sampling.samplers import SamplingConfig, euler, fresh_noise, multistep, sample
 from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig, frozen
 from nitro_e.stages.distill.guards import GuardConfig, check, describe_prediction
@@ -36,6 +36,7 @@ from nitro_e.stages.distill.objective import Shared
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.distill.regression import DecayConfig, Diffusion, DiffusionConfig, Reflow, ReflowConfig
+from nitro_e.stages.distill.score import ScoreTimesConfig
 from nitro_e.stages.distill.stage import Term
 from nitro_e.training.optim import OptimConfig, build_optimizers
 
@@ -76,13 +77,17 @@ def test_renoising_draws_each_images_noise_from_its_own_seed():
     config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, sampler="multistep", guidance_scale=1)
     noise = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     text = random_text(2)
-    both = sample(model, text, text, config, noise, [5, 9])
-    alone = sample(model, text, text, config, noise[1:], [9])
+    both = sample(model, text, text, config, noise, fresh_noise([5, 9], noise))
+
+    def draw(seed, model=model):
+        return sample(model, text, text, config, noise[1:], fresh_noise([seed], noise[1:]))
+
+    alone = draw(9)
     torch.testing.assert_close(both[1:], alone)
-    assert not torch.allclose(both[1:], sample(model, text, text, config, noise[1:], [10]))
+    assert not torch.allclose(both[1:], draw(10))
     first = noise[1:] - torch.tanh(noise[1:])  # x - t v at t = 1
     seen = []
-    sample(lambda x, t, text: seen.append(x) or model(x, t, text), text, text, config, noise[1:], [9])
+    draw(9, lambda x, t, text: seen.append(x) or model(x, t, text))
     fresh = 2 * (seen[1] - 0.5 * first)
     assert 0.4 < fresh.std() < 2 and torch.equal(seen[0], noise[1:])
 
@@ -92,7 +97,7 @@ def test_u18_the_model_is_told_scaled_time_and_nothing_else_is():
     model = lambda x, t, text: told.append(t) or torch.ones_like(x)  # noqa: E731
     config = SamplingConfig(sigmas=((1.0, 0.5),), steps=2, guidance_scale=1, time_scale=0.25)
     x = torch.zeros(1, 4, 2, 2)
-    end = sample(model, random_text(1), random_text(1), config, x, [0])
+    end = sample(model, random_text(1), random_text(1), config, x, fresh_noise([0], x))
     assert [t.item() for t in told] == [0.25, 0.125]
     torch.testing.assert_close(end, x - 1)  # all of the way from 1 to 0
     told.clear()
@@ -1003,6 +1008,7 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "diffusion.weight": 1.0,
         "diffusion.decay": None,
         "adversarial.loss": "non_saturating",
+        "adversarial.share_time": False,
         "adversarial.weight": 1.0,
         "adversarial.heads.condition": "none",
         "adversarial.discriminator.times.kind": "uniform",
@@ -1074,8 +1080,53 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "reflow.weight": 1.0,
         "optim.lr": 1e-5,
     },
+    "dmd2": {
+        "inputs.sigmas": SIGMAS,
+        "inputs.noise": "chain",
+        "sampler": "multistep",
+        "every": 5,
+        "score.times": ScoreTimesConfig(range="full", least=0.02, most=0.98),
+        "score.noise": "fresh",
+        "score.fake.weighting": "velocity",
+        "score.fake.repeat": 1,
+        "score.fake.optim.lr": 1e-5,
+        "optim.lr": 1e-5,
+        "optim.clip": 10.0,
+        "adversarial": None,
+    },
+    "tdm": {
+        "inputs.sigmas": SIGMAS,
+        "inputs.noise": "chain",
+        "sampler": "euler",
+        "every": 5,
+        "score.times.range": "step",
+        "score.noise": "trajectory",
+        "score.fake.weighting": "snr",
+        "adversarial": None,
+    },
+    "score_imitate": {
+        "inputs.chain_counts": {4: 0.4, 2: 0.3, 1: 0.3},
+        "sampler": "multistep",
+        "every": 1,
+        "start": 20,
+        "score.weight": 1.0,
+        "score.noise": "fresh",
+        "imitate.weight": 0.5,
+        "imitate.largest_time": 0.8,
+        "imitate.reach": 0.0,
+        "needs_pairs": [],
+    },
 }
-STEPS = {"ladd4": [1, 2, 4], "nitro1": [1], "nitrofusion": [1, 2, 3, 4], "sana_adv": [1, 2, 4], "reflow": []}
+STEPS = {
+    "ladd4": [1, 2, 4],
+    "nitro1": [1],
+    "nitrofusion": [1, 2, 3, 4],
+    "sana_adv": [1, 2, 4],
+    "reflow": [],
+    "dmd2": [4],
+    "tdm": [4],
+    "score_imitate": [1, 2, 4],
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

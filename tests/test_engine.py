@@ -531,3 +531,24 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     rest = {names[id(parameter)] for group in adamw.param_groups for parameter in group["params"]}
     assert hidden | rest == set(names.values()) and not hidden & rest
     assert "blocks.0.image.attention.qkv.weight" in hidden and "out.weight" in rest and "patch.weight" in rest
+
+
+def test_a_phase_that_is_not_due_stands_still_with_its_average(tmp_path):
+    """Due in steps 1, 4 and 7, twice each with other noise; the rate follows these six updates alone."""
+    stage, seen = ToyStage(), []
+
+    def loss(net, batch, rng):
+        seen.append(rng.normal(1).sum().item())
+        return stage.loss(net, batch, rng)
+
+    optim = OptimConfig(lr=1e-2, warmup=4, decay=0.5)
+    stage.phases = (Phase("model", stage.model, loss, optim, every=3, repeat=2, start=1),)
+    trainer = train(tmp_path / "run", stage, steps=8, save_every=8, ema=EMAConfig(beta=0.5))
+    assert len(seen) == 6 and len(set(seen)) == 6
+    assert trainer.state.ema.step == 3
+    rates = {row["step"]: row["lr"] for row in metrics.read(tmp_path / "run") if "lr" in row}
+    factors = [min(1, (update + 1) / 4, (6 - update) / 3) for update in range(6)]
+    expected = {
+        step + 1: 1e-2 * (factors[2 * n] + factors[2 * n + 1]) / 2 for n, step in enumerate((1, 4, 7))
+    }
+    assert rates == pytest.approx(expected)

@@ -1,0 +1,336 @@
+"""Distillation without images: chains of the student's sampler, the fake score, imitation; against closed forms and plain code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from distill_tools import SMALLER, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
+from test_distill_stage import ROOT, recipe, states
+from test_distill_stage import pairs as pairs
+from torch import nn
+
+from nitro_e.cli import train
+from nitro_e.config import ConfigError
+from nitro_e.interfaces import Phase, TextEmbedding
+from nitro_e.randomness import SampleRandom
+from nitro_e.record import metrics
+from nitro_e.sampling import flow
+from nitro_e.sampling.samplers import euler, multistep
+from nitro_e.stages.distill.imitate import Imitate, ImitateConfig
+from nitro_e.stages.distill.inputs import DistillBatch, InputConfig, Prediction, Predictor, Scored
+from nitro_e.stages.distill.objective import Shared
+from nitro_e.stages.distill.score import Score, ScoreConfig, ScoreTimesConfig
+from nitro_e.stages.distill.sources import Prompts
+from nitro_e.training.optim import OptimConfig
+
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+def rng(count=8, *purpose):
+    return SampleRandom("test", *purpose, first=0, count=count)
+
+
+# ---- phases that are not due in every step
+
+
+@pytest.mark.parametrize(("every", "repeat", "start"), [(1, 1, 0), (5, 1, 0), (1, 3, 2), (3, 2, 4)])
+def test_a_phase_counts_its_own_updates(every, repeat, start):
+    phase = Phase("p", nn.Linear(1, 1), None, OptimConfig(), every=every, repeat=repeat, start=start)
+    done = 0
+    for step in range(30):
+        assert phase.updates(step) == done
+        assert phase.due(step) == (step in range(start, 30, every))
+        done += repeat * phase.due(step)
+
+
+def test_the_student_rests_while_the_fake_score_learns():
+    """every 3, start 1 and two updates of the fake score per step: who moves when, at which rate, on how many forwards."""
+    config = distill_config(
+        "score_imitate",
+        every=3,
+        start=1,
+        score={"fake": {"repeat": 2}},
+        optim={"lr": 1e-3, "warmup": 4, "decay": 0},
+    )
+    stage, calls = tiny_stage(config, model=tiny_model(config=SMALLER)), []
+    stage.student.model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    fake, student = stage.phases
+    loop = Loop(stage, 8)
+    for step in range(8):
+        weights = fake.module.out.weight, student.module.model.out.weight
+        before = [weight.clone() for weight in weights]
+        calls.clear()
+        loop.step(random_batch(step, 4, (4, 8, 8)))
+        moved = [not torch.equal(a, b) for a, b in zip(before, weights)]
+        assert moved == [True, step in (1, 4, 7)]
+        assert set(calls) == {step in (1, 4, 7)}
+        if moved[1]:
+            rate = loop.optimizers[1][0].param_groups[0]["lr"]
+            assert rate == pytest.approx(1e-3 * min(1, ((step - 1) // 3 + 1) / 4))
+
+
+# ---- chains
+
+
+@pytest.mark.parametrize("sampler", ["euler", "multistep"])
+@pytest.mark.parametrize("count", [4, 2, 1])
+def test_a_chain_is_the_students_own_sampler(sampler, count):
+    config = InputConfig(sigmas=SIGMAS, noise="chain", counts={str(count): 1.0})
+
+    def model(x, t, text):
+        return torch.tanh(x) * t[:, None, None, None] + text.tokens.mean((1, 2))[:, None, None, None]
+
+    batch = random_batch(0, 8)
+    prompts, text = list(batch.prompts), batch.text
+    prediction = Predictor(config, sampler, seed=0)(model, batch, rng(), last=True)
+    times = config.times_of(count)
+    assert prediction.t.tolist() == list(times) * (8 // count)
+    assert prediction.t_next.tolist() == [*times[1:], 0.0] * (8 // count)
+    assert batch.prompts == [prompts[row - row % count] for row in range(8)]
+    noise = rng().normal(4, 16, 16)
+    for first in range(0, 8, count):
+        own, seen = text.take([first]), []
+        velocity = lambda x, t: seen.append(x) or model(x, t, own)  # noqa: E731, B023
+        grid, start = torch.tensor([*times, 0.0]), noise[first : first + 1]
+        if sampler == "euler":
+            end = euler(velocity, start, grid)
+        else:
+            end = multistep(velocity, start, grid, lambda step: noise[first + step + 1][None])  # noqa: B023
+        torch.testing.assert_close(prediction.x[first : first + count], torch.cat(seen))
+        torch.testing.assert_close(prediction.data[first + count - 1], end[0])
+
+
+def test_chains_draw_their_numbers_of_steps_by_weight():
+    config = InputConfig(sigmas=SIGMAS, noise="chain", counts={"4": 0.5, "2": 0.25, "1": 0.25})
+    predictor, drawn = Predictor(config, "multistep", seed=0), []
+    for step in range(400):
+        batch = DistillBatch(step, None, None, random_text(4), ["p"] * 4, ["k"] * 4, latent_shape=(1, 2, 2))
+        t = predictor(lambda x, t, text: x, batch, rng(4), last=True).t
+        drawn.append(len(t.unique()))
+    for count, weight in [(4, 0.5), (2, 0.25), (1, 0.25)]:
+        assert drawn.count(count) / 400 == pytest.approx(weight, abs=0.07)
+
+
+def test_chains_train_alike_with_and_without_a_kept_graph():
+    config = distill_config("score_imitate", start=0, optim={"lr": 1e-3, "warmup": 0})
+    stages = [tiny_stage(config, model=tiny_model(config=SMALLER)) for _ in range(2)]
+    for stage, alone in zip(stages, (True, False)):
+        loop = Loop(stage, 10)
+        for step in range(3):
+            loop.step(random_batch(step, 4, (4, 8, 8), alone=alone))
+    for a, b in zip(stages[0].student.parameters(), stages[1].student.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_prompts_are_drawn_uniformly_and_by_sample_index():
+    class Text:
+        def encode(self, prompts):
+            tokens = torch.tensor([[[float(len(prompt))]] for prompt in prompts])
+            return TextEmbedding(tokens, torch.ones(len(prompts), 1, dtype=torch.bool))
+
+    names = ["a", "bb", "ccc", "bb"]
+    whole = Prompts(names, Text(), (1, 2, 2), 8, 0, torch.device("cpu"))
+    half = Prompts(names, Text(), (1, 2, 2), 4, 0, torch.device("cpu"))
+    assert whole.prompts == ["a", "bb", "ccc"] and whole.fingerprint == half.fingerprint
+    stream, drawn = whole.batches(3, 0, 1, 1), []
+    parts = [half.batches(3, rank, 2, 1) for rank in range(2)]
+    for step in range(3, 103):
+        batch, others = next(stream), [next(part) for part in parts]
+        assert batch.step == step and batch.latents is None and batch.shape == (1, 2, 2)
+        assert batch.prompts == others[0].prompts + others[1].prompts
+        assert batch.text.tokens.flatten().tolist() == [len(prompt) for prompt in batch.prompts]
+        drawn += batch.prompts
+    assert all(drawn.count(name) / 800 == pytest.approx(1 / 3, abs=0.06) for name in whole.prompts)
+    # two micro-batches of one process are the two of two processes
+    accumulated = half.batches(3, 0, 1, 2)
+    assert next(accumulated).prompts + next(accumulated).prompts == drawn[:8]
+
+
+# ---- the fake score
+
+
+class Gaussian(nn.Module):
+    """The exact velocity for data N(mean, s^2): mean of the rows' text, in each of the latent's dimensions."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.s, self.weight = s, nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, text):
+        t, mean = t[:, None, None, None], text.tokens.mean((1, 2))[:, None, None, None]
+        variance = (1 - t) ** 2 * self.s**2 + t**2
+        data = mean + (1 - t) * self.s**2 / variance * (x - (1 - t) * mean)
+        return (x - data) / t * self.weight
+
+
+def words(*means):
+    return TextEmbedding(torch.tensor(means)[:, None, None], torch.ones(len(means), 1, dtype=torch.bool))
+
+
+def shared(teacher, null=0.0):
+    predict = lambda batch, rng, last=False: batch.prediction  # noqa: E731
+    return Shared(teacher, None, words(null), predict, None, 0.0, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_slope_between_gaussians_is_the_closed_form(scale):
+    """Scores of N(m, s^2): x0_fake - x0_teacher = tau^2 (m_fake - m_teacher) / ((1 - tau)^2 s^2 + tau^2), everywhere."""
+    s, student, text, null = 0.5, 1.5, (-0.5, 0.25), 0.1
+    tau, data = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8)
+    x = flow.interpolate(data, torch.randn(2, 4, 8, 8), tau)
+    score = Score(ScoreConfig(guidance_scale=scale), shared(Gaussian(s), null))
+    leaf = data.clone().requires_grad_()
+    batch = DistillBatch(0, None, None, words(*text), ["a", "b"], ["a", "b"], latent_shape=(4, 8, 8))
+    batch.scored = Scored(x, tau, Gaussian(s)(x, tau, words(student, student)).detach())
+    values, logs = score.loss(Prediction(x, tau, False, leaf), batch, rng(2))
+    (slope,) = torch.autograd.grad(values.sum(), leaf)
+    means = null + scale * (torch.tensor(text) - null)
+    variance = (1 - tau) ** 2 * s**2 + tau**2
+    teacher = x - tau[:, None, None, None] * Gaussian(s)(x, tau, words(*means.tolist()))
+    distance = (data - teacher).abs().mean((1, 2, 3))
+    expected = tau**2 / variance * (student - means) / distance / data[0].numel()
+    torch.testing.assert_close(slope, expected[:, None, None, None].expand_as(slope), rtol=1e-4, atol=1e-7)
+    assert logs["distance"].item() == pytest.approx(distance.mean().item(), rel=1e-4)
+
+
+def test_the_fake_score_is_the_teachers_copy_and_matches_the_flow_of_the_students_data():
+    stage = tiny_stage(distill_config("dmd2"))
+    fake, _ = stage.phases
+    for ours, theirs in zip(fake.module.parameters(), stage.shared.teacher.parameters()):
+        assert torch.equal(ours, theirs) and ours.requires_grad and not theirs.requires_grad
+    stage.model.out.weight.data.add_(1)
+    assert torch.equal(fake.module.out.weight, stage.shared.teacher.out.weight)
+    batch = random_batch(0)
+    loss, _ = fake.loss(fake.net, batch, rng())
+    x, tau, velocity = batch.scored
+    assert ((tau >= 0.02) & (tau <= 0.98)).all() and not velocity.requires_grad
+    data, t = batch.prediction.data.detach(), tau[:, None, None, None]
+    target = (x - data) / t  # of x = (1 - t) data + t noise: noise - data
+    keep = stage.shared.training(batch)
+    expected = ((velocity - target) ** 2).mean((1, 2, 3)) * keep
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_u22_noise_from_the_trajectory_has_the_moments_of_fresh_noise():
+    """With e standard normal, x_tau has mean (1 - tau) x0 and variance tau^2; at s = 0 it is the fresh noise itself."""
+    config = ScoreConfig(noise="trajectory", times=ScoreTimesConfig(range="step"))
+    score = Score(config, shared(Gaussian(1.0)))
+    generator = torch.Generator().manual_seed(0)
+    data, own, fresh = torch.randn(3, 2, 1, 200, 200, generator=generator)
+    t, s = torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.0])
+    x = flow.interpolate(data, own, t)
+    prediction = Prediction(x, t, False, data, t_next=s)
+    tau = score.draw_times(prediction, rng(2))
+    assert ((tau >= s.clamp(min=0.02)) & (tau <= t)).all()
+    noise, weight = score.noise(prediction, tau, fresh)
+    assert noise.var().item() == pytest.approx(1, abs=0.02) and abs((noise * data).mean()) < 0.02
+    torch.testing.assert_close(noise[1], fresh[1], rtol=1e-4, atol=1e-5)
+    # the sampler's next state, moved on along its own path: x_tau = rho x_s + what is missing of the noise
+    rho = (1 - tau[0]) / (1 - s[0])
+    following = flow.interpolate(data, own, s)[0]
+    expected = rho * following + (tau[0] ** 2 - rho**2 * s[0] ** 2).sqrt() * fresh[0]
+    torch.testing.assert_close(flow.interpolate(data, noise, tau)[0], expected, rtol=1e-4, atol=1e-4)
+    log_density = lambda values: torch.distributions.Normal(0, 1).log_prob(values).mean((1, 2, 3))  # noqa: E731
+    torch.testing.assert_close(weight.log(), log_density(noise) - log_density(fresh), rtol=1e-3, atol=1e-5)
+
+
+# ---- imitation
+
+
+@pytest.mark.parametrize("reach", [0.0, 1.0])
+def test_imitation_is_the_distance_to_the_teachers_velocity_on_the_students_line(reach):
+    teacher = Gaussian(0.5)
+    data, t = torch.randn(3, 4, 8, 8).requires_grad_(), torch.tensor([1.0, 0.75, 0.25])
+    x, following, text = torch.randn(3, 4, 8, 8), torch.tensor([0.75, 0.5, 0.0]), words(0.2, -0.3, 1.0)
+    imitate = Imitate(ImitateConfig(guidance_scale=2, reach=reach), shared(teacher))
+    batch = DistillBatch(0, None, None, text, ["a"] * 3, ["k"] * 3, latent_shape=(4, 8, 8))
+    values, _ = imitate.loss(Prediction(x, t, False, data, t_next=following), batch, rng(3))
+    at = t - reach * rng(3).uniform() * (t - following)
+    expected = []
+    for row in range(3):
+        own = (x[row] - data[row]) / t[row]
+        place = (x[row] + (at[row] - t[row]) * own).detach()[None]
+        with_text = teacher(place, at[row : row + 1], text.take([row]))
+        without = teacher(place, at[row : row + 1], words(0.0))
+        expected.append((own - (2 * with_text - without)[0].detach()).square().mean())
+    expected = torch.stack(expected) * torch.tensor([0.0, 1.0, 1.0])  # 1 is beyond largest_time
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+    (slope,) = torch.autograd.grad(values.sum(), data)
+    (wanted,) = torch.autograd.grad(expected.sum(), data)
+    torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-6)
+
+
+# ---- runs
+
+
+def prompts_recipe(pairs, folder, preset="score_imitate", **overrides):
+    prompts = {
+        "data": None,
+        "sampling": {"resolution": 64, "steps": 4, "guidance_scale": 1, "sampler": "multistep"},
+    }
+    path = recipe(pairs, folder, preset, **prompts, batch=8, **overrides)
+    return path, f"stage.prompts={pairs / 'prompts.txt'}"
+
+
+def test_a_run_on_prompts_alone_resumes_to_the_bit(pairs, tmp_path):
+    path, prompts = prompts_recipe(pairs, tmp_path)
+    assert train.main([str(path), prompts, f"run={tmp_path / 'whole'}"]) == 0
+    assert train.main([str(path), prompts, f"run={tmp_path / 'halves'}", "engine.steps=3"]) == 0
+    assert train.main([str(path), prompts, f"run={tmp_path / 'halves'}"]) == 0
+    whole, halves = (states(tmp_path / name, 6) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and any(name.startswith("fake") for name in whole)
+    assert [
+        name for name in whole if not torch.equal(whole[name].nan_to_num(), halves[name].nan_to_num())
+    ] == []
+    rows = metrics.read(tmp_path / "whole")
+    assert ["loss" in row for row in rows if "fake/loss" in row] == [False, False, True, True, True, True]
+    assert all(row["score_slope"] > 0 for row in rows if "loss" in row)
+
+
+def test_two_processes_train_on_prompts_as_one(pairs, tmp_path):
+    path, prompts = prompts_recipe(pairs, tmp_path)
+    assert train.main([str(path), prompts]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), str(path), prompts, f"run={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics.read(tmp_path / "run"), metrics.read(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in {"loss", "fake/loss", "score_distance", "imitate", "std_ratio"} & a.keys():
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    assert "loss" in one[-1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("ladd4", {"prompts": "p.txt"}, "inputs.noise, diffusion, adversarial, guards read images"),
+        ("ladd4", {"imitate": {}}, "imitate follows the student's own states"),
+        ("tdm", {"sampler": "multistep"}, "'trajectory' is Euler's"),
+        ("tdm", {"score": {"times": {"range": "full"}}}, "needs times: {range: step}"),
+        ("dmd2", {"inputs": {"counts": {3: 1}}}, "3 steps are not evenly spaced among the 4 sigmas"),
+        ("dmd2", {"inputs": {"counts": {4: 0}}}, "all weights are 0"),
+        ("dmd2", {"inputs": {"rollout": {}}}, "takes all times of the sampler"),
+        ("ladd4", {"inputs": {"counts": {4: 1}}}, "only for noise 'chain'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(preset, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        distill_config(preset, **overrides)
+
+
+def test_recipes_on_prompts_say_what_is_missing_or_too_much(pairs, tmp_path, capsys):
+    path, prompts = prompts_recipe(pairs, tmp_path)
+    for overrides, message in [
+        ([], "missing key 'data'"),
+        ([prompts, "data={shards: [a.tar], resolution: 64}"], "leave data out"),
+        ([prompts, "batch=6"], "set batch.per_device to a multiple of 4"),
+        ([prompts, "batch={}"], "missing key 'batch'"),
+    ]:
+        assert train.main([str(path), *overrides]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1, error
