@@ -172,8 +172,10 @@ def energy_distance(x, y):
 HEADS = {"heads": {"width": 64}, "start": 0, "ramp": 0, "misaligned": None}
 FAST = {"eps": 1e-8, "weight_decay": 0.0, "betas": (0.0, 0.99), "warmup": 50}
 STEPS4 = {"probabilities": [[0, [0.4, 0.2, 0.2, 0.2]]], "rollout": {"share": 0.5, "start": 250, "end": 750}}
+ONE_STEP = {"preset": "nitro1", "time_scale": 1.0}
 ADVERSARIAL = {
     **HEADS,
+    "share_time": True,
     "r1": {"sigma": 0.05, "weight": 200},
     "discriminator": {"times": {"mean": 0.3, "std": 1.0}},
     "optim": {**FAST, "lr": 2e-3},
@@ -215,11 +217,11 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         0.05,
     ),
     "one step": (
-        {"preset": "nitro1", "diffusion": DIFFUSION, "adversarial": {**ADVERSARIAL, "weight": 0.1}},
+        {**ONE_STEP, "diffusion": DIFFUSION, "adversarial": {**ADVERSARIAL, "weight": 0.1}},
         0.002,
         0.06,
     ),
-    "one step, regression": ({"preset": "nitro1", "diffusion": DIFFUSION, "adversarial": None}, 0.002, 0.06),
+    "one step, regression": ({**ONE_STEP, "diffusion": DIFFUSION, "adversarial": None}, 0.002, 0.06),
     "fresh": (
         {
             "preset": "ladd4",
@@ -242,7 +244,7 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         None,
     ),
     "adversarial alone, one step": (
-        {"preset": "nitro1", "diffusion": None, "adversarial": {**ALONE, "loss": "non_saturating"}},
+        {**ONE_STEP, "diffusion": None, "adversarial": {**ALONE, "loss": "non_saturating"}},
         0.02,
         None,
     ),

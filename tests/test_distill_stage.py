@@ -36,6 +36,7 @@ SMALL = {
         "inputs": {"probabilities": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}},
         "adversarial": HEADS,
     },
+    "ladd_guided": {"adversarial": HEADS},
     "nitro1": {"adversarial": HEADS},
     "nitrofusion": {
         "adversarial": {

@@ -28,6 +28,12 @@ def test_a_student_of_pairs_beats_the_teacher_at_its_number_of_steps_and_one_of_
     assert fresh[0] >= 0.008 and fresh[2] <= 0.30
 
 
+def test_distribution_matching_without_images_beats_the_teacher_at_its_number_of_steps(small):
+    teacher = small.teacher_at(time_grid(4, "linear"))
+    points, _ = distill(small, RUNS["tdm"][0], 600, batch=128, lr=1e-3)
+    assert small.measure(points)[0] <= 0.5 * teacher[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_stated_bounds(name, full):
