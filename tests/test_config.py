@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
-from tiny import OPTIMIZER
+from tiny import optimizers_of
 
 from nitro_e import config
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt, apply_override, from_dict, to_dict
@@ -126,7 +126,7 @@ def test_every_recipe_loads_and_survives_its_own_dump(tmp_path):
     recipes = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
     assert recipes
     for path in recipes:
-        recipe = config.load(RunConfig, path, OPTIMIZER)
+        recipe = config.load(RunConfig, path, optimizers_of(path))
         copy = tmp_path / "copy.yaml"
         copy.write_text(config.dump(recipe))
         assert config.load(RunConfig, copy) == recipe, path

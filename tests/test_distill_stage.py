@@ -11,7 +11,7 @@ import torch
 import yaml
 from distill_tools import SMALLER, Loop, distill_config, random_batch, tiny_model, tiny_stage
 from safetensors.torch import load_file
-from tiny import OPTIMIZER
+from tiny import optimizers_of
 
 from nitro_e.cli import sample, synthesize, train
 from nitro_e.config import ConfigError, from_dict, load, to_dict
@@ -312,7 +312,7 @@ def test_reflow_is_sampled_on_equal_steps():
 
 def test_recipes_name_presets_and_are_complete():
     for path in sorted(ROOT.glob("configs/*/4_*.yaml")):
-        config = load(RunConfig, path, OPTIMIZER)
+        config = load(RunConfig, path, optimizers_of(path))
         assert config.published_sampling.steps in [len(times) for times in config.stage.schedules]
         assert from_dict(RunConfig, to_dict(config)) == config
     with pytest.raises(ConfigError, match="unknown preset 'lad4', did you mean 'ladd4'"):

@@ -10,6 +10,15 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 shards on
 # torch < 2.9 has no Muon, which some recipes name: there the tests read them with AdamW
 OPTIMIZER = [] if hasattr(torch.optim, "Muon") else ["stage.optim.kind=adamw"]
 
+
+def optimizers_of(recipe):
+    """The same for every optimiser of a recipe: `score` has one of its own."""
+    return [
+        *OPTIMIZER,
+        *(["stage.score.fake.optim.kind=adamw"] if OPTIMIZER and "score" in str(recipe) else []),
+    ]
+
+
 WORDS = ["a", "red", "green", "circle", "square", "left", "of", "the", "big", "cat"]
 
 

@@ -45,6 +45,8 @@ class ScoreTimesConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreConfig(Config):
+    """Says how the copy of the teacher learns the scores of the student's data."""
+
     repeat: Annotated[int, Ge(1)] = 1  # updates per step, all on the same data of the student
     # of the error at tau: of velocities as in flow matching; snr: of data, times min(SNR, 5) (TDM)
     weighting: Literal["velocity", "snr"] = "velocity"

@@ -71,9 +71,9 @@ class DistillConfig(Config):
     heldout: Annotated[float, Ge(0), Lt(1)] = (
         0.02  # share of the prompts that are monitored and never trained on
     )
-    # the student learns in steps start, start + every, ...; networks beside it (heads, fake score) in all steps
+    # steps from one in which the student learns to the next; networks beside it (heads, fake score) learn in all
     every: Annotated[int, Ge(1)] = 1
-    start: Annotated[int, Ge(0)] = 0
+    start: Annotated[int, Ge(0)] = 0  # the first step in which the student learns
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-5, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=500, decay=0.2, clip=1.0
