@@ -1,6 +1,7 @@
 """Draw images:  nitro-e sample RUN_OR_FOLDER --prompt "a photo of a red circle" --num-images 4
 
-RUN_OR_FOLDER is a run directory, a checkpoint or a model folder; `@ema` or `@model` at its end chooses the weights.
+RUN_OR_FOLDER is a shipped name (shapes), a run directory, a checkpoint or a model folder (`@ema` or `@model` at its end
+chooses the weights), a .safetensors file in the released format, or a hub repository (--file names the weights in it).
 Every PNG carries its prompt and settings as text entries; `grid.png` shows up to 64 of them with their prompts.
 
     nitro-e sample RUN --prompts-file prompts.txt --out DIR      a prompt per line; also .jsonl, .tsv (PartiPrompts), - for stdin
@@ -24,6 +25,7 @@ from nitro_e.config import ConfigError, environment_number
 if TYPE_CHECKING:
     from nitro_e.sampling.layouts import Drawing
     from nitro_e.sampling.pipeline import TextToImage
+    from nitro_e.sampling.samplers import SamplingConfig
 
 MAX_ON_SHEET = 64  # images on grid.png; of more there is none
 
@@ -58,6 +60,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
     )
+    parser.add_argument(
+        "--guidance-interval",
+        type=cli.real(0, 1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only while LOW <= t <= HIGH; t falls from 1 (noise) to 0",
+    )
     parser.add_argument("--sampler", help="euler, heun or multistep")
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
@@ -68,6 +77,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
     )
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
+    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
+    parser.add_argument(
+        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the repository"
+    )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="of a released file whose name does not say it"
+    )
     cli.component_flags(
         parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
     )
@@ -113,16 +129,19 @@ def draw(options: argparse.Namespace) -> None:
         options.source,
         options.device or default_device(),
         None if options.dtype is None else getattr(torch, options.dtype),
+        file=options.file,
+        lora=options.lora,
+        resolution=options.resolution,
         codec=options.codec,
         text=options.text,
         allow_download=options.allow_download,
     )
-    names = ("steps", "guidance_scale", "sampler", "height", "width")
+    names = ("steps", "guidance_scale", "guidance_interval", "sampler", "height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
-    about = settings_of(pipeline, options, overrides)
+    settings = pipeline.settings(**overrides)
+    about = settings_of(pipeline, options, settings)
     if rank == 0:
-        words = pipeline.settings(**overrides).in_words()
-        print(f"{options.source}: {words}, {about['dtype']} on {about['device']}")
+        print(f"{options.source}: {settings.in_words()}, {about['dtype']} on {about['device']}")
     if options.compile:
         pipeline.compile()
     if options.layout == "geneval":
@@ -145,20 +164,20 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def settings_of(
-    pipeline: TextToImage, options: argparse.Namespace, overrides: dict[str, Any]
+    pipeline: TextToImage, options: argparse.Namespace, settings: SamplingConfig
 ) -> dict[str, Any]:
     """Everything the images depend on besides prompts and seeds."""
-    from nitro_e.record.run_folder import model_folder
-
-    weights = model_folder(options.source)
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.iterdir())]
+    weights = pipeline.path
+    assert weights is not None
+    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     parameter = next(pipeline.model.parameters())
     return {
         "model": options.source,
         "weights": [str(weights.resolve()), *map(list, stamps)],
         "codec": options.codec,
         "text": options.text,
-        "sampling": dataclasses.asdict(pipeline.settings(**overrides)),
+        "sampling": dataclasses.asdict(settings),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "compile": options.compile,

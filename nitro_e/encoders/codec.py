@@ -60,6 +60,9 @@ class AutoencoderDCCodec:
         self.stride: int = autoencoder.spatial_compression_ratio
         self.scaling_factor: float = autoencoder.config.scaling_factor
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.autoencoder.to(device=device, dtype=dtype)
+
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         check_size(pixels, self.stride)
@@ -114,6 +117,10 @@ class DCTCodec:
         self.encoder = torch.stack(encoder).float().to(device)  # (C, 3 * stride * stride)
         self.decoder = torch.stack(decoder).float().to(device)  # (C, 3 * stride * stride)
         self.scale = torch.tensor(scale, device=device).reshape(1, -1, 1, 1)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        for name in ("encoder", "decoder", "scale"):
+            setattr(self, name, getattr(self, name).to(device=device))
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:

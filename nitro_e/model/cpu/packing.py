@@ -58,8 +58,13 @@ def _refuse_to_save(*_: object) -> None:
     )
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Tell whether a model is what `pack_for_cpu` returns."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
 def _check(model: Model) -> None:
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if is_packed(model):
         raise ConfigError("the model is already packed")
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears or any(linear.bias is None for linear in linears):
