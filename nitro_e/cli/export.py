@@ -4,8 +4,8 @@
     nitro-e export MODEL OUT --onnx           transformer.onnx and decoder.onnx
     nitro-e export MODEL OUT --torch          the same two as programs of torch.export (.pt2)
 
-MODEL is what `nitro-e sample` takes: a run directory, a checkpoint, a model folder, or `shapes`; `@ema` or `@model` at its
-end chooses the weights. OUT is a new folder. Programs take any number of images at once and are compared with the model
+MODEL is what `nitro-e sample` takes: a run directory, a checkpoint, a model folder, a released .safetensors file, a hub id
+or `shapes`; `@ema` or `@model` at its end chooses the weights. OUT is a new folder. Programs take any number of images at once and are compared with the model
 after writing; prompts.npz beside them holds the embeddings of "" and of every --prompt. docs/export.md shows how to use
 what is written.
 """
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--prompt", action="append", default=[], type=cli.text, help="to embed for programs; several times"
     )
+    cli.weights_flags(parser)
     cli.dtype_flag(
         parser,
         "of all parts of a diffusers folder; default: float32 for the model, the others as in training",
@@ -64,6 +65,9 @@ def export(options: argparse.Namespace) -> None:
     pipeline = TextToImage.from_pretrained(
         options.source,
         dtype=None if dtype is None else getattr(torch, dtype),
+        file=options.file,
+        lora=options.lora,
+        resolution=options.resolution,
         codec=options.codec,
         text=options.text,
         allow_download=options.allow_download,

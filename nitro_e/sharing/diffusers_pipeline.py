@@ -3,7 +3,7 @@
     from nitro_e.sharing.diffusers_pipeline import EmmditPipeline
     image = EmmditPipeline.from_pretrained("FOLDER")("a photo of a red circle").images[0]
 
-Codec and scheduler are diffusers' own classes, text encoder and tokenizer those of transformers. The latents are those of
+Codec and scheduler are diffusers' own classes, text encoder and tokenizer those of transformers. Latents equal those of
 TextToImage: text, guidance and times are computed by the same functions, and the scheduler takes the same steps.
 """
 
@@ -33,10 +33,10 @@ from nitro_e.config import ConfigError, class_of_kind, from_dict, to_dict
 from nitro_e.encoders.codec import AutoencoderDCCodec
 from nitro_e.encoders.text import LlamaText
 from nitro_e.files import fetch
-from nitro_e.interfaces import Architecture, Model, TextEmbedding, as_prompts
-from nitro_e.randomness import seed_of
-from nitro_e.sampling.pipeline import TextToImage, latent_size, negative_prompts
-from nitro_e.sampling.samplers import SamplingConfig, guided_velocity, scale_time, with_overrides
+from nitro_e.interfaces import Architecture, Model, TextEmbedding
+from nitro_e.sampling.inputs import negative_rows, prompt_rows
+from nitro_e.sampling.pipeline import TextToImage, latent_size
+from nitro_e.sampling.samplers import SamplingConfig, guide, scale_time, with_overrides
 
 # of a hub repository, as files.fetch takes them; no code is among them
 FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")
@@ -180,7 +180,7 @@ class EmmditPipeline(DiffusionPipeline):
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = "",
+        negative_prompt: str | Sequence[str] | None = None,
         do_classifier_free_guidance: bool = True,
         num_images_per_prompt: int = 1,
         device: torch.device | str | None = None,
@@ -191,29 +191,23 @@ class EmmditPipeline(DiffusionPipeline):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return tokens (B, L, D) and mask (B, L) of the prompts, then of the negative prompts (None without guidance).
 
-        B counts images: each prompt has num_images_per_prompt rows, one after the other. Embeddings that are given
-        (with their masks, one row per prompt) replace those of the strings.
+        B counts images: each prompt has num_images_per_prompt rows, one after the other. Embeddings that are given, one
+        row per prompt, replace those of the strings; without a mask all their tokens count as real.
         """
-        text = _given("prompt", prompt_embeds, prompt_attention_mask)
-        negative = _given("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
-        if text is None:
-            if prompt is None:
-                raise ConfigError("give prompt, or prompt_embeds with prompt_attention_mask")
-            text = self._embed([prompt] if isinstance(prompt, str) else as_prompts(prompt, "prompt"))
-        if negative is None and do_classifier_free_guidance:
-            negative = self._embed(negative_prompts(negative_prompt, len(text.tokens)))
+        given = _given(prompt_embeds, prompt_attention_mask)
+        text = self._embed(prompt_rows(prompt, given, num_images_per_prompt), device)
+        if not do_classifier_free_guidance:
+            return *text, None, None
+        given = _given(negative_prompt_embeds, negative_prompt_attention_mask)
+        prompts = len(text.tokens) // num_images_per_prompt
+        negative = negative_rows(negative_prompt, given, prompts, num_images_per_prompt)
+        return *text, *self._embed(negative, device)
+
+    def _embed(self, rows: list[str] | TextEmbedding, device: torch.device | str | None) -> TextEmbedding:
+        """Embed prompts, each distinct one once; what is embedded already is only moved."""
         device = device or self._execution_device
-
-        def rows(part: Tensor) -> Tensor:
-            return part.to(device).repeat_interleave(num_images_per_prompt, 0)
-
-        if negative is None:
-            return rows(text.tokens), rows(text.mask), None, None
-        negative = negative.expand(len(text.tokens))
-        return rows(text.tokens), rows(text.mask), rows(negative.tokens), rows(negative.mask)
-
-    def _embed(self, prompts: list[str]) -> TextEmbedding:
-        """Embed prompts, each distinct one once."""
+        if isinstance(rows, TextEmbedding):
+            return rows.to(device)
         encoder = LlamaText(
             self.text_encoder,
             self.tokenizer,
@@ -221,19 +215,20 @@ class EmmditPipeline(DiffusionPipeline):
             length=self.config.text_length,
             clean_caption=self.config.clean_caption,
         )
-        distinct = list(dict.fromkeys(prompts))
-        return encoder.encode(distinct).take([distinct.index(prompt) for prompt in prompts])
+        distinct = list(dict.fromkeys(rows))
+        return encoder.encode(distinct).to(device).take([distinct.index(prompt) for prompt in rows])
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = "",
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         latents: Tensor | None = None,
@@ -248,9 +243,10 @@ class EmmditPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images; whatever is not given is as the weights are meant to be sampled.
 
-        guidance_scale: 0 or 1 is none. sigmas: the falling times of the steps, before the scheduler's shift and
-        without the final 0, instead of num_inference_steps. generator: one for all images or a list with one for
-        each; TextToImage draws the same for the generators' seeds. latents: (B, C, h, w) standard normal noise.
+        guidance_scale: 0 or 1 is none; guidance_interval: (low, high) of the times in 0..1 that are guided. sigmas: the
+        falling times of the steps, before the scheduler's shift and without the final 0, instead of
+        num_inference_steps. generator: one for all images or a list with one for each, as for TextToImage.
+        latents: (B, C, h, w) standard normal noise. A callback may replace what _callback_tensor_inputs lists.
         output_type: "pil", "np", "pt" (0..1) or "latent". Images are a field of the result, as in diffusers.
         """
         settings = self.settings(
@@ -258,6 +254,7 @@ class EmmditPipeline(DiffusionPipeline):
             width=width,
             steps=num_inference_steps if sigmas is None else len(sigmas),
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             force=None if sigmas is None else True,
         )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -290,6 +287,9 @@ class EmmditPipeline(DiffusionPipeline):
         }
 
         self._set_times(settings, sigmas, device)
+        # multistep draws more of it
+        noisy = "generator" in inspect.signature(self.scheduler.step).parameters
+        noise = {"generator": generator} if noisy else {}
         model = scale_time(self._velocity, settings.time_scale)
         self._interrupt = False
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
@@ -300,12 +300,13 @@ class EmmditPipeline(DiffusionPipeline):
                 t = (time / self.scheduler.config.num_train_timesteps).expand(len(x)).to(device)
                 text = TextEmbedding(tokens, mask)
                 negative = text if negative_mask is None else TextEmbedding(negative_tokens, negative_mask)
-                velocity = guided_velocity(model, x, t, text, negative, settings.guidance_scale).velocity
-                noise = self._noise(generator, step)
+                scale, interval = settings.guidance_scale, settings.guidance_interval
+                velocity = guide(model, text, negative, scale, interval)(x, t)
                 state["latents"] = self.scheduler.step(velocity, time, x, **noise, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     given = {name: state[name] for name in callback_on_step_end_tensor_inputs}
-                    state |= callback_on_step_end(self, step, time, given)
+                    changed = callback_on_step_end(self, step, time, given)
+                    state |= {name: changed[name] for name in state if name in changed}
                 progress.update()
 
         images = state["latents"]
@@ -341,20 +342,7 @@ class EmmditPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
 
-    def _noise(self, generator: Generator | list[Generator] | None, step: int) -> dict[str, Any]:
-        """Give schedulers that draw noise a source of it: with a generator per image, that of samplers.fresh_noise."""
-        if "generator" not in inspect.signature(self.scheduler.step).parameters:
-            return {}
-        if isinstance(generator, list):
-            seeds = [seed_of(source.initial_seed(), "renoise", step) for source in generator]
-            generator = [Generator().manual_seed(seed) for seed in seeds]
-        return {"generator": generator}
 
-
-def _given(name: str, tokens: Tensor | None, mask: Tensor | None) -> TextEmbedding | None:
-    """Return the embedding that the caller gives in two arguments, or None; ConfigError for one without the other."""
-    if (tokens is None) != (mask is None):
-        raise ConfigError(
-            f"{name}_embeds and {name}_attention_mask (which rows are real tokens) go together; give both"
-        )
-    return None if tokens is None or mask is None else TextEmbedding(tokens, mask)
+def _given(tokens: Tensor | None, mask: Tensor | None) -> TextEmbedding | Tensor | None:
+    """Join the two arguments that an embedding is given in; without a mask every token counts as real."""
+    return tokens if tokens is None or mask is None else TextEmbedding(tokens, mask)
