@@ -8,6 +8,9 @@ version = re.search(
     r'__version__ = "(.+)"', Path(__file__).with_name("nitro_e").joinpath("__init__.py").read_text()
 )[1]
 
+# onnxscript 0.5 is the first that torch 2.9 exports with; opset 18 is older than all of these
+EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
+
 setup(
     name="nitro-e",
     version=version,
@@ -58,7 +61,9 @@ setup(
         "eval": [
             "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
         ],
+        "export": EXPORT,
         "dev": [
+            *EXPORT,
             "pytest>=8.0",
             "pytest-xdist>=3.5",  # the tests on two cores: 5 minutes instead of 10
             "ruff>=0.17",  # make lint, like the next two

@@ -55,16 +55,24 @@ class EmmditTransformer(ModelMixin, ConfigMixin):
     _no_split_modules = ["Block", "LastBlock"]
 
     @register_to_config
-    def __init__(self, architecture: dict[str, Any]) -> None:
+    def __init__(self, architecture: dict[str, Any], buffer_dtype: str = "float32") -> None:
+        """Build the model; buffer_dtype is what its position table is rounded to, as that of weights in a half precision."""
         super().__init__()
         config = class_of_kind(Architecture, architecture.get("kind"), "architecture.kind", imports=False)
         self.model = from_dict(config, architecture, "architecture").build()
+        for buffer in self.model.buffers():
+            buffer.copy_(buffer.to(getattr(torch, buffer_dtype)))
 
     @classmethod
     def of(cls, model: Model) -> "EmmditTransformer":
         """Wrap a model without a copy of its weights."""
+        held = [
+            name
+            for name in ("float16", "bfloat16", "float32")
+            if all(torch.equal(x, x.to(getattr(torch, name)).to(x.dtype)) for x in model.buffers())
+        ]
         with torch.device("meta"):
-            transformer = cls(to_dict(model.config))
+            transformer = cls(to_dict(model.config), held[0])
         transformer.model = model
         return transformer.eval()
 
