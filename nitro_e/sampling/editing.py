@@ -64,12 +64,9 @@ def edit_rows(
 
 
 def remaining(times: Tensor, strength: float) -> Tensor:
-    """Return the last `strength` of the steps between `times`."""
+    """Return the last `strength` of the steps between `times`, rounded up; at least one."""
     steps = len(times) - 1
-    first = int(max(steps - steps * strength, 0))
-    if first == steps:
-        raise ConfigError(f"strength {strength:g} of {steps} steps is none; give at least {1 / steps:.3g}")
-    return times[first:]
+    return times[min(int(steps - steps * strength), steps - 1) :]
 
 
 class Known(NamedTuple):
