@@ -212,13 +212,17 @@ def test_what_diffusers_cannot_express(tiny):
 # ---- programs
 
 
+def compared(part, program) -> float:
+    run = program.module()
+    return programs.compare(part, lambda inputs: run(*inputs))
+
+
 @can_trace
 def test_programs_hold_no_operators_of_ours(tiny):
     """Traced with 2 images, run with 1 and 3; attention is torch's."""
     for part in programs.parts(tiny):
         program = programs.trace(part)
-        module = program.module()
-        assert programs.compare(part, lambda inputs: module(*inputs)) < 1e-5
+        assert compared(part, program) < 1e-5
         assert "nitro_e" not in str(program.graph)
 
 
