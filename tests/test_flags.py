@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     ("train", []),
     ("sample", []),
+    ("serve", []),
     ("benchmark.model", []),
     ("convert", []),
     ("data", ["encode"]),
@@ -41,6 +42,7 @@ def test_all_commands_spell_components_and_precision_alike(capsys):
     both = {("codec", component), ("text", component)}
     expected = {
         "sample": both | {dtype},
+        "serve": both | {dtype},
         "evaluate": both | {dtype},
         "synthesize": both | {dtype},
         "data": both | {("vision", component), dtype},

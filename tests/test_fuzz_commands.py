@@ -156,6 +156,12 @@ TOOLS = {
         encode {DATA} --out W/o/ef --vision shapes-vit --grid 0 0 ; encode {DATA} --out W/o/eg --text hash --text-length -1
         encode {DATA} --out W/o/eh --text hash --text-length 99999999999 ; encode {DATA} --out W/o/ei --codec dct-f8c24 --resolution 1e9
         encode {DATA} --out W/binary.txt --codec dct-f8c24 --resolution 64""",
+    "serve": """
+        W/none ; W/binary.txt ; shapes W/none ; shapes@foo ; W/models/empty ; shapes --port 0 ; shapes --port -1
+        shapes --port 65536 ; shapes --port x ; shapes --port nan ; shapes --port 1.5 ; shapes --host 192.0.2.1
+        shapes --host '' ; shapes --host nowhere.invalid ; shapes --host ::1 ; shapes --host 1.2.3.4.5 ; shapes --device foo
+        shapes --device cuda:99 ; shapes --dtype foo ; shapes --codec W --port 17861 ; shapes --text W --port 17862
+        shapes --share ; shapes --api yes ; W/models/use_nan --port 17863 ; W/models/truncated --port 17864""",
     "evaluate": """
         ; foo shapes ; shapes ; shapes W/none --num 2 ; shapes shapes --num -3 ; shapes shapes --num 1e30 ; shapes shapes --num 0
         shapes shapes --num 2 --steps 0 --out W/o/v1 ; shapes shapes --num 2 --steps 1 1000000000 --out W/o/v2
@@ -271,6 +277,7 @@ FEW = {  # at once, in this process
         "verify W/damaged/data-0.tar",
         "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
     ],
+    "serve": ["shapes --port 0", "shapes --host nowhere.invalid", "W/binary.txt"],
     "evaluate": [
         "W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
         "W/lists.jsonl shapes --reward shapes",

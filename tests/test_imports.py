@@ -31,8 +31,9 @@ stages.grpo: config files interfaces randomness record model sampling training r
 stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
     stages.flow_matching stages.grpo stages.distill
+serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
-    evaluation stages stages.first_weights stages.flow_matching
+    evaluation serving stages stages.first_weights stages.flow_matching
 __init__: model sampling
 """
 ALLOWED = {
@@ -58,6 +59,7 @@ OWNERS = {
     "jinja2": {"record.templating"},
     "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
+    "gradio": {"serving.page"},
 }
 
 

@@ -15,6 +15,7 @@ from nitro_e import __version__
 COMMANDS = {
     "train": "Train a stage of a recipe",
     "sample": "Draw images",
+    "serve": "Draw in a browser",
     "data": "Pack, encode, verify and look at data",
     "evaluate": "Score a model on a benchmark",
     "synthesize": "Draw a teacher's images as training data",
