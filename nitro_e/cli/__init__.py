@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "Score a model on a benchmark",
     "synthesize": "Draw a teacher's images as training data",
     "convert": "Convert released weights to ours and back",
+    "export": "Write a model for diffusers, ONNX or torch.export",
     "describe": "Count parameters, tokens and FLOPs",
     "report": "Write the pages of runs",
     "ema": "Make averages of weights after a training",

@@ -77,13 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
     )
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
-    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
-    parser.add_argument(
-        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the repository"
-    )
-    parser.add_argument(
-        "--resolution", type=int, choices=[512, 1024], help="of a released file whose name does not say it"
-    )
+    cli.weights_flags(parser)
     cli.component_flags(
         parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
     )
