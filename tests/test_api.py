@@ -214,7 +214,7 @@ REFUSED = {
     ),
     "latents of another shape": ({"prompt": RED, "latents": torch.zeros(1, 8, 4, 4)}, "latents: expected"),
     "a kind of output": ({"prompt": RED, "output_type": "jpg"}, "output_type 'jpg' is unknown"),
-    "an interval": ({"prompt": RED, "guidance_interval": (0.5, 0.2)}, "guidance_interval must be"),
+    "an interval": ({"prompt": RED, "guidance_interval": (0.5, 0.2)}, "guidance_interval: the first time"),
     "a mask alone": ({"prompt": RED, "mask_image": given_image()}, "belong to an image"),
     "strength": ({"prompt": RED, "image": given_image(), "strength": 0}, "strength must be above 0"),
     "proportions": ({"prompt": RED, "image": given_image().resize((64, 32))}, "crop it, or give height"),
