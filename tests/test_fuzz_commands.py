@@ -212,7 +212,8 @@ TOOLS = {
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml""",
     "train_components": """; foo ; codec --steps 0 --out W/o/n1 ; codec --steps x ; codec --seed 1e30 ; codec --seed -1""",
-    "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",
+    "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; sample --steps 0 ; sample --guidance nan
+        sample --shapes --preset nitro-e-512 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",
 }
 
 # ---- what is right, so that not everything is refused; and what is wrong but said in another way
