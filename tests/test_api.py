@@ -150,6 +150,15 @@ def test_guidance_in_an_interval(pipe, draw, monkeypatch):
     assert pipe.settings(guidance_interval=(0, 0.5)).in_words().count("guidance 3 from t = 0 to 0.5") == 1
 
 
+def test_blocks_are_reused_where_that_is_asked_for(draw):
+    exact = draw(RED, num_inference_steps=4)
+    assert torch.equal(draw(RED, num_inference_steps=4, reuse_blocks=1), exact)
+    reused = draw(RED, num_inference_steps=4, reuse_blocks=2)
+    assert not torch.equal(reused, exact) and (reused - exact).abs().mean() < 0.3
+    with pytest.raises(ConfigError, match="n at least 1, not 0"):
+        draw(RED, reuse_blocks=0)
+
+
 # ---- images as a start
 
 

@@ -85,6 +85,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
     parser.add_argument("--compile", action="store_true", help="slower start, faster steps: for many images")
     parser.add_argument(
+        "--int8", action="store_true", help="--compile with 8-bit products, for a CPU and --dtype bfloat16"
+    )
+    parser.add_argument(
+        "--reuse-blocks",
+        type=cli.whole(1, 1000),
+        default=1,
+        metavar="N",
+        help="compute the compressed blocks at every N-th step only, an approximation",
+    )
+    parser.add_argument(
         "--layout",
         choices=("flat", "geneval", "dpg", "parti"),
         default="flat",
@@ -136,8 +146,8 @@ def draw(options: argparse.Namespace) -> None:
     about = settings_of(pipeline, options, settings)
     if rank == 0:
         print(f"{options.source}: {settings.in_words()}, {about['dtype']} on {about['device']}")
-    if options.compile:
-        pipeline.compile()
+    if options.compile or options.int8:
+        pipeline.compile("int8" if options.int8 else "bfloat16")
     if options.layout == "geneval":
         write_metadata(drawings, options.out)
     drawn = draw_folder(
@@ -145,7 +155,7 @@ def draw(options: argparse.Namespace) -> None:
         drawings,
         options.out,
         about,
-        overrides=overrides,
+        overrides={**overrides, "reuse_blocks": options.reuse_blocks},
         batch_size=options.batch_size,
         rank=rank,
         world=world,
@@ -175,6 +185,8 @@ def settings_of(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "compile": options.compile,
+        "int8": options.int8,
+        "reuse_blocks": options.reuse_blocks,
     }
 
 
