@@ -12,6 +12,7 @@ interruption, whatever ended it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -93,10 +94,7 @@ class Demo:
 
     def run(self) -> None:
         """Do what is not done yet, print the table and write the page."""
-        for number in (signal.SIGTERM, signal.SIGHUP):  # ended like with Ctrl-C: the processes below are too
-            signal.signal(number, signal.default_int_handler)
-        with run_folder.lock(self.out):
-            self._read_times()
+        with ended_like_ctrl_c(), run_folder.lock(self.out):
             print(f"{self.processes} processes; logs: {self.out / 'logs'}", flush=True)
             for title, jobs, at_once in self._plan():
                 self._part(title, jobs, at_once)
@@ -206,6 +204,8 @@ class Demo:
     def _read_times(self) -> dict[str, dict[str, Any]]:
         path = self.out / "times.json"
         found = parse_json(read_text(path), str(path)) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} is not what the demo wrote; delete it")
         settings = {"scenes": self.scenes, "num": self.num}
         if found.setdefault("settings", settings) != settings:
             raise ConfigError(
@@ -292,6 +292,18 @@ class Process:
                 print(f"  step {row['step']:,}: {in_words(row)}", flush=True)
                 self.shown = time.monotonic()
         self.lines_read = len(lines)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let other signals that end a program stop the processes below too."""
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
 
 
 def wait_for(run: Path) -> None:

@@ -68,14 +68,14 @@ TEXTS = {
         "matching), while a vision encoder's features tell its middle layers what to look for (REPA). The shipped model "
         "had a hundred times as many samples, so the climb counts here, not its end.",
         "guidance 3, 20 steps",
-        ("eval/strict", "eval/partial", "velocity_loss"),
+        ("eval/partial", "eval/strict", "velocity_loss"),
     ),
     "2_finetune": (
         "2. Fine-tuning",
         "The shipped model goes on training at a lower rate and without REPA, and an average of its weights is kept. On "
         "data of your own this is the step that adapts it; on the scenes it knows it must keep what it can do.",
         "guidance 3, 20 steps",
-        ("velocity_loss",),
+        ("loss",),
     ),
     "3_grpo": (
         "3. GRPO",
@@ -90,7 +90,7 @@ TEXTS = {
         "evaluations of the network instead of forty. Heads on the frozen teacher's features tell real from drawn latents, which "
         "keeps its images sharp.",
         "without guidance, 4 steps",
-        ("loss", "adversarial", "diffusion"),
+        ("diffusion", "discriminator/gap"),
     ),
 }
 
