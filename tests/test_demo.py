@@ -102,8 +102,8 @@ def test_the_page_says_what_improved_and_what_did_not(prompts, runs, tmp_path):
     assert_self_contained(written)
     assert all(words in written for words, _ in verdicts.values())
     images = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
-    # of every model for a prompt of each task; before and after of what a stage changed, at most 3 either way
-    assert len(images) == 6 * len(told.models) + 2 * 3 + 2 * 3
+    # of every model for a prompt of each task; before and after of what a stage changed, at most 2 either way
+    assert len(images) == 6 * len(told.models) + 2 * 2 + 2 * 2
 
 
 def test_few_steps_are_told_with_their_cost(prompts, runs, tmp_path):

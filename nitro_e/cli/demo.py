@@ -30,9 +30,13 @@ from nitro_e.config import ConfigError, TrainingError, parse_json, read_text
 from nitro_e.files import write_text
 from nitro_e.record import metrics, run_folder
 from nitro_e.record.templating import duration
+from nitro_e.shapes.scenes import TASKS
 
 RECIPES = Path("configs/shapes/quick")
 STAGES = ("1_pretrain", "2_finetune", "3_grpo", "4_distill")
+ONE_OBJECT = ("single_object", "colors")
+# data sets: share of the scenes and the tasks in it. One object is what a model can learn from nothing in two minutes.
+DATA = {"one": (1 / 3, ONE_OBJECT), "all": (2 / 3, TASKS)}
 PAUSE = 0.3  # seconds between two looks at the processes
 QUIET = 15  # seconds after which a training that goes on is worth another line
 
@@ -102,21 +106,18 @@ class Demo:
 
     def _plan(self) -> Iterator[tuple[str, list[Job], int]]:
         """Yield the title of each part, its processes, and how many of them run at a time."""
-        data = self.out / "data"
-        make = [
-            "nitro_e.cli",
-            "make-shapes",
-            str(data),
-            "--num",
-            str(self.scenes),
-            "--samples-per-shard",
-            "512",
-        ]
-        encode = ["nitro_e.cli", "data", "encode", f"{data}/shapes-train-*.tar", "--out", str(data)]
-        encode += ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
-        encode += ["--resolution", "64", "--world", str(self.processes)]
-        shares = [Job(f"encode-{rank}", [*encode, "--rank", str(rank)]) for rank in range(self.processes)]
-        yield f"{self.scenes:,} captioned scenes", [Job("scenes", make)], 1
+        scenes, shares = [], []
+        for name, (part, tasks) in DATA.items():
+            data = self.out / "data" / name
+            make = ["nitro_e.cli", "make-shapes", str(data), "--num", str(round(part * self.scenes))]
+            scenes.append(Job(f"scenes-{name}", [*make, "--samples-per-shard", "512", "--tasks", *tasks]))
+            encode = ["nitro_e.cli", "data", "encode", f"{data}/shapes-train-*.tar", "--out", str(data)]
+            encode += ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
+            encode += ["--resolution", "64", "--world", str(self.processes)]
+            shares += [
+                Job(f"encode-{name}-{rank}", [*encode, "--rank", str(rank)]) for rank in range(self.processes)
+            ]
+        yield f"{self.scenes:,} captioned scenes", scenes, self.processes
         yield "Their latents, text embeddings and features", shares, self.processes
         for stage, title in zip(
             STAGES, ("from nothing", "the shipped model", "the shipped model", "the shipped model")
@@ -126,8 +127,12 @@ class Demo:
 
     def _training(self, stage: str) -> Job:
         """Train a stage, one process per core."""
-        data = [f"{self.out}/data/{kind}-*.tar" for kind in ("latents", "text", "features")]
-        shards = data if stage == "1_pretrain" else data[:2]
+        name, kinds = (
+            ("one", ("latents", "text", "features"))
+            if stage == "1_pretrain"
+            else ("all", ("latents", "text"))
+        )
+        shards = [f"{self.out}/data/{name}/{kind}-*.tar" for kind in kinds]
         overrides = [f"run={self.runs[stage]}"]
         overrides += [] if stage == "3_grpo" else [f"data.shards={json.dumps(shards)}"]
         command = ["nitro_e.cli", "train", str(self.recipes[stage]), *overrides]

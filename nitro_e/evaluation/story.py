@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from nitro_e.data.prompts import Prompt
-from nitro_e.evaluation import results
+from nitro_e.evaluation import intervals, results
 from nitro_e.evaluation.evaluate import Result
 from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.page import verdict as saw
 from nitro_e.evaluation.results import Table, shown, signed, task_of
 from nitro_e.record.charts import Chart, Series, line_chart
-from nitro_e.record.pages import Record, read_record
+from nitro_e.record.pages import Record, Sheet, read_record, samples
 from nitro_e.record.templating import data_url, duration, write_page
 
 STRICT = "strict"
-CHANGED = 3  # prompts shown that a stage got right, and as many that it got wrong
+CHANGED = 2  # prompts shown that a stage got right, and as many that it got wrong
 
 
 class Known(NamedTuple):
@@ -37,6 +37,15 @@ class Known(NamedTuple):
     @property
     def score(self) -> Estimate:
         return self.result.scores[STRICT].overall
+
+    def score_of(self, tasks: Sequence[str]) -> Estimate:
+        """The score of some tasks; of all of them if none is named."""
+        if not tasks:
+            return self.score
+        of_tasks = self.result.scores[STRICT].tasks
+        right = [round(of_tasks[task].value * of_tasks[task].num) for task in tasks]
+        values = [[1.0] * hits + [0.0] * (of_tasks[task].num - hits) for task, hits in zip(tasks, right)]
+        return intervals.score(values)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Stage:
     before: Known | None
     after: Known
     metrics: tuple[str, ...]  # whose curves are shown
+    tasks: tuple[str, ...] = ()  # that it is scored on; empty: all
 
 
 class Picture(NamedTuple):
@@ -66,8 +76,8 @@ TEXTS = {
         "1. Pretraining",
         "A denoiser with random weights sees scenes mixed with noise and learns which way leads back to the scene (flow "
         "matching), while a vision encoder's features tell its middle layers what to look for (REPA). The shipped model "
-        "had a hundred times as many samples, so the climb counts here, not its end.",
-        "guidance 3, 20 steps",
+        "had a hundred times as many samples, so this one is shown, and asked for, one object at a time.",
+        "one object, guidance 3, 20 steps",
         ("eval/partial", "eval/strict", "velocity_loss"),
     ),
     "2_finetune": (
@@ -204,7 +214,7 @@ class Story:
                     stage.title,
                     stage.measure,
                     before,
-                    shown(stage.after.score),
+                    shown(stage.after.score_of(stage.tasks)),
                     change,
                     self.seconds(stage.key),
                 ]
@@ -251,11 +261,12 @@ class Story:
         return {
             "stage": stage,
             "before": None if stage.before is None else shown(stage.before.score),
-            "after": shown(stage.after.score),
+            "after": shown(stage.after.score_of(stage.tasks)),
             "verdict": words,
             "colour": colour,
             "time": self.seconds(stage.key),
             "charts": self.charts(stage),
+            "sheets": self.sheets(stage),
             "changed": self.changed(stage),
         }
 
@@ -272,6 +283,14 @@ class Story:
             for name in stage.metrics
             if (points := record.points(name))
         ]
+
+    def sheets(self, stage: Stage) -> list[Sheet]:
+        """The images that a training from nothing drew on its way; other stages are shown beside what they began with."""
+        return (
+            []
+            if stage.before
+            else [each for group in samples(self._record(stage)) for each in group["sheets"]]
+        )
 
     def steps_chart(self) -> Chart:
         """The score against the number of steps."""
