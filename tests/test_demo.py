@@ -40,7 +40,7 @@ def prompts():
 def runs(tmp_path):
     """Run directories with a few recorded numbers."""
     curves = {
-        "1_pretrain": [{"eval/strict": 0.0, "eval/partial": 0.1}, {"eval/strict": 0.0, "eval/partial": 0.4}],
+        "1_pretrain": [{"eval/strict": 0.0, "eval/color": 0.1}, {"eval/strict": 0.0, "eval/color": 0.4}],
         "2_finetune": [{"loss": 0.5}, {"loss": 0.4}],
         "3_grpo": [{"reward/mixed": 0.6, "kl": 0.0}, {"reward/mixed": 0.7, "kl": 0.01}],
         "4_distill": [{"diffusion": 0.2}, {"diffusion": 0.1}],
@@ -86,7 +86,7 @@ def story(prompts, folder: Path, runs: dict[str, Path], *, tuned: int, rewarded:
 def test_the_page_says_what_improved_and_what_did_not(prompts, runs, tmp_path):
     told = story(prompts, tmp_path, runs, tuned=12, rewarded=22, student=0)
     verdicts = {stage.key: told.verdict(stage) for stage in told.stages}
-    assert verdicts["1_pretrain"][1] == "good" and "partial from 0.100 to 0.400" in verdicts["1_pretrain"][0]
+    assert verdicts["1_pretrain"][1] == "good" and "color from 0.100 to 0.400" in verdicts["1_pretrain"][0]
     assert verdicts["2_finetune"] == (
         f"No improvement that {NUM} prompts can show: +0.000 {verdicts['2_finetune'][0].split('+0.000 ')[1]}",
         "fair",
@@ -117,7 +117,7 @@ def test_few_steps_are_told_with_their_cost(prompts, runs, tmp_path):
 
 
 def test_a_training_that_did_not_climb_is_said_to(prompts, runs, tmp_path):
-    line = {"attempt": 1, "time": 1.0, "step": 0, "eval/strict": 0.0, "eval/partial": 0.2}
+    line = {"attempt": 1, "time": 1.0, "step": 0, "eval/strict": 0.0, "eval/color": 0.2}
     (runs["1_pretrain"] / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     told = story(prompts, tmp_path, runs, tuned=12, rewarded=10, student=9)
     assert told.verdict(told.stages[0])[0].startswith("The score did not climb")

@@ -33,7 +33,7 @@ INK, GREY, PAPER = "#1b2430", "#5b6675", "#ffffff"
 FONT = "system-ui, 'Segoe UI', Roboto, sans-serif"
 CURVES = {  # run of the demo -> what is drawn of it
     "1_pretrain": {
-        "eval/partial": "1. Pretraining: partial score",
+        "eval/color": "1. Pretraining: color score",
         "eval/strict": "1. Pretraining: strict score",
     },
     "2_finetune": {"loss": "2. Fine-tuning: loss"},
@@ -246,8 +246,8 @@ def inner(chart: Chart) -> str:
     drawn = re.sub(r'<rect class="hover".*?</rect>\n', "", drawn)
     head, x = [text(16, 22, chart.title, 14, bold=True, anchor="start")], 16.0
     for colour, name in chart.legend:
-        head += [box(x, 34, 14, 3, colour, 1), text(x + 19, 39, name, 12, anchor="start")]
-        x += 34 + 6.4 * len(name)
+        head += [box(x, 34, 14, 3, colour, 1), text(x + 19, 39, name, 10.5, anchor="start")]
+        x += 30 + 5.6 * len(name)
     return "\n".join([*head, f'<g transform="translate(0 44)">{drawn}</g>'])
 
 

@@ -146,7 +146,7 @@ class Demo:
         jobs = []
         for number, (source, grid) in enumerate(self.drawn()):
             flags = [word for key, values in grid.items() for word in (f"--{key}", *map(str, values))]
-            command = ["nitro_e.cli", "evaluate", "shapes-partial", source, "--num", str(self.num), *flags]
+            command = ["nitro_e.cli", "evaluate", "shapes", source, "--num", str(self.num), *flags]
             name = f"evaluate-{number}"
             jobs.append(Job(name, [*command, "--out", str(self.out / "images" / str(number))]))
         return jobs
@@ -230,7 +230,7 @@ class Demo:
         from nitro_e.evaluation.story import Story
         from nitro_e.record.environment import default_device
 
-        judged, options = benchmark("shapes-partial", self.num), Options(device=default_device())
+        judged, options = benchmark("shapes", self.num), Options(device=default_device())
         names = {"guidance": "guidance_scale", "steps": "steps"}
         found = [
             evaluate(

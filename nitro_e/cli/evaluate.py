@@ -28,9 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "benchmark", help="shapes, shapes-partial, geneval, or a file of prompts (.txt, .jsonl)"
-    )
+    parser.add_argument("benchmark", help="shapes, geneval, or a file of prompts (.txt, .jsonl)")
     parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
     parser.add_argument("--against", metavar="CHECKPOINT", help="another one to compare with, pair by pair")
     parser.add_argument("--num", type=int, help="prompts (default: the benchmark's)")

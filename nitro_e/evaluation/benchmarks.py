@@ -1,8 +1,7 @@
 """Benchmarks by name: the prompts, the number of images of each, and the rewards that score them.
 
-shapes          the held-out requests of the offline domain; its exact judge, strictly and by GenEval's rules
-shapes-partial  the same; beside the strict score the share of each request that was met, which rises from the first steps of a training
-geneval         the 553 test prompts of GenEval; its verdict on detected objects
+shapes    the held-out requests of the offline domain; its exact judge, strictly and by GenEval's rules
+geneval   the 553 test prompts of GenEval; its verdict on detected objects
 """
 
 from __future__ import annotations
@@ -40,12 +39,6 @@ BENCHMARKS = {
         name="shapes",
         prompts=PromptsConfig(source="shapes-heldout", num=600),
         rewards=(_shapes_score("strict", "strict"), _shapes_score("geneval", "GenEval")),
-        see=find_objects,
-    ),
-    "shapes-partial": Benchmark(
-        name="shapes-partial",
-        prompts=PromptsConfig(source="shapes-heldout", num=600),
-        rewards=(_shapes_score("strict", "strict"), _shapes_score("partial", "partial")),
         see=find_objects,
     ),
     "geneval": Benchmark(

@@ -78,7 +78,7 @@ TEXTS = {
         "matching), while a vision encoder's features tell its middle layers what to look for (REPA). The shipped model "
         "had a hundred times as many samples, so this one is shown, and asked for, one object at a time.",
         "one object, guidance 3, 20 steps",
-        ("eval/partial", "eval/strict", "velocity_loss"),
+        ("eval/color", "eval/strict", "velocity_loss"),
     ),
     "2_finetune": (
         "2. Fine-tuning",
@@ -183,7 +183,7 @@ class Story:
     def _climb(self, stage: Stage) -> tuple[str, str]:
         """Say how far the scores of a training from nothing climbed."""
         record, climbed, risen = self._record(stage), [], False
-        for name in ("strict", "partial"):
+        for name in ("color", "strict"):
             if points := record.points(f"eval/{name}"):
                 (_, first), (step, last) = points[0], points[-1]
                 climbed.append(f"{name} from {first:.3f} to {last:.3f}")
