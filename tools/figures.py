@@ -127,18 +127,18 @@ def architecture(config: ModelConfig) -> str:
     before, middle, after = config.groups
     paths = " + ".join(f"{full // factor**2}" for factor in config.compression)
     columns = [  # part, title, lines below, width
-        ("patch embedding", "patch embedding", [f"{grid[0]} x {grid[1]} latent cells"], 104),
+        ("patch embedding", "patch embedding", [f"{grid[0]} x {grid[1]} latent cells"], 124),
         ("blocks before", f"{before} blocks", ["image and text", "attend together"], 112),
         (
             "compression",
             "compression",
             [f"{' and '.join(f'{f}x' for f in config.compression)} per side:", f"{paths} tokens"],
-            104,
+            124,
         ),
         ("blocks inside", f"{middle} blocks", ["most of the work,", "on few tokens"], 260),
-        ("reconstruction", "reconstruction", ["and the positions", "once more"], 104),
+        ("reconstruction", "reconstruction", ["and the positions", "once more"], 124),
         ("blocks after", f"{after} blocks", ["image and text", "attend together"], 112),
-        ("output", "output", ["velocity"], 104),
+        ("output", "output", ["velocity"], 124),
     ]
     tallest, floor, left, gap = 150.0, 268.0, 24.0, 16.0
     whole, shapes, x = total(config, grid, TEXT_LENGTH), [], left
@@ -167,7 +167,7 @@ def architecture(config: ModelConfig) -> str:
                 )
             )
         for row, line in enumerate(
-            [name, *lines, f"{count.parameters / 1e6:.1f}M, {count.flops / 1e9:.1f} GFLOP"]
+            [name, *lines, f"{millions(count.parameters)}, {count.flops / 1e9:.2g} GFLOP"]
         ):
             shapes.append(
                 text(
@@ -183,6 +183,10 @@ def architecture(config: ModelConfig) -> str:
             shapes.append(arrow(x - gap + 1, floor - 12, gap - 2))
         x += wide + gap
     return svg(width, floor + 132, shapes)
+
+
+def millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1e5 else f"{parameters / 1e3:.0f}k"
 
 
 def stages(found: Sequence[dict[str, str]]) -> str:
