@@ -140,6 +140,25 @@ def test_the_quick_recipes_are_valid(stage):
     assert config.model == load(RunConfig, ROOT / "configs/shapes/1_pretrain.yaml", OPTIMIZER).model
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_quick_recipes_fit_every_number_of_processes(processes):
+    for stage in tool.STAGES:
+        recipe = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())
+        if stage != "3_grpo":
+            assert recipe["batch"]["global"] % processes == 0
+            continue
+        grpo = recipe["stage"]
+        rows = grpo["groups"] * grpo["group_size"] * grpo["rollout"]["window"]["size"]
+        assert grpo["groups"] % processes == rows % (recipe["batch"]["per_device"] * processes) == 0
+
+
+def test_the_reason_of_an_end_is_found_below_torchruns_own(tmp_path):
+    (tmp_path / "log").write_text("loss 1\nerror: x is wrong\nTraceback ...\n=====\n")
+    assert tool.reason(tmp_path / "log") == "error: x is wrong"
+    (tmp_path / "log").write_text("loss 1\nKilled\n")
+    assert tool.reason(tmp_path / "log") == "Killed"
+
+
 def tiny_recipes(folder: Path) -> Path:
     """The quick recipes with few steps of few samples."""
     folder.mkdir()

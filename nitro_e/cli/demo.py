@@ -194,8 +194,9 @@ class Demo:
         job, code = process.job, process.code
         done = code == 0 and (job.run is None or run_folder.read_status(job.run).get("state") == "done")
         if not done:
-            last = read_text(process.log).strip().splitlines()[-1:]
-            raise TrainingError(f"{job.name} ended with code {code}, see {process.log}: {''.join(last)}")
+            raise TrainingError(
+                f"{job.name} ended with code {code}, see {process.log}: {reason(process.log)}"
+            )
         self.times[job.name]["done"] = True
         self._write_times()
 
@@ -325,6 +326,12 @@ def wait_for(run: Path) -> None:
             time.sleep(PAUSE)
 
 
+def reason(log: Path) -> str:
+    """Find the line of a log that says why a process ended: its last error, or else its last line."""
+    lines = read_text(log).strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if re.match("error: |training stopped: ", line)), lines[-1])
+
+
 def in_words(row: dict[str, Any]) -> str:
     """Put a line of metrics into words: "strict 0.012, partial 0.310", or "loss 1.203, 96 samples/s"."""
     scores, rewards = (
@@ -344,5 +351,6 @@ def default_processes() -> int:
     """Choose one process per GPU, or else per core: 1, 2 or 4, which divide the recipes' batches."""
     import torch
 
-    there = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = torch.cuda.device_count() or cores
     return max(count for count in (1, 2, 4) if count <= there)
