@@ -24,6 +24,7 @@ setup(
         "nitro_e.shapes": [
             "pretrained/*/*.json",
             "pretrained/*/*.safetensors",
+            "pretrained/*/adapter/*",
         ],  # the offline domain's weights
         "nitro_e.rewards.geneval": ["*.txt"],  # the test prompts
         "nitro_e.record": ["templates/*"],

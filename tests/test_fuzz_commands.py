@@ -209,6 +209,8 @@ TOOLS = {
     "ema": """; foo ; list W ; list W/none ; synthesize W/none --sigma-rel 0.08 --out W/o/x1
         synthesize W/run --sigma-rel nan --out W/o/x2 ; synthesize W/run --sigma-rel x --out W/o/x3""",
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",
+    "demo": """--recipes W ; --recipes W/none --out W/o/d1 ; --num 0 ; --num x ; --scenes 1 ; --scenes nan ; --processes 0
+        --processes 1e9 ; foo ; --num 12 --out W/ok.txt ; --num 12 --out /proc/x""",
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml""",
     "train_components": """; foo ; codec --steps 0 --out W/o/n1 ; codec --steps x ; codec --seed 1e30 ; codec --seed -1""",
