@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` (data, stages 1 and 2, pictures, report) and `make test`.
+# Two commands do everything: `make demo` (all four stages, a table, a page that tells them) and `make test`.
 # Both create .venv on first use; PYTHON may name another interpreter (>= 3.10). `make test-floors` tests the oldest
 # versions of the libraries that setup.py allows.
 
@@ -10,14 +10,7 @@ INSTALLED = .venv/installed
 .PHONY: demo test lint test-floors install clean
 
 demo: $(INSTALLED)
-	$(BIN)/python tools/make_shapes.py data/shapes --split train --num 12288
-	$(BIN)/python tools/data.py encode 'data/shapes/shapes-train-*.tar' --out data/shapes \
-	    --codec shapes-dc-ae --text shapes-llama --vision shapes-vit --resolution 64
-	$(BIN)/python train.py configs/shapes/1_pretrain.yaml
-	$(BIN)/python train.py configs/shapes/2_finetune.yaml
-	$(BIN)/python sample.py runs/shapes-2-finetune --prompts-file configs/shapes/prompts.txt --out outputs/demo
-	$(BIN)/python tools/report.py runs/shapes-1-pretrain runs/shapes-2-finetune --out outputs/demo/report.html
-	@echo "Open outputs/demo/report.html (curves; images in runs/*/report.html) and outputs/demo/grid.png."
+	$(BIN)/python tools/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses $(TEST_PROCESSES) --dist worksteal tests

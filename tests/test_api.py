@@ -150,6 +150,15 @@ def test_guidance_in_an_interval(pipe, draw, monkeypatch):
     assert pipe.settings(guidance_interval=(0, 0.5)).in_words().count("guidance 3 from t = 0 to 0.5") == 1
 
 
+def test_blocks_are_reused_where_that_is_asked_for(draw):
+    exact = draw(RED, num_inference_steps=4)
+    assert torch.equal(draw(RED, num_inference_steps=4, reuse_blocks=1), exact)
+    reused = draw(RED, num_inference_steps=4, reuse_blocks=2)
+    assert not torch.equal(reused, exact) and (reused - exact).abs().mean() < 0.3
+    with pytest.raises(ConfigError, match="n at least 1, not 0"):
+        draw(RED, reuse_blocks=0)
+
+
 # ---- images as a start
 
 
@@ -214,7 +223,7 @@ REFUSED = {
     ),
     "latents of another shape": ({"prompt": RED, "latents": torch.zeros(1, 8, 4, 4)}, "latents: expected"),
     "a kind of output": ({"prompt": RED, "output_type": "jpg"}, "output_type 'jpg' is unknown"),
-    "an interval": ({"prompt": RED, "guidance_interval": (0.5, 0.2)}, "guidance_interval must be"),
+    "an interval": ({"prompt": RED, "guidance_interval": (0.5, 0.2)}, "guidance_interval: the first time"),
     "a mask alone": ({"prompt": RED, "mask_image": given_image()}, "belong to an image"),
     "strength": ({"prompt": RED, "image": given_image(), "strength": 0}, "strength must be above 0"),
     "proportions": ({"prompt": RED, "image": given_image().resize((64, 32))}, "crop it, or give height"),

@@ -198,16 +198,24 @@ TOOLS = {
         W/o/ma --resolution 100000 --num 1 ; W/binary.txt --num 4 ; /proc/x --num 4 ; W/damaged --num 4 --split heldout""",
     "convert": """; W x ; shapes W/o/c1 --to-released ; W/binary.txt W/o/c2 ; W/models/config_deep W/o/c3
         W/models/config_binary W/o/c4 ; W/models/truncated W/o/c5 ; shapes W/binary.txt ; shapes W/o/c6 --dtype foo""",
+    "export": """; shapes W/o/f1 ; shapes W/o/f2 --onnx --torch ; shapes W --diffusers ; shapes W/binary.txt --onnx
+        W/none W/o/f3 --diffusers ; W/binary.txt W/o/f4 --onnx ; W/models/truncated W/o/f5 --torch ; W/run W/o/f6 --diffusers
+        shapes W/o/f7 --diffusers --prompt x ; shapes W/o/f8 --onnx --dtype float16 ; shapes W/o/f9 --torch --prompt SURROGATE
+        shapes W/o/fa --diffusers --dtype foo ; shapes W/o/fb --diffusers --codec W ; shapes W/o/fc --onnx --lora W/none
+        shapes W/o/fd --torch --resolution 7 ; shapes /proc/x --diffusers ; W/models/config_deep W/o/fe --diffusers""",
     "describe": """; nope ; W ; W/binary.txt ; /etc/passwd ; nitro-e-512 --foo ; W/recipes/latin.yaml ; W/recipes/deep.yaml
         nitro-e-512 --grid 0x0 ; nitro-e-512 --grid x ; nitro-e-512 --text-length -1 ; nitro-e-512 --text-length 1e12
         nitro-e-512 mlp_ratio=.nan ; nitro-e-512 width=010 ; nitro-e-512 groups=[1000000,1,1]""",
     "ema": """; foo ; list W ; list W/none ; synthesize W/none --sigma-rel 0.08 --out W/o/x1
         synthesize W/run --sigma-rel nan --out W/o/x2 ; synthesize W/run --sigma-rel x --out W/o/x3""",
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",
+    "demo": """--recipes W ; --recipes W/none --out W/o/d1 ; --num 0 ; --num x ; --scenes 1 ; --scenes nan ; --processes 0
+        --processes 1e9 ; foo ; --num 12 --out W/ok.txt ; --num 12 --out /proc/x""",
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml""",
     "train_components": """; foo ; codec --steps 0 --out W/o/n1 ; codec --steps x ; codec --seed 1e30 ; codec --seed -1""",
-    "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",
+    "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; sample --steps 0 ; sample --guidance nan
+        sample --shapes --preset nitro-e-512 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",
 }
 
 # ---- what is right, so that not everything is refused; and what is wrong but said in another way
@@ -233,6 +241,7 @@ RIGHT = {
     "tools/evaluate.py": ["shapes shapes --num 2 --steps 1 --out W/o/right_v"],
     "tools/synthesize.py": ["shapes --prompts W/ok.txt --limit 1 --steps 1 --out W/o/right_y"],
     "tools/make_shapes.py": ["W/o/right_m --num 3"],
+    "tools/export.py": ["shapes W/o/right_f --diffusers"],
 }
 # answers "1 problems" and 1
 FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}

@@ -16,6 +16,7 @@ record: config files
 model: config files interfaces
 encoders: config files interfaces
 sampling: config files interfaces randomness record encoders model
+sharing: __init__ config files interfaces encoders sampling
 training: config files interfaces randomness record model
 rewards: config files interfaces encoders
 shapes: config interfaces rewards
@@ -31,7 +32,7 @@ stages.distill: config files interfaces randomness record model sampling trainin
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
     stages.flow_matching stages.grpo stages.distill
 serving: config record sampling
-cli: __init__ config files interfaces randomness record model encoders sampling training rewards shapes data data.making
+cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
     evaluation serving stages stages.first_weights stages.flow_matching
 __init__: model sampling
 """
@@ -49,8 +50,9 @@ OWNERS = {
     "ema_pytorch": {"training.ema"},
     "wandb": {"record.metrics"},
     # text: the released caption cleaner; synthesis: other people's pipelines
-    "diffusers": {"encoders", "data.making.synthesis"},
-    "transformers": {"encoders", "rewards"},
+    "diffusers": {"encoders", "sharing.diffusers_pipeline", "data.making.synthesis"},
+    "transformers": {"encoders", "sharing.diffusers_pipeline", "rewards"},
+    "onnxruntime": {"sharing.programs"},
     "timm": {"encoders.vision"},
     "peft": {"stages.grpo"},
     "tqdm": {"record.progress", "cli.make_shapes"},

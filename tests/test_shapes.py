@@ -535,6 +535,22 @@ def test_batching_and_device_dtype_do_not_matter():
     assert find_objects(pixels[:0]) == []
 
 
+def test_the_color_score_asks_for_colors_alone():
+    red, blue = Thing("circle", "red"), Thing("square", "blue")
+    drawn = Scene(Request("colors", (red,)), (Object("circle", "red", 0.5, 0.5, 0.15, 0.0),), 7)
+    pixels = pixels_of([drawn] * 5)
+    asked = [
+        Request("colors", (red,)),
+        Request("colors", (Thing("star", "red"),)),
+        Request("colors", (blue,)),
+        Request("color_attr", (red, blue)),
+        Request("single_object", (Thing("circle"),)),
+    ]
+    info = [metadata(request) for request in asked]
+    found = ShapesReward("color")(pixels, [record["prompt"] for record in info], info).tolist()
+    assert found[:4] == [1.0, 1.0, 0.0, 0.5] and np.isnan(found[4])
+
+
 def test_reward():
     drawn = [scene(16, "train", index) for index in range(12)]
     info = [metadata(one.request) for one in drawn]

@@ -13,6 +13,7 @@ from typing import NoReturn
 from nitro_e import __version__
 
 COMMANDS = {
+    "demo": "See every stage do its work, in eight minutes",
     "train": "Train a stage of a recipe",
     "sample": "Draw images",
     "serve": "Draw in a browser",
@@ -20,6 +21,7 @@ COMMANDS = {
     "evaluate": "Score a model on a benchmark",
     "synthesize": "Draw a teacher's images as training data",
     "convert": "Convert released weights to ours and back",
+    "export": "Write a model for diffusers, ONNX or torch.export",
     "describe": "Count parameters, tokens and FLOPs",
     "report": "Write the pages of runs",
     "ema": "Make averages of weights after a training",

@@ -18,6 +18,17 @@ from nitro_e.record.progress import quiet_libraries
 Number = TypeVar("Number", int, float)
 
 
+def weights_flags(parser: argparse.ArgumentParser) -> None:
+    """--file, --lora and --resolution: what TextToImage.from_pretrained takes besides the weights' name."""
+    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
+    parser.add_argument(
+        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the repository"
+    )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="of a released file whose name does not say it"
+    )
+
+
 def component_flags(parser: argparse.ArgumentParser, **what: str) -> None:
     """--codec, --text and --vision, as far as they are named here, each with its help.
 

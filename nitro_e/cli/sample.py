@@ -77,19 +77,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
     )
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
-    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
-    parser.add_argument(
-        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the repository"
-    )
-    parser.add_argument(
-        "--resolution", type=int, choices=[512, 1024], help="of a released file whose name does not say it"
-    )
+    cli.weights_flags(parser)
     cli.component_flags(
         parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
     )
     cli.download_flag(parser)
     cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
     parser.add_argument("--compile", action="store_true", help="slower start, faster steps: for many images")
+    parser.add_argument(
+        "--int8", action="store_true", help="--compile with 8-bit products, for a CPU and --dtype bfloat16"
+    )
+    parser.add_argument(
+        "--reuse-blocks",
+        type=cli.whole(1, 1000),
+        default=1,
+        metavar="N",
+        help="compute the compressed blocks at every N-th step only, an approximation",
+    )
     parser.add_argument(
         "--layout",
         choices=("flat", "geneval", "dpg", "parti"),
@@ -142,8 +146,8 @@ def draw(options: argparse.Namespace) -> None:
     about = settings_of(pipeline, options, settings)
     if rank == 0:
         print(f"{options.source}: {settings.in_words()}, {about['dtype']} on {about['device']}")
-    if options.compile:
-        pipeline.compile()
+    if options.compile or options.int8:
+        pipeline.compile("int8" if options.int8 else "bfloat16")
     if options.layout == "geneval":
         write_metadata(drawings, options.out)
     drawn = draw_folder(
@@ -151,7 +155,7 @@ def draw(options: argparse.Namespace) -> None:
         drawings,
         options.out,
         about,
-        overrides=overrides,
+        overrides={**overrides, "reuse_blocks": options.reuse_blocks},
         batch_size=options.batch_size,
         rank=rank,
         world=world,
@@ -181,6 +185,8 @@ def settings_of(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "compile": options.compile,
+        "int8": options.int8,
+        "reuse_blocks": options.reuse_blocks,
     }
 
 

@@ -29,7 +29,7 @@ from nitro_e.files import SHIPPED, write_text
 
 STEP = re.compile(r"step-(\d+)")
 # names of weights that the package brings along
-NAMED = {"shapes": SHIPPED / "model"}
+NAMED = {"shapes": SHIPPED / "model", "shapes-grpo": SHIPPED / "grpo", "shapes-4step": SHIPPED / "4step"}
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -71,7 +71,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_folder(source: str | Path) -> Path:
-    """Find the model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or `shapes` (shipped weights).
+    """Find the model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or the name of shipped weights.
 
     `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
     """

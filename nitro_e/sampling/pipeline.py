@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nitro_e.config import ConfigError, to_dict
 from nitro_e.encoders.components import build_codec, build_text_encoder, check_download, chosen_component
-from nitro_e.interfaces import Architecture, LatentCodec, Model, TextEmbedding, TextEncoder
-from nitro_e.model.cpu.packing import is_packed, pack_for_cpu
+from nitro_e.interfaces import Architecture, Denoiser, LatentCodec, Model, TextEmbedding, TextEncoder
+from nitro_e.model.cpu.packing import Weights, is_packed, pack_for_cpu
 from nitro_e.model.pretrained import save_pretrained, with_lora
 from nitro_e.record.progress import bar
 from nitro_e.sampling import editing
+from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.editing import ImageInput
 from nitro_e.sampling.inputs import Noise, count, embedded, negative_rows, noise_rows, prompt_rows
 from nitro_e.sampling.samplers import SamplingConfig, sample, with_overrides
@@ -138,11 +139,15 @@ class TextToImage:
         self._check_unpacked("changed")
         self.model.load_state_dict(with_lora(self.model, folder, scale).state_dict())
 
-    def compile(self) -> None:
-        """Make steps faster after a slower start: torch.compile, and packed weights where a CPU gains by them."""
+    def compile(self, weights: Weights = "bfloat16") -> None:
+        """Make steps faster after a slower start: torch.compile, and packed weights where a CPU gains by them.
+
+        weights: "int8" computes the blocks' products in 8 bits, on a CPU with bfloat16 weights (docs/speed.md has the
+        cost); ConfigError elsewhere.
+        """
         weight = next(self.model.parameters())
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-            self.model = pack_for_cpu(self.model)
+        if weights == "int8" or (weight.device.type == "cpu" and weight.dtype == torch.bfloat16):
+            self.model = pack_for_cpu(self.model, weights)
         self.model.compile_blocks()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -201,6 +206,7 @@ class TextToImage:
         strength: float | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
+        reuse_blocks: int = 1,
         batch_size: int = 16,
         progress: bool = False,
         **settings: Any,
@@ -217,6 +223,7 @@ class TextToImage:
         (3, H, W) in 0..1. mask_image: draw only what is white there; strength is then 1 by default.
         output_type: "pil", "pt" (N, 3, H, W) or "np" (N, H, W, 3) in 0..1, "pixels" (N, 3, H, W) in -1..1, "latent".
         callback_on_step_end(pipeline, step, t, {"latents": x}) may return other latents; t falls from 1 to 0.
+        reuse_blocks: compute the compressed blocks at every n-th step only, an approximation (`caching.ReusedBlocks`).
         batch_size: images at a time; one image depends on no other. ConfigError for what cannot be drawn.
         """
         if batch_size < 1:
@@ -249,7 +256,8 @@ class TextToImage:
             other = embeds if unguided else embedded(negative, rows, self.encode_prompt)
             pair = embeds.expand(rows.stop - start), other
             own = None if edit is None else edit.take(rows)
-            x = self._sample(*pair, chosen, noise, rows, own, callback_on_step_end, progress)
+            model = self.model if reuse_blocks == 1 else ReusedBlocks(self.model, reuse_blocks)
+            x = self._sample(model, *pair, chosen, noise, rows, own, callback_on_step_end, progress)
             parts.append(x.cpu() if output_type == "latent" else self._decode(x, own))
         return Images(self._output(torch.cat(parts), output_type))
 
@@ -278,6 +286,7 @@ class TextToImage:
 
     def _sample(
         self,
+        model: Denoiser,
         text: TextEmbedding,
         negative: TextEmbedding,
         settings: SamplingConfig,
@@ -311,7 +320,7 @@ class TextToImage:
                 return x
 
             with self._at_work(self.model):
-                model, fresh = self.model, noise.fresh(rows, x)
+                fresh = noise.fresh(rows, x)
                 return sample(model, text, negative, settings, x, fresh, times, after_step)
 
     def _decode(self, latents: Tensor, edit: editing.Edit | None) -> Tensor:

@@ -23,6 +23,7 @@ from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimeGrid, time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Time = Annotated[float, Ge(0), Le(1)]  # 0 is data, 1 is noise
 # called after every step with its number, the state x and x's time; returns x or what to go on with
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]
 # older recipes and weights name multistep consistency sampling so
@@ -46,7 +47,7 @@ class SamplingConfig(Config):
     steps: Annotated[int, Ge(1), Le(10_000)] = 20  # of the sampler
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
     # guide only while low <= t <= high, 1 = noise (arXiv 2404.07724); null: always
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[Time, Time] | None = None
     # multistep: consistency sampling, for distilled weights
     sampler: Literal["euler", "heun", "multistep"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
@@ -58,12 +59,9 @@ class SamplingConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            self.guidance_interval is not None
-            and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
-        ):
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
             raise ConfigError(
-                f"guidance_interval must be two times, low and high, within 0 and 1; got {list(self.guidance_interval)}"
+                f"guidance_interval: the first time is above the second: {list(self.guidance_interval)}"
             )
         for times in self.sigmas:
             check_sigmas(times)

@@ -33,7 +33,7 @@ MIN_AGREEMENT = 0.7  # share of the interior that is nearest to the object's col
 CELLS = 24  # silhouettes are compared on a grid of CELLS x CELLS ...
 REACH = 1.0  # ... that reaches this many sqrt(area) from the centroid
 CHUNK = 256  # images at a time
-SCORES = ("mixed", "strict", "geneval", "partial")
+SCORES = ("mixed", "strict", "geneval", "partial", "color")
 
 
 class Verdict(NamedTuple):
@@ -44,7 +44,11 @@ class Verdict(NamedTuple):
 
 
 class ShapesReward:
-    """Scores images with the judge. `score`: "mixed" is the mean of strict and partial."""
+    """Scores images with the judge.
+
+    score: "mixed" is the mean of strict and partial. "color" asks for objects of the named colors and no others,
+    whatever their shapes, which is what a training from nothing learns first; NaN where no color is named.
+    """
 
     name = "shapes"
     needs_info = True  # scores only prompts with GenEval metadata
@@ -59,9 +63,21 @@ class ShapesReward:
         verdicts = judge(pixels, info)
         if self.score == "mixed":
             scores = [(verdict.strict + verdict.partial) / 2 for verdict in verdicts]
+        elif self.score == "color":
+            scores = [_colored(verdict.objects, record) for verdict, record in zip(verdicts, info)]
         else:
             scores = [float(getattr(verdict, self.score)) for verdict in verdicts]
         return torch.tensor(scores, dtype=torch.float32, device=pixels.device)
+
+
+def _colored(found: Sequence[Detection], record: dict) -> float:
+    """Return the share of the requested colors that some object has, divided by 1 + the objects of other colors."""
+    wanted = [thing["color"] for thing in record["include"] if "color" in thing]
+    if not wanted:
+        return float("nan")
+    there = [thing.color for thing in found]
+    others = sum(color not in wanted for color in there)
+    return sum(color in there for color in wanted) / len(wanted) / (1 + others)
 
 
 def judge(pixels: Tensor, metadata: Sequence[dict]) -> list[Verdict]:
