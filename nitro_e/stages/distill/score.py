@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt
-from nitro_e.interfaces import Phase
+from nitro_e.interfaces import Model, Phase
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import expand
@@ -84,6 +84,8 @@ class Score:
     def __init__(self, config: ScoreConfig, shared: Shared) -> None:
         self.config, self.shared = config, shared
         self.fake = copy.deepcopy(shared.teacher).float().requires_grad_(True)
+        if isinstance(self.fake, Model) and getattr(self.fake, "compiled", False):
+            self.fake.compile_blocks()  # copies are plain
         fake = config.fake
         self.phases: tuple[Phase, ...] = (
             Phase("fake", self.fake, self.fake_loss, fake.optim, repeat=fake.repeat),
