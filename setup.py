@@ -8,6 +8,11 @@ version = re.search(
     r'__version__ = "(.+)"', Path(__file__).with_name("nitro_e").joinpath("__init__.py").read_text()
 )[1]
 
+# all of them write or read opset 18; tried with 1.23, 0.7 and 1.31
+EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
+# the page of `nitro-e serve`; 5 takes theme and styles elsewhere, 6.0.0 needs a pre-release of its client
+GRADIO = "gradio>=6.0.1"
+
 setup(
     name="nitro-e",
     version=version,
@@ -59,12 +64,18 @@ setup(
         "eval": [
             "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
         ],
+        "export": EXPORT,
+        "serve": [GRADIO],
         "dev": [
+            *EXPORT,
+            GRADIO,
             "pytest>=8.0",
             "pytest-xdist>=3.5",  # the tests on two cores: 5 minutes instead of 10
             "ruff>=0.17",  # make lint, like the next two
             "mypy>=1.18",
             "types-PyYAML>=6.0.12",
+            "nbclient>=0.10",  # runs examples/tour.ipynb, like ipykernel
+            "ipykernel>=6.29",
         ],
     },
 )

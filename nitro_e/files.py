@@ -145,6 +145,24 @@ def fetch(repository: str, wanted: Sequence[str], revision: str | None = None) -
     return folder
 
 
+def upload(folder: Path, repository: str, *, private: bool, message: str) -> str:
+    """Upload a folder to a hub repository, which is made if it is not there; return its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        address = HfApi().create_repo(repository, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
+    except HFValidationError as error:
+        raise ConfigError(f"'{repository}' cannot be a hub repository: {error}; give USER/NAME") from None
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the hub did not take '{repository}': {reason}; log in with `hf auth login` and check USER/NAME"
+        ) from None
+    return str(address)
+
+
 def first_cause(error: BaseException) -> BaseException:
     """Follow an exception's causes to the first one, which names the reason."""
     while deeper := error.__cause__ or error.__context__:

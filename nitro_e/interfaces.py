@@ -79,6 +79,9 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         """Embed a list of prompts; "" is the null prompt of classifier-free guidance."""
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move the weights to a device and cast them; what has no weights of a dtype keeps its own."""
+
 
 class LatentCodec(Protocol):
     channels: int
@@ -92,6 +95,9 @@ class LatentCodec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents -> pixels (the inverse of both steps, clipped to -1..1)."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move the weights to a device and cast them; what has no weights of a dtype keeps its own."""
 
 
 class VisionEncoder(Protocol):

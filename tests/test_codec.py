@@ -135,6 +135,28 @@ def test_autoencoder_dc_in_bfloat16_returns_float32(dc_ae):
     assert (raw - expected).norm() < 0.05 * expected.norm()
 
 
+def test_large_images_are_decoded_in_tiles(dc_ae, monkeypatch):
+    """Each tile is decoded alone, and blended with the one before over the overlap. Up to TILE nothing changes."""
+    folder, reference = dc_ae
+    codec = build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(folder)))
+    latents = torch.randn(2, 8, 24, 12, generator=torch.Generator().manual_seed(0)) / 20
+    with torch.no_grad():
+        whole, first, second = (
+            reference.decode(part / 0.5).sample for part in (latents, latents[:, :, :16], latents[:, :, 12:])
+        )
+    assert torch.equal(codec.decode(latents), whole.clamp(-1, 1))
+    monkeypatch.setattr("nitro_e.encoders.codec.TILE", 64)
+    monkeypatch.setattr("nitro_e.encoders.codec.OVERLAP", 16)
+    tiled = codec.decode(latents)  # 96 x 48 px in tiles of 64 and 48 rows
+    share = (torch.arange(16) / 16)[:, None]
+    between = (1 - share) * first[:, :, 48:] + share * second[:, :, :16]
+    expected = torch.cat([first[:, :, :48], between, second[:, :, 16:]], dim=2).clamp(-1, 1)
+    torch.testing.assert_close(tiled, expected)
+    pixels = images((96, 64))  # encoding is never tiled
+    with torch.no_grad():
+        torch.testing.assert_close(codec.encode_pixels(pixels), reference.encode(pixels).latent)
+
+
 def test_bad_sizes_are_refused(dc_ae):
     for codec in (DCTCodec(8, 12, 6), build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(dc_ae[0])))):
         with pytest.raises(ConfigError, match="18x32 is not a multiple"):

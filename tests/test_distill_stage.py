@@ -20,8 +20,9 @@ from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.randomness import SampleRandom
 from nitro_e.record import metrics, run_folder
-from nitro_e.sampling.pipeline import TextToImage, Use
+from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.samplers import SamplingConfig, with_overrides
+from nitro_e.sampling.sources import Use
 from nitro_e.stages.distill import DistillConfig
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.recipe import RunConfig

@@ -215,8 +215,8 @@ def test_a_checkpoint_of_any_layout_has_the_same_names_and_draws(runs, name):
     names = names_in(run_folder.latest(runs / name))
     assert names == names_in(run_folder.latest(runs / "one"))
     assert not any("module." in key or "_orig_mod" in key for keys in names.values() for key in keys)
-    image = TextToImage.from_pretrained(runs / name)(["a plain red square"], seeds=[0])[0]
-    reference = TextToImage.from_pretrained(runs / "one")(["a plain red square"], seeds=[0])[0]
+    image = TextToImage.from_pretrained(runs / name)("a plain red square").images[0]
+    reference = TextToImage.from_pretrained(runs / "one")("a plain red square").images[0]
     assert np.abs(np.asarray(image).astype(int) - np.asarray(reference).astype(int)).max() <= 1
 
 

@@ -15,7 +15,8 @@ from nitro_e import files
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.encoders.components import ComponentConfig, build_text_encoder, pinned
 from nitro_e.files import SHIPPED
-from nitro_e.sampling.pipeline import TextToImage, Use
+from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.sources import Use
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     ("train", []),
     ("sample", []),
+    ("serve", []),
     ("benchmark.model", []),
     ("convert", []),
     ("data", ["encode"]),
@@ -41,6 +42,7 @@ def test_all_commands_spell_components_and_precision_alike(capsys):
     both = {("codec", component), ("text", component)}
     expected = {
         "sample": both | {dtype},
+        "serve": both | {dtype},
         "evaluate": both | {dtype},
         "synthesize": both | {dtype},
         "data": both | {("vision", component), dtype},
@@ -98,7 +100,7 @@ def test_a_precision_is_that_of_all_parts():
         wanted = dtype or torch.float32
         parts = (pipeline.model, pipeline.text.model, pipeline.codec.autoencoder)
         assert [{p.dtype for p in part.parameters()} for part in parts] == [{wanted}] * 3
-        drawn[dtype] = pipeline.pixels(prompts, steps=8)
+        drawn[dtype] = pipeline(prompts, steps=8, output_type="pixels").images
         assert drawn[dtype].dtype == torch.float32
     assert torch.equal(drawn[None], drawn[torch.float32])
     difference = (drawn[torch.bfloat16] - drawn[torch.float32]).abs().mean()

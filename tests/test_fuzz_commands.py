@@ -156,6 +156,12 @@ TOOLS = {
         encode {DATA} --out W/o/ef --vision shapes-vit --grid 0 0 ; encode {DATA} --out W/o/eg --text hash --text-length -1
         encode {DATA} --out W/o/eh --text hash --text-length 99999999999 ; encode {DATA} --out W/o/ei --codec dct-f8c24 --resolution 1e9
         encode {DATA} --out W/binary.txt --codec dct-f8c24 --resolution 64""",
+    "serve": """
+        W/none ; W/binary.txt ; shapes W/none ; shapes@foo ; W/models/empty ; shapes --port 0 ; shapes --port -1
+        shapes --port 65536 ; shapes --port x ; shapes --port nan ; shapes --port 1.5 ; shapes --host 192.0.2.1
+        shapes --host '' ; shapes --host nowhere.invalid ; shapes --host ::1 ; shapes --host 1.2.3.4.5 ; shapes --device foo
+        shapes --device cuda:99 ; shapes --dtype foo ; shapes --codec W --port 17861 ; shapes --text W --port 17862
+        shapes --share ; shapes --api yes ; W/models/use_nan --port 17863 ; W/models/truncated --port 17864""",
     "evaluate": """
         ; foo shapes ; shapes ; shapes W/none --num 2 ; shapes shapes --num -3 ; shapes shapes --num 1e30 ; shapes shapes --num 0
         shapes shapes --num 2 --steps 0 --out W/o/v1 ; shapes shapes --num 2 --steps 1 1000000000 --out W/o/v2
@@ -192,6 +198,11 @@ TOOLS = {
         W/o/ma --resolution 100000 --num 1 ; W/binary.txt --num 4 ; /proc/x --num 4 ; W/damaged --num 4 --split heldout""",
     "convert": """; W x ; shapes W/o/c1 --to-released ; W/binary.txt W/o/c2 ; W/models/config_deep W/o/c3
         W/models/config_binary W/o/c4 ; W/models/truncated W/o/c5 ; shapes W/binary.txt ; shapes W/o/c6 --dtype foo""",
+    "export": """; shapes W/o/f1 ; shapes W/o/f2 --onnx --torch ; shapes W --diffusers ; shapes W/binary.txt --onnx
+        W/none W/o/f3 --diffusers ; W/binary.txt W/o/f4 --onnx ; W/models/truncated W/o/f5 --torch ; W/run W/o/f6 --diffusers
+        shapes W/o/f7 --diffusers --prompt x ; shapes W/o/f8 --onnx --dtype float16 ; shapes W/o/f9 --torch --prompt SURROGATE
+        shapes W/o/fa --diffusers --dtype foo ; shapes W/o/fb --diffusers --codec W ; shapes W/o/fc --onnx --lora W/none
+        shapes W/o/fd --torch --resolution 7 ; shapes /proc/x --diffusers ; W/models/config_deep W/o/fe --diffusers""",
     "describe": """; nope ; W ; W/binary.txt ; /etc/passwd ; nitro-e-512 --foo ; W/recipes/latin.yaml ; W/recipes/deep.yaml
         nitro-e-512 --grid 0x0 ; nitro-e-512 --grid x ; nitro-e-512 --text-length -1 ; nitro-e-512 --text-length 1e12
         nitro-e-512 mlp_ratio=.nan ; nitro-e-512 width=010 ; nitro-e-512 groups=[1000000,1,1]""",
@@ -203,7 +214,8 @@ TOOLS = {
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml""",
     "train_components": """; foo ; codec --steps 0 --out W/o/n1 ; codec --steps x ; codec --seed 1e30 ; codec --seed -1""",
-    "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",
+    "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; sample --steps 0 ; sample --guidance nan
+        sample --shapes --preset nitro-e-512 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",
 }
 
 # ---- what is right, so that not everything is refused; and what is wrong but said in another way
@@ -229,6 +241,7 @@ RIGHT = {
     "tools/evaluate.py": ["shapes shapes --num 2 --steps 1 --out W/o/right_v"],
     "tools/synthesize.py": ["shapes --prompts W/ok.txt --limit 1 --steps 1 --out W/o/right_y"],
     "tools/make_shapes.py": ["W/o/right_m --num 3"],
+    "tools/export.py": ["shapes W/o/right_f --diffusers"],
 }
 # answers "1 problems" and 1
 FOUND_FAULTY = {"tools/data.py": {"verify W/cut.tar", "verify W/broken.tar --deep"}}
@@ -267,6 +280,7 @@ FEW = {  # at once, in this process
         "verify W/damaged/data-0.tar",
         "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
     ],
+    "serve": ["shapes --port 0", "shapes --host nowhere.invalid", "W/binary.txt"],
     "evaluate": [
         "W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
         "W/lists.jsonl shapes --reward shapes",

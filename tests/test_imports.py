@@ -16,6 +16,7 @@ record: config files
 model: config files interfaces
 encoders: config files interfaces
 sampling: config files interfaces randomness record encoders model
+sharing: __init__ config files interfaces encoders sampling
 training: config files interfaces randomness record model
 rewards: config files interfaces encoders
 shapes: config interfaces rewards
@@ -30,8 +31,9 @@ stages.grpo: config files interfaces randomness record model sampling training r
 stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
     stages.flow_matching stages.grpo stages.distill
-cli: __init__ config files interfaces randomness record model encoders sampling training rewards shapes data data.making
-    evaluation stages stages.first_weights stages.flow_matching
+serving: config record sampling
+cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
+    evaluation serving stages stages.first_weights stages.flow_matching
 __init__: model sampling
 """
 ALLOWED = {
@@ -48,14 +50,16 @@ OWNERS = {
     "ema_pytorch": {"training.ema"},
     "wandb": {"record.metrics"},
     # text: the released caption cleaner; synthesis: other people's pipelines
-    "diffusers": {"encoders", "data.making.synthesis"},
-    "transformers": {"encoders", "rewards"},
+    "diffusers": {"encoders", "sharing.diffusers_pipeline", "data.making.synthesis"},
+    "transformers": {"encoders", "sharing.diffusers_pipeline", "rewards"},
+    "onnxruntime": {"sharing.programs"},
     "timm": {"encoders.vision"},
     "peft": {"stages.grpo"},
     "tqdm": {"record.progress", "cli.make_shapes"},
     "jinja2": {"record.templating"},
     "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
+    "gradio": {"serving.page"},
 }
 
 

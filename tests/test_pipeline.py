@@ -20,13 +20,16 @@ def pipeline() -> TextToImage:
 
 @pytest.fixture(scope="module")
 def draw(pipeline):
-    return lambda *prompts, **options: pipeline.pixels(*prompts, steps=2, **options)
+    def draw(*prompts, **options):
+        return pipeline(*prompts, **{"num_inference_steps": 2, "output_type": "pixels", **options}).images
+
+    return draw
 
 
 def test_a_string_is_one_prompt(pipeline, draw):
     """It drew an image per character."""
-    images = pipeline(RED, steps=2)
-    assert len(images) == 1 and np.array_equal(images[0], pipeline([RED], steps=2)[0])
+    images = pipeline(RED, steps=2).images
+    assert len(images) == 1 and np.array_equal(images[0], pipeline([RED], steps=2).images[0])
     assert torch.equal(draw(RED, seeds=7), draw([RED], seeds=[7]))
     assert torch.equal(draw((RED,), seeds=np.int64(7)), draw([RED], seeds=np.array([7])))
 
@@ -53,10 +56,10 @@ def test_one_negative_prompt_for_all(draw):
 
 
 REFUSED = {
-    "no prompts": ([[]], {}, "the list is empty"),
-    "no prompts at all": ([None], {}, "prompts: expected a list of strings, got None"),
-    "a number": ([[RED, 3]], {}, r"prompts\[1\]: expected a string, got 3"),
-    "nothing": ([[None]], {}, r"prompts\[0\]: expected a string, got None"),
+    "no prompts": ([[]], {}, "prompt: there is none"),
+    "no prompts at all": ([None], {}, "prompt: there is none"),
+    "a number": ([[RED, 3]], {}, r"prompt\[1\]: expected a string, got 3"),
+    "nothing": ([[None]], {}, r"prompt\[0\]: expected a string, got None"),
     "too few negatives": (
         [[RED, BLUE, RED]],
         {"negative_prompt": ["", ""]},
@@ -68,7 +71,7 @@ REFUSED = {
         {"negative_prompt": [1]},
         r"negative_prompt\[0\]: expected a string, got 1",
     ),
-    "one seed for two": ([[RED, BLUE]], {"seeds": 1}, "2 prompts but 1 seeds"),
+    "one seed for two": ([[RED, BLUE]], {"seeds": [1]}, "2 images but 1 seeds"),
     "a seed in parts": ([RED], {"seeds": [0.5]}, "0.5 is no seed"),
     "a large seed": ([RED], {"seeds": 2**64}, "is no seed"),
     "no batch": ([RED], {"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -116,7 +116,7 @@ def test_all_stages_train_a_plain_dit(tmp_path, capsys):
         == MODEL["kind"]
     )
 
-    images = TextToImage.from_pretrained(fourth)(["a red square"], seeds=[1])
+    images = TextToImage.from_pretrained(fourth)("a red square", seeds=1).images
     assert images[0].size == (64, 64)
     capsys.readouterr()
     assert describe.main([str(tmp_path / "finetune.yaml")]) == 0

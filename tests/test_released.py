@@ -17,7 +17,7 @@ from nitro_e.config import ConfigError, from_dict
 from nitro_e.model import EMMDiT, ModelConfig, released
 from nitro_e.model.lora import merge_lora
 from nitro_e.model.pretrained import load_pretrained, read_config, save_pretrained
-from nitro_e.sampling.pipeline import Use
+from nitro_e.sampling.sources import Use
 
 LORA = DATA / "lora_tiny_512"
 
@@ -478,7 +478,7 @@ def test_convert_reports_wrong_input_in_one_line(released_file, tmp_path, conver
         "give resolution=512 or 1024": [unnamed, tmp_path / "o"],
         "not a readable safetensors file": [truncated, tmp_path / "o"],
         "holds no complete checkpoint": [tmp_path / "empty", tmp_path / "o"],
-        "is neither a folder or file here": [tmp_path / "absent", tmp_path / "o"],
+        "does not exist; give a run, a checkpoint": [tmp_path / "absent", tmp_path / "o"],
         "exists; remove it": [released_file, tmp_path / "empty"],
         "must end in .safetensors": [released_file, tmp_path / "o", "--to-released"],
         "add --to-released": [released_file, tmp_path / "o.safetensors"],

@@ -19,6 +19,7 @@ from nitro_e.config import ConfigError
 from nitro_e.data.prompts import read_records
 from nitro_e.sampling.folder import batched, draw_folder, read_manifest
 from nitro_e.sampling.layouts import LAYOUTS, Drawing, write_metadata
+from nitro_e.sampling.pipeline import Images, to_image
 from nitro_e.sampling.sheets import sheet
 
 ROOT = Path(__file__).parent.parent
@@ -32,13 +33,13 @@ class Pipeline:
     def __init__(self, lives: int = 10**6) -> None:
         self.lives, self.drawn = lives, []
 
-    def pixels(self, prompts, *, negative_prompt, seeds, batch_size, progress, **overrides):
+    def __call__(self, prompts, *, negative_prompt, seeds, batch_size, progress, **overrides):
         assert len(prompts) == len(negative_prompt) == len(seeds) <= batch_size
         if len(self.drawn) + len(prompts) > self.lives:
             raise KeyboardInterrupt
         self.drawn += seeds
         values = [[int(prompt.split()[-1]) / 64, seed % 64 / 64, 0.0] for prompt, seed in zip(prompts, seeds)]
-        return torch.tensor(values)[:, :, None, None].expand(-1, -1, 8, 8)
+        return Images([to_image(torch.tensor(value)[:, None, None].expand(3, 8, 8)) for value in values])
 
 
 def draw(folder: Path, pipeline: Pipeline, drawings: list[Drawing], about=ABOUT, **options) -> int:

@@ -4,6 +4,7 @@ Nothing here is timed; `tools/benchmark.py model` is for that.
 """
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from conftest import as_text
 from torch import nn
 
+from nitro_e.cli.benchmark import sample as benchmark_sample
 from nitro_e.cli.benchmark.plain_emmdit import PlainEMMDiT
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, layers, released
 from nitro_e.model.cpu import attention
+from nitro_e.model.cpu.int8 import Int8Linear
 from nitro_e.model.cpu.packing import PackedLinear, pack_for_cpu
+from nitro_e.sampling.caching import ReusedBlocks
+from nitro_e.sampling.samplers import SamplingConfig
 
 
 def tiny(**choices) -> EMMDiT:
@@ -257,3 +262,145 @@ def test_compiled_training_step(checkpointing):
     model(*inputs()).square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+# ---- 8-bit weights
+
+
+needs_int8 = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="this processor has no 8-bit products"
+)
+
+
+def by_hand(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Round weights per output channel and x per token to 255 levels, and compute the layer in float64."""
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        scale = values.abs().amax(-1, keepdim=True) / 127
+        return (values / scale).round() * scale
+
+    weight, bias = linear.weight.double(), linear.bias.double()
+    return F.linear(rounded(x.double()), rounded(weight), bias)
+
+
+@needs_bf16
+@needs_int8
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(7, 40), (3, 7, 40), (1, 40)], ids=str)
+def test_int8_layer_is_the_rounded_one(shape):
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 72).bfloat16()
+    x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2])[:, None]  # each token has a size of its own
+    x[..., -1, :] = 0  # a token of zeros is none that divides by zero
+    x = x.bfloat16()
+    ours, exact = Int8Linear(linear)(x), linear.double()(x.double())
+    assert ours.dtype == torch.bfloat16 and ours.shape == (*shape[:-1], 72)
+    expected = by_hand(linear, x).where(x.any(-1, keepdim=True), linear.bias)
+    for ours_row, expected_row in zip(ours.flatten(0, -2), expected.flatten(0, -2)):
+        assert relative(ours_row, expected_row) < 1e-2  # bfloat16 rounding
+    assert relative(ours, exact) < 2e-2
+
+
+@needs_bf16
+@needs_int8
+@torch.no_grad()
+def test_int8_model_is_near_the_exact_one():
+    """Only the linear layers of the blocks are in 8 bits, and the error is a few times that of bfloat16."""
+    model = bfloat16()
+    packed = pack_for_cpu(model, weights="int8")
+    in_int8 = {name for name, module in packed.named_modules() if isinstance(module, Int8Linear)}
+    assert in_int8 == {layer.path for layer in model.adapter_layers()}
+    assert not any(isinstance(module, nn.Linear) for module in packed.modules())
+    exact = copy.deepcopy(model).float()
+    for batch in (1, 3):
+        x, t, text = inputs(batch)
+        expected = exact(x, t, text)
+        in_bfloat16 = relative(model(x, t, text), expected)
+        assert in_bfloat16 < relative(packed(x, t, text), expected) < max(4 * in_bfloat16, 4e-2)
+
+
+@needs_bf16
+@needs_int8
+def test_int8_refuses_what_it_cannot_do(monkeypatch):
+    packed = pack_for_cpu(bfloat16(), weights="int8")
+    with pytest.raises(ConfigError, match="already packed"):
+        pack_for_cpu(packed, weights="int8")
+    with pytest.raises(ConfigError, match="cannot be saved"):
+        packed.state_dict()
+    x, t, text = inputs()
+    with pytest.raises(ConfigError, match="no derivatives"):
+        packed(x.requires_grad_(), t, text)
+    with pytest.raises(ConfigError, match="unknown 'int4'"):
+        pack_for_cpu(bfloat16(), weights="int4")
+    with pytest.raises(ConfigError, match="only bfloat16 is packed"):
+        pack_for_cpu(tiny(), weights="int8")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(ConfigError, match="no AVX-512 VNNI"):
+        pack_for_cpu(bfloat16(), weights="int8")
+
+
+@pytest.mark.slow
+@needs_bf16
+@needs_int8
+@torch.no_grad()
+def test_int8_blocks_share_graphs():
+    torch._dynamo.reset()
+    graphs = []
+    packed = pack_for_cpu(bfloat16(groups=(2, 1, 2), attention=("full",)), weights="int8")
+    expected = packed(*inputs())
+    packed.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert torch.equal(packed(*inputs()), expected) and len(graphs) == 3
+
+
+# ---- blocks that are reused between steps
+
+
+@torch.no_grad()
+def test_reused_blocks():
+    """1 is no reuse; with 2 the compressed blocks are computed at every second call, and again where a path begins."""
+    model = tiny()
+    x, _, text = inputs()
+    times = [torch.full((2,), t) for t in (1.0, 0.7, 0.5, 0.2, 1.0, 0.8)]
+    always, second = ReusedBlocks(model, 1), ReusedBlocks(model, 2)
+    exact = [model(x, t, text) for t in times]
+    assert all(torch.equal(always(x, t, text), expected) for t, expected in zip(times, exact))
+    same = [torch.equal(second(x, t, text), expected) for t, expected in zip(times, exact)]
+    assert same == [True, False, True, False, True, False]
+    # a constant input at equal times: what is reused is what would have been computed
+    torch.testing.assert_close(second(x, times[-1], text), exact[-1])
+    torch.testing.assert_close(second(x, times[-1], text), exact[-1], rtol=1e-4, atol=1e-5)
+    # other rows, as where guidance ends: nothing to reuse
+    half = x[:1], times[1][:1], text.take([0])
+    torch.testing.assert_close(second(*half), model(*half), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="only an E-MMDiT with compressed blocks"):
+        ReusedBlocks(tiny(groups=(2, 0, 2)), 2)
+    with pytest.raises(ConfigError, match="at least 1, not 0"):
+        ReusedBlocks(model, 0)
+
+
+# ---- the benchmark of sampling
+
+
+@torch.no_grad()
+def test_plain_loop_samples_the_same():
+    """In float32 the benchmark's plain loop and ours end in the same latents."""
+    parts = benchmark_sample.Parts(tiny(), None, None, SamplingConfig(resolution=16, guidance_scale=3.0))
+    options = benchmark_sample.parse(["--steps", "3", "--device", "cpu"])
+    bench = benchmark_sample.Bench(parts, options)
+    bench.model, bench.denoisers, bench.fastest = tiny().eval(), {}, "ours"
+    bench.denoisers["ours"] = bench.model
+    x, _, text = inputs()
+    calls = bench._loops(text.cat(text.take([0])), x)
+    torch.testing.assert_close(calls["ours"](), calls["plain"](), rtol=1e-4, atol=1e-4)
+
+
+@needs_bf16
+def test_benchmark_of_sampling(tmp_path):
+    arguments = ["--shapes", "--steps", "2", "--rounds", "1", "--seconds", "0", "--device", "cpu"]
+    assert benchmark_sample.main([*arguments, "--json", str(tmp_path / "speed.json")]) == 0
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert {row["part"] for row in found["rows"]} == {"text", "denoise", "decode", "all"}
+    assert all(row["seconds"] > 0 and row["times_as_fast_as_plain"] > 0 for row in found["rows"])
+    whole = next(row for row in found["rows"] if (row["part"], row["way"]) == ("all", "plain"))
+    parts = [row["seconds"] for row in found["rows"] if row["way"] == "plain" and row is not whole]
+    assert whole["seconds"] == pytest.approx(sum(parts)) and len(parts) == 3

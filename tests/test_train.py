@@ -112,7 +112,7 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
     first = Image.open(images[0])
     assert first.size == (64, 64) and first.text["prompt"] == "a plain red square"
     assert json.loads(first.text["settings"])["seed"] == 5
-    one = TextToImage.from_pretrained(f"{run}@ema")(["a plain red square"], seeds=[6])
+    one = TextToImage.from_pretrained(f"{run}@ema")("a plain red square", seeds=6).images
     assert np.abs(np.asarray(one[0]).astype(int) - np.asarray(Image.open(images[1])).astype(int)).max() <= 1
 
 
@@ -136,7 +136,8 @@ def test_training_learns_the_colours(recipe, tmp_path):
     losses = [row["loss"] for row in metrics.read(run)]
     assert losses[-1] < 0.5 * losses[0]
     prompts = [f"a plain {name} square" for name in COLOURS]
-    pixels = TextToImage.from_pretrained(run).pixels(prompts, steps=10, guidance_scale=1.0)
+    settings = {"num_inference_steps": 10, "guidance_scale": 1.0, "output_type": "pixels"}
+    pixels = TextToImage.from_pretrained(run)(prompts, **settings).images
     mean = pixels.mean(dim=(2, 3))  # (3 prompts, RGB)
     assert mean.argmax(dim=1).tolist() == [0, 1, 2]
 
@@ -220,7 +221,7 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
         assert row["loss"] == pytest.approx(row["velocity_loss"] + 0.5 * row["repa_loss"], rel=1e-4)
     exported = EMMDiT.from_pretrained(run_folder.model_folder(run))
     assert not any("projector" in name for name in exported.state_dict())
-    assert len(TextToImage.from_pretrained(run)(["a red circle"])) == 1
+    assert len(TextToImage.from_pretrained(run)("a red circle").images) == 1
     (tmp_path / "llama").rename(tmp_path / "moved")
     arguments = [str(run), "--prompt", "a red circle", "--out", str(tmp_path / "out")]
     assert sample.main(arguments) == 2

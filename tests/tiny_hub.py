@@ -1,5 +1,6 @@
-"""A Hugging Face hub on this machine: enough of its protocol for huggingface_hub to look up and download repositories."""
+"""A Hugging Face hub on this machine: enough of its protocol for huggingface_hub to look up, download and upload."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -22,6 +23,9 @@ class TinyHub:
                 hub.answer(self)
 
             do_HEAD = do_GET
+
+            def do_POST(self):
+                hub.take(self)
 
             def log_message(self, *arguments):
                 pass
@@ -72,6 +76,8 @@ class TinyHub:
                     "siblings": [{"rfilename": name} for name in contents],
                 }
             return self.send(request, 200, json.dumps(body).encode())
+        if path.count("/") < 4:
+            return self.send(request, 404)
         owner, name, _, revision, *parts = path.split("/")
         found = self.find(f"{owner}/{name}", revision)
         if found is None or "/".join(parts) not in found[1]:
@@ -79,6 +85,38 @@ class TinyHub:
         data = found[1]["/".join(parts)]
         etag = hashlib.sha1(data).hexdigest()
         return self.send(request, 200, data, **{"ETag": f'"{etag}"', "X-Repo-Commit": found[0]})
+
+    def take(self, request):
+        """Make a repository, tell how files are to be sent (all within the commit), take a commit."""
+        path = unquote(urlsplit(request.path).path).strip("/")
+        self.asked.append(path)
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        if path == "api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            if name in self.commits:
+                return self.send(request, 409, json.dumps({"url": f"{self.url}/{name}"}).encode())
+            self.publish(name, {})
+            return self.send(request, 200, json.dumps({"url": f"{self.url}/{name}"}).encode())
+        if path == "api/validate-yaml":
+            return self.send(request, 200, b'{"errors": [], "warnings": []}')
+        owner, name, task = path.removeprefix("api/models/").split("/")[:3]
+        if task == "preupload":
+            files = [
+                {**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+            ]
+            return self.send(request, 200, json.dumps({"files": files}).encode())
+        lines = [json.loads(line) for line in body.splitlines()]
+        files = [line["value"] for line in lines if line["key"] == "file"]
+        contents = dict(self.commits[f"{owner}/{name}"][-1][1])
+        contents |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+        commit = self.publish(f"{owner}/{name}", contents)
+        answer = {
+            "commitOid": commit,
+            "commitUrl": f"{self.url}/{owner}/{name}/commit/{commit}",
+            "success": True,
+        }
+        return self.send(request, 200, json.dumps(answer).encode())
 
     @staticmethod
     def send(request, status, body=b"", error=None, **headers):
@@ -89,5 +127,5 @@ class TinyHub:
         for name, value in headers.items():
             request.send_header(name, value)
         request.end_headers()
-        if request.command == "GET":
+        if request.command != "HEAD":
             request.wfile.write(body)

@@ -12,9 +12,21 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from nitro_e.config import ConfigError, TrainingError, check_characters
+from nitro_e.record.environment import out_of_memory
 from nitro_e.record.progress import quiet_libraries
 
 Number = TypeVar("Number", int, float)
+
+
+def weights_flags(parser: argparse.ArgumentParser) -> None:
+    """--file, --lora and --resolution: what TextToImage.from_pretrained takes besides the weights' name."""
+    parser.add_argument("--file", help="name of the weights in a hub repository or folder")
+    parser.add_argument(
+        "--lora", metavar="DIR", help="PEFT adapter to merge: a folder here or in the repository"
+    )
+    parser.add_argument(
+        "--resolution", type=int, choices=[512, 1024], help="of a released file whose name does not say it"
+    )
 
 
 def component_flags(parser: argparse.ArgumentParser, **what: str) -> None:
@@ -65,7 +77,7 @@ def run(command: Callable[[], None]) -> int:
         say(f"error: {named}; mend that and run the same command again")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         say(
             f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); "
@@ -82,15 +94,6 @@ def say(line: str) -> None:
     """Write one line to stderr in one piece: print() makes two where Python is unbuffered, and lines of processes mix."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """torch says so in an OutOfMemoryError on a GPU, in a plain RuntimeError on the CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
 
 
 def leave(code: int) -> NoReturn:

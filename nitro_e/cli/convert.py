@@ -24,15 +24,13 @@ from safetensors import safe_open
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, from_dict, parse_json, parse_yaml, read_text, to_dict
-from nitro_e.encoders.components import ComponentConfig
 from nitro_e.files import atomic_path, commit_of, save_tensors
 from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT, released
-from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config, save_pretrained
+from nitro_e.model.pretrained import load_pretrained, locate_lora, read_config, save_pretrained
 from nitro_e.record import metrics, run_folder
-from nitro_e.record.run_folder import model_folder
-from nitro_e.sampling.pipeline import Use
 from nitro_e.sampling.samplers import SamplingConfig, with_overrides
+from nitro_e.sampling.sources import find, released_use
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +96,7 @@ def convert(options: argparse.Namespace) -> str:
         write_file(model, out)
         lines = [f"{out}: the released format; its reader must be told: {told}"]
     else:
-        use = read_config(path)["use"] if path.is_dir() else use_of_released(path.name, model)
+        use = read_config(path)["use"] if path.is_dir() else to_dict(released_use(path.name, model))
         sampling = sampling_of(use, options)
         use = {**use, "sampling": to_dict(sampling)}
         write_folder(model, out, use, provenance(path) or from_hub(options))
@@ -137,29 +135,6 @@ def tell_reader(path: Path, model: EMMDiT) -> str:
         times = " or ".join("(" + ", ".join(f"{t:g}" for t in times) + ")" for times in sampling["sigmas"])
         told.append(f"distilled: times {times}, sampler {sampling['sampler']}, guidance 1")
     return "; ".join(told)
-
-
-def find(source: str, file: str | None, revision: str | None = None) -> Path:
-    """Find the file or model folder that SOURCE means; directories may be runs or checkpoints too."""
-    if file is None and Path(source.partition("@")[0]).is_dir():
-        return model_folder(source)
-    return locate(source, file, revision)
-
-
-def use_of_released(name: str, model: Model) -> dict[str, Any]:
-    """Describe how released weights are sampled: 20 guided steps, or 4 without guidance if distilled."""
-    assert isinstance(model, EMMDiT)
-    distilled = "-dist" in name
-    sampling = SamplingConfig(
-        resolution=32 * model.config.base_grid * model.config.patch_size,  # 32 pixels per latent cell
-        steps=4 if distilled else 20,
-        guidance_scale=0.0 if distilled else 4.5,
-        sampler="euler",
-        grid="released",
-    )
-    codec = ComponentConfig(name="dc-ae-f32c32")
-    text = ComponentConfig(name="llama-3.2-1b", clean_caption=True)
-    return to_dict(Use(codec=codec, text=text, sampling=sampling))
 
 
 def write_file(model: EMMDiT, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Draw images:  nitro-e sample RUN_OR_FOLDER --prompt "a photo of a red circle" --num-images 4
 
-RUN_OR_FOLDER is a run directory, a checkpoint or a model folder; `@ema` or `@model` at its end chooses the weights.
+RUN_OR_FOLDER is a shipped name (shapes), a run directory, a checkpoint or a model folder (`@ema` or `@model` at its end
+chooses the weights), a .safetensors file in the released format, or a hub repository (--file names the weights in it).
 Every PNG carries its prompt and settings as text entries; `grid.png` shows up to 64 of them with their prompts.
 
     nitro-e sample RUN --prompts-file prompts.txt --out DIR      a prompt per line; also .jsonl, .tsv (PartiPrompts), - for stdin
@@ -24,6 +25,7 @@ from nitro_e.config import ConfigError, environment_number
 if TYPE_CHECKING:
     from nitro_e.sampling.layouts import Drawing
     from nitro_e.sampling.pipeline import TextToImage
+    from nitro_e.sampling.samplers import SamplingConfig
 
 MAX_ON_SHEET = 64  # images on grid.png; of more there is none
 
@@ -58,6 +60,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
     )
+    parser.add_argument(
+        "--guidance-interval",
+        type=cli.real(0, 1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only while LOW <= t <= HIGH; t falls from 1 (noise) to 0",
+    )
     parser.add_argument("--sampler", help="euler, heun or multistep")
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
@@ -68,12 +77,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
     )
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
+    cli.weights_flags(parser)
     cli.component_flags(
         parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
     )
     cli.download_flag(parser)
     cli.dtype_flag(parser, "of all parts; default: float32 for the model, the others as in training")
     parser.add_argument("--compile", action="store_true", help="slower start, faster steps: for many images")
+    parser.add_argument(
+        "--int8", action="store_true", help="--compile with 8-bit products, for a CPU and --dtype bfloat16"
+    )
+    parser.add_argument(
+        "--reuse-blocks",
+        type=cli.whole(1, 1000),
+        default=1,
+        metavar="N",
+        help="compute the compressed blocks at every N-th step only, an approximation",
+    )
     parser.add_argument(
         "--layout",
         choices=("flat", "geneval", "dpg", "parti"),
@@ -113,18 +133,21 @@ def draw(options: argparse.Namespace) -> None:
         options.source,
         options.device or default_device(),
         None if options.dtype is None else getattr(torch, options.dtype),
+        file=options.file,
+        lora=options.lora,
+        resolution=options.resolution,
         codec=options.codec,
         text=options.text,
         allow_download=options.allow_download,
     )
-    names = ("steps", "guidance_scale", "sampler", "height", "width")
+    names = ("steps", "guidance_scale", "guidance_interval", "sampler", "height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
-    about = settings_of(pipeline, options, overrides)
+    settings = pipeline.settings(**overrides)
+    about = settings_of(pipeline, options, settings)
     if rank == 0:
-        words = pipeline.settings(**overrides).in_words()
-        print(f"{options.source}: {words}, {about['dtype']} on {about['device']}")
-    if options.compile:
-        pipeline.compile()
+        print(f"{options.source}: {settings.in_words()}, {about['dtype']} on {about['device']}")
+    if options.compile or options.int8:
+        pipeline.compile("int8" if options.int8 else "bfloat16")
     if options.layout == "geneval":
         write_metadata(drawings, options.out)
     drawn = draw_folder(
@@ -132,7 +155,7 @@ def draw(options: argparse.Namespace) -> None:
         drawings,
         options.out,
         about,
-        overrides=overrides,
+        overrides={**overrides, "reuse_blocks": options.reuse_blocks},
         batch_size=options.batch_size,
         rank=rank,
         world=world,
@@ -145,23 +168,25 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def settings_of(
-    pipeline: TextToImage, options: argparse.Namespace, overrides: dict[str, Any]
+    pipeline: TextToImage, options: argparse.Namespace, settings: SamplingConfig
 ) -> dict[str, Any]:
     """Everything the images depend on besides prompts and seeds."""
-    from nitro_e.record.run_folder import model_folder
-
-    weights = model_folder(options.source)
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.iterdir())]
+    weights = pipeline.path
+    assert weights is not None
+    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     parameter = next(pipeline.model.parameters())
     return {
         "model": options.source,
         "weights": [str(weights.resolve()), *map(list, stamps)],
         "codec": options.codec,
         "text": options.text,
-        "sampling": dataclasses.asdict(pipeline.settings(**overrides)),
+        "sampling": dataclasses.asdict(settings),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "compile": options.compile,
+        "int8": options.int8,
+        "reuse_blocks": options.reuse_blocks,
     }
 
 

@@ -5,7 +5,7 @@
 * `DCTCodec`, names `dct-f8c24` and `dct-f16c64`: nothing to train or download. JPEG without entropy coding:
   block cosine transform of luma and chroma, of which the lowest frequencies are kept.
 
-Left out: tiling and slicing of large images, and gradients; a codec here is frozen.
+Left out: tiles when encoding, and gradients; a codec here is frozen.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ DC_AE_FILES = (
     "diffusion_pytorch_model*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json?",
 )
+# pixels per side: larger images are decoded in tiles of this size, which overlap by so many
+TILE, OVERLAP = 1024, 128
 # stride, channels of luma, channels of each chroma
 DCT_SIZES = {"dct-f8c24": (8, 12, 6), "dct-f16c64": (16, 40, 12)}
 
@@ -51,7 +53,8 @@ class AutoencoderDCCodec:
     """A diffusers `AutoencoderDC`; channels, stride and scaling factor are read from its config.
 
     Latents are raw latents times the scaling factor (0.41407 for the default weights). Results are float32
-    whatever the weights' dtype.
+    whatever the weights' dtype. An image with a side above TILE is decoded in tiles, blended where they overlap, in the
+    memory of one of that size. It is not quite the same image: the decoder's attention sees one tile only.
     """
 
     def __init__(self, autoencoder: Any, device: torch.device | str = "cpu") -> None:
@@ -59,6 +62,9 @@ class AutoencoderDCCodec:
         self.channels: int = autoencoder.config.latent_channels
         self.stride: int = autoencoder.spatial_compression_ratio
         self.scaling_factor: float = autoencoder.config.scaling_factor
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.autoencoder.to(device=device, dtype=dtype)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -70,8 +76,12 @@ class AutoencoderDCCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        raw = latents.float() / self.scaling_factor
-        return self.autoencoder.decode(self._input(raw)).sample.float().clamp(-1, 1)  # (B, 3, H, W)
+        raw = self._input(latents.float() / self.scaling_factor)
+        self.autoencoder.enable_tiling(TILE, TILE, TILE - OVERLAP, TILE - OVERLAP)
+        try:
+            return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)  # (B, 3, H, W)
+        finally:
+            self.autoencoder.disable_tiling()  # diffusers cannot encode in tiles
 
     def _input(self, x: Tensor) -> Tensor:
         return x.to(self.autoencoder.device, self.autoencoder.dtype)
@@ -114,6 +124,10 @@ class DCTCodec:
         self.encoder = torch.stack(encoder).float().to(device)  # (C, 3 * stride * stride)
         self.decoder = torch.stack(decoder).float().to(device)  # (C, 3 * stride * stride)
         self.scale = torch.tensor(scale, device=device).reshape(1, -1, 1, 1)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        for name in ("encoder", "decoder", "scale"):
+            setattr(self, name, getattr(self, name).to(device=device))
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class LlamaText:
         self.clean_caption = clean_caption
         self.truncated = 0
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.model.to(device=device, dtype=dtype)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         texts = as_prompts(prompts)
@@ -140,6 +143,9 @@ class HashText:
         self.positions = position_features(length, position_width)  # (L, position_width)
         self.end = torch.from_numpy(gram_signs(self.END, hash_width)).float()
         self.truncated = 0
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.device = self.device if device is None else torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         prompts = as_prompts(prompts)

@@ -30,7 +30,6 @@ from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.record.environment import environment
-from nitro_e.record.run_folder import model_folder
 from nitro_e.record.templating import write_page
 from nitro_e.rewards import Scorer, build_rewards
 from nitro_e.sampling.pipeline import TextToImage
@@ -173,12 +172,13 @@ def _evaluate_one(
 
 def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     """Identify the weights: where they lie, hashes, step."""
-    folder = model_folder(source)
+    assert pipeline.path is not None
+    folder = pipeline.path
     meta = folder.parent / "meta.json"
     return {
         "source": str(source),
         "folder": str(folder),
-        "sha256": sha256_of(folder / "model.safetensors"),
+        "sha256": sha256_of(folder / "model.safetensors" if folder.is_dir() else folder),
         "weights": weights_hash(pipeline.model, pipeline.codec, pipeline.text),  # codec and text encoder too
         "step": parse_json(read_text(meta), str(meta)).get("step") if meta.is_file() else None,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),

@@ -79,9 +79,8 @@ class ImageGenerator:
         """Draw (B, 3, H, W) in -1..1 on the CPU, each image with the noise of its place."""
         seeds = noise_seeds(self.seed, places)
         with self.autocast():
-            return self.pipeline.pixels(
-                prompts, seeds=seeds, batch_size=self.batch_size, **to_dict(self.sampling)
-            )
+            settings = {**to_dict(self.sampling), "output_type": "pixels"}
+            return self.pipeline(prompts, seeds=seeds, batch_size=self.batch_size, **settings).images
 
 
 def collect(

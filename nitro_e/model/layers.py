@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nitro_e.interfaces import Grid
 from nitro_e.model.cpu.attention import attend_in_chunks
-from nitro_e.model.transforms import transformed
+from nitro_e.model.transforms import exporting, transformed
 
 # ------------------------------------------------------------------------------------------------ embeddings
 
@@ -200,7 +200,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     if transformed():
         with sdpa_kernel(SDPBackend.MATH):  # the one kernel that knows tangents and second derivatives
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not exporting():
         return attend_in_chunks(q, k, v, visible, torch.is_grad_enabled())[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -27,8 +27,8 @@ HARMLESS = {
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave W as it is
 
 
-def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """Add a PEFT LoRA adapter to a released state dict: W + scale * B A for every target.
+def merge_lora(state: dict[str, Tensor], folder: str | Path, strength: float = 1.0) -> dict[str, Tensor]:
+    """Add a PEFT LoRA adapter to a released state dict: W + strength * scale * B A for every target.
 
     Rank, alpha and their per-module patterns are read from `adapter_config.json`; targets are the tensors of
     `adapter_model.safetensors`. Raises ConfigError naming what cannot be merged exactly.
@@ -54,8 +54,9 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor
             raise ConfigError(
                 f"{folder}: '{module}' has LoRA factors {list(b.shape)} x {list(a.shape)} for a weight {list(weight.shape)}"
             )
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        merged[name] = (weight.double() + (scale * (b @ a)).reshape(weight.shape)).to(weight.dtype)
+        scale = strength * alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        change = (scale * (b @ a)).reshape(weight.shape).to(weight.device)
+        merged[name] = (weight.double() + change).to(weight.dtype)
     return merged
 
 

@@ -80,14 +80,18 @@ def load_pretrained(
         if config is None:
             config = released.infer_config(state, *_released_choices(path.name, resolution))
         model = _build(config, released.from_released(state, config), path)
-    if lora is not None:
-        if not isinstance(model, EMMDiT):
-            raise ConfigError(
-                f"lora '{lora}': only E-MMDiT's are merged; {path} is of kind '{model.config.kind}'"
-            )
-        merged = merge_lora(released.to_released(model), locate_lora(lora, source))
-        model.load_state_dict(released.from_released(merged, model.config))
-    return model
+    return model if lora is None else with_lora(model, locate_lora(lora, source))
+
+
+def with_lora(model: Model, folder: str | Path, strength: float = 1.0) -> Model:
+    """Return a copy of the model with a PEFT adapter merged, `strength` times; ConfigError if it is not an E-MMDiT's."""
+    if not isinstance(model, EMMDiT):
+        raise ConfigError(
+            f"lora '{folder}': only E-MMDiT's are merged; the model is of kind '{model.config.kind}'"
+        )
+    merged = merge_lora(released.to_released(model), folder, strength)
+    state = released.from_released(merged, model.config)
+    return _build(model.config, state, Path(folder))
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

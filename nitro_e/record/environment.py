@@ -71,6 +71,15 @@ def device_name() -> str:
     return f"CPU, {os.cpu_count()} cores, {_cpu_model()}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out; torch says so in an OutOfMemoryError on a GPU, in a plain RuntimeError on the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
     return subprocess.run(

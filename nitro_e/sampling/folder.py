@@ -22,7 +22,7 @@ from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.files import append_lines, atomic_file, save_png, short_hash
 from nitro_e.record.progress import bar
 from nitro_e.sampling.layouts import Drawing
-from nitro_e.sampling.pipeline import TextToImage, to_image
+from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.sheets import image_grid
 
 MANIFEST = "manifest.jsonl"
@@ -89,7 +89,7 @@ def _draw_batch(
     single: bool,
 ) -> None:
     repeated = [item for item in batch for _ in item.seeds]
-    pixels = pipeline.pixels(
+    drawn = pipeline(
         [item.prompt for item in repeated],
         negative_prompt=[item.negative_prompt for item in repeated],
         seeds=[seed for item in batch for seed in item.seeds],
@@ -97,7 +97,7 @@ def _draw_batch(
         progress=single,
         **overrides,
     )
-    images = iter([to_image(image) for image in pixels])
+    images = iter(drawn.images)
     for item in batch:
         own = [next(images) for _ in item.seeds]
         path = folder / item.file

@@ -8,8 +8,9 @@ States are float32 whatever the model computes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,13 +19,20 @@ from torch import Tensor
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, from_dict, to_dict
 from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import seed_of
-from nitro_e.record.progress import bar
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimeGrid, time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Time = Annotated[float, Ge(0), Le(1)]  # 0 is data, 1 is noise
+# called after every step with its number, the state x and x's time; returns x or what to go on with
+AfterStep = Callable[[int, Tensor, Tensor], Tensor]
 # older recipes and weights name multistep consistency sampling so
 SAMPLER_ALIASES = {"sampler": {"renoise": "multistep"}}
+
+
+def keep(step: int, x: Tensor, t: Tensor) -> Tensor:
+    """Go on with the state as it is: the `AfterStep` that does nothing."""
+    return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class SamplingConfig(Config):
     width: Annotated[int, Ge(1), Le(65536)] | None = None  # pixels; null: resolution
     steps: Annotated[int, Ge(1), Le(10_000)] = 20  # of the sampler
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
+    # guide only while low <= t <= high, 1 = noise (arXiv 2404.07724); null: always
+    guidance_interval: tuple[Time, Time] | None = None
     # multistep: consistency sampling, for distilled weights
     sampler: Literal["euler", "heun", "multistep"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
@@ -49,6 +59,10 @@ class SamplingConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ConfigError(
+                f"guidance_interval: the first time is above the second: {list(self.guidance_interval)}"
+            )
         for times in self.sigmas:
             check_sigmas(times)
         counts = [len(times) for times in self.sigmas]
@@ -70,6 +84,8 @@ class SamplingConfig(Config):
         steps = f"{self.steps} step" + "s" * (self.steps != 1)
         guided = self.guidance_scale not in (0, 1)
         guidance = f"guidance {self.guidance_scale:g}" if guided else "no guidance"
+        if guided and self.guidance_interval is not None:
+            guidance += " from t = {:g} to {:g}".format(*self.guidance_interval)
         return f"{steps} of {self.sampler}, {guidance}, {self.size[0]}x{self.size[1]} px"
 
     def times(self) -> Tensor:
@@ -103,19 +119,22 @@ def sample(
     text: TextEmbedding,
     negative: TextEmbedding,
     settings: SamplingConfig,
-    noise: Tensor,
-    seeds: Sequence[int],
-    progress: bool = False,
+    x: Tensor,
+    fresh: Callable[[int], Tensor],
+    times: Tensor | None = None,
+    after_step: AfterStep = keep,
 ) -> Tensor:
-    """Sample latents (B, C, h, w) from noise of the same shape, on the noise's device.
+    """Sample latents from x (B, C, h, w), which is noise unless `times` begins later, on x's device.
 
-    text: B rows; negative: B rows or one; seeds: one per image, for samplers that draw more noise.
+    text: B rows; negative: B rows or one; fresh(step): more noise like x, for samplers that draw it; times: falling,
+    those of the settings by default; after_step: see `AfterStep`.
     """
-    velocity = guide(scale_time(model, settings.time_scale), text, negative, settings.guidance_scale)
-    times = settings.times().to(noise.device)
+    scale, interval = settings.guidance_scale, settings.guidance_interval
+    velocity = guide(scale_time(model, settings.time_scale), text, negative, scale, interval)
+    times = (settings.times() if times is None else times).to(x.device)
     if settings.sampler == "multistep":
-        return multistep(velocity, noise, times, fresh_noise(seeds, noise), progress)
-    return SAMPLERS[settings.sampler](velocity, noise, times, progress)
+        return multistep(velocity, x, times, fresh, after_step)
+    return SAMPLERS[settings.sampler](velocity, x, times, after_step)
 
 
 def scale_time(model: Denoiser, scale: float) -> Denoiser:
@@ -160,50 +179,62 @@ def guided_velocity(
     return Guided(torch.lerp(without, with_text, scale), without)
 
 
-def guide(model: Denoiser, text: TextEmbedding, negative: TextEmbedding, scale: float) -> Velocity:
-    """Make the guided velocity field of B prompts; see `guided_velocity`."""
-    return lambda x, t: guided_velocity(model, x, t, text, negative, scale).velocity
+def guide(
+    model: Denoiser,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    scale: float,
+    interval: tuple[float, float] | None = None,
+) -> Velocity:
+    """Make the guided velocity field of B prompts; see `guided_velocity`.
+
+    interval: (low, high) of the times that are guided; at others the text alone is taken, one pass instead of two
+    (arXiv 2404.07724). All rows of t must then be equal. None: all times.
+    """
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        guided = interval is None or interval[0] <= t[0] <= interval[1]
+        return guided_velocity(model, x, t, text, negative, scale if guided else 1.0).velocity
+
+    return velocity
 
 
-def euler(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep = keep) -> Tensor:
     """Take first-order steps along `times` (falling, from 1 to 0)."""
-    for t, t_next in _steps(times, progress):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         x = x + (t_next - t) * velocity(x, t.expand(len(x)))
+        x = after_step(step, x, t_next)
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, times: Tensor, progress: bool = False) -> Tensor:
+def heun(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep = keep) -> Tensor:
     """Take second-order steps (trapezoidal rule); the last, to t = 0 where no model was trained, is an Euler step."""
-    for t, t_next in _steps(times, progress):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         slope = velocity(x, t.expand(len(x)))
         guess = x + (t_next - t) * slope
         if t_next > 0:
             slope = (slope + velocity(guess, t_next.expand(len(x)))) / 2
-        x = x + (t_next - t) * slope
+        x = after_step(step, x + (t_next - t) * slope, t_next)
     return x
 
 
 def multistep(
-    velocity: Velocity, x: Tensor, times: Tensor, fresh: Callable[[int], Tensor], progress: bool = False
+    velocity: Velocity, x: Tensor, times: Tensor, fresh: Callable[[int], Tensor], after_step: AfterStep = keep
 ) -> Tensor:
     """Predict the data, add fresh noise up to the next time, and repeat: multistep consistency sampling.
 
     arXiv 2303.01469, algorithm 1. fresh(step) -> noise like x.
     """
-    for step, (t, t_next) in enumerate(_steps(times, progress)):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         t = t.expand(len(x))
         x = flow.to_data(x, t, velocity(x, t))
         if t_next > 0:
             x = flow.interpolate(x, fresh(step), t_next.expand(len(x)))
+        x = after_step(step, x, t_next)
     return x
 
 
 SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
-
-
-def _steps(times: Tensor, progress: bool) -> Iterable[tuple[Tensor, Tensor]]:
-    pairs = list(zip(times[:-1], times[1:]))
-    return bar(pairs, brief=True, desc="sampling", leave=False) if progress else pairs
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -37,9 +37,10 @@ from nitro_e.model import describe
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
 from nitro_e.record.run_config import write_config
-from nitro_e.sampling.pipeline import TextToImage, Use, latent_size
+from nitro_e.sampling.pipeline import TextToImage, latent_size
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sampling.sheets import image_grid
+from nitro_e.sampling.sources import Use
 from nitro_e.stages import flow_matching
 from nitro_e.stages.assembly import Parts, StageKind
 from nitro_e.stages.distill import DistillConfig
@@ -339,7 +340,7 @@ def sample_grid_hook(
 
     def run(model: Model) -> dict[str, Image.Image]:
         training = model.training
-        images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts)
+        images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts).images
         model.train(training)
         columns = min(8, len(images))
         return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size)}

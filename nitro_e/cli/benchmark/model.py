@@ -12,10 +12,10 @@ Training is forward and backward in the dtype of the weights; the optimiser and 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nitro_e.cli import common as cli
 from nitro_e.cli.benchmark.plain_emmdit import PlainEMMDiT
+from nitro_e.cli.benchmark.timing import interleave, machine, relative
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe, released
@@ -89,15 +90,10 @@ class Bench:
         return x, torch.rand(batch, device=self.device), text
 
     def plain(self) -> Variant:
-        """The tests' implementation on the released names; ConfigError where it does not have the config's choices."""
-        released.check_representable(self.config)
-        state = {
-            name: tensor.detach().requires_grad_()
-            for name, tensor in released.to_released(self.model).items()
-        }
-        cycle = [tuple(region) for region in self.config.regions[: len(self.config.attention)]]
-        model = PlainEMMDiT(state, self.config.heads, self.config.groups, cycle)
-        return Variant(lambda x, t, text: model(x, t, text.tokens), list(state.values()))
+        """Take the plain implementation; ConfigError where it does not have the config's choices."""
+        model = plain_model(self.model)
+        parameters = [tensor.requires_grad_() for tensor in model.state.values()]
+        return Variant(lambda x, t, text: model(x, t, text.tokens), parameters)
 
     def variants(self, compiled: bool, train: bool) -> dict[str, Variant]:
         """List the ways of computing it that this machine has; the others are named and left out."""
@@ -128,7 +124,7 @@ class Bench:
         first = bar(calls.items(), brief=True, desc=f"{task}, batch {batch}, first calls", leave=False)
         outputs = {name: call().float().clone() for name, call in first}
         product = _matmul(self.dtype, self.device)
-        best = _interleave(
+        best = interleave(
             {"matmul": product, **calls}, self.device, seconds, rounds, f"{task}, batch {batch}"
         )
         m, k, n = MATMUL[self.device]
@@ -137,13 +133,24 @@ class Bench:
         for name in calls:
             gflops = passes * self.flops * batch / best[name] / 1e9
             plain = best["plain"] / best[name] if "plain" in best else None
-            difference = ((outputs[name] - outputs["ours"]).norm() / outputs["ours"].norm()).item()
+            difference = relative(outputs[name], outputs["ours"])
             peak = _peak(self.device, self.dtype)
             mfu = None if peak is None else gflops / peak / 1e3
             rows.append(
                 Row(task, batch, name, best[name] * 1e3, gflops, gflops / rate, mfu, plain, difference)
             )
         return rows, rate
+
+
+def plain_model(model: EMMDiT) -> PlainEMMDiT:
+    """Make the plain implementation of the same weights; ConfigError where it does not have the config's choices."""
+    config = model.config
+    # released files have two cycles of attention only; their names are the same for any, and so is the plain way
+    named = copy.copy(model)
+    named.config = dataclasses.replace(config, attention=("full",))
+    state = {name: tensor.detach() for name, tensor in released.to_released(named).items()}
+    cycle = [tuple(region) for region in config.regions[: len(config.attention)]]
+    return PlainEMMDiT(state, config.heads, config.groups, cycle)
 
 
 def _variant(model: EMMDiT) -> Variant:
@@ -181,32 +188,6 @@ def _matmul(dtype: torch.dtype, device: str) -> Call:
     return lambda: a @ b
 
 
-def _interleave(
-    calls: dict[str, Call], device: str, seconds: float, rounds: int, name: str
-) -> dict[str, float]:
-    """Best seconds of one call of each; in every round each is called for about `seconds`."""
-    best = {name: _timed(call, 1, device) for name, call in calls.items()}
-    for _ in bar(range(rounds), brief=True, desc=name, leave=False):
-        for key, call in calls.items():
-            count = max(1, round(seconds / best[key]))
-            best[key] = min(best[key], _timed(call, count, device))
-    return best
-
-
-def _timed(call: Call, count: int, device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def _peak(device: str, dtype: torch.dtype) -> float | None:
     """Data sheet TFLOP/s, dense, of a 16-bit type on this GPU, or None."""
     if device == "cpu" or dtype == torch.float32:
@@ -233,11 +214,6 @@ def table(rows: list[Row]) -> str:
     cells = {name: values for name, values in cells.items() if any(values)}
     lines = ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(values) + " |" for values in zip(*cells.values()))])
-
-
-def machine(device: str) -> dict[str, str | int]:
-    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"device": device, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def measure(options: argparse.Namespace) -> dict:

@@ -34,7 +34,7 @@ from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.randomness import seed_of
 from nitro_e.record import progress
 from nitro_e.sampling.pipeline import TextToImage, to_image
-from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_noise, sample, scale_time
+from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, fresh_noise, initial_noise, sample
 from nitro_e.sampling.sheets import image_grid
 
 
@@ -108,7 +108,7 @@ class OwnGenerator:
         if self.stops:
             latents, trajectory = self.follow(start, text, negative)
         else:
-            latents = sample(pipeline.model, text, negative, settings, start, seeds)
+            latents = sample(pipeline.model, text, negative, settings, start, fresh_noise(seeds, start))
         images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.extras.images else None
         text = text if self.extras.text_embeddings else None
         return Generated(denormalize(pipeline.codec, latents).cpu(), noise, text, images, trajectory)
@@ -116,11 +116,10 @@ class OwnGenerator:
     def follow(self, x: Tensor, text: TextEmbedding, negative: TextEmbedding) -> tuple[Tensor, Tensor]:
         """Sample with the same steps, taken in pieces; returns the result and the states at the stops."""
         settings = self.settings
-        model = scale_time(self.pipeline.model, settings.time_scale)
-        velocity = guide(model, text, negative, settings.guidance_scale)
-        times, states = settings.times().to(x.device), []
+        times, states = settings.times(), []
         for first, last in zip((0, *self.stops), (*self.stops, len(times) - 1)):
-            x = SAMPLERS[settings.sampler](velocity, x, times[first : last + 1])
+            part = times[first : last + 1]
+            x = sample(self.pipeline.model, text, negative, settings, x, fresh_noise((), x), part)
             states.append(x)
         return x, torch.stack(states[:-1], dim=1).half().cpu()
 

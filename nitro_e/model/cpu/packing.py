@@ -1,7 +1,8 @@
 """A faster model for sampling on a CPU: weights laid out for oneDNN once, linear layers fused with GELU.
 
-    packed = pack_for_cpu(model)     # a copy; the same forward, no gradients, no state dict
-    packed.compile_blocks()          # optional: fuses norms, modulation and residuals, for a minute of compiling
+    packed = pack_for_cpu(model)                    # a copy; the same forward, no gradients, no state dict
+    packed = pack_for_cpu(model, weights="int8")    # the same with 8-bit products in the blocks, see int8.py
+    packed.compile_blocks()                         # optional: fuses what lies between the products
 
 Without it every linear layer lays its weights out anew at every call, and GELU is one more pass over the
 widest activations. Any `Model` can be packed whose linear layers are called, and have a bias. Left out:
@@ -11,37 +12,48 @@ training and saving (keep the model that was packed), other devices and dtypes.
 from __future__ import annotations
 
 import copy
-import itertools
-import weakref
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import Model
-from nitro_e.model.transforms import transformed
+from nitro_e.model.cpu.int8 import Int8Linear, check_int8
+from nitro_e.model.cpu.packed_layer import PackedLayer
+
+Weights = Literal["bfloat16", "int8"]
 
 
-def pack_for_cpu(model: Model) -> Model:
+def pack_for_cpu(model: Model, weights: Weights = "bfloat16") -> Model:
     """Copy a bfloat16 model on the CPU for inference, with packed linear layers.
 
-    It gives the model's velocities up to bfloat16 rounding. Raises ConfigError when this model, processor or
+    weights: `bfloat16` gives the model's velocities up to bfloat16 rounding. `int8` computes the linear layers
+    that LoRA can be put on (those of the blocks, except modulation) in 8 bits, which costs accuracy
+    (docs/speed.md); the other layers are packed in bfloat16. Raises ConfigError when this model, processor or
     build of torch cannot be packed. The copy has no parameters in its linear layers and cannot be saved.
     """
     _check(model)
+    if weights == "int8":
+        check_int8()
+    elif weights != "bfloat16":
+        raise ConfigError(f"weights: unknown '{weights}' (known: bfloat16, int8)")
+    in_int8 = {layer.path for layer in model.adapter_layers()} if weights == "int8" else set()
     packed = copy.deepcopy(model).eval().requires_grad_(False)
     packed.register_state_dict_pre_hook(_refuse_to_save)
-    for module in list(packed.modules()):
-        _pack_children(module)
+    for path, module in list(packed.named_modules()):
+        _pack_children(path, module, in_int8)
     return packed
 
 
-def _pack_children(module: nn.Module) -> None:
+def _pack_children(path: str, module: nn.Module, in_int8: set[str]) -> None:
     """Replace linear layers, and in a Sequential the tanh-GELU after one, in place."""
     children = list(module.named_children())
     following = [child for _, child in children[1:]] + [None]
     for (name, child), after in zip(children, following):
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear) and f"{path}.{name}" in in_int8:
+            setattr(module, name, Int8Linear(child))
+        elif isinstance(child, nn.Linear):
             fused = isinstance(module, nn.Sequential) and is_tanh_gelu(after)
             setattr(module, name, PackedLinear(child, fused))
             if fused:
@@ -58,8 +70,13 @@ def _refuse_to_save(*_: object) -> None:
     )
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Tell whether a model is what `pack_for_cpu` returns."""
+    return any(isinstance(module, PackedLayer) for module in model.modules())
+
+
 def _check(model: Model) -> None:
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if is_packed(model):
         raise ConfigError("the model is already packed")
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears or any(linear.bias is None for linear in linears):
@@ -88,44 +105,17 @@ def _check(model: Model) -> None:
         )
 
 
-# torch.compile cannot trace tensors in oneDNN's layout. So one operator of torch's registry stands for the layer, and
-# finds it by a number in a tensor: an input, so that blocks share a graph.
-_handles = itertools.count()
-_packed_layers: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
-_library = torch.library.Library("nitro_e", "FRAGMENT")
-_library.define("packed_linear(Tensor x, Tensor handle, int width) -> Tensor")
-
-
-class PackedLinear(nn.Module):
+class PackedLinear(PackedLayer):
     """A linear layer whose weight is in oneDNN's layout, optionally followed by tanh-GELU."""
 
     def __init__(self, linear: nn.Linear, gelu: bool) -> None:
-        super().__init__()
-        self.width = linear.out_features
+        super().__init__(linear.out_features)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias.detach()
         self.activation: tuple[str, list, str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        handle = next(_handles)
-        _packed_layers[handle] = self
-        self.register_buffer("handle", torch.tensor(handle), persistent=False)
 
-    def __deepcopy__(self, memo: dict) -> PackedLinear:
-        return self  # it never changes
+    def product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        if transformed() or (x.requires_grad and torch.is_grad_enabled()):
-            raise ConfigError(
-                "a packed model has no derivatives and no torch.func transforms; use the model that was packed"
-            )
-        return torch.ops.nitro_e.packed_linear(x, self.handle, self.width)
-
-
-@torch.library.impl(_library, "packed_linear", "CPU")
-def _packed_linear(x: Tensor, handle: Tensor, width: int) -> Tensor:
-    layer = _packed_layers[int(handle.item())]
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *layer.activation)
-
-
-@torch.library.register_fake("nitro_e::packed_linear", lib=_library)
-def _packed_linear_shape(x: Tensor, handle: Tensor, width: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], width)
+        return self.traceable_product(x)

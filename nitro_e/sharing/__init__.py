@@ -1,0 +1,1 @@
+"""Models for other programs: a pipeline of diffusers, and programs of ONNX and torch.export."""
