@@ -19,7 +19,7 @@ def test_velocity_and_parameter_count(reference, reference_model):
         velocity = reference_model(
             reference["in.latents"], reference["in.timesteps"] / 1000, as_text(reference["in.text"])
         )
-    assert (velocity - reference["out.velocity"]).abs().max() < 1e-5
+    assert (velocity - reference["out.velocity"]).abs().max() < 3e-6  # 1e-5 would not see a wrong eps
     projector = sum(tensor.numel() for name, tensor in reference.items() if name.startswith("w.projectors"))
     assert sum(parameter.numel() for parameter in reference_model.parameters()) + projector == 573_248
 

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).parent.parent / "nitro_e"
 def test_every_stage_is_sampled_by_its_name_as_it_was_made_for(name, steps, guidance):
     pipeline = TextToImage.from_pretrained(name)
     assert (pipeline.defaults.steps, pipeline.defaults.guidance_scale) == (steps, guidance)
-    image = pipeline("a photo of a red circle", steps=4)[0]
+    image = pipeline("a photo of a red circle", num_inference_steps=4).images[0]
     assert image.size == (64, 64)
 
 

@@ -80,6 +80,8 @@ def test_caption_cleaner():
     pytest.importorskip("bs4")
     assert clean_pixart_caption("A <b>Red</b> Circle,  big http://a.com/x") == "a red circle, big"
     assert clean_pixart_caption("") == ""
+    with pytest.raises(ConfigError, match="cannot read the markup in"):
+        clean_pixart_caption("&lt;![<![]]!><![")
 
 
 def test_caption_cleaner_names_what_to_install(llama, monkeypatch):

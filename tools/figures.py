@@ -34,11 +34,10 @@ FONT = "system-ui, 'Segoe UI', Roboto, sans-serif"
 CURVES = {  # run of the demo -> what is drawn of it
     "1_pretrain": {
         "eval/color": "1. Pretraining: color score",
-        "eval/strict": "1. Pretraining: strict score",
+        "velocity_loss": "1. Pretraining: velocity loss",
     },
-    "2_finetune": {"loss": "2. Fine-tuning: loss"},
     "3_grpo": {"reward/mixed": "3. GRPO: reward of the rollouts"},
-    "4_distill": {"diffusion": "4. Distillation: distance to the teacher"},
+    "4_distill": {"discriminator/gap": "4. Distillation: gap between real and drawn"},
 }
 
 

@@ -158,8 +158,8 @@ class Demo:
             ("shapes", {"guidance": [3], "steps": [20]}),
             (runs["1_pretrain"], {"guidance": [3], "steps": [20]}),
             (runs["2_finetune"], {"guidance": [3], "steps": [20]}),
-            ("shapes", {"guidance": [1], "steps": [20, 4, 2, 1]}),
-            (runs["3_grpo"], {"guidance": [1], "steps": [20]}),
+            ("shapes", {"guidance": [1], "steps": [20, 6, 4, 2, 1]}),
+            (runs["3_grpo"], {"guidance": [1], "steps": [6]}),
             (runs["4_distill"], {"steps": [4, 2, 1]}),
         ]
 
@@ -187,6 +187,8 @@ class Demo:
             for process in running:
                 process.stop()
                 self._add_times(process)
+            self.times["wall"] = round(self.times.get("wall", 0.0) + time.monotonic() - started, 1)
+            self._write_times()
         print(f"  {duration(time.monotonic() - started)}", flush=True)
 
     def _finished(self, process: Process) -> None:

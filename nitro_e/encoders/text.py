@@ -111,11 +111,18 @@ def clean_pixart_caption(prompt: str) -> str:
     The released weights were evaluated with it, although not trained with it; our own recipes leave it out.
     """
     check_caption_cleaner()
+    from bs4.builder import ParserRejectedMarkup
     from diffusers import PixArtAlphaPipeline
 
-    for _ in range(2):  # the method needs only a class attribute of `self`
-        prompt = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, prompt)
-    return prompt
+    cleaned = prompt
+    try:
+        for _ in range(2):  # the method needs only a class attribute of `self`
+            cleaned = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, cleaned)
+    except ParserRejectedMarkup:
+        raise ConfigError(
+            f"the caption cleaner cannot read the markup in {prompt!r}; leave that out"
+        ) from None
+    return cleaned
 
 
 class HashText:

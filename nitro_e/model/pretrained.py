@@ -184,9 +184,10 @@ def locate(source: str | Path, file: str | None = None, revision: str | None = N
 
 
 def locate_lora(lora: str | Path, source: str | Path, revision: str | None = None) -> Path:
-    """Return the adapter folder meant by `lora`, downloaded if it is part of the hub repository `source`."""
-    if Path(lora).is_dir():
-        return Path(lora)
+    """Return the adapter folder meant by `lora`: here, in the folder `source`, or in the hub repository `source`."""
+    for folder in (Path(lora), Path(source) / lora):
+        if folder.is_dir():
+            return folder
     if Path(source).exists() or not is_hub_id(source):
         raise ConfigError(f"lora '{lora}' is not a folder")
     names = (f"{lora}/adapter_model.safetensors", f"{lora}/adapter_config.json")
