@@ -316,6 +316,7 @@ def test_two_processes_train_on_prompts_as_one(pairs, tmp_path):
         ("dmd2", {"inputs": {"counts": {4: 0}}}, "all weights are 0"),
         ("dmd2", {"inputs": {"rollout": {}}}, "takes all times of the sampler"),
         ("ladd4", {"inputs": {"counts": {4: 1}}}, "only for noise 'chain'"),
+        ("dmd2", {"sample_steps": [1, 4]}, "inputs.counts says the steps of chains"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(preset, overrides, message):

@@ -1,8 +1,8 @@
 """Interface of a distillation objective, and the resources shared by all objectives.
 
 An objective scores the student's x0 prediction; everything else (one forward of the student, weights, balance,
-gradients, held-out prompts, logs) is the stage's. Networks that are trained beside the student (heads, later the fake
-score of DMD) are phases that the objective brings along; they run before the student's, in order.
+gradients, held-out prompts, logs) is the stage's. Networks that are trained beside the student (heads, the fake
+score) are phases that the objective brings along; they run before the student's, in order.
 """
 
 from __future__ import annotations

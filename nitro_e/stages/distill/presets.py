@@ -98,7 +98,6 @@ PRESETS: dict[str, dict] = {
     "dmd2": {
         "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"},
         "sampler": "multistep",
-        "sample_steps": (4,),
         "every": 5,
         "score": {
             "times": {"range": "full"},
@@ -111,7 +110,6 @@ PRESETS: dict[str, dict] = {
     "tdm": {
         "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"},
         "sampler": "euler",
-        "sample_steps": (4,),
         "every": 5,
         "score": {
             "times": {"range": "step"},

@@ -1,10 +1,10 @@
 """Stage 4: a student that needs few steps, from a teacher that needs many. Each known method is a preset.
 
-Every step runs the phases that the objectives bring (the discriminator's heads) and then the student, on one forward
-pass of the student (Sauer et al., arXiv 2403.12015; order of phases as there). The student's sigmas are part of the
-weights: they are stored with them and used as they are by every sampler.
+Every step runs the phases that the objectives bring (the discriminator's heads, the fake score) and then the student, if
+it is due, on one forward pass of the student (Sauer et al., arXiv 2403.12015; order of phases as there). The student's
+sigmas are part of the weights: they are stored with them and used as they are by every sampler.
 
-To add an objective (DMD, SiD, flow maps, ...): a config class, a class of the form `objective.Objective`, a field of
+To add an objective (SiD, flow maps, ...): a config class, a class of the form `objective.Objective`, a field of
 DistillConfig, and a line in OBJECTIVES. Left out: FSDP (the 304M model does not need it) and fp16.
 """
 
@@ -112,6 +112,8 @@ class DistillConfig(Config):
             raise ConfigError(
                 f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
             )
+        if inputs.noise == "chain" and self.sample_steps:
+            raise ConfigError("sample_steps: inputs.counts says the steps of chains; leave it out")
         if inputs.noise != "chain":
             if self.imitate:
                 raise ConfigError("imitate follows the student's own states: it needs inputs.noise: chain")
@@ -141,11 +143,8 @@ class DistillConfig(Config):
         if continuous is not None and continuous.share == 1:
             return ()
         size = len(sigmas)
-        counts = self.sample_steps or [
-            count
-            for count in range(1, size + 1)
-            if count in (self.inputs.chain_counts or [count]) and size % count == 0
-        ]
+        counts = self.sample_steps or sorted(self.inputs.chain_counts)
+        counts = counts or [count for count in range(1, size + 1) if size % count == 0]
         return tuple(
             self.inputs.times_of(count)
             if size % count == 0
