@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import OPTIMIZER
+from tiny import OPTIMIZER, optimizers_of
 
 from nitro_e.cli import study as tool
 from nitro_e.config import load
@@ -137,4 +137,4 @@ def test_studies_load():
         plan = load(tool.Study, path)
         for variant in plan.variants.values():
             if variant.recipe:
-                load(RunConfig, variant.recipe, [*variant.set, *OPTIMIZER])
+                load(RunConfig, variant.recipe, [*variant.set, *optimizers_of(variant.recipe)])
