@@ -236,6 +236,21 @@ def test_u22_noise_from_the_trajectory_has_the_moments_of_fresh_noise():
     torch.testing.assert_close(weight.log(), log_density(noise) - log_density(fresh), rtol=1e-3, atol=1e-5)
 
 
+def test_heads_may_stand_beside_the_fake_score_on_pairs():
+    """DMD2 with a GAN: real images are those of the chains' prompts, and each of the three networks learns."""
+    heads = {"start": 0, "ramp": 0, "weight": 0.1, "heads": {"width": 16}}
+    stage = tiny_stage(distill_config("dmd2", every=1, adversarial=heads), model=tiny_model(config=SMALLER))
+    assert [phase.name for phase in stage.phases] == ["fake", "discriminator", "student"]
+    before = [[p.clone() for p in phase.module.parameters()] for phase in stage.phases]
+    batch, loop = random_batch(0, 4, (4, 8, 8)), Loop(stage, 4)
+    latents = batch.latents
+    logs = loop.step(batch)
+    assert torch.equal(batch.latents, latents[[0, 0, 0, 0]])
+    assert logs["student/score_slope"] > 0 and logs["student/adversarial_slope"] > 0
+    for phase, parameters in zip(stage.phases, before):
+        assert any(not torch.equal(a, b) for a, b in zip(parameters, phase.module.parameters()))
+
+
 # ---- imitation
 
 

@@ -3,7 +3,8 @@
 A second network, the fake score, is a copy of the teacher that keeps learning to denoise the student's data. Noised to
 a time tau, that data gets two x0 predictions, the fake score's and the teacher's guided one; their difference is the
 slope of KL(student || teacher) (variational score distillation, arXiv 2305.16213; Diff-Instruct, arXiv 2305.18455; for
-few steps DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867). No images are needed, and no GAN is here: `adversarial` may stand beside it.
+few steps DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867). No images are needed, and no GAN is here: `adversarial`
+may stand beside it, on pairs.
 
 On a trajectory of the Euler sampler the data may instead be noised from the sampler's next state, to times of that step
 alone (TDM, arXiv 2503.06674).
