@@ -32,7 +32,7 @@ from nitro_e.record import metrics
 from nitro_e.record.pages import write_report
 from nitro_e.rewards import RewardConfig, build_rewards, reward
 from nitro_e.rewards.geneval.rules import Detection
-from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.pipeline import Images, TextToImage
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import TASKS, scene
@@ -162,12 +162,13 @@ class Painter:
         self.pixels_of = dict(zip(noise_seeds(0, [(i, 0) for i in range(num)]), images))
         self.drawn, self.stop_after = Counter(), stop_after
 
-    def pixels(self, prompts, *, seeds, batch_size, **_):
+    def __call__(self, prompts, *, seeds, batch_size, output_type, **_):
+        assert output_type == "pixels"
         if self.stop_after is not None and len(self.drawn) >= self.stop_after:
             raise KeyboardInterrupt
         self.drawn.update(seeds)
         images = np.stack([self.pixels_of[seed] for seed in seeds])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Images(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
 def run(pipeline, folder, *, num=120, batch_size=32, **options) -> tuple[list[Prompt], list[ScoredImage]]:

@@ -172,10 +172,10 @@ def pipeline() -> TextToImage:
 
 
 def test_images_have_the_size_asked_for(pipeline):
-    assert pipeline(["a"])[0].size == (64, 64)
-    assert pipeline(["a"], height=128)[0].size == (64, 128)
-    assert pipeline(["a"], height=64, width=128)[0].size == (128, 64)
-    assert pipeline(["a"], resolution=128)[0].size == (128, 128)
+    assert pipeline(["a"]).images[0].size == (64, 64)
+    assert pipeline(["a"], height=128).images[0].size == (64, 128)
+    assert pipeline(["a"], height=64, width=128).images[0].size == (128, 64)
+    assert pipeline(["a"], resolution=128).images[0].size == (128, 128)
 
 
 def test_wrong_sizes_name_the_nearest_in_pixels(pipeline):

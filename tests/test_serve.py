@@ -139,8 +139,8 @@ def test_runs_with_a_complete_checkpoint_are_found(tmp_path):
         for name in files:
             (folder / name).write_text("{}")
             os.utime(folder / name, (time.time() - age, time.time() - age))
-    assert drawing.found_weights(tmp_path) == ["shapes", f"{tmp_path}/new", f"{tmp_path}/old"]
-    assert drawing.found_weights(tmp_path / "none") == ["shapes"]
+    assert drawing.found_weights(tmp_path) == [*NAMED, f"{tmp_path}/new", f"{tmp_path}/old"]
+    assert drawing.found_weights(tmp_path / "none") == list(NAMED)
 
 
 def test_images_are_those_of_the_pipeline(pipeline):
