@@ -277,6 +277,14 @@ def test_offloaded_parts_work_one_at_a_time(pipe, monkeypatch):
     assert all(there[0] == back[0] for there, back in pairs)
 
 
+def test_weights_drawn_from_elsewhere_are_not_packed_for_a_cpu():
+    """Offloaded weights lie on the CPU, but do not work there."""
+    pipe = TextToImage.from_pretrained("shapes", dtype=torch.bfloat16)
+    pipe.enable_model_cpu_offload("meta")
+    with pytest.raises(ConfigError, match="images are drawn on meta; 8-bit products are for a CPU"):
+        pipe.compile("int8")
+
+
 # ---- files
 
 

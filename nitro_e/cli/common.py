@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from nitro_e.config import ConfigError, TrainingError, check_characters
 from nitro_e.record.environment import out_of_memory
@@ -47,6 +47,12 @@ def download_flag(parser: argparse.ArgumentParser) -> None:
 def dtype_flag(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
     """--dtype, by torch's names."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=default, help=text)
+
+
+def chosen_weights(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `weights_flags`, `component_flags` and `download_flag` gave, for TextToImage.from_pretrained."""
+    names = ("file", "lora", "resolution", "codec", "text", "allow_download")
+    return {name: getattr(options, name) for name in names}
 
 
 def run(command: Callable[[], None]) -> int:

@@ -63,14 +63,7 @@ def export(options: argparse.Namespace) -> None:
 
     dtype = options.dtype if options.kind == "diffusers" else "float32"
     pipeline = TextToImage.from_pretrained(
-        options.source,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        file=options.file,
-        lora=options.lora,
-        resolution=options.resolution,
-        codec=options.codec,
-        text=options.text,
-        allow_download=options.allow_download,
+        options.source, dtype=None if dtype is None else getattr(torch, dtype), **cli.chosen_weights(options)
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as folder:

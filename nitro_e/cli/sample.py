@@ -133,12 +133,7 @@ def draw(options: argparse.Namespace) -> None:
         options.source,
         options.device or default_device(),
         None if options.dtype is None else getattr(torch, options.dtype),
-        file=options.file,
-        lora=options.lora,
-        resolution=options.resolution,
-        codec=options.codec,
-        text=options.text,
-        allow_download=options.allow_download,
+        **cli.chosen_weights(options),
     )
     names = ("steps", "guidance_scale", "guidance_interval", "sampler", "height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}

@@ -145,8 +145,12 @@ class TextToImage:
         weights: "int8" computes the blocks' products in 8 bits, on a CPU with bfloat16 weights (docs/speed.md has the
         cost); ConfigError elsewhere.
         """
-        weight = next(self.model.parameters())
-        if weights == "int8" or (weight.device.type == "cpu" and weight.dtype == torch.bfloat16):
+        on_cpu, dtype = self.device.type == "cpu", next(self.model.parameters()).dtype
+        if weights == "int8" and not on_cpu:
+            raise ConfigError(
+                f"weights 'int8': images are drawn on {self.device}; 8-bit products are for a CPU"
+            )
+        if on_cpu and (weights == "int8" or dtype == torch.bfloat16):
             self.model = pack_for_cpu(self.model, weights)
         self.model.compile_blocks()
 
