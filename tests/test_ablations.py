@@ -61,6 +61,9 @@ ALONE = [
     dict(mlp_ratio=2.7),
     dict(patch_size=2, base_grid=4, attention=["full"]),
     dict(position_table=8),
+    dict(text_compression=2),
+    dict(text_compression=4, attention=["full"], text_mask="real"),
+    dict(text_compression=8, attention=["full"], compression=[], position_reinforcement=False),
 ]
 
 

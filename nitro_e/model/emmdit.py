@@ -54,6 +54,8 @@ class ModelConfig(Architecture):
     ] = (4, 16, 4)
     # ratio of each path; [] is off, [2] a single path
     compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)
+    # text tokens pooled into one inside the compressed part; 1: all of them
+    text_compression: Annotated[int, Ge(1), Le(256)] = 1
     # add the positions again where tokens are reconstructed
     position_reinforcement: bool = True
     # affine: one shared modulation, with a scale and bias per block; single: shared alone; full: a layer per block
@@ -89,6 +91,8 @@ class ModelConfig(Architecture):
             raise ConfigError(
                 "position_reinforcement needs compression: there is no reconstruction to reinforce"
             )
+        if self.text_compression > 1 and not self.groups[1]:
+            raise ConfigError("text_compression needs blocks inside the compressed part: groups[1] is 0")
         if not self.attention:
             raise ConfigError("attention must name at least one pattern, for example [full]")
         for name in self.attention:
@@ -150,6 +154,10 @@ class ModelConfig(Architecture):
         inside = sum(full // ratio**2 for ratio in self.compression) if self.compression else full
         return full, inside, full
 
+    def text_tokens(self, length: int) -> tuple[int, int, int]:
+        """Count the text tokens in each of the three groups, for a text length."""
+        return length, length // self.text_compression, length
+
     def feature_maps(self, tap: int) -> tuple[int, ...]:
         """List (1,) outside the compressed part, and the ratio of each path inside."""
         self.check_taps([tap])
@@ -177,12 +185,14 @@ class ModelConfig(Architecture):
         return None
 
     def check_text_length(self, length: int) -> None:
-        multiple = math.lcm(*self.multiples)
+        before, inside, after = self.multiples
+        multiple = math.lcm(before, self.text_compression * inside, after)
         if length < 1 or length % multiple:
             below, above = length // multiple * multiple, -(-length // multiple) * multiple
             lengths = [near for near in (below, above) if near > 0] or [multiple]
+            pooled = f" with text_compression {self.text_compression}" if self.text_compression > 1 else ""
             raise ConfigError(
-                f"attention {list(self.attention)} needs multiples of {multiple} tokens, but the text has {length}; "
+                f"attention {list(self.attention)}{pooled} needs multiples of {multiple} tokens, but the text has {length}; "
                 f"the nearest text length that works: {' or '.join(map(str, lengths))}"
             )
 
@@ -211,6 +221,11 @@ class EMMDiT(Model):
         self.reinforce = self.position if c.position_reinforcement else layers.Skip()
         self.compress = layers.Compressor(width, c.compression) if c.compression else layers.Skip()
         self.reconstruct = layers.Reconstructor(width, c.compression) if c.compression else layers.Skip()
+        pooled, hidden = c.text_compression > 1, c.text_mask == "real"
+        self.compress_text = (
+            layers.TextCompressor(width, c.text_compression, hidden) if pooled else layers.Skip()
+        )
+        self.restore_text = layers.TextReconstructor(width, c.text_compression) if pooled else layers.Skip()
 
         last = c.depth - 1
         self.blocks = nn.ModuleList(
@@ -242,6 +257,10 @@ class EMMDiT(Model):
             nn.init.normal_(linear.weight, std=0.02)
         # the first prediction is zero
         nn.init.zeros_(self.out.weight)
+        # text leaves the compressed part as it came
+        for module in self.modules():
+            if isinstance(module, layers.TextReconstructor):
+                nn.init.zeros_(module.spread.weight)
         # modulation tables N(0, 1 / D), as released
         for module in self.modules():
             if isinstance(module, (layers.AffineModulation, layers.SingleModulation)):
@@ -277,9 +296,10 @@ class EMMDiT(Model):
 
         start, end = self.config.groups[0], self.config.groups[0] + self.config.groups[1]
         image, words = self.run_blocks(range(start), image, words, time, text.mask, tapped)
-        saved = image
-        image = self.compress(image, grid)
-        image, words = self.run_blocks(range(start, end), image, words, time, text.mask, tapped)
+        saved, saved_words = image, words
+        image, pooled = self.compress(image, grid), self.compress_text(words, text.mask)
+        image, words = self.run_blocks(range(start, end), image, pooled, time, text.mask, tapped)
+        words = self.restore_text(words, pooled, saved_words)
         image = self.reinforce(self.reconstruct(image, saved, grid), grid)
         image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
 
@@ -296,7 +316,7 @@ class EMMDiT(Model):
         tapped: dict[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Run a group of blocks, and put the image tokens after those that `tapped` counts into it."""
-        visible = self.key_mask(image, mask)  # (B, N + L) or None
+        visible = self.key_mask(image, words, mask)  # (B, N + L) or None
         # under torch.func and forward-mode AD blocks run as they are: neither compiled nor checkpointed
         plain = transformed()
         eager = (
@@ -350,11 +370,15 @@ class EMMDiT(Model):
         self.compiled = True
 
 
-def no_key_mask(image: Tensor, text_mask: Tensor) -> None:
+def no_key_mask(image: Tensor, words: Tensor, text_mask: Tensor) -> None:
     """Attend to every position, padding included, as the released weights expect."""
     return None
 
 
-def real_key_mask(image: Tensor, text_mask: Tensor) -> Tensor:
-    """Attend to all image tokens and the real text tokens: (B, N + L) bool."""
-    return torch.cat([text_mask.new_ones(image.shape[:2]), text_mask], dim=1)
+def real_key_mask(image: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
+    """Attend to all image tokens and the text tokens that stand for a real one: (B, N + L) bool.
+
+    text_mask: (B, R L), R rows for each of the L text tokens.
+    """
+    real = text_mask.unflatten(1, (words.shape[1], -1)).any(2)
+    return torch.cat([text_mask.new_ones(image.shape[:2]), real], dim=1)

@@ -408,3 +408,39 @@ class Reconstructor(nn.Module):
         parts = x.split([saved.shape[1] // ratio**2 for ratio in self.ratios], dim=1)
         full = [path(unfold(part, grid, ratio)) for path, part, ratio in zip(self.paths, parts, self.ratios)]
         return self.merge(torch.cat([*full, saved], dim=-1))
+
+
+class TextCompressor(nn.Module):
+    """Pool each run of r text tokens into one, for the compressed part: (B, L, D) -> (B, L / r, D)."""
+
+    def __init__(self, width: int, ratio: int, hide_padding: bool) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.pool = nn.Linear(ratio * width, width)
+        self.visible: Callable[[Tensor, Tensor], Tensor] = zero_padding if hide_padding else keep_padding
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        return self.pool(rearrange(self.visible(text, mask), "b (l r) d -> b l (r d)", r=self.ratio))
+
+
+def zero_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Zero the padded positions, so that pooling does not mix them into real ones."""
+    return text.masked_fill(~mask[:, :, None], 0.0)
+
+
+def keep_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Pool all positions alike: padding takes part in attention too."""
+    return text
+
+
+class TextReconstructor(nn.Module):
+    """Give what the compressed part has changed in each pooled text token back to its r saved ones."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.spread = nn.Linear(width, ratio * width)
+
+    def forward(self, text: Tensor, pooled: Tensor, saved: Tensor) -> Tensor:
+        """text, pooled: (B, L / r, D) after and before the compressed blocks; saved: (B, L, D). Returns (B, L, D)."""
+        return saved + rearrange(self.spread(text - pooled), "b l (r d) -> b (l r) d", r=self.ratio)

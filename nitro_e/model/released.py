@@ -26,7 +26,12 @@ PROJECTOR = "projectors."
 
 # what every released model has, and its weights do not show
 RELEASED_CHOICES = dict(
-    compression=(2, 4), position_reinforcement=True, modulation="affine", qk_norm=True, text_mask="none"
+    compression=(2, 4),
+    text_compression=1,
+    position_reinforcement=True,
+    modulation="affine",
+    qk_norm=True,
+    text_mask="none",
 )
 RELEASED_CYCLES = (("full", "4x1", "4x4"), ("full",))  # 512 px and 1024 px
 

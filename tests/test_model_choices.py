@@ -1,0 +1,119 @@
+"""What the choices of `ModelConfig` that the paper does not have compute, by formulas and by slower code."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_ablations import build, inputs, perturb
+from torch import Tensor
+
+from nitro_e.config import ConfigError
+from nitro_e.interfaces import TextEmbedding
+from nitro_e.model import EMMDiT, ModelConfig, describe, layers, released
+from nitro_e.model.cpu.packing import pack_for_cpu
+
+# one after the other, and what the released format says to it
+CHOICES: list[dict] = [dict(text_compression=2)]
+
+
+def name(choices: dict) -> str:
+    return "-".join(f"{key}={value}" for key, value in choices.items())
+
+
+def gradients(model: EMMDiT) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(*inputs(model.config)).square().sum().backward()
+    return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=name)
+def test_checkpointing_gives_the_same_gradients(choices):
+    model = perturb(build(**choices))
+    expected = gradients(model)
+    model.gradient_checkpointing = True
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[key], msg=key)
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=name)
+def test_packing_for_a_cpu_keeps_the_velocity(choices):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no AVX-512")
+    model = perturb(build(**choices)).eval()
+    with torch.no_grad():
+        expected = model(*inputs(model.config))
+        error = pack_for_cpu(model.bfloat16())(*inputs(model.config)).float() - expected
+    assert error.norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=name)
+def test_the_released_format_refuses_it_by_name(choices):
+    for key, value in choices.items():
+        with pytest.raises(ConfigError, match=f"the released format has {key} .* only; this model has"):
+            released.check_representable(dataclasses.replace(ModelConfig(), **{key: value}))
+
+
+# ---- text_compression
+
+
+def test_means_of_runs_are_a_case_of_pooling():
+    compressor = layers.TextCompressor(6, 4, hide_padding=False)
+    with torch.no_grad():
+        compressor.pool.weight.copy_(torch.eye(6).repeat(1, 4) / 4)
+        compressor.pool.bias.zero_()
+        text = torch.randn(2, 8, 6)
+        pooled = compressor(text, torch.ones(2, 8, dtype=torch.bool))
+    torch.testing.assert_close(pooled, text.view(2, 2, 4, 6).mean(2))
+
+
+def test_text_leaves_the_compressed_part_as_it_came_at_first():
+    model = build(text_compression=2)
+    saved, pooled, text = torch.randn(2, 8, 16), torch.randn(2, 4, 16), torch.randn(2, 4, 16)
+    assert torch.equal(model.restore_text(text, pooled, saved), saved)
+    torch.nn.init.eye_(
+        model.restore_text.spread.weight
+    )  # the first of two rows takes the change, the other nothing
+    restored = model.restore_text(text, pooled, saved).detach()
+    torch.testing.assert_close(restored[:, 0::2], saved[:, 0::2] + text - pooled)
+    assert torch.equal(restored[:, 1::2], saved[:, 1::2])
+
+
+def test_the_gradient_reaches_every_row_of_pooled_text():
+    model = perturb(build(text_compression=4, attention=["full"]))
+    x, t, text = inputs(model.config)
+    tokens = text.tokens.requires_grad_()
+    model(x, t, text).square().sum().backward()
+    assert tokens.grad.abs().amax(2).min() > 0
+
+
+def test_padding_that_is_hidden_is_not_pooled_either():
+    model = perturb(build(text_compression=4, attention=["full"], text_mask="real"))
+    x, t, text = inputs(model.config)  # 8 and 3 real rows of 8
+    other = torch.where(text.mask[..., None], text.tokens, text.tokens + 1)
+    with torch.no_grad():
+        velocity = model(x, t, text)
+        torch.testing.assert_close(model(x, t, TextEmbedding(other, text.mask)), velocity)
+        # a pooled row that holds a real one is seen: the third row counts, the second half does not
+        cut = TextEmbedding(text.tokens, text.mask & (torch.arange(8) < 2))
+        assert (model(x, t, cut) - velocity).abs().max() > 1e-4
+
+
+def test_what_pooled_text_saves_and_costs():
+    plain, pooled = ModelConfig(), ModelConfig(text_compression=4)
+    d = plain.width
+    maps = 2 * 32 * (4 * d * d) * 2
+    assert (describe.total(pooled).flops - maps) / describe.total(plain).flops == pytest.approx(
+        0.769, abs=0.01
+    )
+    assert describe.total(pooled).parameters - describe.total(plain).parameters == 8 * d * d + 5 * d
+    inside = next(part for part in describe.parts(pooled) if part.name == "blocks inside")
+    assert (inside.image_tokens, inside.text_tokens) == (80, 32)
+
+
+def test_text_lengths_that_cannot_be_pooled_are_refused_with_the_nearest():
+    config = ModelConfig(text_compression=4)  # 4 x 4 x 4: the pooled rows are dealt out by the pattern 4x4
+    config.check_text_length(128)
+    with pytest.raises(ConfigError, match=r"text_compression 4 needs multiples of 64 tokens.* 64 or 128"):
+        config.check_text_length(96)
+    with pytest.raises(ConfigError, match="text_compression needs blocks inside"):
+        ModelConfig(text_compression=2, groups=(4, 0, 4))
