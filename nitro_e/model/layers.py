@@ -243,6 +243,14 @@ def keep_qk(qk: Tensor, *norms: nn.Module) -> Tensor:
     return qk
 
 
+class FusedLinear(nn.Linear):
+    """Several linear layers of one input and of equal widths, computed as one; Muon can take them apart."""
+
+    def __init__(self, features: int, width: int, parts: int) -> None:
+        super().__init__(features, parts * width)
+        self.parts = parts
+
+
 class AttentionInput(nn.Module):
     """Project the tokens of one stream to queries, keys and values."""
 
@@ -250,7 +258,7 @@ class AttentionInput(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = LayerNorm(width, eps=1e-5)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = FusedLinear(width, width, parts=3)
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.normalise: Callable[..., Tensor] = normalise_qk if qk_norm else keep_qk
