@@ -11,9 +11,13 @@ from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe, layers, released
 from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.model.prediction import PredictData, PredictVelocity
+from nitro_e.sampling import flow
+from nitro_e.sampling.flow import time_grid
+from nitro_e.sampling.samplers import euler
 
 # one after the other, and what the released format says to it
-CHOICES: list[dict] = [dict(text_compression=2)]
+CHOICES: list[dict] = [dict(text_compression=2), dict(prediction="data")]
 
 
 def name(choices: dict) -> str:
@@ -117,3 +121,69 @@ def test_text_lengths_that_cannot_be_pooled_are_refused_with_the_nearest():
         config.check_text_length(96)
     with pytest.raises(ConfigError, match="text_compression needs blocks inside"):
         ModelConfig(text_compression=2, groups=(4, 0, 4))
+
+
+# ---- prediction: data
+
+
+def path(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    data, noise = torch.randn(2, len(t), 3, 4, 4, dtype=torch.float64)
+    return data, noise, flow.interpolate(data, noise, t)
+
+
+def test_the_data_gives_the_true_velocity_and_no_loss():
+    t = torch.tensor([0.05, 0.3, 1.0], dtype=torch.float64)
+    data, noise, x = path(t)
+    predict = PredictData(0.05)
+    velocity = predict.velocity(data, x, t)
+    torch.testing.assert_close(velocity, noise - data, rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict.target(noise - data, t), velocity, rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_the_error_of_data_over_t_squared():
+    t = torch.tensor([0.0, 0.01, 0.3, 1.0], dtype=torch.float64)
+    data, noise, x = path(t)
+    predict, out = PredictData(0.05), torch.randn_like(x)
+    loss = (predict.velocity(out, x, t) - predict.target(noise - data, t)).square().flatten(1).mean(1)
+    expected = (out - data).square().flatten(1).mean(1) / t.clamp(min=0.05) ** 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_both_predictions_have_the_same_optimum():
+    """Of Gaussian data, where the best prediction is affine in x: the conditional mean of the velocity."""
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 200_000, 1, 1, 1, dtype=torch.float64, generator=generator)
+    data = 0.5 * data + 2
+    for value in (0.1, 0.4, 0.9):
+        t = torch.full((len(data),), value, dtype=torch.float64)
+        x = flow.interpolate(data, noise, t)
+        inputs = torch.cat([x.flatten(1), torch.ones(len(x), 1)], dim=1)
+        fits = []
+        for predict in (PredictVelocity(), PredictData(0.05)):
+            # velocities are affine in what the layer gives: two evaluations tell how
+            start = predict.velocity(torch.zeros_like(x), x, t).flatten(1)
+            slope = predict.velocity(torch.ones_like(x), x, t).flatten(1) - start
+            target = predict.target(noise - data, t).flatten(1)
+            out = inputs @ torch.linalg.lstsq(inputs, (target - start) / slope).solution
+            fits.append(start + slope * out)
+        torch.testing.assert_close(fits[0], fits[1])
+        mean = (1 - value) * 2
+        variance = (1 - value) ** 2 * 0.25 + value**2
+        exact = -2 + (value - (1 - value) * 0.25) / variance * (x.flatten(1) - mean)
+        torch.testing.assert_close(fits[1], exact, rtol=0, atol=0.03)
+
+
+def test_euler_ends_at_predicted_data():
+    data, predict = torch.randn(2, 3, 4, 4), PredictData(0.05)
+    velocity = lambda x, t: predict.velocity(data, x, t)  # noqa: E731
+    end = euler(velocity, torch.randn(2, 3, 4, 4), time_grid(20, "linear"))
+    torch.testing.assert_close(end, data, rtol=0, atol=1e-6)
+
+
+def test_the_model_is_the_same_but_for_what_its_last_layer_means():
+    velocity, data = perturb(build()), build(prediction="data")
+    data.load_state_dict(velocity.state_dict())
+    x, t, text = inputs(data.config)
+    with torch.no_grad():
+        expected = (x - velocity(x, t, text)) / t.clamp(min=0.05)[:, None, None, None]
+        assert torch.equal(data(x, t, text), expected)

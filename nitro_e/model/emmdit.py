@@ -26,6 +26,7 @@ from nitro_e.config import ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import AdapterLayer, Architecture, Grid, Model, TextEmbedding
 from nitro_e.model import layers, names
 from nitro_e.model.layers import Region
+from nitro_e.model.prediction import PredictData, Prediction, PredictVelocity
 from nitro_e.model.transforms import transformed
 
 
@@ -65,6 +66,9 @@ class ModelConfig(Architecture):
     qk_norm: bool = True  # RMS norm of queries and keys
     # real: padded text positions are hidden; the released weights attend to them
     text_mask: Literal["none", "real"] = "none"
+    # of the last layer; data: the velocity is (x - data) / t, with t at least prediction_floor
+    prediction: Literal["velocity", "data"] = "velocity"
+    prediction_floor: Annotated[float, Gt(0), Le(1)] = 0.05
     # mean of the residual gates at the start; released: random
     gate_init: Literal["random", "zero", "one"] = "random"
     # tokens per side of the training resolution
@@ -236,6 +240,9 @@ class EMMDiT(Model):
         )
         self.norm_out = layers.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, c.latent_channels * c.patch_size**2)
+        self.prediction: Prediction = (
+            PredictData(c.prediction_floor) if c.prediction == "data" else PredictVelocity()
+        )
         self.compiled = False
         self.initialize()
 
@@ -255,7 +262,7 @@ class EMMDiT(Model):
         # a small time embedding, as in DiT
         for linear in (self.time.linear_in, self.time.linear_out):
             nn.init.normal_(linear.weight, std=0.02)
-        # the first prediction is zero
+        # the last layer gives zero
         nn.init.zeros_(self.out.weight)
         # text leaves the compressed part as it came
         for module in self.modules():
@@ -303,8 +310,8 @@ class EMMDiT(Model):
         image = self.reinforce(self.reconstruct(image, saved, grid), grid)
         image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
 
-        velocity = self.unpatchify(self.out(self.norm_out(image)), grid)
-        return velocity, [tapped[tap] for tap in taps]
+        out = self.unpatchify(self.out(self.norm_out(image)), grid)
+        return self.prediction.velocity(out, x, t), [tapped[tap] for tap in taps]
 
     def run_blocks(
         self,
@@ -343,6 +350,9 @@ class EMMDiT(Model):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
     # ---- what the stages ask for
+
+    def velocity_target(self, velocity: Tensor, t: Tensor) -> Tensor:
+        return self.prediction.target(velocity, t)
 
     def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
         words = self.text(text.tokens.to(self.text.weight.dtype)).float()  # (B, L, D)

@@ -32,6 +32,7 @@ RELEASED_CHOICES = dict(
     modulation="affine",
     qk_norm=True,
     text_mask="none",
+    prediction="velocity",
 )
 RELEASED_CYCLES = (("full", "4x1", "4x4"), ("full",))  # 512 px and 1024 px
 
