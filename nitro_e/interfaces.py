@@ -275,6 +275,10 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Predict a worse velocity by a part of the model alone, which guidance leads away from; see `forward`."""
+        raise self._lacks("weak pass; use guidance: text")
+
     def velocity_target(self, velocity: Tensor, t: Tensor) -> Tensor:
         """Return what `forward` is trained towards at t (B,) where `noise - data` (B, C, h, w) is the true velocity."""
         return velocity

@@ -61,6 +61,7 @@ ALONE = [
     dict(mlp_ratio=2.7),
     dict(patch_size=2, base_grid=4, attention=["full"]),
     dict(position_table=8),
+    dict(path_drop=0.1),
     dict(prediction="data"),
     dict(prediction="data", prediction_floor=0.5, patch_size=2, base_grid=4, attention=["full"]),
     dict(text_compression=2),

@@ -49,7 +49,13 @@ def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tup
         *((config, (8, 16), 20) for _, config in describe.ablations(MICRO, (8, 16), 20)),
         (dataclasses.replace(MICRO, patch_size=2, base_grid=16, mlp_ratio=1.7, groups=(0, 3, 1)), (16, 8), 4),
         (dataclasses.replace(MICRO, compression=(4, 2), groups=(2, 0, 2), text_mask="real"), (8, 8), 4),
-        (dataclasses.replace(MICRO, text_compression=5, attention=("full",), groups=(1, 2, 2)), (8, 8), 10),
+        (
+            dataclasses.replace(
+                MICRO, text_compression=5, path_drop=0.1, attention=("full",), groups=(1, 2, 2)
+            ),
+            (8, 8),
+            10,
+        ),
     ],
     ids=str,
 )

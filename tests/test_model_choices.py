@@ -13,11 +13,12 @@ from nitro_e.model import EMMDiT, ModelConfig, describe, layers, released
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.prediction import PredictData, PredictVelocity
 from nitro_e.sampling import flow
+from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.flow import time_grid
-from nitro_e.sampling.samplers import euler
+from nitro_e.sampling.samplers import euler, guide, scale_time
 
 # one after the other, and what the released format says to it
-CHOICES: list[dict] = [dict(text_compression=2), dict(prediction="data")]
+CHOICES: list[dict] = [dict(text_compression=2), dict(path_drop=0.1), dict(prediction="data")]
 
 
 def name(choices: dict) -> str:
@@ -187,3 +188,69 @@ def test_the_model_is_the_same_but_for_what_its_last_layer_means():
     with torch.no_grad():
         expected = (x - velocity(x, t, text)) / t.clamp(min=0.05)[:, None, None, None]
         assert torch.equal(data(x, t, text), expected)
+
+
+# ---- path_drop
+
+
+def test_a_dropped_row_does_not_know_the_compressed_blocks():
+    """Neither their weights nor their gradients; the other row is what it is without path_drop."""
+    model = perturb(build(path_drop=0.1, text_compression=2))
+    arguments = inputs(model.config)
+    velocity, _ = model.forward_intermediates(*arguments, drop=torch.tensor([True, False]))
+    inside = [p for name, p in model.named_parameters() if name.startswith(("blocks.1.", "compress"))]
+    velocity[0].square().sum().backward(retain_graph=True)
+    assert not any(p.grad.any() for p in inside) and model.drop_tokens.absent.grad.any()
+    model.zero_grad()
+    velocity[1].square().sum().backward()
+    assert inside[-1].grad.any() and not model.drop_tokens.absent.grad.any()
+    plain = build(text_compression=2)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "drop_tokens.absent"})
+    with torch.no_grad():
+        torch.testing.assert_close(velocity[1], plain(*arguments)[1])
+
+
+def test_the_weak_pass_is_that_of_dropped_rows_without_the_blocks():
+    model = perturb(build(path_drop=0.1, text_compression=2))
+    arguments = inputs(model.config)
+    calls = []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, index=index: calls.append(index))
+    with torch.no_grad():
+        dropped, _ = model.forward_intermediates(*arguments, drop=torch.ones(2, dtype=torch.bool))
+        calls.clear()
+        torch.testing.assert_close(model.weak(*arguments), dropped)
+    assert calls == [0, 2]
+    with pytest.raises(ConfigError, match="need weights that were trained with model.path_drop"):
+        build().weak(*arguments)
+
+
+def test_a_step_guided_by_the_path_costs_one_pass_and_the_outer_blocks():
+    model = perturb(build(path_drop=0.1))
+    x, t, text = inputs(model.config)
+    other = text.take([1, 0])
+    calls = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for kind, weak_text in (("path", text), ("both", other)):
+            calls.clear()
+            guided = guide(model, text, other, 3.0, kind=kind)(x, t)
+            assert len(calls) == 3 + 2
+            weak = model.weak(x, t, weak_text)
+            torch.testing.assert_close(guided, weak + 3 * (model(x, t, text) - weak))
+            calls.clear()
+            assert torch.equal(guide(model, text, other, 1.0, kind=kind)(x, t), model(x, t, text))
+            assert len(calls) == 3 + 3
+        for step in (ReusedBlocks(model, 1), scale_time(model, 0.5)):
+            now = t if isinstance(step, ReusedBlocks) else t / 0.5
+            again = guide(step, text, other, 3.0, kind="both")(x, now)
+            torch.testing.assert_close(again, guided)
+    share = describe.weak_pass(ModelConfig(path_drop=0.1))
+    assert share == pytest.approx(0.5, abs=0.01)
+
+
+def test_path_drop_needs_a_path():
+    for choices in (dict(compression=(), position_reinforcement=False), dict(groups=(4, 0, 4))):
+        with pytest.raises(ConfigError, match="path_drop needs compression and blocks inside"):
+            ModelConfig(path_drop=0.1, **choices)

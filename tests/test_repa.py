@@ -124,3 +124,19 @@ def test_after_its_end_the_projectors_are_out_of_the_graph(projector):
     assert flops[1] < flops[0]
     plain = stage_of(10, model=stage.model)
     torch.testing.assert_close(loss, loss_of(plain, 5)[0])
+
+
+def test_rows_to_drop_are_drawn_per_sample():
+    """The same for a sample alone and in a batch, and after the draws that were there before."""
+    stage = stage_of(model=perturb(build(path_drop=0.5)))
+    seen = []
+    stage.model.drop_tokens.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    batch = batch_at(0, stage)
+    stage.loss(stage.projected, batch, SampleRandom("drop", first=0, count=2))
+    for row in range(2):
+        one = Batch(batch.latents[[row]], batch.text.take([row]), ["a"], ["0"])
+        stage.loss(stage.projected, one, SampleRandom("drop", first=row, count=1))
+    assert torch.equal(seen[0], torch.cat(seen[1:]))
+    rng = SampleRandom("drop", first=0, count=2)
+    rng.normal(*batch.latents.shape[1:]), rng.normal(), rng.uniform()
+    assert torch.equal(seen[0], rng.uniform() < 0.5)

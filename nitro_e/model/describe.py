@@ -100,6 +100,13 @@ def total(config: Architecture, grid: Grid | None = None, text_length: int = 128
     return _sum("total", parts(config, grid, text_length))
 
 
+def weak_pass(config: ModelConfig, grid: Grid | None = None, text_length: int = 128) -> float:
+    """Return the FLOPs of a pass without the compressed blocks, as a share of those of a whole one."""
+    counts = parts(config, grid, text_length)
+    skipped = sum(count.flops for count in counts if count.name == "blocks inside")
+    return 1 - skipped / sum(count.flops for count in counts)
+
+
 def ablations(config: ModelConfig, grid: Grid, text_length: int = 128) -> list[tuple[str, ModelConfig]]:
     """List configs with one idea of the paper switched off or replaced, as far as the grid allows it."""
     off: dict[str, Any] = dict(compression=(), position_reinforcement=False)
@@ -211,6 +218,7 @@ def _part(name: str, group_of_block: list[int]) -> str:
         "compress_text": "compression",
         "reconstruct": "reconstruction",
         "restore_text": "reconstruction",
+        "drop_tokens": "reconstruction",
         "out": "output",
     }[first]
 

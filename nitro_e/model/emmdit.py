@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nitro_e.config import ConfigError, Ge, Gt, Le
+from nitro_e.config import ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import AdapterLayer, Architecture, Grid, Model, TextEmbedding
 from nitro_e.model import layers, names
 from nitro_e.model.layers import Region
@@ -57,6 +57,8 @@ class ModelConfig(Architecture):
     compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)
     # text tokens pooled into one inside the compressed part; 1: all of them
     text_compression: Annotated[int, Ge(1), Le(256)] = 1
+    # share of training samples that go without the compressed blocks, so that a pass without them can guide
+    path_drop: Fraction = 0.0
     # add the positions again where tokens are reconstructed
     position_reinforcement: bool = True
     # affine: one shared modulation, with a scale and bias per block; single: shared alone; full: a layer per block
@@ -97,6 +99,10 @@ class ModelConfig(Architecture):
             )
         if self.text_compression > 1 and not self.groups[1]:
             raise ConfigError("text_compression needs blocks inside the compressed part: groups[1] is 0")
+        if self.path_drop and not (self.compression and self.groups[1]):
+            raise ConfigError(
+                "path_drop needs compression and blocks inside it: there is nothing else to drop"
+            )
         if not self.attention:
             raise ConfigError("attention must name at least one pattern, for example [full]")
         for name in self.attention:
@@ -231,6 +237,9 @@ class EMMDiT(Model):
         )
         self.restore_text = layers.TextReconstructor(width, c.text_compression) if pooled else layers.Skip()
 
+        self.drop_tokens = layers.DropTokens(width) if c.path_drop else layers.Skip()
+        self.drop_update = layers.DropUpdate() if c.path_drop else layers.Skip()
+
         last = c.depth - 1
         self.blocks = nn.ModuleList(
             (layers.LastBlock if index == last else layers.Block)(
@@ -268,6 +277,10 @@ class EMMDiT(Model):
         for module in self.modules():
             if isinstance(module, layers.TextReconstructor):
                 nn.init.zeros_(module.spread.weight)
+        # a dropped path is zero
+        for module in self.modules():
+            if isinstance(module, layers.DropTokens):
+                nn.init.zeros_(module.absent)
         # modulation tables N(0, 1 / D), as released
         for module in self.modules():
             if isinstance(module, (layers.AffineModulation, layers.SingleModulation)):
@@ -290,9 +303,17 @@ class EMMDiT(Model):
     # ---- forward
 
     def forward_intermediates(
-        self, x: Tensor, t: Tensor, text: TextEmbedding, taps: Sequence[int] = ()
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextEmbedding,
+        taps: Sequence[int] = (),
+        drop: Tensor | None = None,
+        weak: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
+        """See `Model`. With path_drop: drop, (B,) bool, names rows to drop; weak drops all, and skips the blocks."""
         self.config.check_taps(taps)
+        drop = torch.full_like(t, weak, dtype=torch.bool) if drop is None else drop
         grid = self.config.latent_grid(*x.shape[-2:])
         self.config.check_grid(*grid, text.tokens.shape[1])
 
@@ -305,8 +326,10 @@ class EMMDiT(Model):
         image, words = self.run_blocks(range(start), image, words, time, text.mask, tapped)
         saved, saved_words = image, words
         image, pooled = self.compress(image, grid), self.compress_text(words, text.mask)
-        image, words = self.run_blocks(range(start, end), image, pooled, time, text.mask, tapped)
+        inside = range(start, start if weak else end)
+        image, words = self.run_blocks(inside, image, pooled, time, text.mask, tapped)
         words = self.restore_text(words, pooled, saved_words)
+        image, words = self.drop_tokens(image, drop), self.drop_update(words, saved_words, drop)
         image = self.reinforce(self.reconstruct(image, saved, grid), grid)
         image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
 
@@ -348,6 +371,13 @@ class EMMDiT(Model):
     def unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
         p = self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
+
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        if not self.config.path_drop:
+            raise ConfigError(
+                "guidance 'path' and 'both' need weights that were trained with model.path_drop; use guidance: text"
+            )
+        return self.forward_intermediates(x, t, text, weak=True)[0]
 
     # ---- what the stages ask for
 

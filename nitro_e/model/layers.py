@@ -452,3 +452,26 @@ class TextReconstructor(nn.Module):
     def forward(self, text: Tensor, pooled: Tensor, saved: Tensor) -> Tensor:
         """text, pooled: (B, L / r, D) after and before the compressed blocks; saved: (B, L, D). Returns (B, L, D)."""
         return saved + rearrange(self.spread(text - pooled), "b l (r d) -> b (l r) d", r=self.ratio)
+
+
+# ------------------------------------------------------------------------------------------------- path drop
+
+
+class DropTokens(nn.Module):
+    """Put a learned vector in the place of what the compressed blocks gave, in dropped rows (SPRINT, arXiv 2510.21986)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.absent = nn.Parameter(torch.empty(width))
+
+    def forward(self, image: Tensor, drop: Tensor) -> Tensor:
+        """image: (B, N, D); drop: (B,) bool."""
+        return torch.where(drop[:, None, None], self.absent.to(image.dtype), image)
+
+
+class DropUpdate(nn.Module):
+    """Leave the text as it was before the compressed blocks, in dropped rows."""
+
+    def forward(self, text: Tensor, saved: Tensor, drop: Tensor) -> Tensor:
+        """text, saved: (B, L, D) after and before the blocks; drop: (B,) bool."""
+        return torch.where(drop[:, None, None], saved, text)

@@ -28,6 +28,7 @@ PROJECTOR = "projectors."
 RELEASED_CHOICES = dict(
     compression=(2, 4),
     text_compression=1,
+    path_drop=0.0,
     position_reinforcement=True,
     modulation="affine",
     qk_norm=True,

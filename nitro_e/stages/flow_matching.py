@@ -102,7 +102,12 @@ class FlowMatching:
         repa = self.config.repa if batch.step < self.aligned_steps else None
         if repa is None:
             self.projected.retire_projectors()
-        velocity, projected = net(flow.interpolate(batch.latents, noise, t), t, text, repa is not None)
+        # models without path_drop know no rows to drop
+        path_drop = getattr(self.model.config, "path_drop", 0)
+        rows = {"drop": rng.uniform() < path_drop} if path_drop else {}
+        velocity, projected = net(
+            flow.interpolate(batch.latents, noise, t), t, text, repa is not None, **rows
+        )
         target = self.model.velocity_target(flow.velocity_target(batch.latents, noise), t)
         error = velocity.float() - target  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)

@@ -99,10 +99,13 @@ class ProjectedModel(nn.Module):
             self.add_module(name, projector)
 
     def forward(
-        self, x: Tensor, t: Tensor, text: TextEmbedding, align: bool = True
+        self, x: Tensor, t: Tensor, text: TextEmbedding, align: bool = True, **rows: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the velocity, and the projected tokens (B, N, F) of every tap, or none if not `align`."""
-        velocity, tokens = self.model.forward_intermediates(x, t, text, self.taps if align else ())
+        """Return the velocity, and the projected tokens (B, N, F) of every tap, or none if not `align`.
+
+        rows: more that some models take, a value per row.
+        """
+        velocity, tokens = self.model.forward_intermediates(x, t, text, self.taps if align else (), **rows)
         grid = self.model.config.latent_grid(*x.shape[-2:])
         projectors = [self.get_submodule(name) for name in self.names]
         return velocity, [project(part, grid) for project, part in zip(projectors, tokens)]
