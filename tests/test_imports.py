@@ -22,7 +22,7 @@ rewards: config files interfaces encoders
 shapes: config interfaces rewards
 data: config files interfaces randomness record rewards shapes
 data.making: config files interfaces randomness record data sampling
-evaluation: config files interfaces randomness record model sampling rewards shapes data
+evaluation: config files interfaces randomness record model encoders sampling rewards shapes data
 stages.assembly: config interfaces record model encoders sampling training data
 stages.batches: config interfaces data
 stages.first_weights: config interfaces randomness record model training stages.assembly
@@ -60,6 +60,7 @@ OWNERS = {
     "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
     "gradio": {"serving.page"},
+    "torch_fidelity": {"evaluation.distances"},
 }
 
 
