@@ -95,10 +95,16 @@ def test_dpg_counts_a_question_only_where_its_parents_are_right(tmp_path, answer
     scorer.load()
     dpg = scorer._columns[0].reward
     prompt = read_dpg(write_dpg(tmp_path / "dpg.csv"))[0]
-    for answers, right in [
-        ("yes yes yes yes", 4), ("no yes yes yes", 1), ("yes no yes yes", 3), ("yes yes no yes", 2), ("no no no no", 0),
-    ]:  # fmt: skip
-        monkeypatch.setattr(dpg, "answer", lambda *_, found=answers.split(): found)
+    cases = {
+        "yes yes yes yes": 4,
+        "no yes yes yes": 1,
+        "yes no yes yes": 3,
+        "yes yes no yes": 2,
+        "no no no no": 0,
+    }
+    for answers, right in cases.items():
+        given = answers.split()
+        monkeypatch.setattr(dpg, "answer", lambda *_, given=given: given)
         values = scorer(torch.zeros(1, 3, 32, 32), [prompt.text], [prompt.info]).values
         assert values.item() == right / 4
     with pytest.raises(ConfigError, match="dpg_bench.csv"):
@@ -120,7 +126,11 @@ def test_answers_are_those_of_transformers_own_use(answering):
     expected = []
     for question in questions:
         inputs = processor(images=image, text=question, return_tensors="pt")
-        expected.append(processor.decode(model.generate(**inputs, max_new_tokens=10)[0], skip_special_tokens=True).strip().lower())
+        expected.append(
+            processor.decode(model.generate(**inputs, max_new_tokens=10)[0], skip_special_tokens=True)
+            .strip()
+            .lower()
+        )
     assert dpg._columns[0].reward.answer(pixels, questions) == expected
 
 
@@ -129,13 +139,24 @@ def test_benchmarks_run_and_continue(tmp_path, answering, capsys):
     clip, out, model = str(tmp_path / "clip"), tmp_path / "out", str(tiny_model(tmp_path / "model"))
     parti, dpg = write_parti(tmp_path / "parti.tsv"), write_dpg(tmp_path / "dpg.csv")
     runs = {
-        "hpsv2": [str(write_hpsv2(tmp_path / "hpsv2")), "--reward-path", clip, "--reward-option", f"base={clip}"],
+        "hpsv2": [
+            str(write_hpsv2(tmp_path / "hpsv2")),
+            "--reward-path",
+            clip,
+            "--reward-option",
+            f"base={clip}",
+        ],
         "clipscore": [str(parti), "--reward-path", clip],
         "parti": [str(parti), "--reward", "clipscore", "--reward-path", clip],
         "dpg": [str(dpg), "--reward-path", str(answering)],
     }
     images = {"hpsv2": 8, "clipscore": 2, "parti": 2, "dpg": 8}
-    tasks = {"hpsv2": set(HPSV2_STYLES), "clipscore": {"all"}, "parti": {"Abstract", "Animals"}, "dpg": {"all"}}
+    tasks = {
+        "hpsv2": set(HPSV2_STYLES),
+        "clipscore": {"all"},
+        "parti": {"Abstract", "Animals"},
+        "dpg": {"all"},
+    }
     for name, arguments in runs.items():
         command = [name, model, "--out", str(out / name), "--prompts", *arguments]
         assert tool.main([*command, "--draw-only"]) == 0
@@ -148,4 +169,7 @@ def test_benchmarks_run_and_continue(tmp_path, answering, capsys):
         assert set(score["tasks"]) == tasks[name] and score["unscored"] == 0
     capsys.readouterr()
     assert tool.main(["dpg", model]) == 2 and "needs --prompts, dpg_bench.csv" in capsys.readouterr().err
-    assert tool.main(["parti", model, "--prompts", str(parti)]) == 2 and "--reward NAME" in capsys.readouterr().err
+    assert (
+        tool.main(["parti", model, "--prompts", str(parti)]) == 2
+        and "--reward NAME" in capsys.readouterr().err
+    )

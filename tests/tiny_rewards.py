@@ -231,11 +231,32 @@ def save_vqa(folder: Path, seed: int = 5) -> Path:
     )
 
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "is", "there", "the", "red", "cat", "dog", "yes", "no"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "is",
+        "there",
+        "the",
+        "red",
+        "cat",
+        "dog",
+        "yes",
+        "no",
+    ]
     (folder / "vocab.txt").write_text("\n".join(words))
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
-    text = {**sizes, **tokens, "vocab_size": len(words), "encoder_hidden_size": 16, "max_position_embeddings": 40}
+    text = {
+        **sizes,
+        **tokens,
+        "vocab_size": len(words),
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 40,
+    }
     config = BlipConfig(
         text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=8
     )
