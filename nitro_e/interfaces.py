@@ -275,6 +275,14 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Predict a worse velocity by a part of the model alone, which guidance leads away from; see `forward`."""
+        raise self._lacks("weak pass; use guidance: text")
+
+    def velocity_target(self, velocity: Tensor, t: Tensor) -> Tensor:
+        """Return what `forward` is trained towards at t (B,) where `noise - data` (B, C, h, w) is the true velocity."""
+        return velocity
+
     def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
         """Return float32 features (B, width) of the times and of the real text tokens, for discriminators."""
         raise self._lacks("features of time and text, which adversarial distillation needs")
@@ -311,6 +319,7 @@ class Batch:
     keys: list[str]  # "shard.tar:key" of every sample, for reports
     features: Tensor | None = None  # (B, h*w, F), only when REPA asks for it
     info: list[dict] = field(default_factory=list)  # the sample's json member, if any
+    step: int = 0  # the optimiser step that it is for
 
 
 LossFn = Callable[[nn.Module, Any, "SampleRandom"], tuple[Tensor, dict[str, Tensor]]]

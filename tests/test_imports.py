@@ -26,7 +26,9 @@ evaluation: config files interfaces randomness record model encoders sampling re
 stages.assembly: config interfaces record model encoders sampling training data
 stages.batches: config interfaces data
 stages.first_weights: config interfaces randomness record model training stages.assembly
+stages.repa: config interfaces
 stages.flow_matching: config interfaces randomness model encoders sampling training data stages.assembly stages.batches
+    stages.repa
 stages.grpo: config files interfaces randomness record model sampling training rewards data stages.assembly
 stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights

@@ -51,7 +51,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-prompt", type=int, metavar="N", help="images of each (default: likewise)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
-    parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", nargs="+", metavar="SCALE")
+    cli.guidance_flags(parser, nargs="+")
     parser.add_argument("--sampler", nargs="+", metavar="NAME", help="euler, heun or multistep")
     parser.add_argument("--batch-size", type=int, default=64)
     cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
@@ -85,8 +86,8 @@ def command(options: argparse.Namespace) -> None:
     prompts = (options.benchmark, options.num, options.per_prompt)
     rewards = (options.reward, options.reward_path, options.reward_option)
     chosen = benchmark(*prompts, *rewards, prompts=options.prompts, reference=options.reference)
-    grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
-    grid = {key: values for key, values in grid.items() if values}
+    names = ("guidance_scale", "steps", "sampler", "guidance", "guidance_rescale")
+    grid = {name: getattr(options, name) for name in names if getattr(options, name)}
     sources = [options.checkpoint, *options.against]
     out = options.out or Path("outputs/evaluate") / f"{chosen.name}-{Path(options.checkpoint).name}"
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}

@@ -250,7 +250,10 @@ def lower_precision(pipeline: TextToImage, dtype: str) -> Autocast:
 
 def setting_name(sampling: SamplingConfig) -> str:
     """Name a setting in tables: "guidance 3, 20 steps, heun"."""
-    parts = [f"guidance {sampling.guidance_scale:g}", f"{sampling.steps} steps"]
+    guidance = f"guidance {sampling.guidance_scale:g}"
+    # without guidance its kind says nothing
+    guidance += "" if sampling.guidance_scale in (0, 1) else sampling.guidance_in_words()
+    parts = [guidance, f"{sampling.steps} steps"]
     parts += [] if sampling.sampler == "euler" else [sampling.sampler]
     return ", ".join(parts)
 

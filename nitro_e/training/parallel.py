@@ -106,6 +106,11 @@ class Replicated:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return what losses call instead of the module."""
+        if getattr(module, "sometimes_unused", False):
+            from accelerate import DistributedDataParallelKwargs
+
+            # DDP then looks for parameters without a gradient at every step
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return self.accelerator.prepare_model(module)
 
     def synchronize(self, net: nn.Module, last: bool) -> contextlib.AbstractContextManager:
