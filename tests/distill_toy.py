@@ -189,6 +189,7 @@ ALONE = {
 POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "discriminator")}
 DIFFUSION = {"kind": "mse", "decay": None}
 FAKE = {"optim": {**FAST, "lr": 1e-3, "warmup": 0}}
+PLAIN = {"guidance_scale": 1, "drop_text": 0}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
     "pair": (
@@ -265,6 +266,18 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         None,
     ),
     "tdm": ({"preset": "tdm", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.006, None),
+    "phased_dmd": ({"preset": "phased_dmd", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.012, None),
+    "sid_few": (
+        {"preset": "sid_few", "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN}}},
+        0.012,
+        None,
+    ),
+    "sim, one step": ({"preset": "sim", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.02, None),
+    "swiftbrush": (
+        {"preset": "swiftbrush", "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN, "adapter": None}}},
+        0.02,
+        None,
+    ),
     "score and imitate": (
         {
             "preset": "score_imitate",

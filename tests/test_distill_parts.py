@@ -20,7 +20,7 @@ from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
 from nitro_e.sampling.samplers import SamplingConfig, euler, fresh_noise, multistep, sample
 from nitro_e.stages.distill import gan_losses as losses
-from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig, frozen
+from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import GuardConfig, check, describe_prediction
 from nitro_e.stages.distill.heads import (
     Backbone,
@@ -32,7 +32,7 @@ from nitro_e.stages.distill.heads import (
     token_maps,
 )
 from nitro_e.stages.distill.inputs import InputConfig, Prediction, Predictor
-from nitro_e.stages.distill.objective import Shared
+from nitro_e.stages.distill.objective import Shared, frozen
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.distill.regression import DecayConfig, Diffusion, DiffusionConfig, Reflow, ReflowConfig
@@ -1130,6 +1130,36 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "imitate.reach": 0.0,
         "needs_pairs": [],
     },
+    "decoupled_dmd": {"score.form": "dmd", "score.decoupled": True, "every": 5, "sampler": "multistep"},
+    "phased_dmd": {
+        "score.times.range": "above",
+        "score.noise": "trajectory",
+        "score.fake.weighting": "transition",
+        "sampler": "euler",
+    },
+    "swiftbrush": {
+        "score.form": "vsd",
+        "score.fake.adapter.rank": 64,
+        "score.fake.drop_text": 0.1,
+        "score.fake.guidance_scale": "teacher",
+        "score.fake.optim.lr": 1e-3,
+        "every": 1,
+        "optim.lr": 1e-6,
+        "needs_pairs": [],
+    },
+    "pg_sb": {"score.form": "vsd", "score.guidance_scale": (2.0, 7.0), "score.fake.adapter.rank": 64},
+    "sid": {
+        "score.form": "sid",
+        "score.alpha": 1.0,
+        "score.guidance_scale": 2.0,
+        "score.fake.guidance_scale": "teacher",
+        "time_scale": 0.625,
+        "every": 1,
+        "optim.lr": 1e-6,
+        "needs_pairs": [],
+    },
+    "sid_few": {"score.form": "sid", "inputs.sigmas": (1.0, 0.75, 0.5, 0.25), "time_scale": 1.0},
+    "sim": {"score.form": "sim", "inputs.sigmas": (1.0,), "optim.lr": 1e-6},
 }
 STEPS = {
     "ladd4": [1, 2, 4],
@@ -1141,6 +1171,13 @@ STEPS = {
     "dmd2": [4],
     "tdm": [4],
     "score_imitate": [1, 2, 4],
+    "decoupled_dmd": [4],
+    "phased_dmd": [4],
+    "swiftbrush": [1],
+    "pg_sb": [1],
+    "sid": [1],
+    "sid_few": [4],
+    "sim": [1],
 }
 
 

@@ -155,17 +155,20 @@ def guided_velocity(
     t: Tensor,
     text: TextEmbedding,
     negative: TextEmbedding,
-    scale: float,
+    scale: float | Tensor,
     gradient: Literal["both", "cond"] = "both",
     bare: Denoiser | None = None,
 ) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
 
-    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass.
+    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass. A tensor (B,) gives
+    every row a scale of its own, which is taken literally.
     gradient: through both passes, or through the one with text alone, which halves the memory; `bare`, the model
     without DDP around it, then computes the other.
     """
-    if scale in (0, 1):
+    if isinstance(scale, Tensor):
+        scale = flow.expand(scale, x)
+    elif scale in (0, 1):
         return Guided(model(x, t, text).float(), None)
     negative = negative.expand(len(x))
     if gradient == "both":

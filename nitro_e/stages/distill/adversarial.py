@@ -7,8 +7,7 @@ little under a small perturbation of the real input (approximate R1), and heads 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.gan_losses import Kind, Logits
 from nitro_e.stages.distill.heads import Backbone, FixedHeads, HeadConfig
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
-from nitro_e.stages.distill.objective import Balance, Shared
+from nitro_e.stages.distill.objective import Balance, Shared, frozen
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.training.meters import masked_mean
 from nitro_e.training.optim import OptimConfig
@@ -276,15 +275,3 @@ class Adversarial:
         if isinstance(self.heads, HeadPool):
             weights = self.heads.experienced(batch.step)
         return losses.generator_loss(config.loss, fake, real, weights), {}
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Give the weights of a module no gradients; those through it to its input remain."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

@@ -124,8 +124,9 @@ def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: fl
 
 
 def further_copies(config: Run[DistillConfig]) -> int:
-    """Count the fake score with its two moments."""
-    return 3 if config.stage.score else 0
+    """Count the fake score with its two moments; those of a LoRA are small."""
+    score = config.stage.score
+    return 0 if score is None else 3 if score.fake.adapter is None else 1
 
 
 KIND = StageKind(

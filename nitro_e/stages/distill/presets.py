@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-SLOW = {"betas": (0.0, 0.99), "eps": 1e-8, "weight_decay": 0.0, "warmup": 500, "clip": 1.0}
+CHAIN = {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"}
+ONE_STEP = {"sigmas": (1.0,), "noise": "chain"}
+SLOW: dict = {"betas": (0.0, 0.99), "eps": 1e-8, "weight_decay": 0.0, "warmup": 500, "clip": 1.0}
+GUIDED_FAKE = {"guidance_scale": "teacher", "optim": {"lr": 1e-6, **SLOW, "warmup": 0}}
+LORA_FAKE = {"adapter": {"rank": 64, "targets": "blocks"}, "optim": {"lr": 1e-3, **SLOW, "warmup": 0}}
 
 PRESETS: dict[str, dict] = {
     # Nitro-E's four steps: LADD (arXiv 2403.12015), with its sigmas, on pairs and rollouts.
@@ -96,7 +100,7 @@ PRESETS: dict[str, dict] = {
     },
     # DMD2 (arXiv 2405.14867) for four steps, without its GAN: five updates of the fake score for one of the student.
     "dmd2": {
-        "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"},
+        "inputs": CHAIN,
         "sampler": "multistep",
         "every": 5,
         "score": {
@@ -108,7 +112,7 @@ PRESETS: dict[str, dict] = {
     },
     # TDM (arXiv 2503.06674): the same within the steps of a deterministic sampler, along its trajectory.
     "tdm": {
-        "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain"},
+        "inputs": CHAIN,
         "sampler": "euler",
         "every": 5,
         "score": {
@@ -119,10 +123,78 @@ PRESETS: dict[str, dict] = {
         "guards": None,
         "optim": {"lr": 1e-5, **SLOW},
     },
+    # Decoupled DMD (arXiv 2511.22677): guidance at noise levels above the next step's, matching at all of them.
+    "decoupled_dmd": {
+        "inputs": CHAIN,
+        "sampler": "multistep",
+        "every": 5,
+        "score": {"decoupled": True, "fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0, "clip": 10.0}}},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW, "clip": 10.0},
+    },
+    # Phased DMD (arXiv 2510.27684): noise is added to the next state of the sampler, and scores are of that noise.
+    "phased_dmd": {
+        "inputs": CHAIN,
+        "sampler": "euler",
+        "every": 5,
+        "score": {
+            "times": {"range": "above"},
+            "noise": "trajectory",
+            "fake": {"weighting": "transition", "optim": {"lr": 1e-5, **SLOW, "warmup": 0}},
+        },
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
+    # SwiftBrush (arXiv 2312.05239): one step by variational score distillation; the fake score is a LoRA of rank 64.
+    "swiftbrush": {
+        "inputs": ONE_STEP,
+        "sampler": "multistep",
+        "score": {"form": "vsd", "fake": {"guidance_scale": "teacher", "drop_text": 0.1, **LORA_FAKE}},
+        "guards": None,
+        "optim": {"lr": 1e-6, **SLOW},
+    },
+    # PG-SB of SNOOPI (arXiv 2412.02687): the same with another guidance scale for every sample.
+    "pg_sb": {
+        "inputs": ONE_STEP,
+        "sampler": "multistep",
+        "score": {
+            "form": "vsd",
+            "guidance_scale": (2.0, 7.0),
+            "fake": {"guidance_scale": "teacher", "drop_text": 0.1, **LORA_FAKE},
+        },
+        "guards": None,
+        "optim": {"lr": 1e-6, **SLOW},
+    },
+    # SiD-LSG (arXiv 2406.01561): score identity distillation to one step, both networks guided by 2; the network is told
+    # 0.625 at pure noise.
+    "sid": {
+        "inputs": ONE_STEP,
+        "sampler": "multistep",
+        "time_scale": 0.625,
+        "score": {"form": "sid", "guidance_scale": 2.0, "fake": {**GUIDED_FAKE, "drop_text": 0.1}},
+        "guards": None,
+        "optim": {"lr": 1e-6, **SLOW},
+    },
+    # Few-step SiD (arXiv 2505.12674): the same on every step of the sampler, with one fake score for all.
+    "sid_few": {
+        "inputs": CHAIN,
+        "sampler": "multistep",
+        "score": {"form": "sid", "guidance_scale": 2.0, "fake": {**GUIDED_FAKE, "drop_text": 0.1}},
+        "guards": None,
+        "optim": {"lr": 1e-6, **SLOW},
+    },
+    # Score implicit matching (arXiv 2410.16794) to one step.
+    "sim": {
+        "inputs": ONE_STEP,
+        "sampler": "multistep",
+        "score": {"form": "sim", "fake": {"optim": {"lr": 1e-6, **SLOW, "warmup": 0}}},
+        "guards": None,
+        "optim": {"lr": 1e-6, **SLOW},
+    },
     # Ours: distribution matching, and the teacher's guided velocity on the student's own states (as in pi-Flow, arXiv
     # 2510.14974); no pairs, and one set of weights for 4, 2 and 1 steps.
     "score_imitate": {
-        "inputs": {"sigmas": (1.0, 0.75, 0.5, 0.25), "noise": "chain", "counts": {4: 0.4, 2: 0.3, 1: 0.3}},
+        "inputs": {**CHAIN, "counts": {4: 0.4, 2: 0.3, 1: 0.3}},
         "sampler": "multistep",
         "start": 20,
         "score": {"weight": 1.0, "fake": {"optim": {"lr": 1.5e-5, **SLOW, "warmup": 0}}},

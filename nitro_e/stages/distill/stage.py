@@ -4,8 +4,8 @@ Every step runs the phases that the objectives bring (the discriminator's heads,
 it is due, on one forward pass of the student (Sauer et al., arXiv 2403.12015; order of phases as there). The student's
 sigmas are part of the weights: they are stored with them and used as they are by every sampler.
 
-To add an objective (SiD, flow maps, ...): a config class, a class of the form `objective.Objective`, a field of
-DistillConfig, and a line in OBJECTIVES. Left out: FSDP (the 304M model does not need it) and fp16.
+To add an objective: a config class, a class of the form `objective.Objective`, a field of DistillConfig, and a line in
+OBJECTIVES. Left out: FSDP (the 304M model does not need it) and fp16.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from nitro_e.data.prompts import PromptsConfig
 from nitro_e.interfaces import Model, Phase, TextEmbedding
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_time
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import GuardConfig, describe_prediction
@@ -74,6 +76,7 @@ class DistillConfig(Config):
     # steps from one in which the student learns to the next; networks beside it (heads, fake score) learn in all
     every: Annotated[int, Ge(1)] = 1
     start: Annotated[int, Ge(0)] = 0  # the first step in which the student learns
+    adapter: AdapterConfig | None = None  # LoRA on the student; null: all its weights are trained
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-5, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=500, decay=0.2, clip=1.0
@@ -117,8 +120,10 @@ class DistillConfig(Config):
         if inputs.noise != "chain":
             if self.imitate:
                 raise ConfigError("imitate follows the student's own states: it needs inputs.noise: chain")
-            if self.score and self.score.times.range == "step":
-                raise ConfigError("score.times.range 'step' needs the steps of inputs.noise: chain")
+            if self.score and self.score.needs_chains:
+                raise ConfigError(
+                    f"{', '.join(self.score.needs_chains)}: the steps that are meant are those of inputs.noise: chain"
+                )
         if self.score and self.score.noise == "trajectory" and self.sampler != "euler":
             raise ConfigError(
                 f"score.noise 'trajectory' is Euler's, but stage.sampler is '{self.sampler}'; set noise: fresh"
@@ -219,6 +224,9 @@ class Distill:
         device: torch.device,
     ) -> None:
         """student: trained in place; teacher: frozen; backbone(taps): the teacher's features for the discriminator."""
+        if config.adapter is not None:
+            assert isinstance(student, Model), "LoRA needs a model that names its layers"
+            add_adapter(student, config.adapter, seed)
         self.config, self.model, self.device = config, student, device
         self.student = Student(student, config.time_scale).to(device)
         self.predictor = Predictor(config.inputs, config.sampler, seed)
@@ -315,8 +323,13 @@ class Distill:
             scale = torch.where(median.isnan(), torch.full_like(median, balance.fallback), median)
             yield name, weight * scale, term
 
-    def export(self, model: nn.Module) -> nn.Module:
-        return model
+    def export(self, model: Any) -> nn.Module:
+        return dense(model) if has_adapter(model) else model
+
+    def write_extras(self, model: Model, folder: Path) -> None:
+        """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
+        if has_adapter(model):
+            save_adapter(model, folder / "adapter")
 
 
 class DistillRun(Distill):
