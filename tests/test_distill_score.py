@@ -341,6 +341,18 @@ def test_two_processes_train_on_prompts_as_one(pairs, tmp_path):
         ("dmd2", {"inputs": {"rollout": {}}}, "takes all times of the sampler"),
         ("ladd4", {"inputs": {"counts": {4: 1}}}, "only for noise 'chain'"),
         ("dmd2", {"sample_steps": [1, 4]}, "inputs.counts says the steps of chains"),
+        ("dmd2", {"score": {"divergence": "kl"}}, "reads density ratios"),
+        ("dmd2", {"score": {"form": "sid", "divergence": "kl"}}, "weights the slope of form 'dmd'"),
+        ("dmd2", {"score": {"fake": {"weighting": "transition"}}}, "it needs noise: trajectory"),
+        ("dmd2", {"score": {"guidance_scale": [5, 2]}}, "expected a scale or two that rise"),
+        ("decoupled_dmd", {"score": {"guidance_scale": 1}}, "one guidance_scale above 1"),
+        ("dmd2_gan", {"score": {"form": "sid"}}, "no score of form 'dmd' or 'vsd' to share with"),
+        ("dmd2_gan", {"adversarial": {"null_text": 0.5}}, "set pool: null, null_text: 0"),
+        (
+            "ladd4",
+            {"inputs": {"noise": "pair"}, "score": {"times": {"range": "above"}}, "guards": None},
+            "score.times.range: the steps that are meant",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(preset, overrides, message):
@@ -563,3 +575,87 @@ def test_a_student_that_is_a_lora_resumes_and_publishes_merged_weights(pairs, tm
     model, teacher = EMMDiT.from_pretrained(folder / "model"), EMMDiT.from_pretrained(pairs / "teacher")
     assert (folder / "model/adapter/adapter_model.safetensors").exists()
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), teacher.parameters()))
+
+
+# ---- a GAN in the teacher's pass
+
+
+def gan(**score):
+    heads = {"start": 0, "ramp": 0, "weight": 0.1, "heads": {"width": 16}}
+    return distill_config("dmd2_gan", every=1, score={"guidance_scale": 3, **score}, adversarial=heads)
+
+
+def test_one_pass_of_the_teacher_gives_score_and_discriminator_what_two_would():
+    """The slopes of both, against the guided velocity and the features of separate passes; and how many there are."""
+    stage = tiny_stage(gan(), model=tiny_model(config=SMALLER))
+    score, adversarial = stage.objectives
+    batch = random_batch(0, 4, (4, 8, 8))
+    stage.phases[0].loss(stage.phases[0].net, batch, rng(4))
+    x, tau, fake = batch.scored
+    prediction = batch.prediction
+    leaf = Prediction(prediction.x, prediction.t, False, prediction.data.detach().requires_grad_())
+    calls = []
+    hook = stage.shared.teacher.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    slopes = [
+        torch.autograd.grad(each.loss(leaf, batch, rng(4))[0].sum(), leaf.data)[0]
+        for each in (score, adversarial)
+    ]
+    hook.remove()
+    assert calls == [4]  # without the prompt; the pass with it is of forward_intermediates
+    data = leaf.data.detach()
+    guided = stage.shared.guided(x, tau, batch.text, 3.0)
+    teacher = x - tau[:, None, None, None] * guided
+    own = (x - tau[:, None, None, None] * fake - teacher) / (data - teacher).abs().mean(
+        (1, 2, 3), keepdim=True
+    )
+    torch.testing.assert_close(slopes[0], own / data[0].numel(), rtol=1e-3, atol=1e-7)
+    alone = data.clone().requires_grad_()
+    t = tau[:, None, None, None]
+    noise = (x - (1 - t) * data) / t
+    logits = adversarial.heads(adversarial.backbone((1 - t) * alone + t * noise, tau, batch.text), 0)
+    values = sum(torch.nn.functional.softplus(-each).mean((1, 2)) for each in logits) / len(logits)
+    (expected,) = torch.autograd.grad(values.sum(), alone)
+    torch.testing.assert_close(slopes[1], expected, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "expected"),
+    [
+        ("kl", [0.1, 1, 20]),
+        ("js", [1 / 11, 0.5, 20 / 21]),
+        ("hellinger", [0.1**0.5, 1, 20**0.5]),
+        ("jeffreys", [1.1, 2, 21]),
+    ],
+)
+def test_u21_divergences_weight_by_the_density_ratio(divergence, expected):
+    """Ratios e^-9, 1 and e^9 are clipped to .1, 1, 20; the mean weight is 1."""
+
+    class Heads:
+        def log_ratio(self, prediction, batch):
+            return torch.tensor([-9.0, 0.0, 9.0])
+
+    score = Score(ScoreConfig(divergence=divergence), shared(Gaussian(1.0)))
+    score.shared.discriminator = Heads()
+    weights, expected = score.density_weights(None, None), torch.tensor(expected)
+    torch.testing.assert_close(weights, expected / expected.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_f_distill_scales_the_slope_of_dmd():
+    stages = [
+        tiny_stage(gan(divergence=name), model=tiny_model(config=SMALLER)) for name in ("reverse_kl", "kl")
+    ]
+    slopes = []
+    for stage in stages:
+        batch = random_batch(0, 4, (4, 8, 8))
+        stage.phases[0].loss(stage.phases[0].net, batch, rng(4))
+        leaf = batch.prediction
+        leaf.data = leaf.data.detach().requires_grad_()
+        values, _ = stage.objectives[0].loss(leaf, batch, rng(4))
+        slopes.append(torch.autograd.grad(values.sum(), leaf.data)[0])
+    ratio = slopes[1] / slopes[0]
+    weights = ratio[:, 0, 0, 0]
+    torch.testing.assert_close(ratio, weights[:, None, None, None].expand_as(ratio), rtol=1e-2, atol=1e-3)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-3) and weights.std() > 1e-4
+    with torch.no_grad():
+        ratios = stages[1].objectives[1].log_ratio(leaf, batch).exp()
+    torch.testing.assert_close(weights, ratios / ratios.mean(), rtol=1e-2, atol=1e-3)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 TEXT = ComponentConfig(name="hash")
 HEADS = {"start": 2, "ramp": 2, "heads": {"width": 16}, "r1": {"sigma": 0.05, "weight": 200}}
+GAN = {"start": 2, "heads": {"width": 16}}
 SMALL = {
     "ladd4": {
         "inputs": {"probabilities": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}},
@@ -50,6 +51,8 @@ SMALL = {
     "reflow": {},
     "dmd2": {},
     "tdm": {},
+    "dmd2_gan": {"every": 1, "adversarial": GAN},
+    "f_distill": {"every": 1, "adversarial": GAN},
     "decoupled_dmd": {},
     "phased_dmd": {},
     "swiftbrush": {"score": {"fake": {"adapter": {"rank": 4}}}},

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,6 +166,8 @@ class DistillBatch:
     prediction: Prediction | None = None  # made by the first phase that needs it
     heldout_gap: Tensor | None = None  # (2,) sum and count, left by the discriminator for the guards
     scored: Scored | None = None  # left by the fake score for the student's phase
+    # the teacher's velocity and the heads' features there, with a graph to the student's data, if objectives share them
+    taught: tuple[Tensor, Any] | None = None
     latent_shape: tuple[int, ...] = ()  # (C, h, w), given where there are no latents
 
     @property
@@ -198,6 +200,10 @@ class Scored(NamedTuple):
     x: Tensor  # (B, C, h, w) the student's x0 predictions, noised to tau
     tau: Tensor  # (B,)
     velocity: Tensor  # (B, C, h, w) the answer, before the fake score learned from it
+
+    def following(self, data: Tensor) -> Tensor:
+        """Return x with a graph to the student's data, of which it is made."""
+        return self.x + flow.expand(1 - self.tau, data) * (data - data.detach())
 
 
 class Predictor:

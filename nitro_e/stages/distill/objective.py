@@ -33,6 +33,9 @@ class Shared:
     heldout: float  # share of the prompts that nothing is trained on
     seed: int
     device: torch.device
+    discriminator: Any = (
+        None  # the adversarial objective, if others share its pass of the teacher (`share_score`)
+    )
 
     def training(self, batch: DistillBatch) -> Tensor:
         """Return (B,): 1 for prompts that are trained on, 0 for held-out ones; a function of the prompt alone."""

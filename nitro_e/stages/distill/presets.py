@@ -7,6 +7,16 @@ ONE_STEP = {"sigmas": (1.0,), "noise": "chain"}
 SLOW: dict = {"betas": (0.0, 0.99), "eps": 1e-8, "weight_decay": 0.0, "warmup": 500, "clip": 1.0}
 GUIDED_FAKE = {"guidance_scale": "teacher", "optim": {"lr": 1e-6, **SLOW, "warmup": 0}}
 LORA_FAKE = {"adapter": {"rank": 64, "targets": "blocks"}, "optim": {"lr": 1e-3, **SLOW, "warmup": 0}}
+SHARED_GAN = {
+    "loss": "non_saturating",
+    "share_score": True,
+    "start": 0,
+    "ramp": 0,
+    "discriminator": {"times": {"kind": "uniform"}},
+    "misaligned": None,
+    "r1": None,
+    "optim": {"lr": 1e-5, **SLOW, "warmup": 0},
+}
 
 PRESETS: dict[str, dict] = {
     # Nitro-E's four steps: LADD (arXiv 2403.12015), with its sigmas, on pairs and rollouts.
@@ -122,6 +132,26 @@ PRESETS: dict[str, dict] = {
         },
         "guards": None,
         "optim": {"lr": 1e-5, **SLOW},
+    },
+    # DMD2 as published, with a GAN on images: data are images of the teacher or others.
+    "dmd2_gan": {
+        "inputs": CHAIN,
+        "sampler": "multistep",
+        "every": 5,
+        "score": {"fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0, "clip": 10.0}}},
+        "adversarial": {**SHARED_GAN, "weight": 0.03},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW, "clip": 10.0},
+    },
+    # f-distill (arXiv 2502.15681): the same, where the slope is weighted for the Jensen-Shannon divergence.
+    "f_distill": {
+        "inputs": CHAIN,
+        "sampler": "multistep",
+        "every": 10,
+        "score": {"divergence": "js", "fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0, "clip": 10.0}}},
+        "adversarial": {**SHARED_GAN, "weight": 1e-3},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW, "clip": 10.0},
     },
     # Decoupled DMD (arXiv 2511.22677): guidance at noise levels above the next step's, matching at all of them.
     "decoupled_dmd": {

@@ -14,11 +14,14 @@ becomes of them:
 The first two are gradients of KL(student || teacher), the others of distances between scores. No images are needed.
 Data may be noised from the next state of the Euler sampler instead, to times of that step alone (TDM, arXiv 2503.06674)
 or above its end (Phased DMD, arXiv 2510.27684), and guidance may have a time of its own (Decoupled DMD, arXiv 2511.22677).
+With `adversarial: {share_score: true}` the teacher's pass also gives the features of a GAN on images (DMD2 as published),
+and its logits weight the slope for other divergences than the reverse KL (f-distill, arXiv 2502.15681).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -35,8 +38,17 @@ from nitro_e.stages.adapter import AdapterConfig, add_adapter
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction, Scored
 from nitro_e.stages.distill.objective import Balance, Shared, frozen, per_sample
 from nitro_e.training.optim import OptimConfig
+from nitro_e.training.parallel import sum_over_processes
 
 Range = Literal["full", "step", "above"]
+Divergence = Literal["reverse_kl", "kl", "js", "hellinger", "jeffreys"]
+# f-distill (arXiv 2502.15681, Table 1): weights of the slope, of the density ratio r of real to fake
+DIVERGENCES: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "hellinger": torch.sqrt,
+    "jeffreys": lambda r: 1 + r,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,8 @@ class ScoreConfig(Config):
     # dmd: compare without guidance, and guide at a time of its own, above the sampler's next one (Decoupled DMD)
     decoupled: bool = False
     alpha: Annotated[float, Ge(0)] = 1.0  # of sid
+    # dmd: between student and teacher; those besides reverse_kl weight the slope by the discriminator's density ratio
+    divergence: Divergence = "reverse_kl"
     huber: Annotated[float, Gt(0)] = 1e-3  # c of sim
     times: ScoreTimesConfig = field(default_factory=ScoreTimesConfig)
     # fresh: data is noised with new noise; trajectory: from the next state of the Euler sampler (TDM)
@@ -104,6 +118,10 @@ class ScoreConfig(Config):
         scale = self.guidance_scale
         if not 0 <= self.guidance_range[0] <= self.guidance_range[1]:
             raise ConfigError(f"guidance_scale: expected a scale or two that rise, from 0 on, got {scale}")
+        if self.divergence != "reverse_kl" and self.form != "dmd":
+            raise ConfigError(
+                f"divergence '{self.divergence}' weights the slope of form 'dmd', not '{self.form}'"
+            )
         if self.decoupled and (self.form != "dmd" or isinstance(scale, tuple) or scale <= 1):
             raise ConfigError(
                 f"decoupled: only for form 'dmd' and one guidance_scale above 1, not '{self.form}' and {scale}"
@@ -231,7 +249,7 @@ class Score:
         """Compute the slope of dmd or vsd at the student's data, (B, C, h, w)."""
         assert batch.scored is not None, "the fake score's phase comes first"
         (x, tau, _), data = batch.scored, prediction.data.detach()
-        velocity = self.shared.guided(x, tau, batch.text, 1.0 if self.config.decoupled else scale)
+        velocity = self.teacher_velocity(prediction, batch, 1.0 if self.config.decoupled else scale)
         fake = self.fake_velocity(batch, x, scale)
         if self.config.form == "vsd":
             return expand(tau**2 * (1 - tau), x) * (velocity - fake), {}
@@ -242,7 +260,28 @@ class Score:
             guidance = self.guidance(prediction, batch, rng, scale)
             logs |= {"matching": slope.norm(), "guidance": guidance.norm()}
             slope = slope + guidance
+        if self.config.divergence != "reverse_kl":
+            slope = slope * expand(self.density_weights(prediction, batch), data)
         return slope / expand(distance + 1e-6, data), logs
+
+    def teacher_velocity(self, prediction: Prediction, batch: DistillBatch, scale: float | Tensor) -> Tensor:
+        """Ask the teacher, guided, at the noised data; in the pass of the discriminator's features if that is shared."""
+        assert batch.scored is not None, "the fake score's phase comes first"
+        (x, tau, _), shared = batch.scored, self.shared
+        if shared.discriminator is None:
+            return shared.guided(x, tau, batch.text, scale)
+        with_text = shared.discriminator.at_scored(prediction, batch)[0].detach()
+        if not isinstance(scale, Tensor) and scale in (0, 1):
+            return with_text
+        without = shared.teacher(x, tau, shared.null_text.expand(len(x))).float()
+        return torch.lerp(without, with_text, expand(scale, x) if isinstance(scale, Tensor) else scale)
+
+    def density_weights(self, prediction: Prediction, batch: DistillBatch) -> Tensor:
+        """Weight the samples (B,) by the divergence's function of the density ratio, with mean 1 over all processes."""
+        ratio = self.shared.discriminator.log_ratio(prediction, batch).exp().clamp(0.1, 20)
+        weights = DIVERGENCES[self.config.divergence](ratio)
+        total, count = sum_over_processes(torch.stack([weights.sum(), torch.ones_like(weights).sum()]))
+        return weights * count / total
 
     def guidance(
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom, scale: float | Tensor
@@ -261,8 +300,7 @@ class Score:
         """Compute the values (B,) of sid or sim, with a graph through both networks to the student's data."""
         assert batch.scored is not None, "the fake score's phase comes first"
         config, shared, tau, data = self.config, self.shared, batch.scored.tau, prediction.data
-        # the same state, which follows the data
-        x = batch.scored.x + expand(1 - tau, data) * (data - data.detach())
+        x = batch.scored.following(data)
         fake = flow.to_data(x, tau, self.fake_velocity(batch, x, scale))
         velocity = guided_velocity(shared.teacher, x, tau, batch.text, shared.null_text, scale).velocity
         teacher = flow.to_data(x, tau, velocity)

@@ -124,6 +124,20 @@ class DistillConfig(Config):
                 raise ConfigError(
                     f"{', '.join(self.score.needs_chains)}: the steps that are meant are those of inputs.noise: chain"
                 )
+        if (
+            adversarial
+            and adversarial.share_score
+            and (self.score is None or self.score.form in ("sid", "sim"))
+        ):
+            raise ConfigError(
+                "adversarial.share_score: there is no score of form 'dmd' or 'vsd' to share with"
+            )
+        if self.score and self.score.divergence != "reverse_kl":
+            if adversarial is None or not adversarial.share_score or adversarial.loss != "non_saturating":
+                raise ConfigError(
+                    f"score.divergence '{self.score.divergence}' reads density ratios: it needs adversarial: "
+                    "{loss: non_saturating, share_score: true}"
+                )
         if self.score and self.score.noise == "trajectory" and self.sampler != "euler":
             raise ConfigError(
                 f"score.noise 'trajectory' is Euler's, but stage.sampler is '{self.sampler}'; set noise: fresh"
