@@ -61,6 +61,8 @@ ALONE = [
     dict(mlp_ratio=2.7),
     dict(patch_size=2, base_grid=4, attention=["full"]),
     dict(position_table=8),
+    dict(time_input="t"),
+    dict(interval=True),
 ]
 
 

@@ -545,7 +545,15 @@ def plain_shared(teacher=None, backbone=None):
     """What a stage lends, without a stage."""
     prediction = lambda batch, rng, last=False: batch.prediction  # noqa: E731
     return Shared(
-        teacher, lambda taps: backbone, random_text(1, 99), prediction, None, 0.0, 0, torch.device("cpu")
+        teacher,
+        lambda taps: backbone,
+        random_text(1, 99),
+        prediction,
+        None,
+        None,
+        0.0,
+        0,
+        torch.device("cpu"),
     )
 
 
@@ -1146,6 +1154,37 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "adversarial.weight": 1e-3,
         "adversarial.share_score": True,
     },
+    "consistency": {"flow_map.kind": "discrete", "flow_map.step": 1 / 48, "sampler": "multistep"},
+    "scm": {
+        "inputs.continuous_times.times.mean": 0.89,
+        "inputs.continuous_times.times.std": 1.6,
+        "flow_map.normalize": "tangent",
+        "flow_map.constant": 0.1,
+        "flow_map.warmup": 4000,
+        "sampler": "multistep",
+    },
+    "mean_flow": {
+        "inputs.intervals": 0.5,
+        "inputs.continuous_times.times.mean": -0.4,
+        "flow_map.normalize": "adaptive",
+        "flow_map.constant": 1e-2,
+        "flow_map.warmup": 2000,
+        "sampler": "flow_map",
+    },
+    "sana_sprint": {
+        "inputs.continuous_times.share": 0.5,
+        "flow_map.kind": "continuous",
+        "adversarial.weight": 0.5,
+        "adversarial.discriminator.times.mean": 0.093,
+        "optim.lr": 2e-6,
+    },
+    "rcm": {
+        "every": 5,
+        "inputs.scatter": True,
+        "flow_map.normalize": "tangent",
+        "score.form": "dmd",
+        "needs_pairs": [],
+    },
     "decoupled_dmd": {"score.form": "dmd", "score.decoupled": True, "every": 5, "sampler": "multistep"},
     "phased_dmd": {
         "score.times.range": "above",
@@ -1189,6 +1228,11 @@ STEPS = {
     "score_imitate": [1, 2, 4],
     "dmd2_gan": [4],
     "f_distill": [4],
+    "consistency": [1, 2, 4],
+    "scm": [1, 2, 4],
+    "mean_flow": [1, 2, 4],
+    "sana_sprint": [1, 2, 4],
+    "rcm": [1, 2, 4],
     "decoupled_dmd": [4],
     "phased_dmd": [4],
     "swiftbrush": [1],

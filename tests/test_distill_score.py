@@ -180,7 +180,7 @@ def words(*means):
 
 def shared(teacher, null=0.0):
     predict = lambda batch, rng, last=False: batch.prediction  # noqa: E731
-    return Shared(teacher, None, words(null), predict, None, 0.0, 0, torch.device("cpu"))
+    return Shared(teacher, None, words(null), predict, None, None, 0.0, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ SMALL = {
     "tdm": {},
     "dmd2_gan": {"every": 1, "adversarial": GAN},
     "f_distill": {"every": 1, "adversarial": GAN},
+    "consistency": {},
+    "scm": {},
+    "mean_flow": {},
+    "sana_sprint": {"adversarial": HEADS},
+    "rcm": {"every": 1},
     "decoupled_dmd": {},
     "phased_dmd": {},
     "swiftbrush": {"score": {"fake": {"adapter": {"rank": 4}}}},
@@ -292,7 +298,8 @@ def test_every_preset_trains(preset):
     if heads:
         fast = {"lr": 3e-3, "betas": [0, 0.99], "eps": 1e-8, "weight_decay": 0, "warmup": 0}
         overrides["adversarial"] = {**overrides["adversarial"], "optim": fast}
-    stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=SMALLER))
+    model = replace(SMALLER, interval=preset == "mean_flow")
+    stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=model))
     before = [p.detach().clone() for p in stage.student.parameters()]
     steps = 20 if heads else 6
     loop, verdicts, weights = Loop(stage, steps), {"real": [], "fake": []}, []

@@ -48,8 +48,8 @@ class SamplingConfig(Config):
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
     # guide only while low <= t <= high, 1 = noise (arXiv 2404.07724); null: always
     guidance_interval: tuple[Time, Time] | None = None
-    # multistep: consistency sampling, for distilled weights
-    sampler: Literal["euler", "heun", "multistep"] = "euler"
+    # for distilled weights: multistep, consistency sampling; flow_map: average velocities between the times (MeanFlow)
+    sampler: Literal["euler", "heun", "multistep", "flow_map"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
@@ -237,7 +237,15 @@ def multistep(
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
+def flow_map(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep = keep) -> Tensor:
+    """Jump from time to time with the average velocity between them; velocity(x, t) gets both times, t (B, 2)."""
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        both = torch.stack([t, t_next]).expand(len(x), 2)
+        x = after_step(step, x + (t_next - t) * velocity(x, both), t_next)
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "flow_map": flow_map}  # the deterministic ones, of one signature
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -150,6 +150,10 @@ class EmmditPipeline(DiffusionPipeline):
                 "sampler 'heun': diffusers' Heun scheduler has other times; set another one: nitro-e convert MODEL "
                 "FOLDER --sampler euler"
             )
+        if settings.sampler == "flow_map":
+            raise ConfigError(
+                "sampler 'flow_map': no scheduler of diffusers gives the model two times; use our pipeline"
+            )
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=1.0 if settings.sigmas else settings.shift,
             stochastic_sampling=settings.sampler == "multistep",

@@ -39,6 +39,13 @@ def check(config: Run[DistillConfig]) -> None:
         raise ConfigError(
             "engine.precision 'float16': stage.kind 'distill' takes gradients inside its loss; use bfloat16"
         )
+    stage = config.stage
+    if (stage.inputs.intervals is not None or stage.sampler == "flow_map") and not getattr(
+        config.model, "interval", False
+    ):
+        raise ConfigError(
+            "stage.inputs.intervals and sampler 'flow_map' tell the model two times: set model.interval: true"
+        )
     if data is None:
         if config.batch.global_ is None:
             raise ConfigError(

@@ -30,6 +30,7 @@ class Shared:
     null_text: TextEmbedding  # (1, L, D), (1, L): the null prompt
     predict: Callable[..., Prediction]  # (batch, rng, last=False): the student's forward of this step
     student: Denoiser  # the student's net, for objectives that call it at other inputs (`direct`)
+    bare: Denoiser  # the student itself, for passes without a graph and for tangents
     heldout: float  # share of the prompts that nothing is trained on
     seed: int
     device: torch.device

@@ -17,6 +17,8 @@ SHARED_GAN = {
     "r1": None,
     "optim": {"lr": 1e-5, **SLOW, "warmup": 0},
 }
+SPRINT_TIMES = {"share": 1.0, "times": {"kind": "logit_normal", "mean": 0.89, "std": 1.6}}
+CONTINUOUS = {"sigmas": (1.0,), "continuous_times": SPRINT_TIMES, "noise": "fresh"}
 
 PRESETS: dict[str, dict] = {
     # Nitro-E's four steps: LADD (arXiv 2403.12015), with its sigmas, on pairs and rollouts.
@@ -87,14 +89,10 @@ PRESETS: dict[str, dict] = {
             "null_text": 0.5,
         },
     },
-    # The adversarial half of SANA-Sprint (arXiv 2503.09641); its consistency half is a later objective, the teacher's
-    # guided velocity stands in.
+    # The adversarial half of SANA-Sprint (arXiv 2503.09641) with the teacher's guided velocity in place of the consistency
+    # half; see sana_sprint.
     "sana_adv": {
-        "inputs": {
-            "sigmas": (1.0,),
-            "continuous_times": {"share": 0.5, "times": {"kind": "logit_normal", "mean": 0.89, "std": 1.6}},
-            "noise": "fresh",
-        },
+        "inputs": {**CONTINUOUS, "continuous_times": {**SPRINT_TIMES, "share": 0.5}},
         "sampler": "multistep",
         "sample_steps": (1, 2, 4),
         "diffusion": {"target": "teacher", "kind": "mse", "space": "velocity"},
@@ -229,6 +227,64 @@ PRESETS: dict[str, dict] = {
         "start": 20,
         "score": {"weight": 1.0, "fake": {"optim": {"lr": 1.5e-5, **SLOW, "warmup": 0}}},
         "imitate": {"weight": 0.5, "largest_time": 0.8},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
+    # Consistency distillation (arXiv 2303.01469) by short steps of the teacher: the control of the next ones.
+    "consistency": {
+        "inputs": CONTINUOUS,
+        "sampler": "multistep",
+        "sample_steps": (1, 2, 4),
+        "flow_map": {"kind": "discrete", "step": 1 / 48},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
+    # sCM (arXiv 2410.11081), with SANA-Sprint's times and warm-up.
+    "scm": {
+        "inputs": CONTINUOUS,
+        "sampler": "multistep",
+        "sample_steps": (1, 2, 4),
+        "flow_map": {"normalize": "tangent", "constant": 0.1, "warmup": 4000},
+        "guards": None,
+        "optim": {"lr": 2e-6, **SLOW},
+    },
+    # MeanFlow (arXiv 2505.13447) from a teacher: average velocities between any two times. It needs model.interval: true.
+    "mean_flow": {
+        "inputs": {
+            "sigmas": (1.0,),
+            "continuous_times": {"share": 1.0, "times": {"kind": "logit_normal", "mean": -0.4, "std": 1.0}},
+            "noise": "fresh",
+            "intervals": 0.5,
+        },
+        "sampler": "flow_map",
+        "sample_steps": (1, 2, 4),
+        "flow_map": {"normalize": "adaptive", "constant": 1e-2, "warmup": 2000},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
+    # SANA-Sprint (arXiv 2503.09641): sCM, and heads that see half of the samples from pure noise.
+    "sana_sprint": {
+        "inputs": {**CONTINUOUS, "continuous_times": {**SPRINT_TIMES, "share": 0.5}},
+        "sampler": "multistep",
+        "sample_steps": (1, 2, 4),
+        "flow_map": {"normalize": "tangent", "constant": 0.1, "warmup": 4000},
+        "adversarial": {
+            "loss": "hinge",
+            "weight": 0.5,
+            "discriminator": {"times": {"kind": "logit_normal", "mean": 0.093, "std": 1.0}},
+            "misaligned": {"share": 0.5, "start": 0},
+            "optim": {"lr": 2e-6, **SLOW, "warmup": 0},
+        },
+        "guards": None,
+        "optim": {"lr": 2e-6, **SLOW},
+    },
+    # rCM (arXiv 2510.08431): sCM and distribution matching on the student's own states, at times of any step count.
+    "rcm": {
+        "inputs": {**CHAIN, "counts": {4: 0.5, 2: 0.25, 1: 0.25}, "scatter": True},
+        "sampler": "multistep",
+        "every": 5,
+        "flow_map": {"normalize": "tangent", "constant": 0.1, "warmup": 1000},
+        "score": {"fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0}}},
         "guards": None,
         "optim": {"lr": 1e-5, **SLOW},
     },

@@ -27,6 +27,7 @@ from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_tim
 from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
+from nitro_e.stages.distill.flow_map import FlowMap, FlowMapConfig
 from nitro_e.stages.distill.guards import GuardConfig, describe_prediction
 from nitro_e.stages.distill.heads import Backbone
 from nitro_e.stages.distill.imitate import Imitate, ImitateConfig
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of Disti
     "reflow": Reflow,
     "score": Score,
     "imitate": Imitate,
+    "flow_map": FlowMap,
     "adversarial": Adversarial,
 }
 MEASUREMENTS = 16  # steps over which the weight `auto` is measured
@@ -67,6 +69,7 @@ class DistillConfig(Config):
     adversarial: AdversarialConfig | None = None  # discriminator heads on the teacher's features; null: off
     score: ScoreConfig | None = None  # distribution matching with a fake score; null: off
     imitate: ImitateConfig | None = None  # the teacher's velocity on the student's own states; null: off
+    flow_map: FlowMapConfig | None = None  # the teacher's path in one jump (consistency, MeanFlow); null: off
     # prompts alone instead of pairs, for objectives that need no images; leave `data` out then
     prompts: PromptsConfig | None = None
     guards: GuardConfig | None = field(default_factory=GuardConfig)
@@ -115,6 +118,12 @@ class DistillConfig(Config):
             raise ConfigError(
                 f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
             )
+        if inputs.intervals is not None:
+            others = [name for name in OBJECTIVES if name != "flow_map" and getattr(self, name)]
+            if self.flow_map is None or self.flow_map.kind == "discrete" or others or self.guards:
+                raise ConfigError(
+                    "inputs.intervals: average velocities predict no data; only flow_map of kind 'continuous' can be trained"
+                )
         if inputs.noise == "chain" and self.sample_steps:
             raise ConfigError("sample_steps: inputs.counts says the steps of chains; leave it out")
         if inputs.noise != "chain":
@@ -159,7 +168,7 @@ class DistillConfig(Config):
     def schedules(self) -> tuple[tuple[float, ...], ...]:
         """The falling times of every number of steps on offer; none for a student of all times (reflow)."""
         sigmas, continuous = self.inputs.sigmas, self.inputs.continuous_times
-        if continuous is not None and continuous.share == 1:
+        if continuous is not None and continuous.share == 1 and not self.sample_steps:
             return ()
         size = len(sigmas)
         counts = self.sample_steps or sorted(self.inputs.chain_counts)
@@ -248,7 +257,15 @@ class Distill:
             "student", self.student, self.loss, config.optim, every=config.every, start=config.start
         )
         self.shared = Shared(
-            teacher, backbone, null_text, self.predict, self.velocity, config.heldout, seed, device
+            teacher,
+            backbone,
+            null_text,
+            self.predict,
+            self.velocity,
+            self.student,
+            config.heldout,
+            seed,
+            device,
         )
         self.objectives: list[Objective] = [
             build(getattr(config, name), self.shared)
