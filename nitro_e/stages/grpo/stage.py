@@ -28,7 +28,7 @@ from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEnc
 from nitro_e.randomness import SampleRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling.samplers import guide
-from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
 from nitro_e.stages.grpo.algorithm import Algorithm, Shared
 from nitro_e.stages.grpo.clipped import ClippedConfig
