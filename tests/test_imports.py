@@ -25,12 +25,13 @@ data.making: config files interfaces randomness record data sampling
 evaluation: config files interfaces randomness record model sampling rewards shapes data
 stages.assembly: config interfaces record model encoders sampling training data
 stages.batches: config interfaces data
+stages.validation: config files interfaces randomness sampling data stages.assembly stages.batches
 stages.first_weights: config interfaces randomness record model training stages.assembly
 stages.flow_matching: config interfaces randomness model encoders sampling training data stages.assembly stages.batches
 stages.grpo: config files interfaces randomness record model sampling training rewards data stages.assembly
 stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
-    stages.flow_matching stages.grpo stages.distill
+    stages.validation stages.flow_matching stages.grpo stages.distill
 serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
     evaluation serving stages stages.first_weights stages.flow_matching

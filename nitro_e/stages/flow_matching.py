@@ -26,7 +26,7 @@ from nitro_e.interfaces import (
 )
 from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
-from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.sampling.flow import TimestepConfig, WeightConfig
 from nitro_e.stages.assembly import (
     Parts,
     Run,
@@ -55,6 +55,7 @@ class FlowMatchingConfig(Config):
     kind: Literal["flow_matching"] = "flow_matching"  # stages 1 and 2
     caption_dropout: Fraction = 0.1  # share of captions replaced by "", for classifier-free guidance
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    weighting: WeightConfig = field(default_factory=WeightConfig)
     repa: RepaConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -134,7 +135,7 @@ class FlowMatching:
                 yield encode(record, self.codec, self.text, self.device, vision, grid)
 
     def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared velocity error, plus the weighted REPA term."""
+        """Return the mean (weighted) squared velocity error, plus the REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = batch.text.where(rng.uniform() >= self.config.caption_dropout, self.null_text)
@@ -142,13 +143,17 @@ class FlowMatching:
         error = velocity.float() - flow.velocity_target(batch.latents, noise)  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)
         logs = by_time(squared, t)
+        weighted = squared.mean()
+        if self.config.weighting.kind != "uniform":
+            weighted = (flow.loss_weight(self.config.weighting, t) * squared).mean()
+            logs["velocity_loss"] = squared.mean()
         repa = self.config.repa
         if repa is None:
-            return squared.mean(), logs
+            return weighted, logs
         assert projected is not None and batch.features is not None
         alignment = repa_loss(projected, batch.features)
         logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
-        return squared.mean() + repa.weight * alignment, logs
+        return weighted + repa.weight * alignment, logs
 
 
 # ---- from a recipe
