@@ -32,9 +32,10 @@ stages.grpo: config files interfaces randomness record model sampling training r
 stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
     stages.validation stages.flow_matching stages.grpo stages.distill
+studies: config files model encoders sampling evaluation record stages stages.validation stages.first_weights
 serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
-    evaluation serving stages stages.first_weights stages.flow_matching
+    evaluation serving stages stages.first_weights stages.flow_matching studies
 __init__: model sampling
 """
 ALLOWED = {

@@ -90,6 +90,8 @@ class StageKind(Generic[Settings]):
     sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
     further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
     reads_data: Callable[[Run[Settings]], bool] = always  # whether this recipe reads images
+    # FLOPs of training on one sample, from those of a forward pass of the model and its image tokens; None: not counted
+    training_flops: Callable[[Run[Settings], float, int], float] | None = None
 
 
 # ---- stages that read data

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.data import Data
-from nitro_e.encoders.components import build_vision_encoder
+from nitro_e.encoders.components import build_vision_encoder, vision_width
 from nitro_e.interfaces import (
     Batch,
     LatentCodec,
@@ -179,6 +179,22 @@ def check(config: Run[FlowMatchingConfig]) -> None:
         )
 
 
+def training_flops(config: Run[FlowMatchingConfig], forward: float, tokens: int) -> float:
+    """Count the FLOPs of forward and backward, twice a forward, of the model and of REPA's projector, for one sample."""
+    if config.stage.repa is not None and config.components.vision is not None:
+        vision = config.components.vision
+        width = vision_width(vision) or build_vision_encoder(vision).width
+        with torch.device("meta"):
+            trained = ProjectedModel(config.model.build_empty(), config.stage.repa, width)
+        # 2 per multiply-add of every weight at every token
+        forward += sum(
+            2 * tokens * module.weight.numel()
+            for name, module in trained.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("model.")
+        )
+    return 3 * forward
+
+
 def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
     data, vision = open_run_data(config, parts), config.components.vision
     stage = FlowMatching(
@@ -195,4 +211,4 @@ def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequenc
     return stage, config.prompts or first_records(data).prompts[:8]
 
 
-KIND = StageKind(check, split_of_data, build, data_summary, open_run_data)
+KIND = StageKind(check, split_of_data, build, data_summary, open_run_data, training_flops=training_flops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,21 @@ class RunConfig(Config):
     @property
     def folder(self) -> Path:
         return Path(self.run or f"runs/{self.name}")
+
+    @cached_property
+    def counted(self) -> describe.Count:
+        """Count the model's parameters, and the FLOPs of a forward pass of one sample."""
+        shape, (_, text_length) = codec_shape(self.components.codec), text_shape(self.components.text)
+        return describe.total(self.model, None if shape is None else self.token_grid(shape[1]), text_length)
+
+    @cached_property
+    def flops_per_step(self) -> float | None:
+        """FLOPs of an optimiser step: of what is trained, without frozen encoders; None where they are not counted."""
+        count, shape = self.stage_kind.training_flops, codec_shape(self.components.codec)
+        if count is None or shape is None or self.batch.global_ is None:
+            return None
+        rows, columns = self.token_grid(shape[1])
+        return self.batch.global_ * count(self, self.counted.flops, rows * columns)
 
     def _check_shapes(self) -> None:
         """Check what can be known of the components before they are loaded."""
