@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -155,8 +156,13 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
     overrides += variant.set
     if steps is not None:
         overrides.append(f"engine.steps={steps}")
-    config = load(RunConfig, variant.recipe, overrides)
-    return Trial(name, seed, folder, config, tuple(overrides))
+    return Trial(name, seed, folder, _config(variant.recipe, tuple(overrides)), tuple(overrides))
+
+
+@functools.cache
+def _config(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
+    """Load a recipe once: a study asks for it many times, and its FLOPs are counted on a model."""
+    return load(RunConfig, recipe, overrides)
 
 
 def trials(plan: Study, chosen: Sequence[str]) -> list[Trial]:
