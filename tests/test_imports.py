@@ -26,6 +26,7 @@ evaluation: config files interfaces randomness record model encoders sampling re
 stages.assembly: config interfaces record model encoders sampling training data
 stages.adapter: config files interfaces model randomness
 stages.batches: config interfaces data
+stages.validation: config files interfaces randomness sampling data stages.assembly stages.batches
 stages.first_weights: config interfaces randomness record model training stages.assembly
 stages.repa: config interfaces
 stages.flow_matching: config interfaces randomness model encoders sampling training data stages.assembly stages.batches
@@ -34,10 +35,11 @@ stages.grpo: config files interfaces randomness record model sampling training r
 stages.distill: config files interfaces randomness record model sampling training data stages.adapter stages.assembly
     stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
-    stages.flow_matching stages.grpo stages.distill
+    stages.validation stages.flow_matching stages.grpo stages.distill
+studies: config files model encoders sampling evaluation record stages stages.validation stages.first_weights
 serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
-    evaluation serving stages stages.first_weights stages.flow_matching
+    evaluation serving stages stages.first_weights stages.flow_matching studies
 __init__: model sampling
 """
 ALLOWED = {

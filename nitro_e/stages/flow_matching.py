@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from nitro_e.config import Config, ConfigError, Fraction
 from nitro_e.data import Data
 from nitro_e.encoders.components import build_vision_encoder
-from nitro_e.interfaces import Batch, LatentCodec, Model, Phase, Stage, TextEncoder, VisionEncoder
+from nitro_e.interfaces import (
+    Batch,
+    LatentCodec,
+    Model,
+    Phase,
+    Stage,
+    TextEmbedding,
+    TextEncoder,
+    VisionEncoder,
+)
 from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
-from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.sampling.flow import TimestepConfig, WeightConfig
 from nitro_e.stages.assembly import (
     Parts,
     Run,
@@ -37,6 +46,7 @@ class FlowMatchingConfig(Config):
     kind: Literal["flow_matching"] = "flow_matching"  # stages 1 and 2
     caption_dropout: Fraction = 0.1  # share of captions replaced by "", for classifier-free guidance
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    weighting: WeightConfig = field(default_factory=WeightConfig)
     repa: RepaConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -95,7 +105,7 @@ class FlowMatching:
                 yield batch
 
     def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared velocity error, plus the weighted REPA term."""
+        """Return the mean (weighted) squared velocity error, plus the REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         text = batch.text.where(rng.uniform() >= self.config.caption_dropout, self.null_text)
@@ -112,12 +122,16 @@ class FlowMatching:
         error = velocity.float() - target  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)
         logs = by_time(squared, t)
+        weighted = squared.mean()
+        if self.config.weighting.kind != "uniform":
+            weighted = (flow.loss_weight(self.config.weighting, t) * squared).mean()
+            logs["velocity_loss"] = squared.mean()
         if repa is None:
-            return squared.mean(), logs
+            return weighted, logs
         assert batch.features is not None
         alignment = alignment_loss(projected, batch.features, repa)
         logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
-        return squared.mean() + repa.weight * alignment, logs
+        return weighted + repa.weight * alignment, logs
 
 
 # ---- from a recipe
@@ -144,6 +158,22 @@ def check(config: Run[FlowMatchingConfig]) -> None:
         )
 
 
+def training_flops(config: Run[FlowMatchingConfig], forward: float, tokens: int) -> float:
+    """Count the FLOPs of forward and backward, twice a forward, of the model and of REPA's projector, for one sample."""
+    if config.stage.repa is not None and config.components.vision is not None:
+        vision = config.components.vision
+        width = vision_width(vision) or build_vision_encoder(vision).width
+        with torch.device("meta"):
+            trained = ProjectedModel(config.model.build_empty(), config.stage.repa, width)
+        # 2 per multiply-add of every weight at every token
+        forward += sum(
+            2 * tokens * module.weight.numel()
+            for name, module in trained.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("model.")
+        )
+    return 3 * forward
+
+
 def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
     data, vision = open_run_data(config, parts), config.components.vision
     stage = FlowMatching(
@@ -161,4 +191,4 @@ def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequenc
     return stage, config.prompts or first_records(data).prompts[:8]
 
 
-KIND = StageKind(check, split_of_data, build, data_summary, open_run_data)
+KIND = StageKind(check, split_of_data, build, data_summary, open_run_data, training_flops=training_flops)
