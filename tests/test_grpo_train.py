@@ -1,10 +1,12 @@
 """GRPO through `train.py`: a small E-MMDiT with LoRA, with all weights, and with NFT; its files, resume, and a rising reward."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from nitro_e import config
 from nitro_e.cli import train
@@ -145,6 +147,49 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
         config.from_dict(
             RunConfig, {**config.yaml.safe_load(recipe.read_text()), "stage": {"kind": "flow_matching"}}
         )
+
+
+def test_held_out_scores_the_best_weights_and_what_the_report_shows(recipe, tmp_path, capsys):
+    evaluation = (
+        "evaluation={prompts: {source: shapes-heldout, num: 12}, rewards: [{name: 'test_grpo_train:greenness', "
+        "label: green}], every: 2, best: green, guard: {green: 9}}"
+    )
+    run = tmp_path / "run"
+    assert run_train(recipe, run, evaluation) == 0
+    rows = {row["step"]: row for row in metrics.read(run) if "eval/green" in row}
+    assert list(rows) == [0, 2, 4]
+    assert all(row["eval/green/low"] <= row["eval/green"] <= row["eval/green/high"] for row in rows.values())
+    best = max(rows, key=lambda step: rows[step]["eval/green"])
+    kept = run_folder.model_folder(f"{run}@best")
+    assert run_folder.step_of(kept) == best and run_folder.folder_of(run, best) in run_folder.complete(run)
+    published = load_pretrained(run_folder.folder_of(run, best) / "ema").state_dict()
+    assert all(
+        torch.equal(tensor, published[name]) for name, tensor in load_pretrained(kept).state_dict().items()
+    )
+    # the rewards are what one sees: on the progress line, first in the report, and as images
+    assert re.search(r"grpo 4/4  green -?0\.\d+  kl [\d.e-]+  grad_norm", capsys.readouterr().err)
+    titles = re.findall(r'aria-label="([^"]*)"', (run / "report.html").read_text())
+    assert titles[:7] == [
+        "Score: green, by task",
+        "Score: green, seen and unseen combinations",
+        "Reward: green",
+        "Reward: taste",
+        "KL to the reference, of velocities",
+        "Diversity of a prompt&#39;s images",
+        "Loss",
+    ]
+    assert (
+        "Never changed: " in (run / "report.html").read_text()
+        and "zero_std_ratio" in (run / "report.html").read_text()
+    )
+    for name, sign in (("best", 1), ("worst", -1)):
+        with Image.open(run / "samples" / f"step-0000004-rollout-{name}.png") as sheet:
+            sheet.load()
+            said = [text for _, text in metrics.cells(sheet)]
+        greens = [sign * float(re.search(r"green (-?[\d.e-]+),", text)[1]) for text in said]
+        assert len(said) == 8 and greens == sorted(greens, reverse=True)
+    assert run_train(recipe, tmp_path / "bad", evaluation, "evaluation.every=3") == 2
+    assert "evaluation.every 3 must be a multiple of 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

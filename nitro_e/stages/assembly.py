@@ -73,6 +73,10 @@ def always(config: Run) -> bool:
     return True
 
 
+def every_step(config: Run) -> int:
+    return 1
+
+
 def given_sampling(config: Run) -> SamplingConfig:
     return config.sampling
 
@@ -90,6 +94,7 @@ class StageKind(Generic[Settings]):
     sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
     further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
     reads_data: Callable[[Run[Settings]], bool] = always  # whether this recipe reads images
+    period: Callable[[Run[Settings]], int] = every_step  # steps between which a run can be saved
 
 
 # ---- stages that read data

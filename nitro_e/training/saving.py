@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, TrainingError
 from nitro_e.record import run_folder
 from nitro_e.training import checkpoint
 from nitro_e.training.parallel import any_process
@@ -76,6 +76,29 @@ class Saver:
             return failure or "see process 0"
         self.failures, self.saved_step = 0, self.state.step
         return None
+
+    def publish_best(self, about: dict[str, Any]) -> None:
+        """Write the published weights of this step to RUN/best; about: why, for people. OSError comes through."""
+        published = self.state.published()
+        name = "ema" if "ema" in published else "model"
+        if self.accelerator.is_main_process:
+            checkpoint.publish_best(
+                self.run,
+                self.state.step,
+                lambda folder: self.state.write_published(folder, name, published[name], self.use, about),
+            )
+
+    def roll_back(self) -> int:
+        """Load the state of the best step, which is returned. The number of steps that were done stays."""
+        best = run_folder.best(self.run)
+        if best is None:
+            raise TrainingError(f"{self.run}/best is gone: there is no checkpoint to go back to")
+        step = run_folder.step_of(best)
+        folder = run_folder.folder_of(self.run, step)
+        if problem := checkpoint.damage(folder):
+            raise TrainingError(f"{folder}, to go back to, is damaged ({problem})")
+        self.state.load(folder)
+        return step
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint of the run directory; False if there is none."""

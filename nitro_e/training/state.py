@@ -127,14 +127,25 @@ class TrainingState:
         self, folder: Path, published: dict[str, nn.Module], gathered: dict[str, Any], use: dict[str, Any]
     ) -> None:
         """Fill the folder of a checkpoint. use: stored with the published weights, for sampling."""
-        write_extras = getattr(self.stage, "write_extras", None)
         for name, model in published.items():
-            save_pretrained(model, folder / name, use)
-            if write_extras is not None:
-                write_extras(self._models()[name], folder / name)
+            self.write_published(folder / name, name, model, use)
         (folder / "trainer").mkdir()
         for name, content in gathered.items():
             save_object(content, folder / "trainer" / f"{name}.pt")
+
+    def write_published(
+        self,
+        folder: Path,
+        name: str,
+        model: nn.Module,
+        use: dict[str, Any],
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Write one of the published models, of folder name `name`, and what the stage adds to it; about: for people."""
+        save_pretrained(model, folder, use, about)
+        write_extras = getattr(self.stage, "write_extras", None)
+        if write_extras is not None:
+            write_extras(self._models()[name], folder)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from the folder of a checkpoint. ConfigError if it is of another architecture or kind of training."""

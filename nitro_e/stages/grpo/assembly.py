@@ -101,4 +101,12 @@ def further_copies(config: Run[GRPOConfig]) -> int:
     return reference + algorithm.keeps_old
 
 
-KIND = StageKind(check, split, build, summary, further_copies=further_copies, reads_data=lambda config: False)
+KIND = StageKind(
+    check,
+    split,
+    build,
+    summary,
+    further_copies=further_copies,
+    reads_data=lambda config: False,
+    period=lambda config: config.stage.updates,
+)

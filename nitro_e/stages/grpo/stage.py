@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
@@ -38,6 +39,7 @@ from nitro_e.stages.grpo.nft import NFTConfig
 from nitro_e.stages.grpo.policy import Policy
 from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory
 from nitro_e.stages.grpo.sde import Schedule, Window
+from nitro_e.stages.grpo.shown import Shown, to_bytes
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import gather_over_processes
 
@@ -137,6 +139,9 @@ class GRPO:
         self.batch_size, self.period = layout.micro_batch, config.updates
         self.forward_flops = forward_flops * self._passes_per_row()
         self.fingerprint = self._fingerprint()
+        trained = [reward.title for reward in config.rewards if not reward.monitored]
+        self.headline = (*(f"reward/{title}" for title in trained), *(["kl"] if kl.beta else []))
+        self.shown = Shown()  # images of the last rollout
         # (R, 2) counts so far, after each of the last rollouts: images without a score, images with one
         self.unscored: deque[Tensor] = deque(maxlen=MONITORED_ROLLOUTS + 1)
 
@@ -172,6 +177,10 @@ class GRPO:
         """Name the weights of the rewards, for the run's record."""
         sources = self.scorer.sources()
         return {"judges": sources} if sources else {}
+
+    def images(self) -> dict[str, Image.Image]:
+        """Return the images of this process's last rollout that scored best and worst, each with its scores."""
+        return self.shown.sheets()
 
     # ---- files
 
@@ -212,7 +221,7 @@ class GRPO:
         first, stop = images.start // size, -(-images.stop // size)  # groups of images that are drawn here
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
-        parts, scores, views = [], [], []
+        parts, scores, views, seen = [], [], [], []
         for start in range(images.start, images.stop, self.config.rollout.per_device):
             chunk = range(start, min(start + self.config.rollout.per_device, images.stop))
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
@@ -220,6 +229,8 @@ class GRPO:
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
             with clock.of("decode"):
                 pixels = self.codec.decode(parts[-1].latents).float()  # (B, 3, H, W)
+            if rank == 0:
+                seen.append(to_bytes(pixels).cpu())
             with clock.of("reward"):
                 mine = [prompts[image // size] for image in chunk]
                 scores.append(self.scorer(pixels, [p.text for p in mine], [p.info for p in mine]).values)
@@ -232,6 +243,10 @@ class GRPO:
         self.check_rewards()
         everything = gather_over_processes(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
+        if seen:
+            texts = [prompts[image // size].text for image in images]
+            found = everything[images.start : images.stop]
+            self.shown = Shown.of(torch.cat(seen), texts, found, self.scorer.names, weights)
         advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
         applies = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
         stats = score_statistics(
