@@ -15,6 +15,7 @@ from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import reward
+from nitro_e.stages.grpo import GRPO
 from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, save_adapter
 from nitro_e.stages.recipe import RunConfig
 
@@ -104,6 +105,15 @@ def test_train_and_resume(recipe, tmp_path, options):
     judges = [event["judges"] for event in metrics.read_events(run) if event["event"] == "notes"]
     assert len(judges) == 2 and judges[0] == judges[1] and judges[0]["taste"].startswith("taste-v1 ")
 
+    for part in ("policy", "ema"):
+        ours, theirs = (
+            torch.load(run_folder.folder_of(folder, 4) / "trainer" / f"{part}.pt", weights_only=True)[
+                "module"
+            ]
+            for folder in (clean, run)
+        )
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
     last = run_folder.latest(run)
     base, trained = load_pretrained(tmp_path / "base"), load_pretrained(last / "model")
     assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters()))
@@ -116,6 +126,49 @@ def test_train_and_resume(recipe, tmp_path, options):
         add_adapter(base, AdapterConfig(init_from=str(last / "model" / "adapter")), seed=3)
         for name, tensor in dense(base).state_dict().items():
             assert torch.allclose(tensor, trained.state_dict()[name], atol=1e-6), name
+
+
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(recipe, tmp_path, monkeypatch, capsys):
+    """What lies in the middle of a run is small and whole all the same; a run that kept everything goes on."""
+    clean, old = tmp_path / "clean", tmp_path / "old"
+    assert run_train(recipe, clean) == 0
+    middle, last = (run_folder.folder_of(clean, step) for step in (2, 4))
+    for name in ("policy", "ema"):
+        state = torch.load(middle / "trainer" / f"{name}.pt", weights_only=True)["module"]
+        assert state and all(".lora_" in key for key in state)
+    assert not list(middle.rglob("model.safetensors")) and len(list(last.rglob("model.safetensors"))) == 2
+    size = lambda folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # noqa: E731
+    assert size(middle) < size(last) / 3
+    # merged on loading, with the sums of training
+    base = load_pretrained(tmp_path / "base")
+    for name in ("model", "ema"):
+        found = load_pretrained(middle / name)
+        other = load_pretrained(tmp_path / "base")
+        add_adapter(other, AdapterConfig(init_from=str(middle / name / "adapter")), seed=3)
+        for key, tensor in dense(other).state_dict().items():
+            assert torch.equal(found.state_dict()[key], tensor), key
+        assert any(not torch.equal(a, b) for a, b in zip(found.parameters(), base.parameters()))
+
+    # checkpoints of before: everything in them, nothing in RUN/base
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPO, "is_frozen", lambda stage, name: False)
+        assert run_train(recipe, old, "engine.steps=2") == 0
+    assert not (old / "base").exists() and size(run_folder.folder_of(old, 2)) > size(last)
+    assert run_train(recipe, old) == 0
+    ours, theirs = (
+        torch.load(run_folder.folder_of(run, 4) / "trainer" / "policy.pt", weights_only=True)
+        for run in (old, clean)
+    )
+    assert all(torch.equal(ours["module"][key], theirs["module"][key]) for key in theirs["module"])
+
+    other = load_pretrained(tmp_path / "base")
+    torch.nn.init.normal_(other.out.weight)
+    save_pretrained(other, clean / "base")
+    assert run_train(recipe, clean, "engine.steps=6") == 3
+    assert "missing or not what was written" in capsys.readouterr().err
+    shutil.rmtree(clean / "base")
+    with pytest.raises(ConfigError, match="holds an adapter alone"):
+        load_pretrained(middle / "model")
 
 
 def test_dry_run_and_bad_input(recipe, tmp_path, capsys):

@@ -6,6 +6,8 @@
         ema/     the same, when the run keeps an average
         trainer/ what a resume needs: module and optimiser of every phase, EMA counters
         meta.json                                     written last: step, experiment, size and sha256 of every file
+    RUN/base/                                         of a run that trains an adapter: what it is put on, as in model/,
+                                                      where model/ and ema/ hold adapter/ in place of model.safetensors
     RUN/best/step-0000500/                            the weights with the highest score so far, as in model/: RUN@best
 
 A checkpoint is complete when it has its meta.json; `training.checkpoint` writes, verifies and prunes checkpoints.

@@ -92,7 +92,7 @@ class StageKind(Generic[Settings]):
     summary: Callable[[Run[Settings], Data | None, int, float], list[str]]
     open_data: Callable[[Run[Settings]], Data] | None = None  # None: the stage reads none
     sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
-    further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
+    further_copies: Callable[[Run[Settings]], float] = no_copies  # of the model's size, in a checkpoint
     reads_data: Callable[[Run[Settings]], bool] = always  # whether this recipe reads images
     period: Callable[[Run[Settings]], int] = every_step  # steps between which a run can be saved
 

@@ -58,6 +58,28 @@ def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
         shutil.rmtree(leftover)
 
 
+def save_base(run: Path, write: Callable[[Path], None]) -> str:
+    """Let `write(folder)` fill RUN/base, the frozen weights under an adapter; returns their sha256."""
+    folder = run / "base"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that began anew
+    with atomic_path(folder) as temporary:
+        write(temporary)
+    return sha256_of(folder / "model.safetensors")
+
+
+def check_base(run: Path, meta: dict[str, Any]) -> str | None:
+    """Return the sha256 of RUN/base that a checkpoint names; TrainingError if the file is gone or another one."""
+    if (expected := meta.get("base")) is None:
+        return None
+    path = run / "base" / "model.safetensors"
+    if not path.is_file() or sha256_of(path) != expected:
+        raise TrainingError(
+            f"{path}, the weights that the adapter of {run} is trained on, is missing or not what was written; put a copy "
+            "back, or delete the run's checkpoints to begin again from the start"
+        )
+    return expected
+
+
 def publish_best(run: Path, step: int, write: Callable[[Path], None]) -> None:
     """Let `write(folder)` fill the model folder of the best step, in place of the one before; OSError comes through."""
     folder, before = run / "best" / folder_of(run, step).name, best(run)

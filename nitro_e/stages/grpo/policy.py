@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.stages.grpo.adapter import has_adapter, without_adapter
+from nitro_e.stages.grpo.adapter import has_adapter, is_frozen, without_adapter
 
 
 class Policy(nn.Module):
@@ -26,6 +26,10 @@ class Policy(nn.Module):
         self.model = model
         self.reference = frozen(model) if reference and not has_adapter(model) else None
         self.old = frozen(model) if old else None
+        if self.old is not None and has_adapter(model):  # what is not trained is shared
+            for (name, ours), theirs in zip(model.named_parameters(), self.old.parameters(), strict=True):
+                if is_frozen(name):
+                    theirs.data = ours.data
 
     def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         return self.model(x, t, text)

@@ -29,7 +29,14 @@ from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEnc
 from nitro_e.randomness import SampleRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores
 from nitro_e.sampling.samplers import guide
-from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
+from nitro_e.stages.grpo.adapter import (
+    AdapterConfig,
+    add_adapter,
+    dense,
+    has_adapter,
+    is_frozen,
+    save_adapter,
+)
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
 from nitro_e.stages.grpo.algorithm import Algorithm, Shared
 from nitro_e.stages.grpo.clipped import ClippedConfig
@@ -187,8 +194,16 @@ class GRPO:
     def export(self, model: Any) -> Model:
         return dense(model) if has_adapter(model) else model
 
+    def base(self) -> Model:
+        """Return the model that the adapter is trained on."""
+        return dense(self.model, merged=False)
+
+    def is_frozen(self, name: str) -> bool:
+        """Tell whether a tensor of the phase's module, or of an average of the model, is one of the base's."""
+        return self.config.adapter is not None and is_frozen(name)
+
     def write_extras(self, model: Model, folder: Path) -> None:
-        """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
+        """Write the adapter, beside merged weights or alone, as a PEFT folder under the released names."""
         if has_adapter(model):
             save_adapter(model, folder / "adapter")
 
