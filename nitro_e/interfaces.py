@@ -368,9 +368,12 @@ class Phase:
 class Stage(Protocol):
     """A stream of batches and an ordered tuple of phases: all that differs between the stages of training.
 
-    Three members are optional: `period: int`, steps that belong together (a run stops and saves only between them),
-    `write_extras(model, folder)`, which writes more files beside the published weights of `model`, and `notes() -> dict`,
-    what to write into the record once at the start.
+    Some members are optional: `period: int`, steps that belong together (a run stops and saves only between them),
+    `write_extras(model, folder)`, which writes more files beside the published weights of `model`, `notes() -> dict`,
+    what to write into the record once at the start, `headline: tuple[str, ...]`, the metrics that the progress line shows
+    first, `images() -> dict`, images of the last batches by name, shown with the sample grids, and, for stages that train
+    an adapter, `base() -> Model`, what it is put on, and `is_frozen(name)`, which names the tensors of the base: they are
+    kept once per run and not in every checkpoint.
     """
 
     name: str

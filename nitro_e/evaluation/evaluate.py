@@ -31,6 +31,7 @@ from nitro_e.evaluation.reference import Reference
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.model.pretrained import weights_file
 from nitro_e.record.environment import environment
 from nitro_e.record.templating import write_page
 from nitro_e.rewards import Scorer, build_rewards
@@ -229,7 +230,7 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     return {
         "source": str(source),
         "folder": str(folder),
-        "sha256": sha256_of(folder / "model.safetensors" if folder.is_dir() else folder),
+        "sha256": sha256_of(weights_file(folder) if folder.is_dir() else folder),
         "weights": weights_hash(pipeline.model, pipeline.codec, pipeline.text),  # codec and text encoder too
         "step": parse_json(read_text(meta), str(meta)).get("step") if meta.is_file() else None,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),

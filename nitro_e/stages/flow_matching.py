@@ -12,17 +12,8 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction
 from nitro_e.data import Data
-from nitro_e.encoders.components import build_vision_encoder
-from nitro_e.interfaces import (
-    Batch,
-    LatentCodec,
-    Model,
-    Phase,
-    Stage,
-    TextEmbedding,
-    TextEncoder,
-    VisionEncoder,
-)
+from nitro_e.encoders.components import build_vision_encoder, vision_width
+from nitro_e.interfaces import Batch, LatentCodec, Model, Phase, Stage, TextEncoder, VisionEncoder
 from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, WeightConfig
@@ -165,8 +156,8 @@ def training_flops(config: Run[FlowMatchingConfig], forward: float, tokens: int)
         width = vision_width(vision) or build_vision_encoder(vision).width
         with torch.device("meta"):
             trained = ProjectedModel(config.model.build_empty(), config.stage.repa, width)
-        # 2 per multiply-add of every weight at every token
-        forward += sum(
+        # 2 per multiply-add of every weight at every token, while there is REPA
+        forward += config.stage.repa.stop * sum(
             2 * tokens * module.weight.numel()
             for name, module in trained.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("model.")

@@ -192,6 +192,7 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what `optimizer_state` returned; moments are sharded as their parameters are."""
     parameters = dict(module.named_parameters())
+    optimizer.state.clear()
     for name, values in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
