@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
-from nitro_e.data import Data
-from nitro_e.encoders.components import build_vision_encoder
+from nitro_e.data import Data, Records
+from nitro_e.encoders.components import build_vision_encoder, compile_encoders
 from nitro_e.interfaces import (
     Batch,
     LatentCodec,
@@ -36,7 +35,7 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
-from nitro_e.stages.batches import encode, null_prompt
+from nitro_e.stages.batches import batches_ahead, encode, null_prompt
 from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
 
@@ -128,10 +127,13 @@ class FlowMatching:
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
         """Endless micro-batches from optimiser step `step` on."""
         vision, grid = self.vision if self.config.repa else None, self.model.config.latent_grid
-        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
-        with contextlib.closing(records):
-            for record in records:
-                yield encode(record, self.codec, self.text, self.device, vision, grid)
+
+        def make(records: Records, step: int) -> Batch:
+            return encode(records, self.codec, self.text, self.device, vision, grid)
+
+        return batches_ahead(
+            self.data, make, self.device, step=step, rank=rank, world=world, accumulate=accumulate
+        )
 
     def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared velocity error, plus the weighted REPA term."""
@@ -175,14 +177,18 @@ def check(config: Run[FlowMatchingConfig]) -> None:
 
 
 def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
-    data, vision = open_run_data(config, parts), config.components.vision
+    data, vision = open_run_data(config, parts), None
+    if config.components.vision is not None:
+        vision = build_vision_encoder(config.components.vision, parts.device)
+        if config.engine.compile_encoders:
+            compile_encoders(vision)
     stage = FlowMatching(
         config.stage,
         parts.model,
         data,
         parts.codec,
         parts.text,
-        None if vision is None else build_vision_encoder(vision, parts.device),
+        vision,
         config.seed,
         parts.device,
         parts.flops,
