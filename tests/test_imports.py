@@ -53,7 +53,6 @@ ALLOWED = {
 OWNERS = {
     "accelerate": {"training"},
     "torch.distributed": {"training.parallel"},
-    "ema_pytorch": {"training.ema"},
     "wandb": {"record.metrics"},
     # text: the released caption cleaner; synthesis: other people's pipelines
     "diffusers": {"encoders", "sharing.diffusers_pipeline", "data.making.synthesis"},

@@ -27,6 +27,9 @@ class DINOv2:
         self.width: int = vit.num_features
         self.device = torch.device(device)
 
+    def compile(self) -> None:
+        self.vit.forward_features = torch.compile(self.vit.forward_features)
+
     @torch.no_grad()
     def features(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """pixels (B, 3, H, W) in -1..1, resized to fit the grid (h, w) -> (B, h*w, width), row by row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction
-from nitro_e.data import Data
-from nitro_e.encoders.components import build_vision_encoder, vision_width
+from nitro_e.data import Data, Records
+from nitro_e.encoders.components import build_vision_encoder, compile_encoders, vision_width
 from nitro_e.interfaces import Batch, LatentCodec, Model, Phase, Stage, TextEncoder, VisionEncoder
 from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
@@ -26,7 +25,7 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
-from nitro_e.stages.batches import encode, null_prompt
+from nitro_e.stages.batches import batches_ahead, encode, null_prompt
 from nitro_e.stages.repa import ProjectedModel, RepaConfig, alignment_loss
 from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
@@ -86,14 +85,16 @@ class FlowMatching:
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
         """Endless micro-batches from optimiser step `step` on."""
         grid = self.model.config.latent_grid
-        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
-        with contextlib.closing(records):
-            for number, record in enumerate(records):
-                now = step + number // accumulate
-                vision = self.vision if now < self.aligned_steps else None
-                batch = encode(record, self.codec, self.text, self.device, vision, grid)
-                batch.step = now
-                yield batch
+
+        def make(records: Records, step: int) -> Batch:
+            vision = self.vision if step < self.aligned_steps else None
+            batch = encode(records, self.codec, self.text, self.device, vision, grid)
+            batch.step = step
+            return batch
+
+        return batches_ahead(
+            self.data, make, self.device, step=step, rank=rank, world=world, accumulate=accumulate
+        )
 
     def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean (weighted) squared velocity error, plus the REPA term."""
@@ -166,14 +167,18 @@ def training_flops(config: Run[FlowMatchingConfig], forward: float, tokens: int)
 
 
 def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
-    data, vision = open_run_data(config, parts), config.components.vision
+    data, vision = open_run_data(config, parts), None
+    if config.components.vision is not None:
+        vision = build_vision_encoder(config.components.vision, parts.device)
+        if config.engine.compile_encoders:
+            compile_encoders(vision)
     stage = FlowMatching(
         config.stage,
         parts.model,
         data,
         parts.codec,
         parts.text,
-        None if vision is None else build_vision_encoder(vision, parts.device),
+        vision,
         config.seed,
         parts.device,
         parts.flops,

@@ -29,6 +29,7 @@ from nitro_e.encoders.components import (
     build_codec,
     build_text_encoder,
     codec_shape,
+    compile_encoders,
     text_shape,
     weights_source,
 )
@@ -327,6 +328,8 @@ def build(config: RunConfig) -> Engine:
     model.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:
         model.compile_blocks()
+    if config.engine.compile_encoders:
+        compile_encoders(codec, text)
     side = config.resolution // codec.stride
     parts = Parts(
         device=device,
