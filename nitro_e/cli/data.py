@@ -73,7 +73,21 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resize", type=int, help="make larger images smaller, to this shorter side in pixels"
     )
-    parser.add_argument("--min-side", type=int, default=1, help="leave out smaller images, pixels")
+    parser.add_argument("--min-side", type=int, default=64, help="leave out smaller images, pixels")
+    parser.add_argument(
+        "--max-aspect",
+        type=cli.real(1),
+        default=4.0,
+        metavar="RATIO",
+        help="leave out images whose longer side is more than so many shorter ones",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="of tables, parquet and --captions: goes into json, for data.captions and data.where",
+    )
     parser.add_argument(
         "--shuffle", type=int, default=0, metavar="SEED", help="of folders and tables; -1 keeps their order"
     )
@@ -83,6 +97,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pack(args: argparse.Namespace) -> None:
     args.caption_column = args.caption_column or pack.CAPTION_COLUMN.get(args.layout, "caption")
     args.shuffle = None if args.shuffle < 0 else args.shuffle
+    args.keep = tuple(args.keep)
     options = from_flags(pack.PackConfig, args)
     captions = pack.CaptionSource(
         args.captions, args.id_column, args.captions_from_names, args.out / ".journal"

@@ -151,7 +151,7 @@ class UnitImages(Dataset):
 
     def _dataset(self, catalog: Catalog) -> TarDataset:
         images = image_extensions(catalog) if self.pixels else ()
-        info = catalog.find("json") is not None
+        info = bool(catalog.holders("json")[0])
         spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
 
