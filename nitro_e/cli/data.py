@@ -125,28 +125,35 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="of the vision features, without --codec",
     )
-    cli.dtype_flag(parser, "of the encoders", default="float32")
+    cli.dtype_flag(parser, "of the encoders (default: bfloat16 on a GPU, float32 elsewhere)")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=encode.usual_workers(),
+        help="processes that decode images; by default the cores of this rank but one",
+    )
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
 
 
 def run_encode(args: argparse.Namespace) -> None:
     device = args.device or rank_device()
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     builders = {"codec": build_codec, "text": build_text_encoder, "vision": build_vision_encoder}
     built, names = {}, {}
     for kind, builder in builders.items():
         if value := getattr(args, kind):
-            component = chosen_component(kind, value, dtype=args.dtype)
+            component = chosen_component(kind, value, dtype=dtype)
             if kind == "text":
                 component = dataclasses.replace(component, length=args.text_length)
             built[kind] = builder(component, device)
             column = {"codec": "latents", "vision": "features"}.get(kind, kind)
             names[column] = config.to_dict(pinned(component))
-    encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
+    grid = tuple(args.grid) if args.grid else None
+    encoders = encode.Encoders(**built, grid=grid, names=names, device=device)
     options, job = from_flags(encode.EncodeConfig, args), from_flags(jobs.JobConfig, args)
     encode.encode(expand_shards(args.shards, "shards"), encoders, options, job)
 
