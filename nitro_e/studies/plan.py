@@ -196,6 +196,10 @@ def at_equal_flops(plan: Study, name: str, seed: int) -> Trial:
 
 def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
     """Refuse what can be known to be wrong before anything is trained: benchmark, weights, data, keys, settings."""
+    if any(plan.settings_of(name) for name in chosen):
+        prepare(judged(plan), "cpu")
+    base: dict[str, Any] = {} if plan.base is None else read_config(run_folder.model_folder(plan.base))
+    use = None if plan.base is None else from_dict(Use, base["use"], "use")
     for name in chosen:
         with said_of(f"variants.{name}"):
             for each in [each for each in planned if each.variant == name]:
@@ -205,19 +209,12 @@ def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
                 check_settings(
                     plan.settings_of(name), config.published_sampling, config.model, config.components
                 )
-    if any(plan.settings_of(name) for name in chosen):
-        prepare(judged(plan), "cpu")
-    if plan.base is None:
-        return
-    base = read_config(run_folder.model_folder(plan.base))
-    use = from_dict(Use, base["use"], "use")
-    for name in chosen:
-        if not plan.is_trained(name):
-            with said_of(f"variants.{name}"):
+            elif use is not None:
                 check_settings(plan.settings_of(name), use.sampling, base["model"], use)
-    with said_of("base"):  # scored at the same settings
-        every = [setting for name in chosen for setting in plan.settings_of(name)]
-        check_settings([plan.reference] if plan.reference else every, use.sampling, base["model"], use)
+    if use is not None:
+        with said_of("base"):  # scored at the same settings
+            every = [setting for name in chosen for setting in plan.settings_of(name)]
+            check_settings([plan.reference] if plan.reference else every, use.sampling, base["model"], use)
 
 
 def check_trial(each: Trial) -> None:
