@@ -78,6 +78,12 @@ def means(prompts: Sequence[Prompt], values: np.ndarray) -> dict[str, float]:
     return logs | {f"/{kind}": intervals.mean(each) for kind, each in found.items()}
 
 
+def interval(prompts: Sequence[Prompt], values: np.ndarray) -> tuple[float, float]:
+    """Return the limits of the 95 % interval of the overall score of one value per prompt."""
+    estimate = intervals.score(parts(prompts, values)["overall"])
+    return estimate.low, estimate.high
+
+
 def compare(
     prompts: Sequence[Prompt], ours: Sequence[ScoredImage], theirs: Sequence[ScoredImage], title: str
 ) -> dict[str, Any]:

@@ -73,6 +73,10 @@ def always(config: Run) -> bool:
     return True
 
 
+def every_step(config: Run) -> int:
+    return 1
+
+
 def given_sampling(config: Run) -> SamplingConfig:
     return config.sampling
 
@@ -88,10 +92,11 @@ class StageKind(Generic[Settings]):
     summary: Callable[[Run[Settings], Data | None, int, float], list[str]]
     open_data: Callable[[Run[Settings]], Data] | None = None  # None: the stage reads none
     sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
-    further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
+    further_copies: Callable[[Run[Settings]], float] = no_copies  # of the model's size, in a checkpoint
     reads_data: Callable[[Run[Settings]], bool] = always  # whether this recipe reads images
     # FLOPs of training on one sample, from those of a forward pass of the model and its image tokens; None: not counted
     training_flops: Callable[[Run[Settings], float, int], float] | None = None
+    period: Callable[[Run[Settings]], int] = every_step  # steps between which a run can be saved
 
 
 # ---- stages that read data

@@ -33,7 +33,7 @@ from nitro_e.encoders.components import (
     weights_source,
 )
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
-from nitro_e.interfaces import Architecture, LatentCodec, Model, TextEncoder
+from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
 from nitro_e.model import describe
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
@@ -54,6 +54,7 @@ from nitro_e.stages.validation import ValidationConfig
 from nitro_e.training.batch import BatchConfig
 from nitro_e.training.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.parallel import dist_context
+from nitro_e.training.selection import Selection
 
 # told apart by `kind`; KINDS has an entry for each
 StageConfig = FlowMatchingConfig | GRPOConfig | DistillConfig
@@ -136,6 +137,7 @@ class RunConfig(Config):
                 f"validation: stage.kind '{self.stage.kind}' reads no images; leave validation out"
             )
         kind.check(self)
+        self._check_selection(kind.period(self))
         self._check_shapes()
 
     @property
@@ -170,6 +172,15 @@ class RunConfig(Config):
             return None
         rows, columns = self.token_grid(shape[1])
         return self.batch.global_ * count(self, self.counted.flops, rows * columns)
+
+    def _check_selection(self, period: int) -> None:
+        """ConfigError if the best checkpoint would be asked for where the stage cannot be saved."""
+        scores = self.evaluation
+        if scores is not None and (scores.best or scores.guard) and scores.every % period:
+            raise ConfigError(
+                f"evaluation.every {scores.every} must be a multiple of {period}, the steps of stage.kind "
+                f"'{self.stage.kind}' that belong together: only between them a checkpoint can be kept or gone back to"
+            )
 
     def _check_shapes(self) -> None:
         """Check what can be known of the components before they are loaded."""
@@ -331,12 +342,16 @@ def build(config: RunConfig) -> Engine:
     )
     stage, prompts = kind.build(config, parts)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
-    hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
+    hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts), stage)]
     dist = dist_context(accelerator)
     if config.validation is not None:
         validator = validation.open_validator(config, config.validation, parts, dist)
         hooks.append(Hook(config.validation.every, validator, everywhere=True))
+    selection = None
     if config.evaluation is not None:
+        best, guard = config.evaluation.best, config.evaluation.guard
+        bounds = {} if guard is None else {f"eval/{title}": bound for title, bound in guard.bounds.items()}
+        selection = Selection(best and f"eval/{best}", bounds, "stop" if guard is None else guard.action)
         evaluator = Evaluator(
             config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast, dist
         )
@@ -353,6 +368,7 @@ def build(config: RunConfig) -> Engine:
         record=to_dict(config),
         accumulate=split.accumulate,
         hooks=tuple(hooks),
+        selection=selection,
     )
     if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):
         # only now: the engine refuses the run directory of another experiment
@@ -362,15 +378,19 @@ def build(config: RunConfig) -> Engine:
 
 
 def sample_grid_hook(
-    config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]
+    config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...], stage: Stage
 ) -> Hook:
-    """Fixed prompts and seeds, so that grids of different steps show the same images getting better."""
+    """Draw fixed prompts and seeds, so that grids of different steps show the same images getting better.
+
+    The stage may add images of its own.
+    """
 
     def run(model: Model) -> dict[str, Image.Image]:
         training = model.training
         images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts).images
         model.train(training)
         columns = min(8, len(images))
-        return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size)}
+        own: dict[str, Image.Image] = getattr(stage, "images", dict)()
+        return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size), **own}
 
     return Hook(config.engine.sample_every, run)
