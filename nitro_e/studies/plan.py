@@ -51,6 +51,7 @@ class Study(Config):
     compare_to: str | None = None  # without a base: the reference; None: the first variant
     recipe: str | None = None  # of variants that name none
     set: tuple[str, ...] = ()  # overrides of all variants
+    steps: Annotated[int, Ge(1)] | None = None  # of all variants, unless their overrides say otherwise
     variants: dict[str, Variant] = field(default_factory=dict)
     # more variants: every combination of values of these keys; a text is read as YAML, such as "[full]"
     grid: dict[str, tuple[bool | int | float | str, ...]] = field(default_factory=dict)
@@ -153,6 +154,8 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
         overrides.append(f"init_from={plan.base}")
     if plan.validation is not None:
         overrides.append(f"validation={json.dumps(to_dict(plan.validation))}")
+    if plan.steps is not None:
+        overrides.append(f"engine.steps={plan.steps}")
     overrides += variant.set
     if steps is not None:
         overrides.append(f"engine.steps={steps}")
