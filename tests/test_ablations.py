@@ -67,6 +67,8 @@ ALONE = [
     dict(text_compression=2),
     dict(text_compression=4, attention=["full"], text_mask="real"),
     dict(text_compression=8, attention=["full"], compression=[], position_reinforcement=False),
+    dict(time_input="t"),
+    dict(interval=True),
 ]
 
 

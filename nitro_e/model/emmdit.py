@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,6 +44,7 @@ class ModelConfig(Architecture):
     }
 
     FREE: ClassVar[tuple[str, ...]] = ("gate_init", "base_grid", "attention")
+    ADOPTED: ClassVar[Mapping[str, Any]] = {"time_input": "1000t", "interval": False}
 
     kind: Literal["emmdit"] = "emmdit"  # the class of the model
     heads: Annotated[int, Ge(1), Le(65536)] = 24  # attention heads; they divide the width
@@ -73,6 +74,10 @@ class ModelConfig(Architecture):
     prediction_floor: Annotated[float, Gt(0), Le(1)] = 0.05
     # mean of the residual gates at the start; released: random
     gate_init: Literal["random", "zero", "one"] = "random"
+    # of the time embedding's sinusoids: as released, or slow ones, for objectives that take derivatives in t
+    time_input: Literal["1000t", "t"] = "1000t"
+    # a second time embedding, of the distance to an earlier time: for average velocities (MeanFlow)
+    interval: bool = False
     # tokens per side of the training resolution
     base_grid: Annotated[int, Ge(1), Le(1024)] = 16
 
@@ -223,7 +228,8 @@ class EMMDiT(Model):
         c, width = config, config.width
         self.patch = nn.Linear(c.latent_channels * c.patch_size**2, width)
         self.text = nn.Linear(c.text_width, width)
-        self.time = layers.TimeEmbedding(width)
+        embedding = layers.IntervalEmbedding if c.interval else layers.TimeEmbedding
+        self.time = embedding(width, speed={"1000t": 1.0, "t": 1e-3}[c.time_input])
         self.shared_modulation = layers.Skip() if c.modulation == "full" else layers.SharedModulation(width)
         self.key_mask = real_key_mask if c.text_mask == "real" else no_key_mask
 
@@ -271,8 +277,10 @@ class EMMDiT(Model):
         # a small time embedding, as in DiT
         for linear in (self.time.linear_in, self.time.linear_out):
             nn.init.normal_(linear.weight, std=0.02)
-        # the last layer gives zero
+        # the first prediction is zero, and the average velocity is the velocity
         nn.init.zeros_(self.out.weight)
+        if isinstance(self.time, layers.IntervalEmbedding):
+            nn.init.zeros_(self.time.elapsed.linear_out.weight)
         # text leaves the compressed part as it came
         for module in self.modules():
             if isinstance(module, layers.TextReconstructor):
@@ -383,6 +391,15 @@ class EMMDiT(Model):
 
     def velocity_target(self, velocity: Tensor, t: Tensor) -> Tensor:
         return self.prediction.target(velocity, t)
+
+    def adopt(self, source: Model) -> None:
+        weights = source.state_dict()
+        # what is new here is off at first
+        new = {name: value for name, value in self.state_dict().items() if name not in weights}
+        self.load_state_dict({**new, **weights})
+        assert isinstance(source, EMMDiT), "the architectures were compared"
+        if self.config.time_input != source.config.time_input:
+            self.time.imitate(source.time)
 
     def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
         words = self.text(text.tokens.to(self.text.weight.dtype)).float()  # (B, L, D)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nitro_e.config import ConfigError
 from nitro_e.interfaces import Grid
 from nitro_e.model.cpu.attention import attend_in_chunks
 from nitro_e.model.transforms import exporting, transformed
@@ -34,16 +35,65 @@ def timestep_sinusoids(t: Tensor, width: int = 256) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Map t (B,) in 0..1 to (B, D), including the SiLU that every modulation projection starts with."""
+    """Map t (B,) in 0..1 to (B, D), including the SiLU that every modulation projection starts with.
 
-    def __init__(self, width: int) -> None:
+    speed: of the sinusoids; 1 as released, 1/1000 for an embedding whose derivative in t is small.
+    """
+
+    def __init__(self, width: int, speed: float = 1.0) -> None:
         super().__init__()
+        self.speed = speed
         self.linear_in = nn.Linear(256, width)
         self.linear_out = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        x = timestep_sinusoids(t).to(self.linear_in.weight.dtype)
-        return F.silu(self.linear_out(F.silu(self.linear_in(x))))
+        if t.ndim != 1:
+            raise ConfigError("sampler 'flow_map' steps between two times, which needs model.interval: true")
+        return F.silu(self.project(t))
+
+    def project(self, t: Tensor) -> Tensor:
+        """Return what the last SiLU is applied to, (B, D)."""
+        x = timestep_sinusoids(t * self.speed).to(self.linear_in.weight.dtype)
+        return self.linear_out(F.silu(self.linear_in(x)))
+
+    @torch.no_grad()
+    def imitate(self, other: TimeEmbedding) -> None:
+        """Fit the embedding to that of another speed, by least squares over t in 0..1.
+
+        Hidden unit j begins to rise at t = j / D. What the other does within less than about 1 / D is smoothed.
+        """
+        units, t = len(self.linear_in.weight), torch.linspace(0, 1, 2049, dtype=torch.float64)
+        starts = torch.linspace(-0.1, 1, units, dtype=torch.float64)
+        self.linear_in.weight.zero_()
+        # the slowest sine but for its name: of angle t where speed is 1 / 1000
+        rising = units / torch.sin(torch.tensor(1.0))
+        self.linear_in.weight[:, 128] = rising
+        self.linear_in.bias.copy_(-rising * torch.sin(starts))
+        device = self.linear_in.weight.device
+        hidden = F.silu(self.linear_in(timestep_sinusoids((t * self.speed).to(device)))).double()
+        basis = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
+        weak = 1e-3 * torch.eye(units + 1, dtype=torch.float64, device=device)
+        target = torch.cat(
+            [other.project(t.to(device)).double(), torch.zeros_like(basis[: units + 1, :units])]
+        )
+        solved = torch.linalg.lstsq(torch.cat([basis, weak]), target).solution
+        self.linear_out.weight.copy_(solved[:-1].T)
+        self.linear_out.bias.copy_(solved[-1])
+
+
+class IntervalEmbedding(TimeEmbedding):
+    """A time embedding of t, and of how far it is to an earlier time r: of average velocities from t to r.
+
+    t: (B, 2) columns t and r; or (B,), with r = 0. The second part is zero at first.
+    """
+
+    def __init__(self, width: int, speed: float = 1.0) -> None:
+        super().__init__(width, speed)
+        self.elapsed = TimeEmbedding(width, speed)
+
+    def forward(self, t: Tensor) -> Tensor:
+        t, r = t.unbind(1) if t.ndim == 2 else (t, torch.zeros_like(t))
+        return super().forward(t) + self.elapsed(t - r)
 
 
 class SharedModulation(nn.Module):

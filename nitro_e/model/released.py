@@ -40,7 +40,7 @@ RELEASED_CYCLES = (("full", "4x1", "4x4"), ("full",))  # 512 px and 1024 px
 
 def check_representable(config: ModelConfig) -> None:
     """Refuse a model that programs reading the released format would load as something else, or not at all."""
-    for field, value in RELEASED_CHOICES.items():
+    for field, value in {**RELEASED_CHOICES, **config.ADOPTED}.items():
         if getattr(config, field) != value:
             raise ConfigError(
                 f"the released format has {field} {_plain(value)} only; this model has {_plain(getattr(config, field))}"

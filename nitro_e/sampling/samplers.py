@@ -55,8 +55,8 @@ class SamplingConfig(Config):
     guidance: GuidanceKind = "text"
     # zero_star: the other velocity scaled to fit, and none at t = 1 (CFG-Zero*, arXiv 2503.18886)
     guidance_rescale: Rescale = "none"
-    # multistep: consistency sampling, for distilled weights
-    sampler: Literal["euler", "heun", "multistep"] = "euler"
+    # for distilled weights: multistep, consistency sampling; flow_map: average velocities between the times (MeanFlow)
+    sampler: Literal["euler", "heun", "multistep", "flow_map"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
@@ -197,7 +197,7 @@ def guided_velocity(
     t: Tensor,
     text: TextEmbedding,
     negative: TextEmbedding,
-    scale: float,
+    scale: float | Tensor,
     gradient: Literal["both", "cond"] = "both",
     bare: Denoiser | None = None,
     kind: GuidanceKind = "text",
@@ -205,13 +205,16 @@ def guided_velocity(
 ) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
 
-    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass.
+    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass. A tensor (B,) gives
+    every row a scale of its own, which is taken literally.
     gradient: through both passes, or through the one with text alone, which halves the memory; `bare`, the model
     without DDP around it, then computes the other.
     kind: `path` takes the weak pass of the text for the other velocity, `both` that of the negative prompt (path-drop
     guidance, arXiv 2510.21986). rescale: see `fitted`.
     """
-    if scale in (0, 1):
+    if isinstance(scale, Tensor):
+        scale = flow.expand(scale, x)
+    elif scale in (0, 1):
         return Guided(model(x, t, text).float(), None)
     negative = negative.expand(len(x))
     if kind != "text":
@@ -297,7 +300,15 @@ def multistep(
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
+def flow_map(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep = keep) -> Tensor:
+    """Jump from time to time with the average velocity between them; velocity(x, t) gets both times, t (B, 2)."""
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        both = torch.stack([t, t_next]).expand(len(x), 2)
+        x = after_step(step, x + (t_next - t) * velocity(x, both), t_next)
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "flow_map": flow_map}  # the deterministic ones, of one signature
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -155,6 +155,10 @@ class EmmditPipeline(DiffusionPipeline):
                 f"guidance '{settings.guidance}': a diffusers folder has no weak pass; store the weights with "
                 "sampling.guidance: text"
             )
+        if settings.sampler == "flow_map":
+            raise ConfigError(
+                "sampler 'flow_map': no scheduler of diffusers gives the model two times; use our pipeline"
+            )
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=1.0 if settings.sigmas else settings.shift,
             stochastic_sampling=settings.sampler == "multistep",

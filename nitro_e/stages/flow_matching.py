@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge
-from nitro_e.data import Data
-from nitro_e.encoders.components import build_vision_encoder
+from nitro_e.data import Data, Records
+from nitro_e.encoders.components import build_vision_encoder, compile_encoders, vision_width
 from nitro_e.interfaces import Batch, LatentCodec, Model, Phase, Stage, TextEncoder, VisionEncoder
 from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
-from nitro_e.sampling.flow import TimestepConfig
+from nitro_e.sampling.flow import TimestepConfig, WeightConfig
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.assembly import (
     Parts,
@@ -27,7 +26,7 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
-from nitro_e.stages.batches import encode, null_prompt
+from nitro_e.stages.batches import batches_ahead, encode, null_prompt
 from nitro_e.stages.repa import ProjectedModel, RepaConfig, alignment_loss
 from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
@@ -51,6 +50,7 @@ class FlowMatchingConfig(Config):
     kind: Literal["flow_matching"] = "flow_matching"  # stages 1 and 2
     caption_dropout: Fraction = 0.1  # share of captions replaced by "", for classifier-free guidance
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    weighting: WeightConfig = field(default_factory=WeightConfig)
     repa: RepaConfig | None = None
     guidance: ModelGuidanceConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -101,17 +101,19 @@ class FlowMatching:
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
         """Endless micro-batches from optimiser step `step` on."""
         grid = self.model.config.latent_grid
-        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
-        with contextlib.closing(records):
-            for number, record in enumerate(records):
-                now = step + number // accumulate
-                vision = self.vision if now < self.aligned_steps else None
-                batch = encode(record, self.codec, self.text, self.device, vision, grid)
-                batch.step = now
-                yield batch
+
+        def make(records: Records, step: int) -> Batch:
+            vision = self.vision if step < self.aligned_steps else None
+            batch = encode(records, self.codec, self.text, self.device, vision, grid)
+            batch.step = step
+            return batch
+
+        return batches_ahead(
+            self.data, make, self.device, step=step, rank=rank, world=world, accumulate=accumulate
+        )
 
     def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared velocity error, plus the weighted REPA term."""
+        """Return the mean (weighted) squared velocity error, plus the REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
         captioned = rng.uniform() >= self.config.caption_dropout
@@ -132,12 +134,16 @@ class FlowMatching:
         error = velocity.float() - target  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)
         logs = by_time(squared, t)
+        weighted = squared.mean()
+        if self.config.weighting.kind != "uniform":
+            weighted = (flow.loss_weight(self.config.weighting, t) * squared).mean()
+            logs["velocity_loss"] = squared.mean()
         if repa is None:
-            return squared.mean(), logs
+            return weighted, logs
         assert batch.features is not None
         alignment = alignment_loss(projected, batch.features, repa)
         logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
-        return squared.mean() + repa.weight * alignment, logs
+        return weighted + repa.weight * alignment, logs
 
     @torch.no_grad()
     def led_away(self, net: nn.Module, x: Tensor, t: Tensor, velocity: Tensor, rows: Tensor) -> Tensor:
@@ -171,15 +177,35 @@ def check(config: Run[FlowMatchingConfig]) -> None:
         )
 
 
+def training_flops(config: Run[FlowMatchingConfig], forward: float, tokens: int) -> float:
+    """Count the FLOPs of forward and backward, twice a forward, of the model and of REPA's projector, for one sample."""
+    if config.stage.repa is not None and config.components.vision is not None:
+        vision = config.components.vision
+        width = vision_width(vision) or build_vision_encoder(vision).width
+        with torch.device("meta"):
+            trained = ProjectedModel(config.model.build_empty(), config.stage.repa, width)
+        # 2 per multiply-add of every weight at every token, while there is REPA
+        forward += config.stage.repa.stop * sum(
+            2 * tokens * module.weight.numel()
+            for name, module in trained.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("model.")
+        )
+    return 3 * forward * passes(config.stage)
+
+
 def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
-    data, vision = open_run_data(config, parts), config.components.vision
+    data, vision = open_run_data(config, parts), None
+    if config.components.vision is not None:
+        vision = build_vision_encoder(config.components.vision, parts.device)
+        if config.engine.compile_encoders:
+            compile_encoders(vision)
     stage = FlowMatching(
         config.stage,
         parts.model,
         data,
         parts.codec,
         parts.text,
-        None if vision is None else build_vision_encoder(vision, parts.device),
+        vision,
         config.seed,
         parts.device,
         parts.flops * passes(config.stage),
@@ -202,4 +228,4 @@ def sampling(config: Run[FlowMatchingConfig]) -> SamplingConfig:
     return config.sampling if config.stage.guidance is None else replace(config.sampling, guidance_scale=1.0)
 
 
-KIND = StageKind(check, split_of_data, build, summary, open_run_data, sampling)
+KIND = StageKind(check, split_of_data, build, summary, open_run_data, sampling, training_flops=training_flops)
