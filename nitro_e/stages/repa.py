@@ -49,7 +49,7 @@ class RepaConfig(Config):
 
 
 class MLPProjector(nn.Sequential):
-    """Three linear layers on each token by itself: (B, N, D) -> (B, N, F)."""
+    """Applies three linear layers to each token by itself: (B, N, D) -> (B, N, F)."""
 
     def __init__(self, width: int, hidden: int, features: int) -> None:
         super().__init__(
@@ -65,7 +65,7 @@ class MLPProjector(nn.Sequential):
 
 
 class ConvProjector(nn.Module):
-    """A convolution over 3 x 3 tokens of the grid: (B, N, D) -> (B, N, F)."""
+    """Applies a convolution over 3 x 3 tokens of the grid: (B, N, D) -> (B, N, F)."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
