@@ -50,6 +50,7 @@ SMALL = {
     },
     "sana_adv": {"adversarial": HEADS},
     "reflow": {},
+    "instaflow": {},
     "dmd2": {},
     "tdm": {},
     "dmd2_gan": {"every": 1, "adversarial": GAN},

@@ -134,7 +134,7 @@ def load_dinov2(path: str | None, device: str) -> Extractor:
     vit = vit.eval().requires_grad_(False).to(device)
     mean, std = (
         torch.tensor(values, device=device).reshape(1, 3, 1, 1)
-        for values in (vision.DINOv2.MEAN, vision.DINOv2.STD)
+        for values in (vision.IMAGENET_MEAN, vision.IMAGENET_STD)
     )
 
     def extract(images: Tensor) -> Tensor:
