@@ -60,7 +60,9 @@ def test_loss_and_gradients(reference, reference_model, record_property):
     names = [name[5:] for name in reference if name.startswith("grad.")]
     assert len(names) == 11
     apart = {name: relative(gradients[name], reference[f"grad.{name}"]) for name in names}
-    record_property(f"gradients of {len(names)} tensors, largest relative difference", f"{max(apart.values()):.1e}")
+    record_property(
+        f"gradients of {len(names)} tensors, largest relative difference", f"{max(apart.values()):.1e}"
+    )
     assert max(apart.values()) < 1e-4, apart
 
 

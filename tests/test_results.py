@@ -26,7 +26,9 @@ def test_page_is_rebuilt_by_one_command(tool):
 
 
 def figures_of(records: dict) -> set[str]:
-    return {figure.lstrip("+") for record in records.values() for figure in FIGURE.findall(json.dumps(record))}
+    return {
+        figure.lstrip("+") for record in records.values() for figure in FIGURE.findall(json.dumps(record))
+    }
 
 
 def test_figures_of_the_readme_stand_in_a_record(tool):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,18 @@ from nitro_e.model.describe import parts, total, usual_grid
 DOCS = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = DOCS / "results", DOCS / "results.md"
 # in the order of the page; other records follow by name
-ORDER = ("stages", "few_steps", "ablations", "learning", "speedrun", "grpo", "distill", "sampling", "training", "data")
+ORDER = (
+    "stages",
+    "few_steps",
+    "ablations",
+    "learning",
+    "speedrun",
+    "grpo",
+    "distill",
+    "sampling",
+    "training",
+    "data",
+)
 LAST = ("reliability", "parity", "unverified")
 PRESETS = ("nitro-e-512", "nitro-e-1024", "tiny-8")
 TEXT_LENGTH = 128
@@ -73,10 +85,14 @@ def take(files: Sequence[Path]) -> Record:
         return {"head": ["figure", "measured"], "rows": [row for file in files for row in test_figures(file)]}
     found = [json.loads(file.read_text()) for file in files]
     settings = [each["environment"] for each in found]
+    rows = {tuple(row): list(row) for each in found for row in evaluation_rows(each)}
+    score = next(iter(found[0]["results"][0]["scores"]))
     return {
-        "head": ["weights", "setting", "strict or first score", "seen", "unseen"],
-        "rows": [row for each in found for row in evaluation_rows(each)],
-        "commands": [setting["command"] for setting in settings],
+        "head": ["weights", "setting", score, "seen", "unseen"],
+        "rows": list(rows.values()),
+        "commands": [
+            re.sub(r"'(nitro-e \w+)' \w+|( --out \S+)", r"\1", each["command"]) for each in settings
+        ],
         "measured": measured(settings[0]),
     }
 
@@ -92,7 +108,13 @@ def evaluation_rows(record: dict[str, Any]) -> Iterator[list[str]]:
     for result in record["results"]:
         title, score = next(iter(result["scores"].items()))
         sampling = result["sampling"]
-        setting = f"guidance {sampling['guidance_scale']:g}, {sampling['steps']} steps, {sampling['sampler']}"
+        steps = "1 step" if sampling["steps"] == 1 else f"{sampling['steps']} steps"
+        guidance = (
+            "no guidance"
+            if sampling["guidance_scale"] in (0, 1)
+            else f"guidance {sampling['guidance_scale']:g}"
+        )
+        setting = f"{guidance}, {steps}, {sampling['sampler']}"
         names[result["folder"]] = Path(result["checkpoint"]["source"]).name, setting
         cells = [interval(score[part]) for part in ("overall", "seen", "unseen")]
         yield [*names[result["folder"]], cells[0], cells[1].split(" ")[0], cells[2].split(" ")[0]]
@@ -160,7 +182,10 @@ def architecture() -> Record:
     for preset in PRESETS:
         config = from_dict(ModelConfig, {"preset": preset}, "model")
         grid = usual_grid(config)
-        whole, inside = total(config, grid, TEXT_LENGTH), {c.name: c for c in parts(config, grid, TEXT_LENGTH)}
+        whole, inside = (
+            total(config, grid, TEXT_LENGTH),
+            {c.name: c for c in parts(config, grid, TEXT_LENGTH)},
+        )
         full, fewer, _ = config.image_tokens(*grid)
         share = inside["blocks inside"].flops / whole.flops
         numbers = [f"{whole.parameters:,}", f"{whole.flops / 1e9:.3g}", f"{full} to {fewer}", f"{share:.0%}"]
@@ -169,7 +194,14 @@ def architecture() -> Record:
         "title": "The architecture",
         "about": f"Counted for one latent and {TEXT_LENGTH} text tokens. The paper (arXiv 2510.27135) says 304M parameters "
         "and 68.5 % fewer image tokens in the compressed blocks; the count here leaves out the 2M of REPA's projector.",
-        "head": ["preset", "tokens", "parameters", "GFLOP", "image tokens, compressed to", "FLOPs of the compressed blocks"],
+        "head": [
+            "preset",
+            "tokens",
+            "parameters",
+            "GFLOP",
+            "image tokens, compressed to",
+            "FLOPs of the compressed blocks",
+        ],
         "rows": rows,
         "commands": ["nitro-e describe nitro-e-512"],
     }
