@@ -214,7 +214,12 @@ TOOLS = {
     "demo": """--recipes W ; --recipes W/none --out W/o/d1 ; --num 0 ; --num x ; --scenes 1 ; --scenes nan ; --processes 0
         --processes 1e9 ; foo ; --num 12 --out W/ok.txt ; --num 12 --out /proc/x""",
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
-        W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml""",
+        W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml ; W/study.yaml --run -1 ; W/study.yaml --run 5
+        W/study.yaml seeds=[] ; W/study.yaml seeds=[-1] --list ; W/study.yaml equal=[x] ; W/study.yaml grid={a:[1]}
+        W/study.yaml validation={shards:[W/none.tar],times:[2]} ; W/study.yaml base=null ; W/study.yaml compare_to=x""",
+    "speedrun": """; x ; x W/none ; x W/binary.txt ; ../x W/tiny.yaml ; x W/tiny.yaml foo ; x W/tiny.yaml --num 0 ; x W/tiny.yaml --num x
+        x W/tiny.yaml --benchmark foo ; x W/tiny.yaml --setting steps=0 ; x W/tiny.yaml --setting foo ; x W/tiny.yaml init_from=shapes
+        x W/tiny.yaml --table W/ok.txt ; x --rebuild --table W/binary.txt ; x W/recipes/deep.yaml ; x W/tiny.yaml engine.steps=0""",
     "train_components": """; foo ; codec --steps 0 --out W/o/n1 ; codec --steps x ; codec --seed 1e30 ; codec --seed -1""",
     "benchmark": """; foo ; model --batch 0 ; engine --rounds 0 ; sample --steps 0 ; sample --guidance nan
         sample --shapes --preset nitro-e-512 ; engine --threads 1e9 ; data --shards -1 ; model --seconds nan""",

@@ -45,6 +45,9 @@ class Records:
     text: TextEmbedding | None = None  # stored (B, L, D) tokens, usually float16, and their (B, L) mask
     features: Tensor | None = None  # (B, h*w, F) stored vision features, usually float16
     extra: dict[str, Tensor] = field(default_factory=dict)  # other array members that were asked for, by name
+    # (B,) bool by name ("latents", "text", "features"): samples of sources without this column, whose rows are zeros
+    # and are to be computed, from their pixels or prompts; of other samples, pixels may be zeros then
+    absent: dict[str, Tensor] = field(default_factory=dict)
     bad: list[Problem] = field(default_factory=list)  # samples that were replaced
     failure: str | None = None  # set by a worker instead of raising; never seen by callers
 
@@ -61,7 +64,7 @@ class Records:
     def put(self, row: int, other: Records) -> None:
         """Replace the sample in `row` by the only one of `other`."""
         for mine, theirs in zip(self._columns(), other._columns()):
-            if mine is not None:
+            if mine is not None and theirs is not None:  # both of one source, which has the same columns
                 mine[row] = theirs[0]
 
     def _columns(self) -> tuple[list | Tensor | None, ...]:
@@ -110,43 +113,51 @@ class TarDataset(Dataset):
         """Read samples by id, without replacement; {row: problem} tells which rows could not be read."""
         if self._checked is None:
             self._checked = np.zeros(len(self.catalog), bool)
-        shards, failed = self.catalog.shard_of(ids).tolist(), {}
+        shards, failed = self.catalog.shard_of(ids), {}
+        absent = {
+            name: self.catalog.members(member, ids, shards)[1]["offset"] == 0
+            for name, member in self.spec.partial
+        }
         prompts, info = self._texts(ids, shards, failed)
         latents, features = (
-            self._arrays(member, layout, ids, shards, failed) if layout else None
-            for member, layout in (("npy", self.spec.latents), ("features.npy", self.spec.features))
+            self._arrays(member, layout, ids, shards, failed, absent.get(name)) if layout else None
+            for name, member, layout in (
+                ("latents", "npy", self.spec.latents),
+                ("features", "features.npy", self.spec.features),
+            )
         )
         extra = {
             member: self._arrays(member, layout, ids, shards, failed) for member, layout in self.spec.extra
         }
-        text = self._text(ids, shards, failed) if self.spec.text else None
-        pixels = self._pixels(ids, shards, failed) if self.spec.images else None
+        text = self._text(ids, shards, failed, absent.get("text")) if self.spec.text else None
+        pixels = self._pixels(ids, shards, failed, absent) if self.spec.images else None
         self._checked[np.delete(ids, list(failed))] = True
-        names = [self.catalog.names[shard] for shard in shards]
-        keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
+        names = [self.catalog.names[shard] for shard in shards.tolist()]
+        keys = self.catalog.keys(ids)
         problems = {row: Problem(names[row], keys[row], reason) for row, reason in sorted(failed.items())}
         keys = [f"{name}:{key}" for name, key in zip(names, keys)]
-        return Records(keys, prompts, info, pixels, latents, text, features, extra), problems
+        flags = {name: torch.from_numpy(rows) for name, rows in absent.items()}
+        return Records(keys, prompts, info, pixels, latents, text, features, extra, flags), problems
 
     def _contents(
-        self, member: str, ids, shards: list[int], failed: dict[int, str]
+        self, member: str, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str]
     ) -> Iterator[memoryview | None]:
         """Yield one member of each sample; None where there is none or its CRC is wrong."""
-        column = self.catalog.find(member)
-        if column is None:
-            yield from [None] * len(ids)
-            return
-        files, paths, checked = self._files, column.paths, self._checked[ids].tolist()
-        for row, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[member][ids].tolist())):
-            content = files[paths[shard]][offset : offset + size] if offset else None
+        files, checked = self._files, self._checked[ids].tolist()
+        paths, entries = self.catalog.members(member, ids, shards)
+        for row, (path, (offset, size, crc)) in enumerate(zip(paths, entries.tolist())):
+            content = files[path][offset : offset + size] if offset else None
+            # crc 0: of a remote shard only the headers were read
             if content is not None and (
-                len(content) != size or not checked[row] and zlib.crc32(content) != crc
+                len(content) != size or crc and not checked[row] and zlib.crc32(content) != crc
             ):
                 failed.setdefault(row, f"{member} {CHANGED}")
                 content = None
             yield content
 
-    def _texts(self, ids, shards: list[int], failed: dict[int, str]) -> tuple[list[str], list[dict]]:
+    def _texts(
+        self, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str]
+    ) -> tuple[list[str], list[dict]]:
         prompts, info = [""] * len(ids), [{} for _ in ids]
         texts = self._contents("txt", ids, shards, failed)
         jsons = self._contents("json", ids, shards, failed) if self.spec.info else [None] * len(ids)
@@ -159,11 +170,19 @@ class TarDataset(Dataset):
                 failed.setdefault(row, str(error))
         return prompts, info
 
-    def _pixels(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
+    def _pixels(
+        self, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str], absent: dict[str, np.ndarray]
+    ) -> Tensor | None:
+        """Decode the images of all samples, or of those whose latents or features are absent; None for no one's."""
+        wanted = np.ones(len(ids), bool)
+        if self.spec.images_for:
+            wanted = np.any([absent[name] for name in self.spec.images_for], axis=0)
+            if not wanted.any():
+                return None
         pixels = np.zeros((len(ids), 3, self.spec.resolution, self.spec.resolution), np.uint8)
         for extension in self.spec.images:
             for row, content in enumerate(self._contents(extension, ids, shards, failed)):
-                if content is not None and row not in failed:
+                if content is not None and wanted[row] and row not in failed:
                     try:
                         pixels[row] = decode_image(content, self.spec.resolution)
                     except BadSample as error:
@@ -171,9 +190,18 @@ class TarDataset(Dataset):
         return torch.from_numpy(pixels)
 
     def _arrays(
-        self, member: str, layout: ArrayLayout, ids, shards: list[int], failed: dict[int, str]
+        self,
+        member: str,
+        layout: ArrayLayout,
+        ids: np.ndarray,
+        shards: np.ndarray,
+        failed: dict[int, str],
+        absent: np.ndarray | None = None,
     ) -> Tensor:
-        """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
+        """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape).
+
+        absent: samples that need not have the member, and get zeros.
+        """
         nbytes = layout.nbytes
         buffer = np.empty((len(ids), nbytes), np.uint8)
         flat = memoryview(buffer).cast("B")
@@ -187,6 +215,8 @@ class TarDataset(Dataset):
                 failed.setdefault(row, reason)
         start = len(layout.header)
         headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
+        if absent is not None:
+            headers |= absent
         for row in np.flatnonzero(~headers).tolist():
             failed.setdefault(row, f"{member} is not a {layout.dtype} array of shape {layout.shape}")
         values = buffer[:, start:].view(layout.dtype)
@@ -196,12 +226,15 @@ class TarDataset(Dataset):
                 failed.setdefault(row, f"{member} has NaN or Inf")
         return torch.from_numpy(values).unflatten(1, layout.shape)
 
-    def _text(self, ids, shards: list[int], failed: dict[int, str]) -> TextEmbedding:
+    def _text(
+        self, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str], absent: np.ndarray | None
+    ) -> TextEmbedding:
         """Read stored text: padded tokens with their mask, or ragged ones, padded with zeros here."""
         layout = self.spec.text
         if self.spec.mask is not None:
-            tokens = self._arrays("text.npy", layout, ids, shards, failed)
-            return TextEmbedding(tokens, self._arrays("mask.npy", self.spec.mask, ids, shards, failed).bool())
+            tokens = self._arrays("text.npy", layout, ids, shards, failed, absent)
+            mask = self._arrays("mask.npy", self.spec.mask, ids, shards, failed, absent)
+            return TextEmbedding(tokens, mask.bool())
         samples = [np.zeros((0, layout.shape[1]))] * len(ids)
         for row, content in enumerate(self._contents("text.npy", ids, shards, failed)):
             try:

@@ -8,7 +8,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class BadSample(Exception):
@@ -23,8 +23,15 @@ def decode_image(content: bytes, resolution: int) -> np.ndarray:
                 image.draft("RGB", (2 * resolution, 2 * resolution))  # decode large ones at 1/2, 1/4, 1/8
             image = square(to_rgb(ImageOps.exif_transpose(image)), resolution)
     except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
-        raise BadSample(f"image does not decode ({type(error).__name__}: {error})") from None
+        raise BadSample(image_problem(error)) from None
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def image_problem(error: Exception) -> str:
+    """Say why Pillow could not read an image; the same words in every process."""
+    if isinstance(error, UnidentifiedImageError):  # its message holds the address of the buffer
+        return "image does not decode (it is of no format that Pillow reads here)"
+    return f"image does not decode ({type(error).__name__}: {error})"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -70,9 +70,10 @@ class Data:
 
     def null_text(self) -> TextEmbedding | None:
         """Read the null prompt's embedding, (1, L, D) and (1, L), if `encode` left one beside the stored text."""
-        column = self.catalog.find("text.npy") if self.has_text else None
-        path = Path(column.paths[0]).parent / "null-text.npz" if column else None
-        if path is None or not path.is_file():
+        columns, _ = self.catalog.holders("text.npy") if self.has_text else ([], None)
+        folders = dict.fromkeys(Path(path).parent for column in columns for path in column.paths if path)
+        path = next((file for folder in folders if (file := folder / "null-text.npz").is_file()), None)
+        if path is None:
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -87,8 +88,8 @@ class Data:
         """Read what made each column from the manifest beside its first shard: {"latents": {"name": ...}}."""
         made = {}
         for column in self.catalog.columns:
-            if column.paths:
-                path = Path(column.paths[0])
+            if first := next(filter(None, column.paths), None):
+                path = Path(first)
                 entry = read_manifests({path.parent}).get(path.resolve(), {})
                 if "encoder" in entry:
                     made[column.name] = entry["encoder"]
@@ -158,5 +159,7 @@ class Data:
             **dict.fromkeys(spec.images, True),
             **dict(spec.extra),
         }
-        found = [self.catalog.find(member) for member, layout in wanted.items() if layout]
+        found = [
+            column for member, read in wanted.items() if read for column in self.catalog.holders(member)[0]
+        ]
         return [column for column in self.catalog.columns if column in found]

@@ -293,6 +293,14 @@ def keep_qk(qk: Tensor, *norms: nn.Module) -> Tensor:
     return qk
 
 
+class FusedLinear(nn.Linear):
+    """Several linear layers of one input and of equal widths, computed as one; Muon can take them apart."""
+
+    def __init__(self, features: int, width: int, parts: int) -> None:
+        super().__init__(features, parts * width)
+        self.parts = parts
+
+
 class AttentionInput(nn.Module):
     """Project the tokens of one stream to queries, keys and values."""
 
@@ -300,7 +308,7 @@ class AttentionInput(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = LayerNorm(width, eps=1e-5)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = FusedLinear(width, width, parts=3)
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.normalise: Callable[..., Tensor] = normalise_qk if qk_norm else keep_qk
@@ -458,3 +466,62 @@ class Reconstructor(nn.Module):
         parts = x.split([saved.shape[1] // ratio**2 for ratio in self.ratios], dim=1)
         full = [path(unfold(part, grid, ratio)) for path, part, ratio in zip(self.paths, parts, self.ratios)]
         return self.merge(torch.cat([*full, saved], dim=-1))
+
+
+class TextCompressor(nn.Module):
+    """Pool each run of r text tokens into one, for the compressed part: (B, L, D) -> (B, L / r, D)."""
+
+    def __init__(self, width: int, ratio: int, hide_padding: bool) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.pool = nn.Linear(ratio * width, width)
+        self.visible: Callable[[Tensor, Tensor], Tensor] = zero_padding if hide_padding else keep_padding
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        return self.pool(rearrange(self.visible(text, mask), "b (l r) d -> b l (r d)", r=self.ratio))
+
+
+def zero_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Zero the padded positions, so that pooling does not mix them into real ones."""
+    return text.masked_fill(~mask[:, :, None], 0.0)
+
+
+def keep_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Pool all positions alike: padding takes part in attention too."""
+    return text
+
+
+class TextReconstructor(nn.Module):
+    """Give what the compressed part has changed in each pooled text token back to its r saved ones."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.spread = nn.Linear(width, ratio * width)
+
+    def forward(self, text: Tensor, pooled: Tensor, saved: Tensor) -> Tensor:
+        """text, pooled: (B, L / r, D) after and before the compressed blocks; saved: (B, L, D). Returns (B, L, D)."""
+        return saved + rearrange(self.spread(text - pooled), "b l (r d) -> b (l r) d", r=self.ratio)
+
+
+# ------------------------------------------------------------------------------------------------- path drop
+
+
+class DropTokens(nn.Module):
+    """Put a learned vector in the place of what the compressed blocks gave, in dropped rows (SPRINT, arXiv 2510.21986)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.absent = nn.Parameter(torch.empty(width))
+
+    def forward(self, image: Tensor, drop: Tensor) -> Tensor:
+        """image: (B, N, D); drop: (B,) bool."""
+        return torch.where(drop[:, None, None], self.absent.to(image.dtype), image)
+
+
+class DropUpdate(nn.Module):
+    """Leave the text as it was before the compressed blocks, in dropped rows."""
+
+    def forward(self, text: Tensor, saved: Tensor, drop: Tensor) -> Tensor:
+        """text, saved: (B, L, D) after and before the blocks; drop: (B,) bool."""
+        return torch.where(drop[:, None, None], saved, text)

@@ -45,10 +45,14 @@ def check_first_weights(config: Run[Any], given: Sequence[str]) -> tuple[list[st
 def build_model(config: Run[Any]) -> Model:
     """Fresh weights from the seed, or those of `init_from` or the teacher, whose architecture must be the same.
 
-    A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
+    A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume, but for those under
+    an adapter, which lie in RUN/base.
     """
     first = config.init_from or getattr(config.stage, "teacher", None)
-    if first is None or run_folder.latest(config.folder) is not None:
+    resumed, base = run_folder.latest(config.folder) is not None, config.folder / "base"
+    if resumed and base.is_dir():
+        first = str(base)
+    elif first is None or resumed:
         with seeded(config.seed, "initial weights"):
             return config.model.build()
     source = load_pretrained(run_folder.model_folder(first)).float()

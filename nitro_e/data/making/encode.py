@@ -6,19 +6,23 @@
 
 X is the input's name without `images-`. A shard is published after it was opened again and checked (keys,
 shapes, finite, |latent| < 10,000, and the codec's round trip of its first image). Its manifest entry says
-what made it. The bytes depend on the encoder, the device and the batch size, not on processes, ranks or
+what made it. Images are decoded in processes and go to the device as bytes; a thread writes, checks and hashes a
+shard while the next one is encoded. The bytes depend on the encoder, the device and the batch size, not on processes, ranks or
 interruptions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from queue import Full, Queue
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +43,7 @@ from nitro_e.files import add_tensors, atomic_file
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
 LARGEST = 1e4  # a latent beyond this is a failure of the codec, not an image
+AHEAD = 4  # encoded batches that may wait for the writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,7 @@ class Encoders:
     vision: VisionEncoder | None = None
     grid: tuple[int, int] | None = None  # of the vision features; None: the codec's
     names: dict[str, Any] | None = None
+    device: str = "cpu"  # that the encoders are on
 
     def __post_init__(self):
         if self.codec is None and self.text is None and self.vision is None:
@@ -133,6 +139,12 @@ def weights_digest(encoder: Any) -> str:
     return state.hexdigest()
 
 
+def usual_workers() -> int:
+    """Return a number of processes that decode images: this rank's cores but one, from 2 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 2), 16)
+
+
 # --- one unit after the other; one loader reads the images of all ----------------------------------
 
 
@@ -151,7 +163,7 @@ class UnitImages(Dataset):
 
     def _dataset(self, catalog: Catalog) -> TarDataset:
         images = image_extensions(catalog) if self.pixels else ()
-        info = catalog.find("json") is not None
+        info = bool(catalog.holders("json")[0])
         spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
 
@@ -166,38 +178,89 @@ def _work(
                 yield number, range(start, min(start + config.batch_size, size))
 
     pixels = encoders.codec is not None or encoders.vision is not None
-    loaded = load(UnitImages(units, config, pixels), config.workers, batch_sampler=batches())
-    for unit in units:
-        yield unit, _encode_unit(unit, loaded, encoders, config, out)
+    images = UnitImages(units, config, pixels)
+    pinned = encoders.device.startswith("cuda")
+    loaded = load(images, config.workers, batch_sampler=batches(), pin_memory=pinned)
+    with ThreadPoolExecutor(1, "writer") as writer:
+        before: tuple[EncodeUnit, Future[Result]] | None = None
+        for unit in units:
+            queue: Queue[Encoded | BaseException | None] = Queue(AHEAD)
+            catalog = unit.open()
+            written = writer.submit(_write_unit, unit, catalog.problems, queue, encoders, config, out)
+            try:
+                for batch in _encoded(len(catalog), loaded, encoders, config):
+                    _hand_over(batch, queue, written)
+                _hand_over(None, queue, written)
+            except BaseException as error:
+                _hand_over(error, queue, written)
+                raise
+            if before is not None:
+                yield before[0], before[1].result()
+            before = unit, written
+        if before is not None:
+            yield before[0], before[1].result()
 
 
-def _encode_unit(
-    unit: EncodeUnit, stream: Iterator, encoders: Encoders, config: EncodeConfig, out: Path
+class Encoded(NamedTuple):
+    """A batch as it is stored."""
+
+    keys: list[str]  # of the samples that are good
+    columns: dict[str, list[dict[str, Any]]]  # the members of each of them
+    bad: list[Problem]
+    psnr: float | None  # of the first image, if it was decoded again
+
+
+def _encoded(size: int, stream: Iterator, encoders: Encoders, config: EncodeConfig) -> Iterator[Encoded]:
+    """Encode the batches of one unit of so many samples."""
+    psnr = None
+    while size:
+        records, failed = next(stream)
+        size -= len(records)
+        columns = _compute(records, failed, encoders, config)
+        good = [row for row in range(len(records)) if row not in failed]
+        if psnr is None and encoders.codec is not None and good:
+            psnr = _round_trip(encoders.codec, records.pixels[good[0]], columns["latents"][good[0]]["npy"])
+        keys = [records.keys[row].split(":", 1)[1] for row in good]
+        members = {name: [rows[row] for row in good] for name, rows in columns.items()}
+        yield Encoded(keys, members, list(failed.values()), psnr)
+
+
+def _hand_over(item: Encoded | BaseException | None, queue: Queue, written: Future[Result]) -> None:
+    """Give the writer a batch, the end, or the error that ends it; raises what went wrong with the writer."""
+    while not written.done():
+        try:
+            return queue.put(item, timeout=1)
+        except Full:
+            pass
+    if not isinstance(item, BaseException):
+        written.result()
+
+
+def _write_unit(
+    unit: EncodeUnit,
+    bad: Sequence[Problem],
+    queue: Queue,
+    encoders: Encoders,
+    config: EncodeConfig,
+    out: Path,
 ) -> Result:
     """Write all columns of one shard side by side; none appears before it is checked."""
-    catalog = unit.open()
-    result, keys, psnr, remaining = Result(bad=list(catalog.problems)), [], None, len(catalog)
+    result, keys, psnr = Result(bad=list(bad)), [], None
     paths = {name: out / f"{name}-{unit.name}.tar" for name in encoders.columns}
     with ExitStack() as stack:
         add = {
             name: stack.enter_context(open_shard(path, partial(check_written, keys, path)))
             for name, path in paths.items()
         }
-        while remaining:
-            records, failed = next(stream)
-            remaining -= len(records)
-            columns = _compute(records, failed, encoders, config)
-            good = [row for row in range(len(records)) if row not in failed]
-            for row in good:
-                key = records.keys[row].split(":", 1)[1]
-                keys.append(key)
-                for name, members in columns.items():
-                    add[name]({"__key__": key, **members[row]})
-            if psnr is None and encoders.codec is not None and good:
-                psnr = _round_trip(
-                    encoders.codec, records.pixels[good[0]], columns["latents"][good[0]]["npy"]
-                )
-            result.bad += failed.values()
+        while (batch := queue.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            keys += batch.keys
+            for name, samples in batch.columns.items():
+                for key, members in zip(batch.keys, samples):
+                    add[name]({"__key__": key, **members})
+            result.bad += batch.bad
+            psnr = batch.psnr if psnr is None else psnr
     for name, path in paths.items():
         extra = {"encoder": encoders.describe(name, config)}
         if name == "latents":
@@ -212,7 +275,9 @@ def _compute(
 ) -> dict[str, list[dict[str, Any]]]:
     """Encode a batch: the members of every column. Samples whose result is not usable join `failed`."""
     columns: dict[str, list[dict]] = {}
-    pixels = records.pixels.float() / 127.5 - 1 if records.pixels is not None else None  # (B, 3, R, R)
+    pixels = None  # (B, 3, R, R); uint8 on the way to the device
+    if records.pixels is not None:
+        pixels = records.pixels.to(encoders.device, non_blocking=True).float() / 127.5 - 1
     grid = encoders.grid
     if encoders.codec is not None:
         raw = encoders.codec.encode_pixels(pixels).float().cpu()  # (B, C, h, w)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from nitro_e.config import ConfigError, check_characters, read_text
-from nitro_e.data.making.captions import rows, value_at
+from nitro_e.data.making.captions import captions_in, rows, value_at
 from nitro_e.data.making.encode import LARGEST, weights_digest
 from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
 from nitro_e.data.making.writer import check_written, write_shard
@@ -373,7 +373,7 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         prompts = []
         for row in rows(path, (column,)):
             info = {name: value for name, value in row.items() if name != column}
-            prompts.append((str(value_at(row, column)).strip(), info))
+            prompts.append((next(iter(captions_in(value_at(row, column), column)), "").strip(), info))
     for number, (prompt, _) in enumerate(prompts, 1):
         check_characters(prompt, f"--prompts {path}: prompt {number}")
     empty = sum(not prompt for prompt, _ in prompts)

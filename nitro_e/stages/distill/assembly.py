@@ -11,7 +11,7 @@ from nitro_e.data import Data
 from nitro_e.data.prompts import load_prompts
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import Stage
-from nitro_e.model.pretrained import load_pretrained, read_config
+from nitro_e.model.pretrained import load_pretrained, read_config, weights_file
 from nitro_e.record import run_folder
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.assembly import (
@@ -98,7 +98,7 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
         config.seed,
         parts.device,
         parts.flops,
-        identity=sha256_of(folder / "model.safetensors")[:16],
+        identity=sha256_of(weights_file(folder))[:16],
     )
     return stage, config.prompts or shown
 
