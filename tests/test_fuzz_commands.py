@@ -162,6 +162,11 @@ TOOLS = {
         shapes --host '' ; shapes --host nowhere.invalid ; shapes --host ::1 ; shapes --host 1.2.3.4.5 ; shapes --device foo
         shapes --device cuda:99 ; shapes --dtype foo ; shapes --codec W --port 17861 ; shapes --text W --port 17862
         shapes --share ; shapes --api yes ; W/models/use_nan --port 17863 ; W/models/truncated --port 17864""",
+    "reward_server": """
+        ; foo ; shapes shapes ; '{name: shapes, weight: nan}' ; '[shapes]' ; '{' ; shapes --port 0 ; shapes --port x
+        shapes --port 65536 ; shapes --host 192.0.2.1 ; shapes --host nowhere.invalid ; shapes --device foo
+        '{name: shapes, options: {score: foo}}' ; os:system ; 'remote' ; W/binary.txt
+        '{name: remote, options: {url: foo}}' ; '{name: remote, options: {url: "http://127.0.0.1:9"}}'""",
     "evaluate": """
         ; foo shapes ; shapes ; shapes W/none --num 2 ; shapes shapes --num -3 ; shapes shapes --num 1e30 ; shapes shapes --num 0
         shapes shapes --num 2 --steps 0 --out W/o/v1 ; shapes shapes --num 2 --steps 1 1000000000 --out W/o/v2
@@ -288,6 +293,7 @@ FEW = {  # at once, in this process
         "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
     ],
     "serve": ["shapes --port 0", "shapes --host nowhere.invalid", "W/binary.txt"],
+    "reward_server": ["foo", "shapes shapes", "shapes --port 0", "[shapes]"],
     "evaluate": [
         "W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
         "W/lists.jsonl shapes --reward shapes",

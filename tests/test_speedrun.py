@@ -8,6 +8,7 @@ from test_train import RECIPE, samples
 
 from nitro_e.cli import speedrun as tool
 from nitro_e.data.making import write_shard
+from nitro_e.studies.results import marks
 
 ROW = {
     "revision": "abc",
@@ -25,7 +26,8 @@ def test_rows_are_kept_and_sorted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("docs").mkdir()
     page = Path("docs/speedrun.md")
-    page.write_text(f"# Words before\n\n{tool.START}\nold\n{tool.END}\n\nwords after\n")
+    begin, end = marks(tool.MARK)
+    page.write_text(f"# Words before\n\n{begin}\nold\n{end}\n\nwords after\n")
     for name, value in (("slow", 0.5), ("fast", 0.8)):
         row = ROW | {"name": name, "value": [value, value - 0.1, value + 0.1]}
         monkeypatch.setattr(tool, "made", lambda options, row=row: row)
@@ -46,9 +48,9 @@ def test_rows_are_kept_and_sorted(tmp_path, monkeypatch, capsys):
         tool.main(["fast", "a.yaml"]) == 2
         and "has a row in docs/speedrun.jsonl already" in capsys.readouterr().err
     )
-    page.write_text(f"{tool.START}{tool.END}")
+    page.write_text(f"{begin}{end}")
     assert tool.main(["x", "--rebuild"]) == 0 and page.read_text() == "\n".join(
-        [tool.START, *text.split("\n")[3:7], tool.END]
+        [begin, *text.split("\n")[3:7], end]
     )
     page.write_text("no place")
     assert tool.main(["x", "a.yaml"]) == 2 and "between which rows are put" in capsys.readouterr().err

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "Draw in a browser",
     "data": "Pack, encode, verify and look at data",
     "evaluate": "Score a model on a benchmark",
+    "reward-server": "Score images for trainings elsewhere",
     "synthesize": "Draw a teacher's images as training data",
     "convert": "Convert released weights to ours and back",
     "export": "Write a model for diffusers, ONNX or torch.export",

@@ -117,6 +117,15 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
     )
+    parser.add_argument(
+        "--text-dtype",
+        choices=("float16", "int8"),
+        default="float16",
+        help="int8, with a scale per token, takes half of the space",
+    )
+    parser.add_argument(
+        "--caption", metavar="KEY", help="encode the text under this key of the json: writes text_KEY-*.tar"
+    )
     parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
     parser.add_argument(
         "--grid",
@@ -153,7 +162,7 @@ def run_encode(args: argparse.Namespace) -> None:
             column = {"codec": "latents", "vision": "features"}.get(kind, kind)
             names[column] = config.to_dict(pinned(component))
     grid = tuple(args.grid) if args.grid else None
-    encoders = encode.Encoders(**built, grid=grid, names=names, device=device)
+    encoders = encode.Encoders(**built, grid=grid, names=names, device=device, caption=args.caption)
     options, job = from_flags(encode.EncodeConfig, args), from_flags(jobs.JobConfig, args)
     encode.encode(expand_shards(args.shards, "shards"), encoders, options, job)
 

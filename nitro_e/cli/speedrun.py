@@ -21,7 +21,7 @@ from nitro_e.config import ConfigError, apply_override, check_file_name, load, p
 from nitro_e.files import write_text
 
 TABLE = Path("docs/speedrun.md")
-START, END = "<!-- rows: nitro-e speedrun -->", "<!-- end of rows -->"
+MARK = "speedrun"  # of the rows' place in the page
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,10 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def speedrun(options: argparse.Namespace) -> str:
+    from nitro_e.studies.results import check_page
+
     check_file_name(options.name, "name")
     records = options.table.with_suffix(".jsonl")
     if not options.rebuild:
-        check_table(options.table)
+        if options.table.is_file():
+            check_page(options.table, MARK)
         found = {row["name"]: row for row in read(records)}
         if options.name in found:
             raise ConfigError(
@@ -121,26 +124,16 @@ def read(records: Path) -> list[dict[str, Any]]:
     return [parse_json(line, f"{records}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def check_table(table: Path) -> None:
-    """ConfigError for a page that has no place for rows; one that is not there yet is made."""
-    if table.is_file():
-        text = read_text(table)
-        if START not in text or END not in text.partition(START)[2]:
-            raise ConfigError(
-                f"--table {table}: it has no lines '{START}' and '{END}', between which rows are put"
-            )
-
-
 def rebuild(table: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows into the table's page, the best score first."""
-    check_table(table)
-    text = read_text(table) if table.is_file() else f"# Speedrun\n\n{START}\n{END}\n"
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
+    """Write the rows into the table's page, the best score first; a page that is not there is made."""
+    from nitro_e.evaluation.results import Table
+    from nitro_e.studies import results
+
+    if not table.is_file():
+        write_text(table, "\n".join(["# Speedrun", "", *results.marks(MARK), ""]))
     head = ["name", "score", "samples", "TFLOP", "CPU s", "parameters", "recipe", "revision", "note"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in sorted(rows, key=lambda row: -row["value"][0])]
-    write_text(table, f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}")
+    ordered = sorted(rows, key=lambda row: -row["value"][0])
+    results.insert(table, MARK, results.markdown(Table("", head, [cells(row) for row in ordered])))
 
 
 def cells(row: dict[str, Any]) -> list[str]:

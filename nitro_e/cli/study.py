@@ -62,6 +62,8 @@ def study(options: argparse.Namespace) -> None:
     if options.list:
         print(listing(planned))
         return
+    if options.into is not None:
+        results.check_page(options.into, plan.name)
     plans.check(plan, needed, planned)
     if options.run is not None and options.run >= len(planned):
         raise ConfigError(
@@ -83,7 +85,7 @@ def study(options: argparse.Namespace) -> None:
             signal.signal(number, handler)
     if failures and not any(results.done(plan, name, "steps") for name in chosen if plan.is_trained(name)):
         failed(failures)
-    print(results.write(plan, chosen, options.out or Path("outputs") / plan.name))
+    print(results.write(plan, chosen, options.out or Path("outputs") / plan.name, options.into))
     failed(failures)
 
 

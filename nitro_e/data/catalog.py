@@ -37,10 +37,15 @@ from nitro_e.record.progress import bar
 
 log = logging.getLogger("nitro_e.data")
 IMAGES = ("png", "jpg", "jpeg", "webp")
-COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
+COLUMN = re.compile(r"(images|latents|text(?:_\w+)?|features)-(.+)")  # text_NAME: of another caption
 MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
 KEEP_MERGED = 8
 PRIORITY = ("text", "features", "latents", "images", "")  # where a repeated member is taken from
+
+
+def priority(name: str) -> int:
+    """Return the place of a column in PRIORITY."""
+    return PRIORITY.index(name.partition("_")[0])
 
 
 class MissingShards(ConfigError):
@@ -110,7 +115,7 @@ class Catalog:
 
     def _find_holders(self, extension: str) -> tuple[list[Column], np.ndarray]:
         columns = [column for column in self.columns if extension in column.rows.dtype.names]
-        columns.sort(key=lambda column: PRIORITY.index(column.name))
+        columns.sort(key=lambda column: priority(column.name))
         chosen = np.zeros(len(self.names), np.int64)
         if len(columns) < 2 or all("" not in column.paths for column in self.columns):
             return columns[:1], chosen
@@ -260,7 +265,7 @@ def open_catalog(
     _make_indices([path for paths in sources for path in paths], cache, progress)
     if not merge:
         return _build_catalog(sources, tolerate_shards, cache)
-    with _one_builder(sources, tolerate_shards):
+    with one_process(digest(tolerate_shards, [list(source) for source in sources])[:32]):
         kept = _kept_catalog(sources, tolerate_shards, cache)  # another process may have made it meanwhile
         if kept is not None:
             return kept
@@ -286,14 +291,13 @@ def _kept_catalog(
 
 
 @contextmanager
-def _one_builder(sources: Sequence[Sequence[str]], tolerate_shards: int) -> Iterator[None]:
-    """Let one process of this machine at a time join the indices of these shards, which takes their size in memory."""
-    name = digest(tolerate_shards, [list(source) for source in sources])[:32]
+def one_process(name: str) -> Iterator[None]:
+    """Let one process of this machine at a time do the work of this name; the others wait, and find it done."""
     try:
         path = cache_folder() / "catalogs" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
-    except OSError:  # each builds its own, and says that it cannot keep it
+    except OSError:  # each does it, and says that it cannot be kept
         yield
         return
     with file:
@@ -304,7 +308,7 @@ def _one_builder(sources: Sequence[Sequence[str]], tolerate_shards: int) -> Iter
 def _build_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache) -> Catalog:
     grouped = [group_columns(paths) for paths in sources]
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
-    names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
+    names.sort(key=priority, reverse=True)  # images first: the sample order is theirs
     parts: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in names}
     shard_names, sizes, problems, damaged, content = [], [], [], 0, hashlib.sha256()
     for groups in grouped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -80,6 +81,42 @@ def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
     if not caption:
         raise BadSample("empty caption")
     return caption
+
+
+def draw_caption(
+    content: bytes | None, info: dict, weights: Sequence[tuple[str, float]], draw: float, first: bool = False
+) -> tuple[str, str]:
+    """Draw one of a sample's captions: its name, and the text.
+
+    weights: by name, "txt" or a key of json; the captions that a sample lacks are left out of the draw, which is a
+    number in [0, 1). Of a list one is drawn evenly, or the `first` taken. Raises BadSample if it has none of them.
+    """
+    try:
+        given = {"txt": None if content is None else str(content, "utf-8")}
+    except UnicodeError:
+        raise BadSample("caption is not UTF-8") from None
+    found = []
+    for name, weight in weights:
+        texts = given["txt"] if name == "txt" else info.get(name)
+        texts = [
+            text.strip() for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)
+        ]
+        if weight and any(texts):
+            found.append((name, weight, [text for text in texts if text][: 1 if first else None]))
+    if not found:
+        raise BadSample(f"has none of the captions {', '.join(name for name, _ in weights)}")
+    draw *= sum(weight for _, weight, _ in found)
+    for choice in found:
+        name, weight, texts = choice
+        if draw < weight or choice is found[-1]:
+            break
+        draw -= weight
+    text = texts[min(int(draw / weight * len(texts)), len(texts) - 1)]
+    try:
+        text.encode()  # JSON can hold halves of characters
+    except UnicodeError:
+        raise BadSample("caption is not UTF-8") from None
+    return name, text
 
 
 @lru_cache(maxsize=256)

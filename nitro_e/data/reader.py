@@ -58,6 +58,7 @@ class Data:
 
     def __init__(self, config: DataConfig, catalog: Catalog, spec: ReadSpec, order: Order | None):
         self.config, self.catalog, self.spec, self.order = config, catalog, spec, order
+        self.filtered: list[str] = []  # what `where` left out, a line for each source that has conditions
         self.has_latents, self.has_pixels = spec.latents is not None, bool(spec.images)
         self.has_text, self.has_features = spec.text is not None, spec.features is not None
         self.latent_shape = spec.latents.shape if spec.latents else None
@@ -97,7 +98,10 @@ class Data:
 
     def fingerprint(self) -> dict:
         """Describe content and order as plain data; a run resumes exactly only when they are equal."""
-        return {"samples": len(self), "content": self.catalog.digest, **self.order.fingerprint()}
+        where = [[str(condition) for condition in part] for part in self.config.conditions]
+        chosen = {"captions": self.config.captions, "where": where if any(where) else None}
+        chosen = {name: value for name, value in chosen.items() if value}
+        return {"samples": len(self), "content": self.catalog.digest, **self.order.fingerprint(), **chosen}
 
     def keys(self, positions: range) -> list[str]:
         """Name the samples at these positions (`shard.tar:key`) without reading any, so before replacement."""
@@ -156,6 +160,7 @@ class Data:
             "npy": spec.latents,
             "features.npy": spec.features,
             "text.npy": spec.text,
+            **{f"text_{name}.npy": spec.text for name, _ in spec.captions},
             **dict.fromkeys(spec.images, True),
             **dict(spec.extra),
         }

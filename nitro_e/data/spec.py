@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,9 @@ class ReadSpec:
     info: bool  # the json member
     resolution: int
     caption_key: str
+    captions: tuple[
+        tuple[str, float], ...
+    ] = ()  # weights by name, to draw one of several; () = txt or caption_key
     latents: ArrayLayout | None = None
     features: ArrayLayout | None = None
     extra: tuple[tuple[str, ArrayLayout], ...] = ()
@@ -41,6 +45,7 @@ class ReadSpec:
     images_for: tuple[str, ...] = ()  # images are decoded where one of these is absent; () = always
     text: ArrayLayout | None = None  # (L, D); ragged: (rows of the first one, D)
     mask: ArrayLayout | None = None  # of padded text; None with text = ragged
+    scale: ArrayLayout | None = None  # (L,) of text of 8 bits
     text_length: int = 0  # L
 
 
@@ -62,7 +67,7 @@ def read_spec(
             f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first"
         )
     latents = _share(catalog, "npy", "latents") if use_latents else 0.0
-    text = _share(catalog, "text.npy", "text embeddings") if use_text else 0.0
+    text = _text_share(catalog, config.captions) if use_text else 0.0
     features = _share(catalog, "features.npy", "vision features") if use_features else 0.0
     shares = {"latents": latents, "features": features, "text": text}
     partial = tuple((name, ARRAYS[name]) for name, share in shares.items() if 0 < share < 1)
@@ -87,9 +92,10 @@ def read_spec(
     images = image_extensions(catalog) if pixels else ()
     spec = ReadSpec(
         images=images,
-        info=_needs_info(catalog, images, latents > 0),
+        info=bool({*config.captions} - {"txt"}) or _needs_info(catalog, images, latents > 0),
         resolution=config.resolution,
         caption_key=config.caption_key,
+        captions=tuple(config.captions.items()),
         latents=_latent_layout(catalog, latent_shape) if latents else None,
         features=_layout(catalog, "features.npy", 2) if features else None,
         extra=tuple((member, _layout(catalog, member)) for member in extra),
@@ -97,9 +103,11 @@ def read_spec(
         images_for=() if always else images_for,
         text=_text_layout(catalog, text_length) if text else None,
         mask=_layout(catalog, "mask.npy", 1) if masks else None,
+        scale=_layout(catalog, "scale.npy", 1) if text and catalog.has("scale.npy").any() else None,
         text_length=text_length,
     )
-    _check_caption_key(catalog, config.caption_key)
+    if not config.captions:
+        _check_caption_key(catalog, config.caption_key)
     return spec
 
 
@@ -122,6 +130,25 @@ def _share(catalog: Catalog, member: str, what: str) -> float:
                 " one kind"
             )
     return float(has.mean())
+
+
+def _text_share(catalog: Catalog, captions: Mapping[str, float]) -> float:
+    """Return the share of samples with stored text; of several captions all must be stored, or none."""
+    share = _share(catalog, "text.npy", "text embeddings")
+    others = [name for name, weight in captions.items() if weight and name != "txt"]
+    lacking = [name for name in others if not catalog.has(f"text_{name}.npy").all()]
+    if share and lacking:
+        raise ConfigError(
+            f"data.captions: text is stored, but not that of '{lacking[0]}'; encode it with --caption"
+            f" {lacking[0]}, or take the text- shards off the list"
+        )
+    for name in others if share else ():
+        ours, theirs = (_layout(catalog, member, 2) for member in ("text.npy", f"text_{name}.npy"))
+        if (ours.shape[1:], ours.dtype) != (theirs.shape[1:], theirs.dtype):
+            raise ConfigError(
+                f"the stored text of '{name}' differs in shape from that of txt; encode them alike"
+            )
+    return share
 
 
 def _check_members(

@@ -176,6 +176,7 @@ def data_summary(config: Run, data: Data | None, world: int, flops: float) -> li
     if data is not None:
         lines += [
             f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
+            *(f"where                {line}" for line in data.filtered),
             f"first sample         {first_sample(data)}",
         ]
     return lines

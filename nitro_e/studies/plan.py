@@ -51,6 +51,7 @@ class Study(Config):
     compare_to: str | None = None  # without a base: the reference; None: the first variant
     recipe: str | None = None  # of variants that name none
     set: tuple[str, ...] = ()  # overrides of all variants
+    steps: Annotated[int, Ge(1)] | None = None  # of all variants, unless their overrides say otherwise
     variants: dict[str, Variant] = field(default_factory=dict)
     # more variants: every combination of values of these keys; a text is read as YAML, such as "[full]"
     grid: dict[str, tuple[bool | int | float | str, ...]] = field(default_factory=dict)
@@ -153,6 +154,8 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
         overrides.append(f"init_from={plan.base}")
     if plan.validation is not None:
         overrides.append(f"validation={json.dumps(to_dict(plan.validation))}")
+    if plan.steps is not None:
+        overrides.append(f"engine.steps={plan.steps}")
     overrides += variant.set
     if steps is not None:
         overrides.append(f"engine.steps={steps}")
@@ -196,6 +199,10 @@ def at_equal_flops(plan: Study, name: str, seed: int) -> Trial:
 
 def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
     """Refuse what can be known to be wrong before anything is trained: benchmark, weights, data, keys, settings."""
+    if any(plan.settings_of(name) for name in chosen):
+        prepare(judged(plan), "cpu")
+    base: dict[str, Any] = {} if plan.base is None else read_config(run_folder.model_folder(plan.base))
+    use = None if plan.base is None else from_dict(Use, base["use"], "use")
     for name in chosen:
         with said_of(f"variants.{name}"):
             for each in [each for each in planned if each.variant == name]:
@@ -205,19 +212,12 @@ def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
                 check_settings(
                     plan.settings_of(name), config.published_sampling, config.model, config.components
                 )
-    if any(plan.settings_of(name) for name in chosen):
-        prepare(judged(plan), "cpu")
-    if plan.base is None:
-        return
-    base = read_config(run_folder.model_folder(plan.base))
-    use = from_dict(Use, base["use"], "use")
-    for name in chosen:
-        if not plan.is_trained(name):
-            with said_of(f"variants.{name}"):
+            elif use is not None:
                 check_settings(plan.settings_of(name), use.sampling, base["model"], use)
-    with said_of("base"):  # scored at the same settings
-        every = [setting for name in chosen for setting in plan.settings_of(name)]
-        check_settings([plan.reference] if plan.reference else every, use.sampling, base["model"], use)
+    if use is not None:
+        with said_of("base"):  # scored at the same settings
+            every = [setting for name in chosen for setting in plan.settings_of(name)]
+            check_settings([plan.reference] if plan.reference else every, use.sampling, base["model"], use)
 
 
 def check_trial(each: Trial) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nitro_e.config import ConfigError, to_dict
+from nitro_e.config import ConfigError, read_text, to_dict
 from nitro_e.evaluation import intervals, results
 from nitro_e.evaluation.evaluate import Evaluation, Options, evaluate
 from nitro_e.evaluation.intervals import Estimate
@@ -186,13 +186,18 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
 # ---- tables and files
 
 
-def write(plan: Study, chosen: Sequence[str], out: Path) -> str:
-    """Score what is trained and write OUT/table.md, results.json, differences.svg and curves.html; returns the tables."""
+def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = None) -> str:
+    """Score what is trained and write OUT/table.md, results.json, differences.svg and curves.html; returns the tables.
+
+    page: where the tables are put as well, see `insert`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     losses = loss_rows(plan, chosen) if plan.validation is not None else []
     scores = score_rows(plan, chosen, out)
     text = "\n\n".join(filter(None, [loss_table(plan, losses), score_table(plan, scores)]))
     write_text(out / "table.md", text + "\n")
+    if page is not None:
+        insert(page, plan.name, text)
     record = {
         "study": to_dict(plan),
         "revision": git_commit(),
@@ -290,6 +295,29 @@ def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
     base = f"base {plan.base}{where}" if plan.base is not None else f"reference {against}"
     note = f"{plan.num} prompts of {plan.benchmark}, {base}; 95 % intervals, paired"
     return f"{markdown(Table('', head, lines))}\n\n{note}"
+
+
+def check_page(page: Path, name: str) -> None:
+    """ConfigError for a page that has no place for the tables called `name`."""
+    begin, end = marks(name)
+    text = read_text(page)
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        raise ConfigError(
+            f"{page} has no lines '{begin}' and '{end}', between which tables are put; write them"
+        )
+
+
+def insert(page: Path, name: str, tables: str) -> None:
+    """Put tables into a page, in place of those that are there."""
+    check_page(page, name)
+    begin, end = marks(name)
+    before, _, rest = read_text(page).partition(begin)
+    write_text(page, f"{before}{begin}\n{tables}\n{end}{rest.partition(end)[2]}")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines of a page between which the tables called `name` stand."""
+    return f"<!-- begin {name} -->", f"<!-- end {name} -->"
 
 
 def markdown(table: Table) -> str:

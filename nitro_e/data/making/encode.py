@@ -1,7 +1,9 @@
 """Run the frozen encoders once over packed images: one output shard per input shard and column.
 
     latents-X.tar    npy       (C, h, w) float16, raw (not scaled) codec latents, with copies of txt and json
-    text-X.tar       text.npy  (L, D) float16; padded: L fixed, with mask.npy (L,) uint8; ragged: real tokens
+    text-X.tar       text.npy  (L, D) float16; padded: L fixed, with mask.npy (L,) uint8; ragged: real tokens.
+                     With int8, text.npy is int8 and scale.npy (L,) float32 has a factor for each token
+    text_NAME-X.tar  text_NAME.npy, ...: likewise of the caption under the key NAME of the json
     features-X.tar   features.npy  (h*w, F) float16 vision features on the latent grid
 
 X is the input's name without `images-`. A shard is published after it was opened again and checked (keys,
@@ -54,6 +56,8 @@ class EncodeConfig(Config):
 
     resolution: Annotated[int, Ge(1), Le(65536)] = 512
     text_format: Literal["padded", "ragged"] = "padded"
+    text_dtype: Literal["float16", "int8"] = "float16"
+    caption: str | None = None  # key of the json whose text is encoded, in place of txt
     caption_key: str = "caption"
     batch_size: Annotated[int, Ge(1), Le(65536)] = 32
     workers: Annotated[int, Ge(0), Le(512)] = 2  # processes that decode images
@@ -69,21 +73,30 @@ class Encoders:
     grid: tuple[int, int] | None = None  # of the vision features; None: the codec's
     names: dict[str, Any] | None = None
     device: str = "cpu"  # that the encoders are on
+    caption: str | None = None  # EncodeConfig.caption: text is that of this key of the json
 
     def __post_init__(self):
         if self.codec is None and self.text is None and self.vision is None:
             raise ConfigError("nothing to encode; choose --codec, --text, --vision or several of them")
         if self.vision is not None and self.grid is None and self.codec is None:
             raise ConfigError("--vision needs the latent grid; give --codec as well, or --grid H W")
-        columns = {"latents": self.codec, "text": self.text, "features": self.vision}
+        if self.caption and (self.codec or self.vision or not self.caption.isidentifier()):
+            raise ConfigError(
+                f"--caption {self.caption}: encode a further caption with --text alone; its key must be a word, which"
+                " becomes the name of the column"
+            )
+        text = f"text_{self.caption}" if self.caption else "text"
+        columns = {"latents": self.codec, text: self.text, "features": self.vision}
         self.columns = {name: encoder for name, encoder in columns.items() if encoder is not None}
         self.identity = {name: weights_digest(encoder) for name, encoder in self.columns.items()}
 
     def describe(self, column: str, config: EncodeConfig) -> dict:
         """Make the `encoder` entry of a manifest line."""
-        described = {"name": (self.names or {}).get(column), "weights": self.identity[column]}
-        if column == "text":
-            return {**described, "format": config.text_format, "length": self.text.length}
+        kind = column.partition("_")[0]
+        described = {"name": (self.names or {}).get(kind), "weights": self.identity[column]}
+        if kind == "text":
+            dtype = {"dtype": config.text_dtype} if config.text_dtype != "float16" else {}
+            return {**described, "format": config.text_format, "length": self.text.length, **dtype}
         return {**described, "resolution": config.resolution}
 
 
@@ -108,7 +121,11 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
     Raises ConfigError for damaged input, for two shards whose output would have one name, and when a check
     fails.
     """
-    options = digest(replace(config, batch_size=1, workers=0).__dict__, encoders.identity, encoders.grid)
+    chosen = replace(config, batch_size=1, workers=0).__dict__
+    for name in ("text_dtype", "caption"):  # newer than shards that were made with their defaults
+        if chosen[name] == getattr(EncodeConfig, name):
+            del chosen[name]
+    options = digest(chosen, encoders.identity, encoders.grid)
     units = []
     for columns in group_columns(shards).values():
         path = Path(columns.get("images") or columns.get("") or next(iter(columns.values())))
@@ -164,7 +181,8 @@ class UnitImages(Dataset):
     def _dataset(self, catalog: Catalog) -> TarDataset:
         images = image_extensions(catalog) if self.pixels else ()
         info = bool(catalog.holders("json")[0])
-        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
+        captions = ((self.config.caption, 1.0),) if self.config.caption else ()
+        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key, captions)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
 
 
@@ -291,18 +309,35 @@ def _compute(
         tokens, mask = encoders.text.encode(records.prompts)  # (B, L, D), (B, L)
         tokens, mask = tokens.float().cpu(), mask.cpu()
         _reject(records, failed, tokens, "text embedding", 65504)
-        tokens, mask = tokens.half().numpy(), mask.numpy()
-        columns["text"] = [
-            {"text.npy": x[m]}
-            if config.text_format == "ragged"
-            else {"text.npy": x, "mask.npy": m.astype(np.uint8)}
-            for x, m in zip(tokens, mask)
+        columns[next(name for name in encoders.columns if name.startswith("text"))] = [
+            text_members(x, m, config) for x, m in zip(tokens, mask)
         ]
     if encoders.vision is not None:
         features = encoders.vision.features(pixels, grid).float().cpu()  # (B, h*w, F)
         _reject(records, failed, features, "vision features", 65504)
         columns["features"] = [{"features.npy": x} for x in features.half().numpy()]
     return columns
+
+
+def text_members(tokens: Tensor, mask: Tensor, config: EncodeConfig) -> dict[str, np.ndarray]:
+    """Make the members of one text embedding, (L, D) float32 and (L,) bool; see the module docstring."""
+    if config.text_format == "ragged":
+        tokens = tokens[mask]
+    if config.text_dtype == "int8":
+        values, scale = quantize(tokens)
+        members = {"text": values.numpy(), "scale": scale.numpy()}
+    else:
+        members = {"text": tokens.half().numpy()}
+    if config.text_format == "padded":
+        members["mask"] = mask.numpy().astype(np.uint8)
+    suffix = f"_{config.caption}" if config.caption else ""
+    return {f"{name}{suffix}.npy": array for name, array in members.items()}
+
+
+def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Round tokens (L, D) to 8 bits, -127 to 127 times a scale per token, (L,) float32."""
+    scale = tokens.abs().amax(dim=1) / 127
+    return (tokens / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
 
 
 def _reject(records: Records, failed: dict[int, Problem], values: Tensor, what: str, largest: float) -> None:

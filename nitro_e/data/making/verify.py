@@ -20,6 +20,7 @@ from nitro_e.data.catalog import IMAGES, group_columns
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import ShardIndex, index_path, read_members, read_stored, scan_tar
 from nitro_e.data.making.jobs import each
+from nitro_e.data.making.writer import RAGGED
 from nitro_e.data.manifests import read_manifests
 from nitro_e.data.problems import Problem
 from nitro_e.data.remote import local_path
@@ -158,8 +159,7 @@ def _check_member(
         decode_image(content, 8)
     elif name.endswith("npy"):
         array = decode_array(content)
-        # Ragged text has as many rows as its caption has tokens.
-        shape = [*(array.shape[1:] if name == "text.npy" else array.shape), array.dtype.str]
+        shape = [*array.shape[name.startswith(RAGGED) :], array.dtype.str]
         first = checked.shapes.setdefault(name, [shape, key])
         if first[0] != shape:
             raise BadSample(f"{shape}, but sample {first[1]} has {first[0]}")
