@@ -39,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="default: outputs/NAME")
     parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="PAGE",
+        help="put the tables into this Markdown file too, between its marks",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="print the trainings with their numbers, then exit"
     )
     parser.add_argument("--run", type=cli.whole(0, 10**6), metavar="NUMBER", help="train this one alone")
