@@ -68,13 +68,13 @@ def study(options: argparse.Namespace) -> None:
     if options.list:
         print(listing(planned))
         return
-    if options.into is not None:
-        results.check_page(options.into, plan.name)
-    plans.check(plan, needed, planned)
     if options.run is not None and options.run >= len(planned):
         raise ConfigError(
             f"--run {options.run}: the study has the trainings 0 to {len(planned) - 1}, see --list"
         )
+    if options.into is not None:
+        results.check_page(options.into, plan.name)
+    plans.check(plan, needed, planned)
     trainer = Trainer(1 if options.run is not None else options.jobs or usual_jobs(), plan.name)
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
