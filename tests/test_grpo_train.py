@@ -15,8 +15,8 @@ from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import reward
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, save_adapter
 from nitro_e.stages.grpo import GRPO
-from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, save_adapter
 from nitro_e.stages.recipe import RunConfig
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,8 @@ COMMANDS = {
     "report": "Write the pages of runs",
     "ema": "Make averages of weights after a training",
     "benchmark": "Measure speed on this machine",
-    "study": "Train and score variants of a recipe",
+    "study": "Train variants of a recipe and compare them",
+    "speedrun": "Train from scratch and add a row to the table of what a score costs",
     "make-shapes": "Make scenes of the offline domain",
 }
 

@@ -31,7 +31,8 @@ class ComponentConfig(Config):
     name: str  # a name of the table of encoders (docs/model.md)
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
+    # of the weights; null: bfloat16 on a GPU, float32 elsewhere. Results are always float32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     length: Annotated[int, Ge(2), Le(8192)] | None = None
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
@@ -72,6 +73,13 @@ def build_text_encoder(config: ComponentConfig, device: torch.device | str = "cp
 def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> VisionEncoder:
     """Build the vision encoder; raise ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("vision", config, VISION_ENCODERS)(config, device)
+
+
+def compile_encoders(*encoders: LatentCodec | TextEncoder | VisionEncoder) -> None:
+    """torch.compile, in place, the encoders that have weights."""
+    for encoder in encoders:
+        if hasattr(encoder, "compile"):
+            encoder.compile()
 
 
 def pinned(config: ComponentConfig) -> ComponentConfig:
@@ -179,7 +187,14 @@ LLAMA_FILES = (*files.TRANSFORMER, *files.TOKENIZER)
 WEIGHTS = {
     "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, codec.DC_AE_FILES, (32, 32)),
     "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, LLAMA_FILES, (2048, text.LLAMA_LENGTH)),
+    "dc-ae-f64c128": Weights(codec.DC_AE_F64_REPOSITORY, codec.DC_AE_FILES, (128, 64)),
+    "sd-f8c4": Weights(codec.SD_REPOSITORY, codec.DC_AE_FILES, (4, 8)),
+    "sdxl-f8c4": Weights(codec.SDXL_REPOSITORY, codec.DC_AE_FILES, (4, 8)),
+    "flux-f8c16": Weights(codec.FLUX_REPOSITORY, codec.FLUX_FILES, (16, 8)),
     "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "dinov3-b16": Weights(vision.DINOV3_REPOSITORY, files.TRANSFORMER, (768,)),
+    "siglip2-b16": Weights(vision.SIGLIP2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "clip-b16": Weights(vision.CLIP_REPOSITORY, files.TRANSFORMER, (768,)),
     "shapes-dc-ae": Weights(str(files.SHIPPED / "codec"), codec.DC_AE_FILES, (8, 8)),
     "shapes-llama": Weights(str(files.SHIPPED / "text"), LLAMA_FILES, (128, 16)),
     "shapes-vit": Weights(str(files.SHIPPED / "vision"), files.TRANSFORMER, (128,)),
@@ -187,7 +202,11 @@ WEIGHTS = {
 
 
 def _dc_ae(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
-    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc), device)
+    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc, device), device)
+
+
+def _kl(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
+    return codec.AutoencoderKLCodec(_load("codec", config, codec.load_autoencoder_kl, device), device)
 
 
 def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
@@ -197,7 +216,7 @@ def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
 def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     if config.clean_caption:
         text.check_caption_cleaner()
-    model, tokenizer = _load("text", config, text.load_llama)
+    model, tokenizer = _load("text", config, text.load_llama, device)
     _, length = text_shape(config)
     return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
 
@@ -206,19 +225,27 @@ def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     return text.HashText(device) if config.length is None else text.HashText(device, length=config.length)
 
 
-def _dinov2(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
-    return vision.DINOv2(_load("vision", config, vision.load_dinov2), device)
+def _vit(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
+    kinds = {"dinov3-b16": vision.DINOv3, "siglip2-b16": vision.SigLIP2, "clip-b16": vision.CLIPVision}
+    kind = kinds.get(config.name, vision.DINOv2)
+    return kind(_load("vision", config, vision.load_vit, device), device)
 
 
 Builder = Callable[[ComponentConfig, "torch.device | str"], Any]
 CODECS: dict[str, Builder] = {
     "dc-ae-f32c32": _dc_ae,
+    "dc-ae-f64c128": _dc_ae,
+    "sd-f8c4": _kl,
+    "sdxl-f8c4": _kl,
+    "flux-f8c16": _kl,
     "shapes-dc-ae": _dc_ae,
     "dct-f8c24": _dct,
     "dct-f16c64": _dct,
 }
 TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
-VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2, "shapes-vit": _dinov2}
+VISION_ENCODERS: dict[str, Builder] = dict.fromkeys(
+    ("dinov2-b14", "dinov3-b16", "siglip2-b16", "clip-b16", "shapes-vit"), _vit
+)
 TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 
 
@@ -239,14 +266,15 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     return table[config.name]
 
 
-def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any:
+def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any], device: torch.device | str) -> Any:
     """Call the loader on the folder or the hub id; an error there becomes one line with the remedy."""
     default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
+    dtype = config.dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
     return files.load(
         f"{kind} '{config.name}'",
         key,
         config.path or default,
-        lambda folder: loader(folder, getattr(torch, config.dtype)),
+        lambda folder: loader(folder, getattr(torch, dtype)),
         WEIGHTS[config.name].files,
         config.revision,
         repository=None if Path(default).is_dir() else default,

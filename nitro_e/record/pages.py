@@ -31,6 +31,8 @@ MAX_EVENTS = 50
 SILENCE = 300  # seconds after which a run that should be training is not believed to be alive
 
 TITLES = {  # in the order of the page; names not here follow under their own name
+    "validation/loss": "Validation loss",
+    "validation/loss_t": "Validation loss by timestep",
     "loss": "Loss",
     "velocity_loss": "Velocity loss",
     "repa_loss": "REPA loss",
@@ -267,8 +269,8 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
     """Chart -> the metrics in it, in the order of the page.
 
     Of one run, timestep bins share a chart, and so do a score's tasks, and its seen and unseen combinations. Of several
-    runs every metric has its own, without the intervals. Scores come first, then rewards and REWARDS, then TITLES, each
-    for all phases of a stage (`critic/loss`).
+    runs every metric has its own, without the intervals. The validation loss comes first, then scores, then rewards and
+    REWARDS, then TITLES, each for all phases of a stage (`critic/loss`).
     """
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for record in records for row in record.rows for name in row):
@@ -276,7 +278,7 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
             continue
         if len(records) > 1 and name.startswith("eval/") and name.endswith(INTERVAL):
             continue
-        part = re.fullmatch(r"(.*loss_t)\d+|(eval/[^/]+/)(?:un)?seen|(eval/[^/]+)/(?!unscored).+", name)
+        part = re.fullmatch(r"(.*loss_t)[\d.e-]+|(eval/[^/]+/)(?:un)?seen|(eval/[^/]+)/(?!unscored).+", name)
         group = next(filter(None, part.groups())) if part and len(records) == 1 else name
         groups.setdefault(group, []).append(name)
     known = list(TITLES)
@@ -290,6 +292,8 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
         if group in REWARDS:
             return (-1, list(REWARDS).index(group), "")
         phase, _, name = group.rpartition("/")
+        if phase == "validation":
+            return (-4, "", name)
         base = re.sub(r"(loss_t)\d+$", r"\1", name)
         return (known.index(base) if base in known else len(known), phase, name)
 
@@ -309,6 +313,8 @@ def chart_title(group: str, names: list[str]) -> str:
         if len(parts) > 1 and set(parts) <= {"overall", *INTERVAL}:
             return f"{title}, with its 95 % interval"
         return f"{title}, by task" if len(parts) > 1 else title
+    if phase == "validation":
+        return TITLES.get(group, group)
     if phase == "reward":
         return f"Reward: {name}"
     title = REWARDS.get(group) or TITLES.get(name) or name.replace("_", " ")
@@ -318,9 +324,9 @@ def chart_title(group: str, names: list[str]) -> str:
 
 
 def line_name(name: str) -> str:
-    """The legend of a metric that shares its chart: of `eval/NAME/PART` the part, of `eval/NAME` "overall"."""
+    """Name a metric that shares its chart: `eval/NAME/PART` by the part, `eval/NAME` "overall"."""
     if not name.startswith("eval/"):
-        return name
+        return name.removeprefix("validation/loss_")
     return name.split("/", 2)[2] if name.count("/") > 1 else "overall"
 
 

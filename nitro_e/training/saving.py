@@ -82,7 +82,7 @@ class Saver:
                     self.state.step,
                     error,
                 )
-        if any_process(bool(failure), self.accelerator.device):
+        if any_process(bool(failure)):
             self.failures += 1
             return failure or "see process 0"
         self.failures, self.saved_step = 0, self.state.step

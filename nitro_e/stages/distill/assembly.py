@@ -39,6 +39,13 @@ def check(config: Run[DistillConfig]) -> None:
         raise ConfigError(
             "engine.precision 'float16': stage.kind 'distill' takes gradients inside its loss; use bfloat16"
         )
+    stage = config.stage
+    if (stage.inputs.intervals is not None or stage.sampler == "flow_map") and not getattr(
+        config.model, "interval", False
+    ):
+        raise ConfigError(
+            "stage.inputs.intervals and sampler 'flow_map' tell the model two times: set model.interval: true"
+        )
     if data is None:
         if config.batch.global_ is None:
             raise ConfigError(
@@ -124,8 +131,9 @@ def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: fl
 
 
 def further_copies(config: Run[DistillConfig]) -> int:
-    """Count the fake score with its two moments."""
-    return 3 if config.stage.score else 0
+    """Count the fake score with its two moments; those of a LoRA are small."""
+    score = config.stage.score
+    return 0 if score is None else 3 if score.fake.adapter is None else 1
 
 
 KIND = StageKind(

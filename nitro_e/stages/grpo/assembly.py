@@ -14,8 +14,8 @@ from nitro_e.data.prompts import load_prompts
 from nitro_e.interfaces import Stage
 from nitro_e.record import run_folder
 from nitro_e.rewards import build_rewards
+from nitro_e.stages.adapter import size_of
 from nitro_e.stages.assembly import Parts, Run, StageKind
-from nitro_e.stages.grpo.adapter import size_of
 from nitro_e.stages.grpo.groups import Layout
 from nitro_e.stages.grpo.stage import GRPO, GRPOConfig
 from nitro_e.training.batch import Split

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nitro_e.interfaces import TextEmbedding
-from nitro_e.stages.grpo.adapter import has_adapter, is_frozen, without_adapter
+from nitro_e.stages.adapter import has_adapter, is_frozen, without_adapter
 
 
 class Policy(nn.Module):

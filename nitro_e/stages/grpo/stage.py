@@ -32,14 +32,7 @@ from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEnc
 from nitro_e.randomness import SampleRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores, win_rates
 from nitro_e.sampling.samplers import guide
-from nitro_e.stages.grpo.adapter import (
-    AdapterConfig,
-    add_adapter,
-    dense,
-    has_adapter,
-    is_frozen,
-    save_adapter,
-)
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, has_adapter, is_frozen, save_adapter
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
 from nitro_e.stages.grpo.algorithm import Algorithm, Shared
 from nitro_e.stages.grpo.awm import AWMConfig
