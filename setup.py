@@ -61,7 +61,8 @@ setup(
             "pyarrow>=14",  # packing parquet
         ],
         "eval": [
-            "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
+            "scipy>=1.11.2",  # transformers' Mask2Former, for GenEval
+            "torch-fidelity>=0.4.0",  # the Inception network of FID
         ],
         "export": EXPORT,
         "serve": [GRADIO],

@@ -36,8 +36,8 @@ from nitro_e.data.making.writer import write_shard
 from nitro_e.encoders.components import ComponentConfig, codec_shape, text_shape, vision_width
 from nitro_e.model import describe
 from nitro_e.model.pretrained import save_pretrained
-from nitro_e.record.environment import device_name
 from nitro_e.randomness import seeded
+from nitro_e.record.environment import device_name
 from nitro_e.rewards import RewardConfig, reward
 from nitro_e.sampling.sources import Use
 from nitro_e.stages import recipe

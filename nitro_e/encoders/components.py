@@ -197,7 +197,14 @@ LLAMA_FILES = (*files.TRANSFORMER, *files.TOKENIZER)
 WEIGHTS = {
     "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, codec.DC_AE_FILES, (32, 32)),
     "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, LLAMA_FILES, (2048, text.LLAMA_LENGTH)),
+    "dc-ae-f64c128": Weights(codec.DC_AE_F64_REPOSITORY, codec.DC_AE_FILES, (128, 64)),
+    "sd-f8c4": Weights(codec.SD_REPOSITORY, codec.DC_AE_FILES, (4, 8)),
+    "sdxl-f8c4": Weights(codec.SDXL_REPOSITORY, codec.DC_AE_FILES, (4, 8)),
+    "flux-f8c16": Weights(codec.FLUX_REPOSITORY, codec.FLUX_FILES, (16, 8)),
     "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "dinov3-b16": Weights(vision.DINOV3_REPOSITORY, files.TRANSFORMER, (768,)),
+    "siglip2-b16": Weights(vision.SIGLIP2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "clip-b16": Weights(vision.CLIP_REPOSITORY, files.TRANSFORMER, (768,)),
     "shapes-dc-ae": Weights(str(files.SHIPPED / "codec"), codec.DC_AE_FILES, (8, 8)),
     "shapes-llama": Weights(str(files.SHIPPED / "text"), LLAMA_FILES, (128, 16)),
     "shapes-vit": Weights(str(files.SHIPPED / "vision"), files.TRANSFORMER, (128,)),
@@ -206,6 +213,10 @@ WEIGHTS = {
 
 def _dc_ae(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
     return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc, device), device)
+
+
+def _kl(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
+    return codec.AutoencoderKLCodec(_load("codec", config, codec.load_autoencoder_kl, device), device)
 
 
 def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
@@ -224,19 +235,27 @@ def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     return text.HashText(device) if config.length is None else text.HashText(device, length=config.length)
 
 
-def _dinov2(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
-    return vision.DINOv2(_load("vision", config, vision.load_dinov2, device), device)
+def _vit(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
+    kinds = {"dinov3-b16": vision.DINOv3, "siglip2-b16": vision.SigLIP2, "clip-b16": vision.CLIPVision}
+    kind = kinds.get(config.name, vision.DINOv2)
+    return kind(_load("vision", config, vision.load_vit, device), device)
 
 
 Builder = Callable[[ComponentConfig, "torch.device | str"], Any]
 CODECS: dict[str, Builder] = {
     "dc-ae-f32c32": _dc_ae,
+    "dc-ae-f64c128": _dc_ae,
+    "sd-f8c4": _kl,
+    "sdxl-f8c4": _kl,
+    "flux-f8c16": _kl,
     "shapes-dc-ae": _dc_ae,
     "dct-f8c24": _dct,
     "dct-f16c64": _dct,
 }
 TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
-VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2, "shapes-vit": _dinov2}
+VISION_ENCODERS: dict[str, Builder] = dict.fromkeys(
+    ("dinov2-b14", "dinov3-b16", "siglip2-b16", "clip-b16", "shapes-vit"), _vit
+)
 TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 
 

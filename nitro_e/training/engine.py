@@ -29,7 +29,7 @@ from nitro_e.config import Config, ConfigError, Ge, TrainingError, environment_n
 from nitro_e.interfaces import Phase, Stage
 from nitro_e.randomness import SampleRandom
 from nitro_e.record import run_folder
-from nitro_e.record.metrics import Metrics, Tracker, WandBConfig
+from nitro_e.record.metrics import Metrics, Tracker, WandBConfig, read, read_events
 from nitro_e.training.attendance import Attendance
 from nitro_e.training.ema import FOLDER as SNAPSHOTS
 from nitro_e.training.ema import EMAConfig, PostHocEMAConfig, relative_distance
@@ -37,6 +37,7 @@ from nitro_e.training.meters import MetricAverages, Progress, read_together, sum
 from nitro_e.training.optim import set_learning_rate
 from nitro_e.training.parallel import any_process, patience, sum_over_processes, whole_tensor
 from nitro_e.training.saving import Saver
+from nitro_e.training.selection import MAX_ROLLBACKS, Selection
 from nitro_e.training.signals import StopRequest
 from nitro_e.training.state import TrainingState
 
@@ -139,14 +140,16 @@ class Engine:
         record: dict[str, Any],
         accumulate: int = 1,
         hooks: tuple[Hook, ...] = (),
+        selection: Selection | None = None,
     ) -> None:
         """use: stored with exported weights for sampling; record: the resolved config, for trackers.
 
-        accumulate: micro-batches per process and step, see BatchConfig.split.
+        accumulate: micro-batches per process and step, see BatchConfig.split. selection: of the best checkpoint, by
+        numbers of the hooks that run everywhere.
         """
         self.config, self.stage, self.accelerator = config, stage, accelerator
         self.run_folder, self.seed, self.record, self.hooks = run, seed, record, hooks
-        self.accumulate = accumulate
+        self.accumulate, self.selection = accumulate, selection
         self.main = accelerator.is_main_process
         self.skipped_in_row = 0  # as far as it was read
         self._unread: list[Unread] = []
@@ -193,6 +196,8 @@ class Engine:
                 config=self.record,
                 enabled=self.main,
             )
+            if self.selection is not None:
+                self.selection.read([row for row in read(self.run_folder) if row["step"] <= self.step])
             if self.main and (notes := getattr(self.stage, "notes", dict)()):
                 self.metrics.event(self.step, "notes", **notes)
             if self.main and self.changed:
@@ -234,7 +239,8 @@ class Engine:
     def _loop(self) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batches = self.stage.batches(self.step, rank, world, self.accumulate)
-        progress = Progress(self.stage.name, self.step, self.config.steps, shown=self.main)
+        headline = getattr(self.stage, "headline", ("loss",))
+        progress = Progress(self.stage.name, self.step, self.config.steps, self.main, headline)
         self._checked: set[str] = set()  # phases whose parameters are all known to be used
         self._averages = MetricAverages(self.step)
         # Closing the batches ends the data workers.
@@ -464,17 +470,67 @@ class Engine:
         return [hook for hook in used if self.step % hook.every == 0 or self.step == self.config.steps]
 
     def _run_hooks(self, hooks: Sequence[Hook]) -> None:
+        scores: dict[str, float] = {}
         for hook in hooks:
             published = self.state.published()
             if self.main or hook.everywhere:
                 made = hook.run(published.get("ema", published["model"]))
                 images = {name: value for name, value in made.items() if isinstance(value, Image.Image)}
-                self.metrics.write(self.step, {k: v for k, v in made.items() if k not in images})
+                numbers: dict[str, Any] = {name: value for name, value in made.items() if name not in images}
+                self.metrics.write(self.step, numbers)
                 for name, image in images.items():
                     self.metrics.write_image(self.step, name, image)
+                if hook.everywhere:
+                    scores |= numbers
+        if scores and self.selection is not None and self._can_save():
+            self._select(self.selection, scores)
         if hooks:
             self.hooks_due = False
             self._write_status("running")
+
+    def _select(self, selection: Selection, scores: dict[str, float]) -> None:
+        """Keep this step if it is the best one; act if a guarded score has fallen. All processes decide alike."""
+        fallen, best = selection.fallen(self.step, scores), selection.is_best(self.step, scores)
+        selection.history[self.step] = scores
+        if best and not fallen:
+            self._keep_best(str(selection.best), scores)
+        if not fallen:
+            return
+        log.warning("guard: %s", fallen)
+        self.metrics.event(self.step, "guard", message=f"guard: {fallen} ({selection.action})")
+        if selection.action == "warn":
+            return
+        if self.saver.saved_step != self.step:
+            self._save()
+        done = {row["step"] for row in read_events(self.run_folder) if row["event"] == "rollback"} - {
+            self.step
+        }
+        if selection.action == "stop" or len(done) >= MAX_ROLLBACKS:
+            kept = run_folder.best(self.run_folder)
+            after = f" after {len(done)} rollbacks" if done else ""
+            raise TrainingError(
+                f"guard: {fallen}; stopped at step {self.step}{after}. The best weights are "
+                f"{kept or 'not kept: set evaluation.best'}; to go on, widen evaluation.guard or set its action to warn"
+            )
+        step = self.saver.roll_back()
+        message = f"went back to the weights, moments and averages of step {step}"
+        self.metrics.event(self.step, "rollback", message=message)
+        self.saver.saved_step = None
+        self._save()
+
+    def _keep_best(self, name: str, scores: dict[str, float]) -> None:
+        """Keep the checkpoint of this step and publish its weights in RUN/best."""
+        if self.saver.saved_step != self.step:
+            self._save()
+        if self.saver.saved_step != self.step:
+            return  # a full disk: said, and tried again with the next best
+        try:
+            self.saver.publish_best({"step": self.step, "score": name, "value": scores[name]})
+        except OSError as error:
+            log.error("the best weights, of step %d, could not be written: %s", self.step, error)
+            self.metrics.event(self.step, "warning", message=f"RUN/best could not be written: {error}")
+            return
+        self.metrics.event(self.step, "best", message=f"the best so far: {name} {scores[name]:.4g}")
 
     def _hooks_were_cut_off(self) -> bool:
         """Tell whether the last attempt ended between the save of this step and its hooks."""

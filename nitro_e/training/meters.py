@@ -105,10 +105,16 @@ class MetricAverages:
 
 
 class Progress:
-    """Shows the training: a bar on a terminal, one plain line per report in a log file."""
+    """Shows the training: a bar on a terminal, one plain line per report in a log file.
 
-    def __init__(self, name: str, step: int, steps: int, shown: bool) -> None:
-        self.name, self.steps = name, steps
+    headline: the metrics that stand first, with the last value that is known of each.
+    """
+
+    def __init__(
+        self, name: str, step: int, steps: int, shown: bool, headline: Sequence[str] = ("loss",)
+    ) -> None:
+        self.name, self.steps, self.headline = name, steps, headline
+        self.known: dict[str, float] = {}
         self.plain = shown and not progress.interactive()
         self.bar = progress.bar(brief=True, total=steps, initial=step, desc=name, disable=not shown)
 
@@ -117,23 +123,25 @@ class Progress:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a report; those that are not recorded are left out."""
+        self.known |= {name: values[name] for name in self.headline if name in values}
+        first = {
+            name.removeprefix(
+                "reward/"
+            ): f"{self.known.get(name, math.nan):{'.4f' if name == 'loss' else '.4g'}}"
+            for name in self.headline
+        }
         if self.plain:
-            print(f"{self.name} {step}/{self.steps}  {summary(values)}", file=sys.stderr, flush=True)
-        self.bar.set_postfix(
-            {
-                "loss": f"{values.get('loss', math.nan):.4f}",
-                "samples/s": f"{values['samples_per_second']:.0f}",
-            }
-        )
+            parts = [f"{name} {value}" for name, value in first.items()] + [summary(values)]
+            print(f"{self.name} {step}/{self.steps}  {'  '.join(parts)}", file=sys.stderr, flush=True)
+        self.bar.set_postfix({**first, "samples/s": f"{values['samples_per_second']:.0f}"})
 
     def close(self) -> None:
         self.bar.close()
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """Write a report as one line: `loss 2.2100  grad_norm 0.51  lr 1.0e-03  108 samples/s  0.9 GB  MFU 43%  ETA 0:12:34`"""
+    """Write the rest of a report as one line: `grad_norm 0.51  lr 1.0e-03  108 samples/s  0.9 GB  MFU 43%  ETA 0:12:34`"""
     shown = {
-        "loss": lambda x: f"loss {x:.4f}",
         "grad_norm": lambda x: f"grad_norm {x:.3g}",
         "lr": lambda x: f"lr {x:.2e}",
         "samples_per_second": lambda x: f"{x:.1f} samples/s",

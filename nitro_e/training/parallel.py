@@ -123,6 +123,11 @@ class Replicated:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return what losses call instead of the module."""
+        if getattr(module, "sometimes_unused", False):
+            from accelerate import DistributedDataParallelKwargs
+
+            # DDP then looks for parameters without a gradient at every step
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return self.accelerator.prepare_model(module)
 
     def synchronize(self, net: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -219,6 +224,7 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what `optimizer_state` returned; moments are sharded as their parameters are."""
     parameters = dict(module.named_parameters())
+    optimizer.state.clear()
     for name, values in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
