@@ -52,6 +52,7 @@ from nitro_e.stages.grpo import assembly as grpo
 from nitro_e.training.batch import BatchConfig
 from nitro_e.training.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.parallel import dist_context
+from nitro_e.training.saving import ResumeConfig
 
 # told apart by `kind`; KINDS has an entry for each
 StageConfig = FlowMatchingConfig | GRPOConfig | DistillConfig
@@ -81,6 +82,7 @@ class RunConfig(Config):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: tuple[str, ...] = ()  # of the sample grids; empty: the first captions of the data
     evaluation: EvaluationConfig | None = None  # scores during training
+    resume: ResumeConfig = field(default_factory=ResumeConfig)  # what may change when the run is continued
 
     @classmethod
     def derive(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -325,6 +327,7 @@ def build(config: RunConfig) -> Engine:
         record=to_dict(config),
         accumulate=split.accumulate,
         hooks=tuple(hooks),
+        resume=config.resume,
     )
     if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):
         # only now: the engine refuses the run directory of another experiment
