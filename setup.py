@@ -50,7 +50,6 @@ setup(
     extras_require={
         "train": [
             "accelerate>=1.2",
-            "ema-pytorch>=0.7.3",
             "webdataset>=0.2.100",
             "wandb>=0.18",
             "tensorboard>=2.17",
@@ -62,7 +61,8 @@ setup(
             "pyarrow>=14",  # packing parquet
         ],
         "eval": [
-            "scipy>=1.11.2"  # transformers' Mask2Former, for GenEval
+            "scipy>=1.11.2",  # transformers' Mask2Former, for GenEval
+            "torch-fidelity>=0.4.0",  # the Inception network of FID
         ],
         "export": EXPORT,
         "serve": [GRADIO],

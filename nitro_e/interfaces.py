@@ -137,6 +137,8 @@ class Architecture(Config):
     KINDS: ClassVar[Mapping[str, str]] = {"emmdit": "nitro_e.model.emmdit:ModelConfig"}
     # fields that say nothing about the weights: a run may go on from weights that had others
     FREE: ClassVar[tuple[str, ...]] = ()
+    # fields in which first weights may differ from the model, and the value they then must have: see `Model.adopt`
+    ADOPTED: ClassVar[Mapping[str, Any]] = {}
 
     kind: str  # the class of the model
     latent_channels: Annotated[int, Ge(1), Le(65536)] = 32  # channels of the codec's latents
@@ -275,6 +277,18 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Predict a worse velocity by a part of the model alone, which guidance leads away from; see `forward`."""
+        raise self._lacks("weak pass; use guidance: text")
+
+    def velocity_target(self, velocity: Tensor, t: Tensor) -> Tensor:
+        """Return what `forward` is trained towards at t (B,) where `noise - data` (B, C, h, w) is the true velocity."""
+        return velocity
+
+    def adopt(self, source: Model) -> None:
+        """Take the weights of a model whose config differs in fields of `config.ADOPTED` at most."""
+        self.load_state_dict(source.state_dict())
+
     def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
         """Return float32 features (B, width) of the times and of the real text tokens, for discriminators."""
         raise self._lacks("features of time and text, which adversarial distillation needs")
@@ -311,6 +325,7 @@ class Batch:
     keys: list[str]  # "shard.tar:key" of every sample, for reports
     features: Tensor | None = None  # (B, h*w, F), only when REPA asks for it
     info: list[dict] = field(default_factory=list)  # the sample's json member, if any
+    step: int = 0  # the optimiser step that it is for
 
 
 LossFn = Callable[[nn.Module, Any, "SampleRandom"], tuple[Tensor, dict[str, Tensor]]]
@@ -353,9 +368,12 @@ class Phase:
 class Stage(Protocol):
     """A stream of batches and an ordered tuple of phases: all that differs between the stages of training.
 
-    Three members are optional: `period: int`, steps that belong together (a run stops and saves only between them),
-    `write_extras(model, folder)`, which writes more files beside the published weights of `model`, and `notes() -> dict`,
-    what to write into the record once at the start.
+    Some members are optional: `period: int`, steps that belong together (a run stops and saves only between them),
+    `write_extras(model, folder)`, which writes more files beside the published weights of `model`, `notes() -> dict`,
+    what to write into the record once at the start, `headline: tuple[str, ...]`, the metrics that the progress line shows
+    first, `images() -> dict`, images of the last batches by name, shown with the sample grids, and, for stages that train
+    an adapter, `base() -> Model`, what it is put on, and `is_frozen(name)`, which names the tensors of the base: they are
+    kept once per run and not in every checkpoint.
     """
 
     name: str

@@ -64,6 +64,7 @@ class ToyDenoiser(nn.Module):
         self.frequencies = 2.0 ** torch.arange(6)
         self.enter = nn.Linear(2 + 2 * 2 * 6, width)
         self.time, self.text = nn.Linear(12, width), nn.Linear(CLASSES, width)
+        self.elapsed = None  # (12, width), for students of average velocities
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
             for _ in range(blocks)
@@ -75,7 +76,10 @@ class ToyDenoiser(nn.Module):
             x.flatten(1),
             lambda v: torch.cat([(v * self.frequencies).sin(), (v * self.frequencies).cos()], -1),
         )
+        t, end = t.unbind(1) if t.ndim == 2 else (t, torch.zeros_like(t))
         time, words = self.time(waves(t[:, None])), self.text(text.tokens[:, 0])
+        if self.elapsed is not None:
+            time = time + waves((t - end)[:, None]) @ self.elapsed
         h = self.enter(torch.cat([point, waves(point[:, :, None]).flatten(1)], dim=1)) + time + words
         taps = []
         for block in self.blocks:
@@ -94,6 +98,9 @@ class ToyBackbone:
 
     def __call__(self, x, t, text):
         return self.model.features(x, t, text)[1]
+
+    def with_velocity(self, x, t, text):
+        return self.model(x, t, text), self(x, t, text)
 
 
 def train_teacher(steps, batch=512, width=96, blocks=3, seed=0):
@@ -189,6 +196,8 @@ ALONE = {
 POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "discriminator")}
 DIFFUSION = {"kind": "mse", "decay": None}
 FAKE = {"optim": {**FAST, "lr": 1e-3, "warmup": 0}}
+SHARED = {"weight": 0.03, "heads": {"width": 64}, "optim": {**FAST, "lr": 2e-3}}
+PLAIN = {"guidance_scale": 1, "drop_text": 0}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
     "pair": (
@@ -253,7 +262,11 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
             "preset": "nitrofusion",
             "time_scale": 1.0,
             "diffusion": {"kind": "mse", "weight": 1.0},
-            "adversarial": {**POOLED, "weight": 0.1, "pool": {"copies": 4, "use": 2, "width": 64}},
+            "adversarial": {
+                **POOLED,
+                "weight": 0.1,
+                "pool": {"copies": 4, "use": 2, "width": 64, "refresh_unit": "step"},
+            },
         },
         0.04,
         None,
@@ -265,6 +278,50 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         None,
     ),
     "tdm": ({"preset": "tdm", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.006, None),
+    "dmd2_gan": (
+        {"preset": "dmd2_gan", "score": {"guidance_scale": 1, "fake": FAKE}, "adversarial": SHARED},
+        0.012,
+        None,
+    ),
+    "f_distill": (
+        {
+            "preset": "f_distill",
+            "every": 5,
+            "score": {"guidance_scale": 1, "fake": FAKE},
+            "adversarial": SHARED,
+        },
+        0.012,
+        None,
+    ),
+    "phased_dmd": ({"preset": "phased_dmd", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.012, None),
+    "sid_few": (
+        {"preset": "sid_few", "every": 5, "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN}}},
+        0.012,
+        None,
+    ),
+    "sim, one step": ({"preset": "sim", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.02, None),
+    "swiftbrush": (
+        {"preset": "swiftbrush", "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN, "adapter": None}}},
+        0.02,
+        None,
+    ),
+    "consistency": ({"preset": "consistency", "flow_map": {"guidance_scale": 1}}, 0.06, None),
+    "scm": ({"preset": "scm", "flow_map": {"guidance_scale": 1, "warmup": 200}}, 0.06, None),
+    "mean_flow": ({"preset": "mean_flow", "flow_map": {"guidance_scale": 1, "warmup": 200}}, 0.06, None),
+    "sana_sprint": (
+        {
+            "preset": "sana_sprint",
+            "flow_map": {"guidance_scale": 1, "warmup": 200},
+            "adversarial": {**ADVERSARIAL, "weight": 0.1},
+        },
+        0.06,
+        None,
+    ),
+    "rcm": (
+        {"preset": "rcm", "flow_map": {"guidance_scale": 1}, "score": {"guidance_scale": 1, "fake": FAKE}},
+        0.06,
+        None,
+    ),
     "score and imitate": (
         {
             "preset": "score_imitate",
@@ -291,6 +348,8 @@ def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
     )
     torch.manual_seed(seed)
     student = copy.deepcopy(pairs.teacher).requires_grad_(True)
+    if config.inputs.intervals is not None:
+        student.elapsed = nn.Parameter(torch.zeros(12, student.width))
     null = TextEmbedding(torch.zeros(1, 1, CLASSES), torch.ones(1, 1, dtype=torch.bool))
     stage = Distill(
         config, student, pairs.teacher, partial(ToyBackbone, pairs.teacher), null, seed, torch.device("cpu")

@@ -132,6 +132,11 @@ def counted(pixels, prompts, info):
 
 
 @reward
+def constant(pixels, prompts, info):
+    return torch.full((len(pixels),), 0.5)
+
+
+@reward
 def broken(pixels, prompts, info):
     raise RuntimeError("the reward server is down")
 
@@ -210,11 +215,11 @@ def make_stage(
     return stage
 
 
-def pretrain(seed: int, steps: int = 800, net: Net | None = None) -> Net:
+def pretrain(seed: int, steps: int = 800, net: Net | None = None, centres=None) -> Net:
     """Flow matching towards noisy patterns of another seed's signs: a base that is at chance with the reward."""
     net = net or make_net(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    centres = torch.randn(PROMPTS, DIM, generator=generator)
+    centres = torch.randn(PROMPTS, DIM, generator=generator) if centres is None else centres
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for _ in range(steps):
         prompt = torch.randint(PROMPTS, (128,), generator=generator)
@@ -232,7 +237,16 @@ def pretrain(seed: int, steps: int = 800, net: Net | None = None) -> Net:
 
 
 def train(
-    run: Path, stage_options: dict, net=None, stop=None, seed=1, cls=ToyGRPO, accumulate=1, **options
+    run: Path,
+    stage_options: dict,
+    net=None,
+    stop=None,
+    seed=1,
+    cls=ToyGRPO,
+    accumulate=1,
+    hooks=lambda stage: (),
+    selection=None,
+    **options,
 ) -> Engine:
     options = {
         "steps": 8,
@@ -256,7 +270,18 @@ def train(
         autocast=accelerator.autocast,
         **stage_options,
     )
-    trainer = Engine(config, stage, accelerator, run=run, seed=seed, use={}, record={}, accumulate=accumulate)
+    trainer = Engine(
+        config,
+        stage,
+        accelerator,
+        run=run,
+        seed=seed,
+        use={},
+        record={},
+        accumulate=accumulate,
+        hooks=hooks(stage),
+        selection=selection,
+    )
     if stop is not None:  # as if SIGTERM came during step `stop`
         original = trainer.update
 

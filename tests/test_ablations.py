@@ -61,6 +61,14 @@ ALONE = [
     dict(mlp_ratio=2.7),
     dict(patch_size=2, base_grid=4, attention=["full"]),
     dict(position_table=8),
+    dict(path_drop=0.1),
+    dict(prediction="data"),
+    dict(prediction="data", prediction_floor=0.5, patch_size=2, base_grid=4, attention=["full"]),
+    dict(text_compression=2),
+    dict(text_compression=4, attention=["full"], text_mask="real"),
+    dict(text_compression=8, attention=["full"], compression=[], position_reinforcement=False),
+    dict(time_input="t"),
+    dict(interval=True),
 ]
 
 
@@ -101,7 +109,9 @@ def unread(model: EMMDiT) -> dict[str, slice]:
 def test_builds_trains_saves_loads_and_samples(choices, tmp_path):
     model = build(**choices)
     x, t, text = inputs(model.config)
-    assert torch.equal(model(x, t, text), torch.zeros_like(x))  # the first prediction
+    # the last layer gives zero at first
+    expected = model.prediction.velocity(torch.zeros_like(x), x, t)
+    assert torch.equal(model(x, t, text), expected) and expected.any() == (model.config.prediction == "data")
 
     perturb(model)(x, t, text).square().mean().backward()
     for parameter_name, parameter in model.named_parameters():

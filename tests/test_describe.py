@@ -49,6 +49,13 @@ def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tup
         *((config, (8, 16), 20) for _, config in describe.ablations(MICRO, (8, 16), 20)),
         (dataclasses.replace(MICRO, patch_size=2, base_grid=16, mlp_ratio=1.7, groups=(0, 3, 1)), (16, 8), 4),
         (dataclasses.replace(MICRO, compression=(4, 2), groups=(2, 0, 2), text_mask="real"), (8, 8), 4),
+        (
+            dataclasses.replace(
+                MICRO, text_compression=5, path_drop=0.1, attention=("full",), groups=(1, 2, 2)
+            ),
+            (8, 8),
+            10,
+        ),
     ],
     ids=str,
 )
@@ -70,13 +77,14 @@ def test_counts_are_those_of_the_forward_pass(config, grid, text_length):
         assert sum(flops[f"EMMDiT.blocks.{index}"] for index in indices) == (
             parts[name].flops if name in parts else 0
         )
-    for name, module in {
-        "compression": "compress",
-        "reconstruction": "reconstruct",
-        "output": "out",
-        "text embedding": "text",
+    for name, modules in {
+        "compression": ("compress", "compress_text"),
+        "reconstruction": ("reconstruct", "restore_text"),
+        "output": ("out",),
+        "text embedding": ("text",),
     }.items():
-        assert (parts[name].flops if name in parts else 0) == flops.get(f"EMMDiT.{module}", 0)
+        expected = sum(flops.get(f"EMMDiT.{module}", 0) for module in modules)
+        assert (parts[name].flops if name in parts else 0) == expected
 
 
 def test_published_size_cost_and_reduction():

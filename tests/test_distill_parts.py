@@ -20,7 +20,7 @@ from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig
 from nitro_e.sampling.samplers import SamplingConfig, euler, fresh_noise, multistep, sample
 from nitro_e.stages.distill import gan_losses as losses
-from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig, frozen
+from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
 from nitro_e.stages.distill.guards import GuardConfig, check, describe_prediction
 from nitro_e.stages.distill.heads import (
     Backbone,
@@ -32,7 +32,7 @@ from nitro_e.stages.distill.heads import (
     token_maps,
 )
 from nitro_e.stages.distill.inputs import InputConfig, Prediction, Predictor
-from nitro_e.stages.distill.objective import Shared
+from nitro_e.stages.distill.objective import Shared, frozen
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.distill.regression import DecayConfig, Diffusion, DiffusionConfig, Reflow, ReflowConfig
@@ -545,7 +545,15 @@ def plain_shared(teacher=None, backbone=None):
     """What a stage lends, without a stage."""
     prediction = lambda batch, rng, last=False: batch.prediction  # noqa: E731
     return Shared(
-        teacher, lambda taps: backbone, random_text(1, 99), prediction, None, 0.0, 0, torch.device("cpu")
+        teacher,
+        lambda taps: backbone,
+        random_text(1, 99),
+        prediction,
+        None,
+        None,
+        0.0,
+        0,
+        torch.device("cpu"),
     )
 
 
@@ -793,6 +801,22 @@ def test_u17_the_pool_of_the_paper_has_480_heads_and_renews_one_percent():
     assert sum(len(bank.age) for bank in heads.banks) == 480 == len(config.levels) * 8 * config.copies
     renewed = [heads.after_step(step, []) for step in range(1000)]
     assert sum(renewed) / 1000 == pytest.approx(4.8, abs=0.2)
+
+
+def test_heads_replaced_by_their_use_live_for_so_many_updates():
+    """A tenth of what an iteration used; heads it did not use keep their age."""
+    heads, ages = pool(refresh=0.1, refresh_unit="use"), []
+    for step in range(400):
+        before = [bank.age.clone() for bank in heads.banks]
+        used = [chosen for _, chosen in heads.chosen(step)]
+        heads.after_step(step, [])
+        for bank, chosen, was in zip(heads.banks, used, before):
+            rest = torch.ones_like(was, dtype=torch.bool)
+            rest[chosen] = False
+            assert torch.equal(bank.age[rest], was[rest])
+            ages += bank.age[chosen].tolist()
+    # an age of 0 is that of a new head
+    assert sum(age == 0 for age in ages) / len(ages) == pytest.approx(0.1, abs=0.03)
 
 
 def test_u17_renewed_heads_forget_and_others_are_left_alone():
@@ -1046,9 +1070,10 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "diffusion.kind": "smooth_l1",
         "diffusion.weight": 0.1,
         "adversarial.loss": "hinge",
-        "adversarial.weight": 1.0,
+        "adversarial.weight": "auto",
         "adversarial.misaligned": None,
         "adversarial.null_text": 0.5,
+        "adversarial.pool.refresh_unit": "use",
         "adversarial.pool.levels": (0.09, 0.41, 0.62, 0.80),
         "adversarial.pool.copies": 15,
         "adversarial.pool.use": 4,
@@ -1130,6 +1155,91 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "imitate.reach": 0.0,
         "needs_pairs": [],
     },
+    "dmd2_gan": {
+        "every": 5,
+        "adversarial.weight": 0.03,
+        "adversarial.loss": "non_saturating",
+        "adversarial.share_score": True,
+        "adversarial.discriminator.times.kind": "uniform",
+        "adversarial.r1": None,
+        "adversarial.misaligned": None,
+        "needs_pairs": ["adversarial"],
+    },
+    "f_distill": {
+        "every": 10,
+        "score.divergence": "js",
+        "adversarial.weight": 1e-3,
+        "adversarial.share_score": True,
+    },
+    "instaflow": {
+        "inputs.sigmas": (1.0,),
+        "inputs.noise": "pair",
+        "sampler": "euler",
+        "diffusion.target": "pair",
+        "adversarial": None,
+        "time_scale": 1.0,
+    },
+    "consistency": {"flow_map.kind": "discrete", "flow_map.step": 1 / 48, "sampler": "multistep"},
+    "scm": {
+        "inputs.continuous_times.times.mean": 0.89,
+        "inputs.continuous_times.times.std": 1.6,
+        "flow_map.normalize": "tangent",
+        "flow_map.constant": 0.1,
+        "flow_map.warmup": 4000,
+        "sampler": "multistep",
+    },
+    "mean_flow": {
+        "inputs.intervals": 0.5,
+        "inputs.continuous_times.times.mean": -0.4,
+        "flow_map.normalize": "adaptive",
+        "flow_map.constant": 1e-2,
+        "flow_map.warmup": 2000,
+        "sampler": "flow_map",
+    },
+    "sana_sprint": {
+        "inputs.continuous_times.share": 0.5,
+        "flow_map.kind": "continuous",
+        "adversarial.weight": 0.5,
+        "adversarial.discriminator.times.mean": 0.093,
+        "optim.lr": 2e-6,
+    },
+    "rcm": {
+        "every": 5,
+        "inputs.scatter": True,
+        "flow_map.normalize": "tangent",
+        "score.form": "dmd",
+        "needs_pairs": [],
+    },
+    "decoupled_dmd": {"score.form": "dmd", "score.decoupled": True, "every": 5, "sampler": "multistep"},
+    "phased_dmd": {
+        "score.times.range": "above",
+        "score.noise": "trajectory",
+        "score.fake.weighting": "transition",
+        "sampler": "euler",
+    },
+    "swiftbrush": {
+        "score.form": "vsd",
+        "score.fake.adapter.rank": 64,
+        "score.fake.drop_text": 0.1,
+        "score.fake.guidance_scale": "teacher",
+        "score.fake.optim.lr": 1e-3,
+        "every": 1,
+        "optim.lr": 1e-6,
+        "needs_pairs": [],
+    },
+    "pg_sb": {"score.form": "vsd", "score.guidance_scale": (2.0, 7.0), "score.fake.adapter.rank": 64},
+    "sid": {
+        "score.form": "sid",
+        "score.alpha": 1.0,
+        "score.guidance_scale": 2.0,
+        "score.fake.guidance_scale": "teacher",
+        "time_scale": 0.625,
+        "every": 1,
+        "optim.lr": 1e-6,
+        "needs_pairs": [],
+    },
+    "sid_few": {"score.form": "sid", "inputs.sigmas": (1.0, 0.75, 0.5, 0.25), "time_scale": 1.0},
+    "sim": {"score.form": "sim", "inputs.sigmas": (1.0,), "optim.lr": 1e-6},
 }
 STEPS = {
     "ladd4": [1, 2, 4],
@@ -1141,6 +1251,21 @@ STEPS = {
     "dmd2": [4],
     "tdm": [4],
     "score_imitate": [1, 2, 4],
+    "dmd2_gan": [4],
+    "f_distill": [4],
+    "instaflow": [1],
+    "consistency": [1, 2, 4],
+    "scm": [1, 2, 4],
+    "mean_flow": [1, 2, 4],
+    "sana_sprint": [1, 2, 4],
+    "rcm": [1, 2, 4],
+    "decoupled_dmd": [4],
+    "phased_dmd": [4],
+    "swiftbrush": [1],
+    "pg_sb": [1],
+    "sid": [1],
+    "sid_few": [4],
+    "sim": [1],
 }
 
 

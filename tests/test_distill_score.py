@@ -14,8 +14,9 @@ from torch import nn
 from nitro_e.cli import train
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import Phase, TextEmbedding
+from nitro_e.model import EMMDiT
 from nitro_e.randomness import SampleRandom
-from nitro_e.record import metrics
+from nitro_e.record import metrics, run_folder
 from nitro_e.sampling import flow
 from nitro_e.sampling.samplers import euler, multistep
 from nitro_e.stages.distill.imitate import Imitate, ImitateConfig
@@ -26,6 +27,14 @@ from nitro_e.stages.distill.sources import Prompts
 from nitro_e.training.optim import OptimConfig
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
+ENGINE = {
+    "steps": 4,
+    "save_every": 2,
+    "sample_every": 0,
+    "log_every": 1,
+    "tracker": "none",
+    "ema": {"beta": 0.9},
+}
 
 
 def rng(count=8, *purpose):
@@ -171,7 +180,7 @@ def words(*means):
 
 def shared(teacher, null=0.0):
     predict = lambda batch, rng, last=False: batch.prediction  # noqa: E731
-    return Shared(teacher, None, words(null), predict, None, 0.0, 0, torch.device("cpu"))
+    return Shared(teacher, None, words(null), predict, None, None, 0.0, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -222,7 +231,7 @@ def test_u22_noise_from_the_trajectory_has_the_moments_of_fresh_noise():
     t, s = torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.0])
     x = flow.interpolate(data, own, t)
     prediction = Prediction(x, t, False, data, t_next=s)
-    tau = score.draw_times(prediction, rng(2))
+    tau = score.draw_times(prediction, rng(2), "step")
     assert ((tau >= s.clamp(min=0.02)) & (tau <= t)).all()
     noise, weight = score.noise(prediction, tau, fresh)
     assert noise.var().item() == pytest.approx(1, abs=0.02) and abs((noise * data).mean()) < 0.02
@@ -332,6 +341,18 @@ def test_two_processes_train_on_prompts_as_one(pairs, tmp_path):
         ("dmd2", {"inputs": {"rollout": {}}}, "takes all times of the sampler"),
         ("ladd4", {"inputs": {"counts": {4: 1}}}, "only for noise 'chain'"),
         ("dmd2", {"sample_steps": [1, 4]}, "inputs.counts says the steps of chains"),
+        ("dmd2", {"score": {"divergence": "kl"}}, "reads density ratios"),
+        ("dmd2", {"score": {"form": "sid", "divergence": "kl"}}, "weights the slope of form 'dmd'"),
+        ("dmd2", {"score": {"fake": {"weighting": "transition"}}}, "it needs noise: trajectory"),
+        ("dmd2", {"score": {"guidance_scale": [5, 2]}}, "expected a scale or two that rise"),
+        ("decoupled_dmd", {"score": {"guidance_scale": 1}}, "one guidance_scale above 1"),
+        ("dmd2_gan", {"score": {"form": "sid"}}, "no score of form 'dmd' or 'vsd' to share with"),
+        ("dmd2_gan", {"adversarial": {"null_text": 0.5}}, "set pool: null, null_text: 0"),
+        (
+            "ladd4",
+            {"inputs": {"noise": "pair"}, "score": {"times": {"range": "above"}}, "guards": None},
+            "score.times.range: the steps that are meant",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(preset, overrides, message):
@@ -350,3 +371,291 @@ def test_recipes_on_prompts_say_what_is_missing_or_too_much(pairs, tmp_path, cap
         assert train.main([str(path), *overrides]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error and len(error.splitlines()) == 1, error
+
+
+# ---- forms of the score
+
+
+def matched(config, x, tau, data, fake, text, teacher=0.5, null=0.1, t_next=None):
+    """The values and the slope at the data of an objective between Gaussians, and its logs."""
+    score = Score(config, shared(Gaussian(teacher), null))
+    score.fake = fake
+    leaf = data.clone().requires_grad_()
+    batch = DistillBatch(0, None, None, text, ["a", "b"], ["a", "b"], latent_shape=data.shape[1:])
+    batch.scored = Scored(x, tau, fake(x, tau, text).detach())
+    values, logs = score.loss(Prediction(x, tau, False, leaf, t_next=t_next), batch, rng(2))
+    return values, torch.autograd.grad(values.sum(), leaf)[0], logs
+
+
+class Shifted(Gaussian):
+    """The velocity for N(mean + shift, s^2)."""
+
+    def __init__(self, s, shift):
+        super().__init__(s)
+        self.shift = shift
+
+    def forward(self, x, t, text):
+        return super().forward(x, t, TextEmbedding(text.tokens + self.shift, text.mask))
+
+
+def state(tau, data):
+    return flow.interpolate(data, torch.randn_like(data), tau)
+
+
+def test_vsd_is_the_weighted_difference_of_noise_predictions():
+    tau, data, s, shift = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8), 0.5, 1.5
+    config = ScoreConfig(form="vsd", guidance_scale=1.0)
+    _, slope, _ = matched(config, state(tau, data), tau, data, Shifted(s, shift), words(-0.5, 0.25))
+    # noise predictions of Gaussians differ by tau (1 - tau) shift / variance
+    variance = (1 - tau) ** 2 * s**2 + tau**2
+    expected = tau**2 * (tau * (1 - tau) * shift / variance) / data[0].numel()
+    torch.testing.assert_close(slope, expected[:, None, None, None].expand_as(slope), rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("guidance", [1.0, "teacher"])
+def test_random_guidance_draws_a_scale_for_every_sample(guidance):
+    tau, data, text = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8), words(-0.5, 0.25)
+    config = distill_config(
+        "dmd2", score={"form": "vsd", "guidance_scale": [2, 6], "fake": {"guidance_scale": guidance}}
+    ).score
+    x, fake = state(tau, data), Shifted(0.5, 1.5)
+    _, slope, _ = matched(config, x, tau, data, fake, text)
+    scales = 2 + 4 * rng(2).uniform()
+    assert (scales[0] - scales[1]).abs() > 0.1
+    for row in range(2):
+        one = distill_config(
+            "dmd2",
+            score={
+                "form": "vsd",
+                "guidance_scale": scales[row].item(),
+                "fake": {"guidance_scale": guidance if guidance == "teacher" else 1.0},
+            },
+        ).score
+        _, expected, _ = matched(one, x, tau, data, fake, text)
+        torch.testing.assert_close(slope[row], expected[row], rtol=1e-4, atol=1e-8)
+
+
+def identity(x_g, noise, tau, teacher, fake, text, alpha):
+    """SiD's loss in velocities, tau^2 (v_F - v_T) (u - v_F + (1 - alpha) (v_F - v_T)), per sample and dimension."""
+    t = tau[:, None, None, None]
+    x = (1 - t) * x_g + t * noise
+    v_t, v_f = teacher(x, tau, text), fake(x, tau, text)
+    return (t**2 * (v_f - v_t) * (noise - x_g - v_f + (1 - alpha) * (v_f - v_t))).mean((1, 2, 3)), x, v_t, v_f
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_u20_sid_is_the_form_in_velocities_through_both_networks(alpha):
+    """The slope is the central difference of the plain loss; between Gaussians of one width, the closed form."""
+    double = lambda module: module.double()  # noqa: E731
+    tau, (data, noise) = torch.tensor([0.3, 0.8]).double(), torch.randn(2, 2, 1, 2, 2).double()
+    text = TextEmbedding(words(-0.5, 0.25).tokens.double(), words(0.0, 0.0).mask)
+    teacher, fake = double(Gaussian(0.5)), double(Shifted(0.8, 0.4))
+    plain, x, v_t, _ = identity(data, noise, tau, teacher, fake, text, alpha)
+    config = ScoreConfig(form="sid", guidance_scale=1.0, alpha=alpha)
+    values, slope, _ = matched(config, x, tau, data, fake, text)
+    distance = (data - (x - tau[:, None, None, None] * v_t)).abs().mean((1, 2, 3))
+    torch.testing.assert_close(values, plain.detach() / distance.detach(), rtol=1e-4, atol=1e-5)
+    for place in range(4):
+        move = torch.zeros(4).double()
+        move[place] = 1e-4
+        ahead, behind = (
+            identity(data + sign * move.view(1, 2, 2), noise, tau, teacher, fake, text, alpha)[0]
+            for sign in (1, -1)
+        )
+        expected = (ahead - behind) / 2e-4 / distance
+        torch.testing.assert_close(slope.flatten(1)[:, place], expected.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_sid_between_gaussians_is_the_closed_form():
+    tau, data, s, shift = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8), 0.5, 1.5
+    config = ScoreConfig(form="sid", guidance_scale=1.0)
+    x, text = state(tau, data), words(-0.5, 0.25)
+    _, slope, logs = matched(config, x, tau, data, Shifted(s, shift), text)
+    share = tau**2 / ((1 - tau) ** 2 * s**2 + tau**2)
+    teacher = x - tau[:, None, None, None] * Gaussian(s)(x, tau, text)
+    expected = share**2 * shift / (data - teacher).abs().mean((1, 2, 3)) / data[0].numel()
+    torch.testing.assert_close(
+        slope, expected[:, None, None, None].expand_as(slope).detach(), rtol=1e-3, atol=1e-7
+    )
+    assert logs["gap"].item() == pytest.approx((share * shift).square().mean().item(), rel=1e-3)
+
+
+def test_u20_sim_of_a_large_constant_is_sid_without_its_normaliser():
+    tau, data, text = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8), words(-0.5, 0.25)
+    x, fake = state(tau, data), Shifted(0.8, 0.4)
+    sid, slope, _ = matched(ScoreConfig(form="sid", guidance_scale=1.0), x, tau, data, fake, text)
+    sim, other, _ = matched(ScoreConfig(form="sim", guidance_scale=1.0, huber=1e3), x, tau, data, fake, text)
+    scale = sid / sim
+    torch.testing.assert_close(slope, other * scale.detach()[:, None, None, None], rtol=1e-3, atol=1e-9)
+    # of a small one: the gap's direction alone
+    small = ScoreConfig(form="sim", guidance_scale=1.0, huber=1e-6)
+    values, _, _ = matched(small, x, tau, data, fake, text)
+    v_t, v_f = Gaussian(0.5)(x, tau, text), fake(x, tau, text)
+    t = tau[:, None, None, None]
+    gap = t * (v_f - v_t)
+    expected = (gap * (x - t * v_f - data)).mean((1, 2, 3)) / gap.square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_decoupled_guidance_has_a_time_of_its_own():
+    """Between Gaussians both terms are constants: tau^2 / variance times the difference of the means."""
+    s, shift, null, scale = 0.5, 1.5, 0.1, 3.0
+    tau, following, text = torch.tensor([0.3, 0.8]), torch.tensor([0.5, 0.75]), (-0.5, 0.25)
+    data = torch.randn(2, 4, 8, 8)
+    x = state(tau, data)
+    config = ScoreConfig(decoupled=True, guidance_scale=scale)
+    _, slope, logs = matched(config, x, tau, data, Shifted(s, shift), words(*text), s, null, following)
+    later = following + (0.98 - following) * rng(2).uniform()
+    share = lambda t: t**2 / ((1 - t) ** 2 * s**2 + t**2)  # noqa: E731
+    teacher = x - tau[:, None, None, None] * Gaussian(s)(x, tau, words(*text))
+    guidance = (scale - 1) * share(later) * (null - torch.tensor(text))
+    expected = (share(tau) * shift + guidance) / (data - teacher).abs().mean((1, 2, 3)) / data[0].numel()
+    torch.testing.assert_close(
+        slope, expected[:, None, None, None].expand_as(slope).detach(), rtol=1e-3, atol=1e-7
+    )
+    assert logs["guidance"].item() == pytest.approx(16 * guidance.norm().item(), rel=1e-3)
+
+
+def test_the_fake_score_of_a_transition_learns_the_scores_of_the_noised_states():
+    """Phased DMD: at the exact velocity of the states, noised on, its loss is flat; beside it, it is larger."""
+    s, mean, t_next = 0.5, 0.3, 0.5
+    generator = torch.Generator().manual_seed(0)
+    data = mean + s * torch.randn(2, 1, 300, 300, generator=generator)
+    own = torch.randn(2, 1, 300, 300, generator=generator)
+    t = torch.full((2,), 0.75)
+    prediction = Prediction(flow.interpolate(data, own, t), t, False, data, t_next=torch.full((2,), t_next))
+    config = distill_config("phased_dmd", score={"guidance_scale": 1}).score
+    score = Score(config, shared(Gaussian(s)))
+    batch = DistillBatch(0, None, None, words(mean, mean), ["a"] * 2, ["a"] * 2, latent_shape=(1, 300, 300))
+    batch.prediction = prediction
+
+    def loss(shift):
+        net = lambda x, t, text: Gaussian(s)(x, t, text) + shift  # noqa: E731
+        return score.fake_loss(net, batch, rng(2))[0].item()
+
+    exact, ahead, behind = loss(0.0), loss(0.3), loss(-0.3)
+    assert ahead > exact and behind > exact
+    assert abs(ahead - behind) < 0.1 * (ahead + behind - 2 * exact)
+
+
+def test_a_fake_score_that_is_a_lora_leaves_the_teacher_as_it_is():
+    config = distill_config("swiftbrush", score={"fake": {"adapter": {"rank": 4}}})
+    stage = tiny_stage(config, model=tiny_model(config=SMALLER))
+    teacher, fake = stage.shared.teacher, stage.phases[0].module
+    owned = {id(weight) for weight in teacher.parameters()}
+    shared_weights = [weight for weight in fake.parameters() if id(weight) in owned]
+    assert len(shared_weights) > 10
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), random_text(2)
+    with torch.no_grad():
+        torch.testing.assert_close(fake(x, t, text), teacher(x, t, text))
+        before, state = teacher(x, t, text), [weight.clone() for weight in teacher.parameters()]
+    loop = Loop(stage, 3)
+    for step in range(3):
+        loop.step(random_batch(step, 4, (4, 8, 8)))
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), state))
+    with torch.no_grad():
+        assert torch.equal(teacher(x, t, text), before)
+        assert not torch.allclose(fake(x, t, text), before)
+    trained = [name for name, weight in fake.named_parameters() if weight.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_a_student_that_is_a_lora_resumes_and_publishes_merged_weights(pairs, tmp_path):
+    path, prompts = prompts_recipe(pairs, tmp_path, "swiftbrush", engine=ENGINE)
+    options = [prompts, "stage.adapter={rank: 4, targets: blocks}", "sampling.steps=1"]
+    assert train.main([str(path), *options, f"run={tmp_path / 'whole'}"]) == 0
+    assert train.main([str(path), *options, f"run={tmp_path / 'halves'}", "engine.steps=2"]) == 0
+    assert train.main([str(path), *options, f"run={tmp_path / 'halves'}"]) == 0
+    whole, halves = (states(tmp_path / name, 4) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and any("lora_A" in name for name in whole)
+    assert [
+        name for name in whole if not torch.equal(whole[name].nan_to_num(), halves[name].nan_to_num())
+    ] == []
+    folder = run_folder.latest(tmp_path / "whole")
+    model, teacher = EMMDiT.from_pretrained(folder / "model"), EMMDiT.from_pretrained(pairs / "teacher")
+    assert (folder / "model/adapter/adapter_model.safetensors").exists()
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), teacher.parameters()))
+
+
+# ---- a GAN in the teacher's pass
+
+
+def gan(**score):
+    heads = {"start": 0, "ramp": 0, "weight": 0.1, "heads": {"width": 16}}
+    return distill_config("dmd2_gan", every=1, score={"guidance_scale": 3, **score}, adversarial=heads)
+
+
+def test_one_pass_of_the_teacher_gives_score_and_discriminator_what_two_would():
+    """The slopes of both, against the guided velocity and the features of separate passes; and how many there are."""
+    stage = tiny_stage(gan(), model=tiny_model(config=SMALLER))
+    score, adversarial = stage.objectives
+    batch = random_batch(0, 4, (4, 8, 8))
+    stage.phases[0].loss(stage.phases[0].net, batch, rng(4))
+    x, tau, fake = batch.scored
+    prediction = batch.prediction
+    leaf = Prediction(prediction.x, prediction.t, False, prediction.data.detach().requires_grad_())
+    calls = []
+    hook = stage.shared.teacher.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    slopes = [
+        torch.autograd.grad(each.loss(leaf, batch, rng(4))[0].sum(), leaf.data)[0]
+        for each in (score, adversarial)
+    ]
+    hook.remove()
+    assert calls == [4]  # without the prompt; the pass with it is of forward_intermediates
+    data = leaf.data.detach()
+    guided = stage.shared.guided(x, tau, batch.text, 3.0)
+    teacher = x - tau[:, None, None, None] * guided
+    own = (x - tau[:, None, None, None] * fake - teacher) / (data - teacher).abs().mean(
+        (1, 2, 3), keepdim=True
+    )
+    torch.testing.assert_close(slopes[0], own / data[0].numel(), rtol=1e-3, atol=1e-7)
+    alone = data.clone().requires_grad_()
+    t = tau[:, None, None, None]
+    noise = (x - (1 - t) * data) / t
+    logits = adversarial.heads(adversarial.backbone((1 - t) * alone + t * noise, tau, batch.text), 0)
+    values = sum(torch.nn.functional.softplus(-each).mean((1, 2)) for each in logits) / len(logits)
+    (expected,) = torch.autograd.grad(values.sum(), alone)
+    torch.testing.assert_close(slopes[1], expected, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "expected"),
+    [
+        ("kl", [0.1, 1, 20]),
+        ("js", [1 / 11, 0.5, 20 / 21]),
+        ("hellinger", [0.1**0.5, 1, 20**0.5]),
+        ("jeffreys", [1.1, 2, 21]),
+    ],
+)
+def test_u21_divergences_weight_by_the_density_ratio(divergence, expected):
+    """Ratios e^-9, 1 and e^9 are clipped to .1, 1, 20; the mean weight is 1."""
+
+    class Heads:
+        def log_ratio(self, prediction, batch):
+            return torch.tensor([-9.0, 0.0, 9.0])
+
+    score = Score(ScoreConfig(divergence=divergence), shared(Gaussian(1.0)))
+    score.shared.discriminator = Heads()
+    weights, expected = score.density_weights(None, None), torch.tensor(expected)
+    torch.testing.assert_close(weights, expected / expected.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_f_distill_scales_the_slope_of_dmd():
+    stages = [
+        tiny_stage(gan(divergence=name), model=tiny_model(config=SMALLER)) for name in ("reverse_kl", "kl")
+    ]
+    slopes = []
+    for stage in stages:
+        batch = random_batch(0, 4, (4, 8, 8))
+        stage.phases[0].loss(stage.phases[0].net, batch, rng(4))
+        leaf = batch.prediction
+        leaf.data = leaf.data.detach().requires_grad_()
+        values, _ = stage.objectives[0].loss(leaf, batch, rng(4))
+        slopes.append(torch.autograd.grad(values.sum(), leaf.data)[0])
+    ratio = slopes[1] / slopes[0]
+    weights = ratio[:, 0, 0, 0]
+    torch.testing.assert_close(ratio, weights[:, None, None, None].expand_as(ratio), rtol=1e-2, atol=1e-3)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-3) and weights.std() > 1e-4
+    with torch.no_grad():
+        ratios = stages[1].objectives[1].log_ratio(leaf, batch).exp()
+    torch.testing.assert_close(weights, ratios / ratios.mean(), rtol=1e-2, atol=1e-3)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 TEXT = ComponentConfig(name="hash")
 HEADS = {"start": 2, "ramp": 2, "heads": {"width": 16}, "r1": {"sigma": 0.05, "weight": 200}}
+GAN = {"start": 2, "heads": {"width": 16}}
 SMALL = {
     "ladd4": {
         "inputs": {"probabilities": [[0, [1, 1, 1, 1]]], "rollout": {"share": 0.5, "start": 0, "end": 0}},
@@ -48,8 +50,23 @@ SMALL = {
     },
     "sana_adv": {"adversarial": HEADS},
     "reflow": {},
+    "instaflow": {},
     "dmd2": {},
     "tdm": {},
+    "dmd2_gan": {"every": 1, "adversarial": GAN},
+    "f_distill": {"every": 1, "adversarial": GAN},
+    "consistency": {},
+    "scm": {},
+    "mean_flow": {},
+    "sana_sprint": {"adversarial": HEADS},
+    "rcm": {"every": 1},
+    "decoupled_dmd": {},
+    "phased_dmd": {},
+    "swiftbrush": {"score": {"fake": {"adapter": {"rank": 4}}}},
+    "pg_sb": {"score": {"fake": {"adapter": {"rank": 4}}}},
+    "sid": {},
+    "sid_few": {},
+    "sim": {},
     "score_imitate": {"start": 2},
 }
 
@@ -276,16 +293,18 @@ def test_shards_without_noise_are_refused_where_it_is_needed(pairs, tmp_path, ca
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset):
-    """20 steps on random pairs: finite, the heads at work on both sides, the adversarial weight above 0, the student moves."""
+    """On random pairs: finite, the heads at work on both sides, the adversarial weight above 0, the student moves."""
     heads = "adversarial" in SMALL[preset]
     overrides = {**SMALL[preset], "optim": {"lr": 1e-3, "betas": [0, 0.99], "warmup": 2, "weight_decay": 0}}
     if heads:
         fast = {"lr": 3e-3, "betas": [0, 0.99], "eps": 1e-8, "weight_decay": 0, "warmup": 0}
         overrides["adversarial"] = {**overrides["adversarial"], "optim": fast}
-    stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=SMALLER))
+    model = replace(SMALLER, interval=preset == "mean_flow")
+    stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=model))
     before = [p.detach().clone() for p in stage.student.parameters()]
-    loop, verdicts, weights = Loop(stage, 20), {"real": [], "fake": []}, []
-    for step in range(20):
+    steps = 20 if heads else 6
+    loop, verdicts, weights = Loop(stage, steps), {"real": [], "fake": []}, []
+    for step in range(steps):
         batch = random_batch(step, 4, shape=(4, 8, 8))
         # unlike what the student makes
         batch.latents += 2 * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]

@@ -25,6 +25,7 @@ COMMANDS = [
     ("evaluate", []),
     ("make_shapes", []),
     ("report", []),
+    ("speedrun", []),
     ("study", []),
     ("synthesize", []),
 ]

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e.config import ConfigError
 from nitro_e.sampling import flow
-from nitro_e.sampling.flow import TimestepConfig, time_grid, training_times
+from nitro_e.sampling.flow import TimestepConfig, WeightConfig, time_grid, training_times
 
 
 def test_path_and_its_derivative():
@@ -65,3 +65,61 @@ def test_velocity_data_and_noise_give_each_other():
     start, end = flow.to_data(x, t, velocity), flow.to_noise(x, t, velocity)
     torch.testing.assert_close(flow.interpolate(start, end, t), x, rtol=0, atol=1e-12)
     torch.testing.assert_close(end - start, velocity, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "config, density",
+    [
+        # arXiv 2403.03206, eq. 19 and 21: the densities as printed there
+        (TimestepConfig(mean=0.4, std=0.8), lambda t: math.exp(-((math.log(t / (1 - t)) - 0.4) ** 2) / 1.28) / (0.8 * math.sqrt(2 * math.pi) * t * (1 - t))),
+        (TimestepConfig(kind="cosmap"), lambda t: 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2)),
+        (TimestepConfig(kind="uniform"), lambda t: 1.0),
+        (TimestepConfig(kind="mode", scale=0.0), lambda t: 1.0),
+    ],
+)  # fmt: skip
+def test_training_times_have_the_density_of_the_paper(config, density):
+    """Sorted draws of a fine grid of quantiles against the integral of the density."""
+    normal = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    t = training_times(config, normal).sort().values
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    integral = torch.tensor([density(x) for x in grid.tolist()], dtype=torch.float64).cumsum(0) / 4000
+    below = torch.searchsorted(t, grid + 0.5 / 4000) / 20_000
+    assert (below - integral).abs().max() < 2e-3
+
+
+def test_the_mode_law_prefers_the_middle_or_the_ends():
+    """Its density at t = f(u) is |df/du|^-1 (arXiv 2403.03206, eq. 20): 1 / (1 + s - s pi / 2) in the middle."""
+    normal = torch.special.ndtri((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
+    for scale in (-1.0, 0.5, 1.0, 1.75):
+        t = training_times(TimestepConfig(kind="mode", scale=scale), normal)
+        assert (t.diff() < 0).all() and 0 <= t.min() and t.max() <= 1  # falling in u, over all of 0..1
+        share = ((t - 0.5).abs() < 0.002).double().mean().item() / 0.004
+        middle = 1 / (1 + scale - scale * math.pi / 2)
+        assert scale > 1.5 or abs(share / middle - 1) < 0.02  # at 1.75 it is a peak of no width
+    with pytest.raises(ConfigError, match="scale"):
+        TimestepConfig(kind="mode", scale=1.76)
+
+
+def test_loss_weights_are_those_of_the_papers_for_other_targets():
+    """Min-SNR weighs the x0 error, the sigmoid the noise error; both are rewritten for the velocity error."""
+    t = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+    snr = ((1 - t) / t).square()
+    generator = torch.Generator().manual_seed(0)
+    data, noise, velocity = torch.randn(3, 49, 5, dtype=torch.float64, generator=generator)
+    x = flow.interpolate(data, noise, t)
+
+    def squared(a, b):
+        return (a - b).square().mean(dim=1)
+
+    of_velocity = squared(velocity, flow.velocity_target(data, noise))
+    of_data = squared(flow.to_data(x, t, velocity), data)
+    of_noise = squared(flow.to_noise(x, t, velocity), noise)
+    min_snr = flow.loss_weight(WeightConfig(kind="min_snr", gamma=5.0), t)
+    torch.testing.assert_close(min_snr * of_velocity, snr.clamp(max=5) * of_data)
+    for bias in (-3.0, 0.0, 2.0):
+        sigmoid = flow.loss_weight(WeightConfig(kind="sigmoid", bias=bias), t)
+        step = 1e-6
+        slope = (2 * torch.log((1 - t - step) / (t + step)) - torch.log(snr)) / step  # of log SNR by t
+        expected = -slope * torch.sigmoid(bias - torch.log(snr)) * of_noise
+        torch.testing.assert_close(sigmoid * of_velocity, expected, rtol=1e-4, atol=0)
+    assert flow.loss_weight(WeightConfig(), t).eq(1).all()

@@ -13,7 +13,7 @@ from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.lora import merge_lora
 from nitro_e.model.released import from_released, to_released
-from nitro_e.stages.grpo.adapter import (
+from nitro_e.stages.adapter import (
     AdapterConfig,
     Stacked,
     add_adapter,

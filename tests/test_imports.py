@@ -21,19 +21,25 @@ training: config files interfaces randomness record model
 rewards: config files interfaces encoders
 shapes: config interfaces rewards
 data: config files interfaces randomness record rewards shapes
-data.making: config files interfaces randomness record data sampling
-evaluation: config files interfaces randomness record model sampling rewards shapes data
+data.making: config files interfaces randomness record rewards data sampling
+evaluation: config files interfaces randomness record model encoders sampling rewards shapes data
 stages.assembly: config interfaces record model encoders sampling training data
+stages.adapter: config files interfaces model randomness
 stages.batches: config interfaces data
+stages.validation: config files interfaces randomness sampling data stages.assembly stages.batches
 stages.first_weights: config interfaces randomness record model training stages.assembly
+stages.repa: config interfaces
 stages.flow_matching: config interfaces randomness model encoders sampling training data stages.assembly stages.batches
-stages.grpo: config files interfaces randomness record model sampling training rewards data stages.assembly
-stages.distill: config files interfaces randomness record model sampling training data stages.assembly stages.batches
+    stages.repa
+stages.grpo: config files interfaces randomness record model sampling training rewards data stages.adapter stages.assembly
+stages.distill: config files interfaces randomness record model sampling training data stages.adapter stages.assembly
+    stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
-    stages.flow_matching stages.grpo stages.distill
+    stages.validation stages.flow_matching stages.grpo stages.distill
+studies: config files model encoders sampling evaluation record stages stages.validation stages.first_weights
 serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
-    evaluation serving stages stages.first_weights stages.flow_matching
+    evaluation serving stages stages.first_weights stages.flow_matching studies
 __init__: model sampling
 """
 ALLOWED = {
@@ -47,19 +53,19 @@ ALLOWED = {
 OWNERS = {
     "accelerate": {"training"},
     "torch.distributed": {"training.parallel"},
-    "ema_pytorch": {"training.ema"},
     "wandb": {"record.metrics"},
     # text: the released caption cleaner; synthesis: other people's pipelines
     "diffusers": {"encoders", "sharing.diffusers_pipeline", "data.making.synthesis"},
     "transformers": {"encoders", "sharing.diffusers_pipeline", "rewards"},
     "onnxruntime": {"sharing.programs"},
     "timm": {"encoders.vision"},
-    "peft": {"stages.grpo"},
+    "peft": {"stages.adapter"},
     "tqdm": {"record.progress", "cli.make_shapes"},
     "jinja2": {"record.templating"},
     "webdataset": {"data.stream", "cli.benchmark"},
     "huggingface_hub": {"files"},
     "gradio": {"serving.page"},
+    "torch_fidelity": {"evaluation.distances"},
 }
 
 

@@ -75,7 +75,7 @@ def test_all_stages_train_a_plain_dit(tmp_path, capsys):
     components = {"codec": "dct-f8c24", "text": "hash", "vision": "shapes-vit"}
     optim = {"lr": 2e-3, "warmup": 0}
 
-    repa = {"kind": "flow_matching", "repa": {"tap": 2, "width": 16}, "optim": optim}
+    repa = {"kind": "flow_matching", "repa": {"taps": [2], "width": 16}, "optim": optim}
     first = run_stage(tmp_path, "pretrain", repa, data=data, components=components)
     finetune = {"kind": "flow_matching", "optim": optim}
     second = run_stage(tmp_path, "finetune", finetune, data=data, init_from=str(first))

@@ -7,7 +7,7 @@ from torch import nn
 
 from nitro_e.model import released
 from nitro_e.sampling.samplers import SamplingConfig, euler, guide
-from nitro_e.stages.flow_matching import repa_loss
+from nitro_e.stages.repa import repa_loss
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

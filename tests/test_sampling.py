@@ -6,7 +6,7 @@ import torch
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.sampling.flow import time_grid
-from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, guide, initial_noise
+from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, fitted, guide, initial_noise
 
 
 def text(value: float) -> TextEmbedding:
@@ -61,3 +61,34 @@ def test_noise_of_an_image_depends_on_its_seed_alone():
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         SamplingConfig(steps=0)
+
+
+def test_zero_star_scales_the_other_velocity_to_fit():
+    """Parallel velocities guide nowhere; at right angles the other one vanishes; at t = 1 nothing is computed."""
+
+    def model(x, t, prompt):
+        return x * prompt.tokens.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
+
+    x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 0.5)
+    for scale in (1.5, 4.0):
+        guided = guide(model, text(2.0), text(0.5), scale, rescale="zero_star")
+        torch.testing.assert_close(guided(x, t), x * 2.0)
+    assert not guided(x, torch.ones(2)).any()
+    assert guide(model, text(2.0), text(0.5), 1.0, rescale="zero_star")(x, torch.ones(2)).any()
+    velocity, other = torch.randn(2, 2, 3, 4, 4)
+    best = fitted(other, velocity)
+    torch.testing.assert_close(
+        ((velocity - best) * other).flatten(1).sum(1), torch.zeros(2), rtol=0, atol=1e-5
+    )
+    assert torch.equal(fitted(torch.zeros_like(other), velocity), torch.zeros_like(other))
+
+
+def test_guidance_by_the_path_needs_a_weak_pass():
+    with pytest.raises(ConfigError, match="has no weak pass; use guidance: text"):
+        guide(lambda x, t, prompt: x, text(1.0), text(0.0), 2.0, kind="path")(
+            torch.zeros(2, 3, 4, 4), torch.ones(2)
+        )
+    assert (
+        "guidance 3 by path drop (CFG-Zero*), "
+        in SamplingConfig(guidance_scale=3, guidance="path", guidance_rescale="zero_star").in_words()
+    )

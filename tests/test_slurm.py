@@ -140,3 +140,27 @@ def test_arguments_are_asked_for():
         ["bash", str(ROOT / "tools" / "slurm.sh"), "config.yaml"], capture_output=True, text=True
     )
     assert result.returncode != 0 and "usage: sbatch" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "ending, requeued", [("exit 0", False), ("exit 3", False), ("kill -USR1 $PPID; sleep 9", True)]
+)
+def test_a_task_of_a_study_goes_back_in_the_queue_when_it_was_warned(tmp_path, ending, requeued):
+    """The command, here a stand-in, gets SLURM's warning from the script and ends with 130 once it has saved."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {tmp_path}/arguments.txt\ntrap 'sleep 0.2; exit 130' USR1\n"
+        f"for i in 1 2 3; do sleep 0.1; done\n{ending} & wait $!\n"
+    )
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho RUNNING\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/requeued.txt\n')
+    for name in ("python", "squeue", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(stub)}
+    environment |= {"SLURM_ARRAY_TASK_ID": "7", "SLURM_JOB_ID": "4321"}
+    script = str(ROOT / "tools" / "study_array.sh")
+    result = subprocess.run(["bash", script, "my study.yaml", "seeds=[0]"], env=environment)
+    arguments = (tmp_path / "arguments.txt").read_text().splitlines()
+    assert arguments == ["-m", "nitro_e.cli", "study", "my study.yaml", "seeds=[0]", "--run", "7"]
+    assert (tmp_path / "requeued.txt").exists() == requeued
+    assert result.returncode == (130 if requeued else int(ending[-1]))

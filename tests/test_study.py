@@ -1,17 +1,35 @@
-"""tools/study.py: trains what is missing, scores everything on the same prompts, says which variant failed."""
+"""tools/study.py: trains what is missing, compares everything in pairs, says which variant failed."""
 
 import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import yaml
+from test_train import RECIPE as TOY
+from test_train import samples
 from tiny import OPTIMIZER, optimizers_of
 
 from nitro_e.cli import study as tool
+from nitro_e.cli import train
 from nitro_e.config import load
-from nitro_e.model import EMMDiT
+from nitro_e.data.making import write_shard
+from nitro_e.model import EMMDiT, describe
 from nitro_e.model.pretrained import save_pretrained
+from nitro_e.record import run_folder
+from nitro_e.record.run_config import write_config
+from nitro_e.stages import validation
 from nitro_e.stages.recipe import RunConfig
+from nitro_e.studies import plan as plans
+from nitro_e.studies import training
+from nitro_e.studies.plan import Study
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/shapes/3_grpo.yaml"
@@ -55,18 +73,20 @@ def plan(tmp_path, monkeypatch):
 def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
     assert tool.main(["study.yaml"]) == 0
     printed = capsys.readouterr().out
-    rows = json.loads(Path("outputs/tried/results.json").read_text())
+    rows = json.loads(Path("outputs/tried/results.json").read_text())["scores"]
     assert [(row["variant"], len(row["scores"])) for row in rows] == [("base", 1), ("grpo", 2)]
     assert all(row["scores"][0]["strict"] == 0 for row in rows)  # nothing is drawn right by chance
-    assert rows[0]["differences"][0]["strict"][0] == 0
+    assert rows[0]["differences"][0]["strict"]["value"] == 0
     assert all(seconds > 1 for seconds in rows[1]["cpu_seconds"])
     assert "| grpo | guidance_scale 1, steps 2 | 0.000 | 0.000 0.000 |" in printed
     for seed in (3, 4):
         config = yaml.safe_load(Path(f"runs/tried/grpo-{seed}/config.yaml").read_text())
         assert config["seed"] == seed and config["init_from"] == plan["base"]
-    monkeypatch.setattr(tool.os, "wait4", None)  # nothing is trained again
+    monkeypatch.setattr(training.os, "wait4", None)  # nothing is trained again
     assert tool.main(["study.yaml", "--only", "grpo"]) == 0
     assert "base" not in capsys.readouterr().out.splitlines()[2]
+    assert tool.main(["study.yaml", "variants.grpo.set=[stage.optim.lr=1]"]) == 2
+    assert "runs/tried/grpo-3 is of other keys" in capsys.readouterr().err
 
 
 def test_a_failing_variant_is_named(plan, capsys):
@@ -80,7 +100,11 @@ def test_a_failing_variant_is_named(plan, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"variants": {"a": {"set": ["x=1"]}}}, "recipe"),
+        ({"variants": {"a": {"set": ["x=1"]}}}, "variants.a.set: overrides need a recipe"),
+        ({"base": None, "reference": {}}, "variants.base: without a base it needs a recipe"),
+        ({"equal": ["flops"]}, "equal: trainings from a base have their own steps"),
+        ({"compare_to": "grpo"}, "compare_to: with a base"),
+        ({"grid": {"model.width": [48, 48]}, "recipe": str(ROOT / RECIPE)}, "would be called 'width=48'"),
         (
             {"variants": {"a": {"recipe": str(ROOT / RECIPE), "set": ["stage.groups=0"]}}},
             "variants.a: stage.groups",
@@ -134,7 +158,187 @@ def test_a_wrong_study_is_refused_at_once(plan, capsys, change, message):
 
 def test_studies_load():
     for path in Path("tools/studies").glob("*.yaml"):
-        plan = load(tool.Study, path)
+        plan = load(Study, path)
         for variant in plan.variants.values():
             if variant.recipe:
                 load(RunConfig, variant.recipe, [*variant.set, *optimizers_of(variant.recipe)])
+
+
+# ---- from scratch
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A study without a base: a deeper variant at equal steps, FLOPs and seconds, and a grid of two rates."""
+    write_shard(tmp_path / "toy-000000.tar", samples())
+    write_shard(tmp_path / "held-000000.tar", samples(10))
+    (tmp_path / "recipe.yaml").write_text(TOY.replace("SHARDS", f"{tmp_path}/toy-*.tar"))
+    plan = {
+        "name": "fresh",
+        "recipe": "recipe.yaml",
+        "seeds": [0, 1, 2],
+        "set": ["engine.ema=null", "engine.steps=12"],
+        "validation": {"shards": ["held-*.tar"], "samples": 10, "times": [0.25, 0.75], "every": 100},
+        "variants": {
+            "base": {},
+            "deep": {"set": ["model.groups=[1, 6, 1]"], "equal": ["steps", "flops", "seconds"]},
+        },
+        "grid": {"stage.optim.lr": [1e-3, 4e-3]},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.chdir(tmp_path)
+    return plan
+
+
+def pretend(each: plans.Trial, values: np.ndarray, speed: float) -> None:
+    """Leave the files of a finished training, with validation losses `values` (images, times)."""
+    each.folder.mkdir(parents=True)
+    write_config(each.config, each.folder, resumed=False)
+    run_folder.write_status(each.folder, "done", each.config.engine.steps)
+    (each.folder / "cpu_seconds.json").write_text("7.5")
+    lines = [{"attempt": 1, "time": 0.0, "step": step, "samples_per_second": speed} for step in (1, 2, 3)]
+    lines[0]["samples_per_second"] = 1.0  # of the warm-up
+    (each.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = [f"held:{index}" for index in range(len(values))]
+    validation.write(each.folder / validation.FILE, validation.Losses(keys, [0.25, 0.75], values))
+
+
+def test_equal_steps_flops_and_seconds(fresh, capsys):
+    plan = load(Study, "study.yaml")
+    assert list(plan.variants) == ["base", "deep", "lr=0.001", "lr=0.004"]
+    assert plan.variants["lr=0.004"].set == ("engine.ema=null", "engine.steps=12", "stage.optim.lr=0.004")
+    planned = plans.trials(plan, list(plan.variants))
+    # the first seed of everything first, and one training for what is the same
+    assert [each.folder.name for each in planned[:5]] == [
+        "base-0",
+        "deep-0",
+        "deep.flops-0",
+        "lr=0.001-0",
+        "lr=0.004-0",
+    ]
+    assert len(planned) == 15
+    base, deep, fewer = planned[:3]
+    assert [each.config.seed for each in planned[::5]] == [0, 1, 2]
+    flops = [each.config.flops_per_step for each in (base, deep)]
+    assert flops == [4 * 3 * describe.total(each.config.model, (8, 8), 16).flops for each in (base, deep)]
+    assert fewer.config.engine.steps == round(12 * flops[0] / flops[1]) < 12
+    assert tool.main(["study.yaml", "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 15 and listed[2].split()[:2] == ["2", "runs/fresh/deep.flops-0"]
+    pretend(base, np.zeros((1, 2)), 100.0)
+    pretend(deep, np.zeros((1, 2)), 40.0)
+    assert training.at_equal_time(plan, "deep", 0).config.engine.steps == round(12 * 40 / 100)
+
+
+def test_losses_are_compared_in_pairs(fresh, capsys, monkeypatch):
+    """Tables and JSON of made-up trainings, against formulas written out here."""
+    variants = {"base": {}, "deep": {"set": ["model.groups=[1, 6, 1]"], "equal": ["steps", "flops"]}}
+    Path("study.yaml").write_text(yaml.safe_dump(fresh | {"grid": {}, "variants": variants}))
+    plan = load(Study, "study.yaml")
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0.5, 1.5, (50, 2))
+    shift = {
+        "base-0": 0.0,
+        "base-1": 0.01,
+        "base-2": -0.01,
+        "deep-0": -0.1,
+        "deep-1": -0.11,
+        "deep.flops-0": -0.02,
+    }
+    noise = {name: rng.normal(0, 0.02, images.shape) for name in shift}
+    for each in plans.trials(plan, list(plan.variants)):
+        if each.folder.name in shift:
+            pretend(each, images + shift[each.folder.name] + noise[each.folder.name], 50.0)
+    monkeypatch.setattr(training.Trainer, "run", lambda *_: [])  # the others are left open
+    assert tool.main(["study.yaml"]) == 0
+    table = capsys.readouterr().out
+    record = json.loads(Path("outputs/fresh/results.json").read_text())
+    base, deep, fewer = record["losses"]
+    means = {name: float((images + shift[name] + noise[name]).mean()) for name in shift}
+    assert deep["losses"] == pytest.approx([means["deep-0"], means["deep-1"]]) and deep["seeds"] == [0, 1]
+    assert base["differences"] == [] and base["difference"]["value"] is None
+    # paired by image: the spread of images drops out
+    pair = (shift["deep-1"] + noise["deep-1"] - shift["base-1"] - noise["base-1"]).mean(axis=1)
+    found = deep["differences"][1]
+    assert found["value"] == pytest.approx(pair.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * pair.std() / math.sqrt(50), rel=0.15)
+    # over seeds: the pooled spread of five trainings in two groups, one alone
+    groups = [[means["base-0"], means["base-1"], means["base-2"]], [means["deep-0"], means["deep-1"]]]
+    spread = math.sqrt((2 * np.var(groups[0], ddof=1) + np.var(groups[1], ddof=1)) / 3)
+    for row, count in ((deep, 2), (fewer, 1)):
+        reach = scipy.stats.t.ppf(0.975, 3) * spread * math.sqrt(1 / count + 1 / 3)
+        value = np.mean(row["losses"]) - np.mean(groups[0])
+        assert row["difference"]["low"] == pytest.approx(value - reach)
+        assert row["difference"]["high"] == pytest.approx(value + reach)
+    assert fewer["equal"] == "flops" and fewer["costs"][0]["flops"] == pytest.approx(
+        base["costs"][0]["flops"], rel=0.1
+    )
+    assert base["costs"][0] | {"flops": 0, "parameters": 0} == {
+        "steps": 12,
+        "samples": 48,
+        "parameters": 0,
+        "flops": 0,
+        "cpu_seconds": 7.5,
+        "samples_per_second": 50.0,
+    }
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines] == ["variant", "---", "base", "deep", "deep"]
+    assert f"{means['deep-0']:.4f} {means['deep-1']:.4f}" in lines[3] and "10 images" not in table
+    svg = Path("outputs/fresh/differences.svg").read_text()
+    assert svg.count("<circle") == 2 and "deep, equal flops" in svg and "<script" not in svg
+    assert "validation loss" in Path("outputs/fresh/curves.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"compare_to": "bare"}, "compare_to: 'bare' is no variant (base, deep, lr=0.001, lr=0.004)"),
+        ({"set": ["engine.stepz=1"]}, "variants.base: unknown key 'engine.stepz'"),
+        ({"validation": {"shards": ["toy-*.tar"]}}, "variants.base: validation.shards: '"),
+        ({"validation": None}, "settings is empty"),
+        ({"settings": [{"steps": 2, "resolution": 63}]}, "variants.base: "),
+        ({"equal": ["time"]}, "equal[0]: 'time' is not one of steps, flops, seconds"),
+        ({"recipe": str(ROOT / "configs/shapes/3_grpo.yaml"), "set": [], "validation": None, "settings": [{"steps": 2}], "grid": {}, "variants": {"a": {"equal": ["flops"]}}}, "variants.a: equal: flops: they are counted for"),
+    ],
+)  # fmt: skip
+def test_a_wrong_study_from_scratch_is_refused_at_once(fresh, capsys, change, message):
+    Path("study.yaml").write_text(yaml.safe_dump(fresh | change))
+    assert tool.main(["study.yaml"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_numbers_of_runs_are_checked(fresh, capsys):
+    assert tool.main(["study.yaml", "--run", "15"]) == 2
+    assert "--run 15: the study has the trainings 0 to 14" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on(fresh, tmp_path):
+    """SIGTERM to the command ends its trainings with a save; the same command continues them, to the same weights."""
+    plan = fresh | {
+        "grid": {},
+        "variants": {"base": {"seeds": [0]}},
+        "set": ["engine.ema=null", "engine.steps=60", "engine.save_every=1000"],
+    }
+    del plan["variants"]["base"]["seeds"]
+    Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [0, 1]}))
+    command = [sys.executable, "-m", "nitro_e.cli", "study", "study.yaml", "--jobs", "2"]
+    process = subprocess.Popen(
+        command, env={**training.os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+    )
+    lines = tmp_path / "runs/fresh/base-0/metrics.jsonl"
+    while not (lines.is_file() and '"loss"' in lines.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 130 and b"run the same command again" in process.stderr.read()
+    status = run_folder.read_status(tmp_path / "runs/fresh/base-0")
+    assert status["state"] == "preempted" and 0 < status["step"] < 60
+    assert tool.main(["study.yaml", "--jobs", "2"]) == 0
+    assert train.main(["recipe.yaml", "run=alone", *plan["set"], "seed=0"]) == 0
+    one, other = (
+        run_folder.model_folder(run) / "model.safetensors" for run in ("alone", "runs/fresh/base-0")
+    )
+    assert one.read_bytes() == other.read_bytes()
+    assert re.search(r"\| base \| steps \| 60 \|", Path("outputs/fresh/table.md").read_text())

@@ -237,7 +237,7 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
         "model.latent_channels=8",
         "model.text_width=32",
         "data.resolution=32",
-        "stage.repa={tap: 1, width: 16}",
+        "stage.repa={taps: [1], width: 16}",
         "engine.ema=null",
     ]
     assert run_train(recipe, run, *options, "sampling.height=7") == 2  # the stride is in the codec's files
@@ -247,6 +247,9 @@ def test_real_component_classes_and_repa(recipe, tmp_path):
     assert all(-1 <= row["repa_loss"] <= 1 for row in rows)
     for row in rows:
         assert row["loss"] == pytest.approx(row["velocity_loss"] + 0.5 * row["repa_loss"], rel=1e-4)
+    # a run that goes on after the end of REPA
+    assert run_train(recipe, run, *options, "stage.repa.stop=0.5", "engine.steps=7") == 0
+    assert "repa_loss" not in metrics.read(run)[-1]
     exported = EMMDiT.from_pretrained(run_folder.model_folder(run))
     assert not any("projector" in name for name in exported.state_dict())
     assert len(TextToImage.from_pretrained(run)("a red circle").images) == 1
@@ -382,8 +385,8 @@ BAD = {
     "channels": (["model.latent_channels=32"], "model.latent_channels is 32, but 'dct-f8c24' has 24"),
     "text width": (["model.text_width=64"], "model.text_width is 64, but 'hash' gives 128"),
     "codec name": (["components.codec=dct-f8c42"], "did you mean 'dct-f8c24'?"),
-    "REPA alone": (["stage.repa={tap: 1}"], "REPA needs a vision encoder"),
-    "REPA tap": (["stage.repa={tap: 2}", "components.vision=dinov2-b14"], "choose one of 1, 4"),
+    "REPA alone": (["stage.repa={taps: [1]}"], "REPA needs a vision encoder"),
+    "REPA tap": (["stage.repa={taps: [2]}", "components.vision=dinov2-b14"], "choose from 1, 4"),
     "init_from": (["init_from=nowhere"], "'nowhere' does not exist"),
     "height of the images": (["sampling.height=7"], "sampling: 7x64 px: both sides must be multiples of 8"),
     "width of the images": (["sampling.width=72"], "sampling: 64x72 px: 8x9 tokens are not a multiple"),

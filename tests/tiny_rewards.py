@@ -218,3 +218,52 @@ def save_image_reward(folder: Path, seed: int = 4):
     state |= {f"mlp.layers.{key}": value for key, value in head.state_dict().items()}
     torch.save(state, folder / "ImageReward.pt")
     return vision, text, head
+
+
+def save_vqa(folder: Path, seed: int = 5) -> Path:
+    """A BlipForQuestionAnswering (32 px, one layer per part) with its processor, in the files of the hub."""
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForQuestionAnswering,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "is",
+        "there",
+        "the",
+        "red",
+        "cat",
+        "dog",
+        "yes",
+        "no",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+    text = {
+        **sizes,
+        **tokens,
+        "vocab_size": len(words),
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 40,
+    }
+    config = BlipConfig(
+        text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=8
+    )
+    torch.manual_seed(seed)
+    model = BlipForQuestionAnswering(config).eval()
+    shake(model)
+    model.save_pretrained(folder)
+    processor = BlipImageProcessor(size={"height": 32, "width": 32})
+    BlipProcessor(processor, BertTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return folder

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "Draw in a browser",
     "data": "Pack, encode, verify and look at data",
     "evaluate": "Score a model on a benchmark",
+    "reward-server": "Score images for trainings elsewhere",
     "synthesize": "Draw a teacher's images as training data",
     "convert": "Convert released weights to ours and back",
     "export": "Write a model for diffusers, ONNX or torch.export",
@@ -26,7 +27,8 @@ COMMANDS = {
     "report": "Write the pages of runs",
     "ema": "Make averages of weights after a training",
     "benchmark": "Measure speed on this machine",
-    "study": "Train and score variants of a recipe",
+    "study": "Train variants of a recipe and compare them",
+    "speedrun": "Train from scratch and add a row to the table of what a score costs",
     "make-shapes": "Make scenes of the offline domain",
 }
 

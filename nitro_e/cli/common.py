@@ -49,6 +49,20 @@ def dtype_flag(parser: argparse.ArgumentParser, text: str, default: str | None =
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=default, help=text)
 
 
+def guidance_flags(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """--guidance-by and --guidance-rescale, the fields `guidance` and `guidance_rescale` of SamplingConfig."""
+    parser.add_argument(
+        "--guidance-by",
+        dest="guidance",
+        nargs=nargs,
+        choices=("text", "path", "both"),
+        help="path: away from the same prompt without the compressed blocks (weights trained with model.path_drop)",
+    )
+    parser.add_argument(
+        "--guidance-rescale", nargs=nargs, choices=("none", "zero_star"), help="zero_star: CFG-Zero*"
+    )
+
+
 def chosen_weights(options: argparse.Namespace) -> dict[str, Any]:
     """Return what `weights_flags`, `component_flags` and `download_flag` gave, for TextToImage.from_pretrained."""
     names = ("file", "lora", "resolution", "codec", "text", "allow_download")

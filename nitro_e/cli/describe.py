@@ -21,7 +21,7 @@ from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, apply_override, from_dict, load
 from nitro_e.interfaces import Architecture, Grid
 from nitro_e.model import ModelConfig
-from nitro_e.model.describe import Count, ablations, operations, parts, total, usual_grid
+from nitro_e.model.describe import Count, ablations, operations, parts, total, usual_grid, weak_pass
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,11 @@ def report(config: Architecture, grid: Grid, text_length: int) -> list[str]:
     header = ["operation", "parameters", "share", "GFLOP", "share"]
     rows = [[c.name, *shares(c, whole)] for c in operations(config, grid, text_length)]
     operation_table = ["", *table(header, rows)]
-    savings = [*compression_line(config, grid), *attention_line(config, grid, text_length)]
+    savings = [
+        *compression_line(config, grid),
+        *attention_line(config, grid, text_length),
+        *guidance_line(config, grid, text_length),
+    ]
     return [
         first,
         *savings,
@@ -129,6 +133,13 @@ def attention_line(config: ModelConfig, grid: Grid, text_length: int) -> list[st
         f"Products of queries, keys and values: {gflop(now)} GFLOP instead of {gflop(otherwise)} with full attention, "
         f"{1 - now / otherwise:.1%} fewer."
     ]
+
+
+def guidance_line(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:
+    if not config.path_drop:
+        return []
+    share = weak_pass(config, grid, text_length)
+    return [f"A step that is guided by path drop: {1 + share:.2f} forward passes instead of 2."]
 
 
 def ablation_table(config: ModelConfig, grid: Grid, text_length: int) -> list[str]:

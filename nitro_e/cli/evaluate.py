@@ -5,6 +5,8 @@
     nitro-e evaluate shapes runs/mine --against runs/other     paired: the same prompts and noise
     nitro-e evaluate geneval nitro-e-512                       GenEval, with the detector from its hub
     nitro-e evaluate mine.txt runs/mine --reward hpsv2.1       your prompts, any rewards
+    nitro-e evaluate dpg runs/mine --prompts dpg_bench.csv     other benchmarks: hpsv2, imagereward, parti, ...
+    nitro-e evaluate fid runs/mine --reference 'coco-*.tar'    distance to real images; also fd-dinov2, cmmd
 
 Prints a table and writes OUT/results.json and OUT/report.html, with images and what was detected in them. Images and
 scores are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
@@ -28,14 +30,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", help="shapes, geneval, or a file of prompts (.txt, .jsonl)")
+    parser.add_argument(
+        "benchmark",
+        help="shapes, geneval, hpsv2, imagereward, pickscore, clipscore, dpg, parti, fid, fd-dinov2, cmmd, or a file "
+        "of prompts (.txt, .jsonl)",
+    )
     parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
-    parser.add_argument("--against", metavar="CHECKPOINT", help="another one to compare with, pair by pair")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="CHECKPOINT", help="others to compare with, pair by pair"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="the benchmark's own prompts, where they are not shipped"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="fid, fd-dinov2, cmmd: real images, a folder or shards ('a-*.tar')",
+    )
     parser.add_argument("--num", type=int, help="prompts (default: the benchmark's)")
     parser.add_argument("--per-prompt", type=int, metavar="N", help="images of each (default: likewise)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
-    parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", nargs="+", metavar="SCALE")
+    cli.guidance_flags(parser, nargs="+")
     parser.add_argument("--sampler", nargs="+", metavar="NAME", help="euler, heun or multistep")
     parser.add_argument("--batch-size", type=int, default=64)
     cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
@@ -49,6 +66,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--reward-path", metavar="FOLDER", help="the reward's weights, a local folder or hub id"
     )
     parser.add_argument("--reward-option", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--draw-only",
+        action="store_true",
+        help="draw and keep the images; the same command without it scores them",
+    )
     parser.add_argument("--rejudge", action="store_true", help="score again what was scored before")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: outputs/evaluate/BENCHMARK-CHECKPOINT"
@@ -58,17 +80,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def command(options: argparse.Namespace) -> None:
     from nitro_e.evaluation.benchmarks import benchmark
-    from nitro_e.evaluation.evaluate import Options, as_text, evaluate
+    from nitro_e.evaluation.evaluate import Options, as_text, draw, evaluate
     from nitro_e.record.environment import default_device
 
     prompts = (options.benchmark, options.num, options.per_prompt)
-    chosen = benchmark(*prompts, options.reward, options.reward_path, options.reward_option)
-    grid = {"guidance_scale": options.guidance, "steps": options.steps, "sampler": options.sampler}
-    grid = {key: values for key, values in grid.items() if values}
-    sources = [options.checkpoint] + ([options.against] if options.against else [])
+    rewards = (options.reward, options.reward_path, options.reward_option)
+    chosen = benchmark(*prompts, *rewards, prompts=options.prompts, reference=options.reference)
+    names = ("guidance_scale", "steps", "sampler", "guidance", "guidance_rescale")
+    grid = {name: getattr(options, name) for name in names if getattr(options, name)}
+    sources = [options.checkpoint, *options.against]
     out = options.out or Path("outputs/evaluate") / f"{chosen.name}-{Path(options.checkpoint).name}"
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given |= {"device": options.device or default_device(), "allow_download": tuple(options.allow_download)}
+    if options.draw_only:
+        for folder in draw(chosen, sources, grid, Options(**given), out):
+            print(f"drawn: {folder}")
+        return
     evaluation = evaluate(chosen, sources, grid, Options(**given), out)
     print(as_text(evaluation))
     print(f"images with what was detected: {out / 'report.html'}; numbers: {out / 'results.json'}")

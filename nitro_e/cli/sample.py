@@ -67,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="guide only while LOW <= t <= HIGH; t falls from 1 (noise) to 0",
     )
+    cli.guidance_flags(parser)
     parser.add_argument("--sampler", help="euler, heun or multistep")
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
@@ -135,7 +136,8 @@ def draw(options: argparse.Namespace) -> None:
         None if options.dtype is None else getattr(torch, options.dtype),
         **cli.chosen_weights(options),
     )
-    names = ("steps", "guidance_scale", "guidance_interval", "sampler", "height", "width")
+    names = ("steps", "guidance_scale", "guidance_interval", "guidance", "guidance_rescale", "sampler")
+    names += ("height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
     settings = pipeline.settings(**overrides)
     about = settings_of(pipeline, options, settings)

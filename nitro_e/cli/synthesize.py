@@ -14,9 +14,9 @@ Members of a sample in `synth-*.tar`:
     jpg         with --images, and always for diffusers pipelines; their latents are those of --codec
 The seed of image k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
 The same command continues; OUT/preview.png shows the first images. An image whose latent is not finite, or
-outside --max-abs or --std (of the scaled latent; 12 and .6,1.6 suit DC-AE) is left out and counted. For
-distillation give --grid linear: the released grid spends its last step on almost nothing. Left out: scoring and
-filtering by reward.
+outside --max-abs or --std (of the scaled latent; 12 and .6,1.6 suit DC-AE) is left out and counted. So is one that a
+reward scores below its bound: --min-reward shapes=1 keeps images that are right; scores are stored with the rest. For
+distillation give --grid linear: the released grid spends its last step on almost nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from nitro_e.data.making.synthesis import (
     Generator,
     Limits,
     OwnGenerator,
+    RewardFilter,
     read_jobs,
     synthesize,
 )
@@ -93,6 +94,14 @@ def main(argv: list[str] | None = None) -> int:
         "--max-abs", type=cli.real(0), metavar="X", help="leave out latents with larger values"
     )
     parser.add_argument("--std", type=numbers, metavar="LEAST,MOST", help="leave out latents outside")
+    parser.add_argument(
+        "--min-reward",
+        type=bound,
+        action="append",
+        default=[],
+        metavar="REWARD=X",
+        help="leave out images that it scores below; several times",
+    )
     parser.add_argument("--samples-per-shard", type=cli.whole(1), default=1000, metavar="N")
     parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
     cli.dtype_flag(
@@ -117,11 +126,24 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--max-abs and --std look at latents, which diffusers pipelines give with --codec only"
         )
-    synthesize(generator, jobs, job, args.samples_per_shard, args.batch_size, keep_images, limits)
+    rewards = RewardFilter(dict(args.min_reward), args.device or rank_device()) if args.min_reward else None
+    if rewards is not None and generator.codec is None:
+        raise ConfigError(
+            "--min-reward looks at decoded latents, which diffusers pipelines give with --codec only"
+        )
+    synthesize(generator, jobs, job, args.samples_per_shard, args.batch_size, keep_images, limits, rewards)
 
 
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(cli.real(-1e30)(part) for part in text.split(","))
+
+
+def bound(text: str) -> tuple[str, float]:
+    """Read NAME=X."""
+    name, separator, value = text.rpartition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"expected REWARD=X, for example shapes=1, got '{text}'")
+    return name, cli.real(-1e30)(value)
 
 
 def build_generator(args: argparse.Namespace) -> Generator:

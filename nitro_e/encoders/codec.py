@@ -77,6 +77,10 @@ class AutoencoderDCCodec:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         self.autoencoder.to(device=device, dtype=dtype)
 
+    def compile(self) -> None:
+        self.autoencoder.encoder.compile()
+        self.autoencoder.decoder.compile()
+
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         check_size(pixels, self.stride)

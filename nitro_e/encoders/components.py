@@ -31,7 +31,8 @@ class ComponentConfig(Config):
     name: str  # a name of the table of encoders (docs/model.md)
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
+    # of the weights; null: bfloat16 on a GPU, float32 elsewhere. Results are always float32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     length: Annotated[int, Ge(2), Le(8192)] | None = None
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
@@ -72,6 +73,13 @@ def build_text_encoder(config: ComponentConfig, device: torch.device | str = "cp
 def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> VisionEncoder:
     """Build the vision encoder; raise ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("vision", config, VISION_ENCODERS)(config, device)
+
+
+def compile_encoders(*encoders: LatentCodec | TextEncoder | VisionEncoder) -> None:
+    """torch.compile, in place, the encoders that have weights."""
+    for encoder in encoders:
+        if hasattr(encoder, "compile"):
+            encoder.compile()
 
 
 def pinned(config: ComponentConfig) -> ComponentConfig:
@@ -194,11 +202,11 @@ WEIGHTS = {
 
 
 def _dc_ae(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
-    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc), device)
+    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc, device), device)
 
 
 def _kl(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
-    return codec.AutoencoderKLCodec(_load("codec", config, codec.load_autoencoder_kl), device)
+    return codec.AutoencoderKLCodec(_load("codec", config, codec.load_autoencoder_kl, device), device)
 
 
 def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
@@ -208,7 +216,7 @@ def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
 def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     if config.clean_caption:
         text.check_caption_cleaner()
-    model, tokenizer = _load("text", config, text.load_llama)
+    model, tokenizer = _load("text", config, text.load_llama, device)
     _, length = text_shape(config)
     return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
 
@@ -220,7 +228,7 @@ def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
 def _vit(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
     kinds = {"dinov3-b16": vision.DINOv3, "siglip2-b16": vision.SigLIP2, "clip-b16": vision.CLIPVision}
     kind = kinds.get(config.name, vision.DINOv2)
-    return kind(_load("vision", config, vision.load_vit), device)
+    return kind(_load("vision", config, vision.load_vit, device), device)
 
 
 Builder = Callable[[ComponentConfig, "torch.device | str"], Any]
@@ -258,14 +266,15 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     return table[config.name]
 
 
-def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any:
+def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any], device: torch.device | str) -> Any:
     """Call the loader on the folder or the hub id; an error there becomes one line with the remedy."""
     default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
+    dtype = config.dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
     return files.load(
         f"{kind} '{config.name}'",
         key,
         config.path or default,
-        lambda folder: loader(folder, getattr(torch, config.dtype)),
+        lambda folder: loader(folder, getattr(torch, dtype)),
         WEIGHTS[config.name].files,
         config.revision,
         repository=None if Path(default).is_dir() else default,

@@ -66,6 +66,9 @@ class LlamaText:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         self.model.to(device=device, dtype=dtype)
 
+    def compile(self) -> None:
+        self.model.compile()
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         texts = as_prompts(prompts)
@@ -79,7 +82,11 @@ class LlamaText:
             self.length,
             self.truncated,
         )
-        ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))  # (B, L)
+        device = self.model.device
+        parts = [batch[name] for name in ("input_ids", "attention_mask")]
+        if device.type == "cuda":  # from pinned memory the copy is not waited for
+            parts = [part.pin_memory() for part in parts]
+        ids, mask = (part.to(device, non_blocking=True) for part in parts)  # (B, L)
         output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         return TextEmbedding(output.last_hidden_state.float(), mask.bool())  # (B, L, D), (B, L)
 

@@ -24,29 +24,29 @@ DINOV3_REPOSITORY = "timm/vit_base_patch16_dinov3.lvd1689m"
 SIGLIP2_REPOSITORY = "timm/vit_base_patch16_siglip_224.v2_webli"
 CLIP_REPOSITORY = "timm/vit_base_patch16_clip_224.openai"
 Color = tuple[float, float, float]
+# of pixels in 0..1, per channel
+IMAGENET_MEAN: Color = (0.485, 0.456, 0.406)
+IMAGENET_STD: Color = (0.229, 0.224, 0.225)
 
 
 class DINOv2:
     """A frozen vision transformer; its features are the patch tokens after the final norm, always float32."""
 
-    MEAN: ClassVar[Color] = (0.485, 0.456, 0.406)  # of pixels in 0..1, per channel: ImageNet's
-    STD: ClassVar[Color] = (0.229, 0.224, 0.225)
+    MEAN: ClassVar[Color] = IMAGENET_MEAN
+    STD: ClassVar[Color] = IMAGENET_STD
 
     def __init__(self, vit: Any, device: torch.device | str = "cpu") -> None:
         self.vit = vit.eval().requires_grad_(False).to(device)
         self.width: int = vit.num_features
         self.device = torch.device(device)
 
+    def compile(self) -> None:
+        self.vit.forward_features = torch.compile(self.vit.forward_features)
+
     @torch.no_grad()
     def features(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """pixels (B, 3, H, W) in -1..1, resized to fit the grid (h, w) -> (B, h*w, width), row by row."""
-        size = tuple(cells * side for cells, side in zip(grid, self.vit.patch_embed.patch_size))
-        images = (pixels.to(self.device).float() + 1) / 2
-        images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        mean, std = (images.new_tensor(values).reshape(1, 3, 1, 1) for values in (self.MEAN, self.STD))
-        images = ((images - mean) / std).to(next(self.vit.parameters()).dtype)
-        tokens = self.vit.forward_features(images)  # (B, prefix + h*w, D)
-        return tokens[:, self.vit.num_prefix_tokens :].float()
+        return patch_tokens(self.vit, pixels.to(self.device), grid, self.MEAN, self.STD).float()
 
 
 class DINOv3(DINOv2):
@@ -64,6 +64,19 @@ class CLIPVision(DINOv2):
 
     MEAN = (0.48145466, 0.4578275, 0.40821073)
     STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def patch_tokens(
+    vit: Any, pixels: Tensor, grid: tuple[int, int], mean: Color = IMAGENET_MEAN, std: Color = IMAGENET_STD
+) -> Tensor:
+    """Compute `DINOv2.features` with gradients and in the dtype of the transformer: (B, h*w, D)."""
+    size = tuple(cells * side for cells, side in zip(grid, vit.patch_embed.patch_size))
+    images = (pixels.float() + 1) / 2
+    images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    center, spread = (images.new_tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
+    images = ((images - center) / spread).to(next(vit.parameters()).dtype)
+    tokens = vit.forward_features(images)  # (B, prefix + h*w, D)
+    return tokens[:, vit.num_prefix_tokens :]
 
 
 def load_vit(folder: str, dtype: torch.dtype) -> Any:

@@ -13,22 +13,25 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed, parse_json, read_text, to_dict
-from nitro_e.data.prompts import Prompt, load_prompts
+from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
+from nitro_e.evaluation.distances import DistanceScorer
 from nitro_e.evaluation.images import Autocast, ImageGenerator, ScoredImage, collect
+from nitro_e.evaluation.reference import Reference
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
 from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.model.pretrained import weights_file
 from nitro_e.record.environment import environment
 from nitro_e.record.templating import write_page
 from nitro_e.rewards import Scorer, build_rewards
@@ -91,8 +94,9 @@ class Evaluation:
 
     @property
     def best(self) -> Result:
-        """The result with the highest first score."""
-        return max(self.results, key=lambda result: next(iter(result.scores.values())).overall.value)
+        """The result with the best first score."""
+        sign = -1 if self.benchmark.lower_is_better else 1
+        return max(self.results, key=lambda result: sign * next(iter(result.scores.values())).overall.value)
 
 
 def evaluate(
@@ -100,39 +104,74 @@ def evaluate(
 ) -> Evaluation:
     """Draw with checkpoints at every combination of `grid`, fields of SamplingConfig -> values, and score the images.
 
-    sources: one checkpoint, or two that are compared in pairs. Writes the files named above.
+    sources: checkpoints; the first is compared in pairs with each of the others. Writes the files named above.
     """
-    benchmark = dataclasses.replace(
-        benchmark, prompts=dataclasses.replace(benchmark.prompts, seed=options.seed)
-    )
+    benchmark = _seeded(benchmark, options.seed)
     prompts, scorer = prepare(benchmark, options.device)
+    measure = None
+    if benchmark.reference is not None:
+        reference = Reference(benchmark.reference)
+        measure = DistanceScorer(benchmark.name, reference, benchmark.weights, options.device)
     found = [
-        list(_evaluate_one(benchmark, prompts, scorer, source, grid, options, out)) for source in sources
+        [
+            _summarize(drawn, benchmark, prompts, scorer, measure)
+            for drawn in _draw_all(benchmark, prompts, scorer, source, grid, options, out)
+        ]
+        for source in sources
     ]
     comparisons = []
-    for ours, theirs in zip(*found) if len(found) > 1 else ():
-        differences = {
-            title: results.compare(prompts, ours.rows, theirs.rows, title) for title in scorer.names
-        }
-        comparisons.append(Comparison(ours, theirs, differences))
-    evaluation = Evaluation(
-        benchmark, prompts, options, scorer.sources(), list(itertools.chain(*found)), comparisons
-    )
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other):
+            differences = {
+                title: results.compare(prompts, ours.rows, theirs.rows, title) for title in ours.scores
+            }
+            comparisons.append(Comparison(ours, theirs, differences))
+    judges = scorer.sources() | ({} if measure is None else measure.sources())
+    evaluation = Evaluation(benchmark, prompts, options, judges, list(itertools.chain(*found)), comparisons)
     write_text(out / "results.json", json.dumps(record(evaluation), indent=1) + "\n")
     write_report(evaluation, out / "report.html")
     return evaluation
 
 
+def draw(
+    benchmark: Benchmark, sources: Sequence[str], grid: dict[str, Sequence[Any]], options: Options, out: Path
+) -> list[Path]:
+    """Draw the images of `evaluate` without scoring them; returns their folders."""
+    benchmark = _seeded(benchmark, options.seed)
+    prompts, nothing = benchmark.load_prompts(), build_rewards(())
+    return [
+        drawn.folder
+        for source in sources
+        for drawn in _draw_all(benchmark, prompts, nothing, source, grid, options, out)
+    ]
+
+
+def _seeded(benchmark: Benchmark, seed: int) -> Benchmark:
+    """The benchmark with prompts of this seed, where prompts are made."""
+    if benchmark.prompts is None:
+        return benchmark
+    return dataclasses.replace(benchmark, prompts=dataclasses.replace(benchmark.prompts, seed=seed))
+
+
 def prepare(benchmark: Benchmark, device: str) -> tuple[list[Prompt], Scorer]:
     """Load the prompts, and the rewards with their weights; ConfigError for what is missing or does not fit."""
-    prompts = load_prompts(benchmark.prompts)
+    prompts = benchmark.load_prompts()
     scorer = build_rewards(benchmark.rewards, device)
     scorer.check([prompt.info for prompt in prompts])
     scorer.load()
     return prompts, scorer
 
 
-def _evaluate_one(
+class Drawn(NamedTuple):
+    """The images of one checkpoint at one setting, with the scores of single images."""
+
+    checkpoint: dict[str, Any]
+    sampling: SamplingConfig
+    folder: Path
+    rows: list[ScoredImage]
+
+
+def _draw_all(
     benchmark: Benchmark,
     prompts: list[Prompt],
     scorer: Scorer,
@@ -140,7 +179,8 @@ def _evaluate_one(
     grid: dict[str, Sequence[Any]],
     options: Options,
     out: Path,
-) -> Iterable[Result]:
+) -> Iterator[Drawn]:
+    """Draw with one checkpoint at every setting."""
     pipeline = TextToImage.from_pretrained(
         source, options.device, codec=options.codec, text=options.text, allow_download=options.allow_download
     )
@@ -166,8 +206,20 @@ def _evaluate_one(
         generate = ImageGenerator(pipeline, sampling, options.seed, options.batch_size, autocast)
         title = setting_name(sampling)
         rows = collect(generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title)
-        scores = {title: results.summarize(prompts, rows, title) for title in scorer.names}
-        yield Result(checkpoint, sampling, folder, rows, scores)
+        yield Drawn(checkpoint, sampling, folder, rows)
+
+
+def _summarize(
+    drawn: Drawn, benchmark: Benchmark, prompts: list[Prompt], scorer: Scorer, measure: DistanceScorer | None
+) -> Result:
+    """Summarize the scores of the images, or their distance to real ones."""
+    rows, titles = drawn.rows, scorer.names
+    if measure is not None:
+        values = measure([drawn.folder / row.file for row in rows], drawn.sampling.resolution)
+        rows = [row._replace(scores={measure.name: value}) for row, value in zip(rows, values)]
+        titles = (measure.name,)
+    scores = {title: results.summarize(prompts, rows, title) for title in titles}
+    return Result(drawn.checkpoint, drawn.sampling, drawn.folder, rows, scores)
 
 
 def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
@@ -178,7 +230,7 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     return {
         "source": str(source),
         "folder": str(folder),
-        "sha256": sha256_of(folder / "model.safetensors" if folder.is_dir() else folder),
+        "sha256": sha256_of(weights_file(folder) if folder.is_dir() else folder),
         "weights": weights_hash(pipeline.model, pipeline.codec, pipeline.text),  # codec and text encoder too
         "step": parse_json(read_text(meta), str(meta)).get("step") if meta.is_file() else None,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
@@ -199,7 +251,10 @@ def lower_precision(pipeline: TextToImage, dtype: str) -> Autocast:
 
 def setting_name(sampling: SamplingConfig) -> str:
     """Name a setting in tables: "guidance 3, 20 steps, heun"."""
-    parts = [f"guidance {sampling.guidance_scale:g}", f"{sampling.steps} steps"]
+    guidance = f"guidance {sampling.guidance_scale:g}"
+    # without guidance its kind says nothing
+    guidance += "" if sampling.guidance_scale in (0, 1) else sampling.guidance_in_words()
+    parts = [guidance, f"{sampling.steps} steps"]
     parts += [] if sampling.sampler == "euler" else [sampling.sampler]
     return ", ".join(parts)
 
@@ -245,7 +300,7 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
     """Make the content of results.json."""
     benchmark = evaluation.benchmark
     return {
-        "benchmark": to_dict(dataclasses.replace(benchmark, see=None)),
+        "benchmark": benchmark.record(),
         "options": dataclasses.asdict(evaluation.options),
         "judges": evaluation.judges,
         "prompts": len(evaluation.prompts),
@@ -287,10 +342,11 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
     shown = tables(evaluation)
     if len(evaluation.results) > 1:
         shown.append(results.task_table(f"The best one: {best.name}", best.scores))
-    albums = page.by_task(prompts, best.rows, best.folder, title)
+    lower = evaluation.benchmark.lower_is_better
+    albums = page.by_task(prompts, best.rows, best.folder, title, lower)
     for each in evaluation.comparisons[:1]:
         sides = [(side.folder, side.rows) for side in (each.ours, each.theirs)]
-        albums = page.changes(prompts, *sides, title) + albums
+        albums = page.changes(prompts, *sides, title, lower) + albums
     write_page(
         path,
         "evaluation.html",

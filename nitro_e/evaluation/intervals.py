@@ -53,15 +53,18 @@ def mean(tasks: Tasks) -> float:
     return math.nan if known is None else math.fsum(values.mean() for values in known) / len(known)
 
 
-def difference(ours: Tasks, theirs: Tasks) -> Estimate:
-    """score(ours) - score(theirs), paired by prompt; a pair with an unknown value is left out."""
+def difference(ours: Tasks, theirs: Tasks, bounded: bool = True) -> Estimate:
+    """score(ours) - score(theirs), paired by prompt; a pair with an unknown value is left out.
+
+    bounded: values within 0..1 are scores that end there, and not losses that happen to be small.
+    """
     if list(map(len, ours)) != list(map(len, theirs)):
         raise ConfigError("a paired comparison needs the same tasks and prompts on both sides")
     pairs = [np.subtract(a, b) for a, b in zip(ours, theirs)]
     known = _known(pairs)
     if known is None:
         return UNKNOWN
-    ends = (-1.0, 1.0) if _ends([*_known(ours), *_known(theirs)]) else ()
+    ends = (-1.0, 1.0) if bounded and _ends([*_known(ours), *_known(theirs)]) else ()
     resamples = _resample(known, ends, np.random.default_rng(SEED))
     return _estimate(mean(pairs), resamples, sum(map(len, known)))
 
@@ -121,3 +124,25 @@ def _estimate(value: float, resamples: np.ndarray, num: int) -> Estimate:
         return Estimate(value, -math.inf, math.inf, num)
     low, high = np.quantile(resamples, (0.025, 0.975), method="inverted_cdf")  # some ratios are infinite
     return Estimate(value, min(float(low), value), max(float(high), value), num)
+
+
+def pooled_deviation(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Return the standard deviation within groups, taken to be the same in all, and its degrees of freedom."""
+    squares = sum(float(np.square(np.subtract(group, np.mean(group))).sum()) for group in groups)
+    freedom = sum(len(group) - 1 for group in groups)
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def difference_of_means(
+    ours: Sequence[float], theirs: Sequence[float], deviation: float, freedom: int
+) -> Estimate:
+    """mean(ours) - mean(theirs), of independent values with a known pooled deviation: Student's t interval."""
+    from scipy.stats import t
+
+    value = math.fsum(ours) / len(ours) - math.fsum(theirs) / len(theirs)
+    reach = (
+        t.ppf(0.975, freedom) * deviation * math.sqrt(1 / len(ours) + 1 / len(theirs))
+        if freedom
+        else math.nan
+    )
+    return Estimate(value, value - reach, value + reach, len(ours))

@@ -39,18 +39,27 @@ class Album(NamedTuple):
     cards: list[Card]
 
 
-def by_task(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], folder: Path, title: str) -> list[Album]:
+def by_task(
+    prompts: Sequence[Prompt],
+    rows: Sequence[ScoredImage],
+    folder: Path,
+    title: str,
+    lower_is_better: bool = False,
+) -> list[Album]:
     """An album per task: by the score called `title`, the worst images first."""
     tasks: dict[str, list[ScoredImage]] = {}
     for row in rows:
         tasks.setdefault(task_of(prompts[row.index]), []).append(row)
     albums = []
     for task, found in tasks.items():
-        right = sum(row.scores[title] == 1 for row in found)
-        shown = failures_and_successes(found, title)
-        note = f"{right} of {len(found)} right"
+        if all(row.scores[title] in (0, 1) or math.isnan(row.scores[title]) for row in found):
+            shown = failures_and_successes(found, title)
+            note = f"{sum(row.scores[title] == 1 for row in found)} of {len(found)} right"
+        else:
+            shown = worst_and_best(found, title, lower_is_better)
+            note = f"{len(found)} images, the worst first"
         if len(shown) < len(found):
-            note += f"; {len(shown)} of them here, failures first; all are in {folder.name}/"
+            note += f"; {len(shown)} of them here; all are in {folder.name}/"
         cards = [card([(folder, row)], prompts[row.index], good=row.scores[title] == 1) for row in shown]
         albums.append(Album(task, note, cards))
     return albums
@@ -65,20 +74,32 @@ def failures_and_successes(rows: Sequence[ScoredImage], title: str) -> list[Scor
     return failures[: PER_TASK - min(kept, len(successes))] + successes[:kept]
 
 
+def worst_and_best(rows: Sequence[ScoredImage], title: str, lower_is_better: bool) -> list[ScoredImage]:
+    """PER_TASK images of a score that is no verdict, the worst first: three quarters worst ones, then the best."""
+    sign = -1 if lower_is_better else 1
+    known = [row for row in rows if not math.isnan(row.scores[title])]
+    ordered = sorted(known, key=lambda row: sign * row.scores[title])
+    if len(ordered) <= PER_TASK:
+        return ordered
+    return ordered[: PER_TASK * 3 // 4] + ordered[-PER_TASK // 4 :]
+
+
 def changes(
     prompts: Sequence[Prompt],
     ours: tuple[Path, Sequence[ScoredImage]],
     theirs: tuple[Path, Sequence[ScoredImage]],
     title: str,
+    lower_is_better: bool = False,
 ) -> list[Album]:
-    """Two albums of pairs, what only `ours` got right and what only `theirs` did; a side is its folder and rows."""
-    albums = []
-    for name, sign in (("Better than the other", 1), ("Worse than the other", -1)):
+    """Two albums of pairs, what `ours` got better and what `theirs` did; a side is its folder and rows."""
+    albums, better = [], -1 if lower_is_better else 1
+    for name, sign in (("Better than the other", better), ("Worse than the other", -better)):
         pairs = zip(ours[1], theirs[1])
         found = [(a, b) for a, b in pairs if (a.scores[title] - b.scores[title]) * sign > 0]
         note = f"{len(found)} images" + (f", {PER_TASK} of them here" if len(found) > PER_TASK else "")
         cards = [
-            card([(ours[0], a), (theirs[0], b)], prompts[a.index], good=sign > 0) for a, b in found[:PER_TASK]
+            card([(ours[0], a), (theirs[0], b)], prompts[a.index], good=sign == better)
+            for a, b in found[:PER_TASK]
         ]
         albums.append(Album(name, f"{note}; left: this one, right: the other.", cards))
     return albums

@@ -78,6 +78,12 @@ def means(prompts: Sequence[Prompt], values: np.ndarray) -> dict[str, float]:
     return logs | {f"/{kind}": intervals.mean(each) for kind, each in found.items()}
 
 
+def interval(prompts: Sequence[Prompt], values: np.ndarray) -> tuple[float, float]:
+    """Return the limits of the 95 % interval of the overall score of one value per prompt."""
+    estimate = intervals.score(parts(prompts, values)["overall"])
+    return estimate.low, estimate.high
+
+
 def compare(
     prompts: Sequence[Prompt], ours: Sequence[ScoredImage], theirs: Sequence[ScoredImage], title: str
 ) -> dict[str, Any]:
@@ -218,4 +224,6 @@ def plain(value: Any) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {key: plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -68,11 +68,15 @@ def parts(config: Architecture, grid: Grid | None = None, text_length: int = 128
     if not isinstance(config, ModelConfig):
         return _measured(config, grid, text_length)
     full, inside, _ = config.image_tokens(*grid)
+    pooled = config.text_tokens(text_length)[1]
+    pooling = text_length if config.text_compression > 1 else 0
     tokens = {part: (full, 0) for part in PARTS} | {
         "time and shared modulation": (0, 0),
         "text embedding": (0, text_length),
         "blocks before": (full, text_length),
-        "blocks inside": (inside, text_length),
+        "compression": (full, pooling),
+        "blocks inside": (inside, pooled),
+        "reconstruction": (full, pooling),
         "blocks after": (full, text_length),
     }
     items = list(_items(config, grid, text_length))
@@ -96,6 +100,13 @@ def total(config: Architecture, grid: Grid | None = None, text_length: int = 128
     return _sum("total", parts(config, grid, text_length))
 
 
+def weak_pass(config: ModelConfig, grid: Grid | None = None, text_length: int = 128) -> float:
+    """Return the FLOPs of a pass without the compressed blocks, as a share of those of a whole one."""
+    counts = parts(config, grid, text_length)
+    skipped = sum(count.flops for count in counts if count.name == "blocks inside")
+    return 1 - skipped / sum(count.flops for count in counts)
+
+
 def ablations(config: ModelConfig, grid: Grid, text_length: int = 128) -> list[tuple[str, ModelConfig]]:
     """List configs with one idea of the paper switched off or replaced, as far as the grid allows it."""
     off: dict[str, Any] = dict(compression=(), position_reinforcement=False)
@@ -103,6 +114,8 @@ def ablations(config: ModelConfig, grid: Grid, text_length: int = 128) -> list[t
         "compression: none": off,
         "compression: one path, (2)": dict(compression=(2,)),
         "compression: one path, (4)": dict(compression=(4,)),
+        "text compression: by 2": dict(text_compression=2),
+        "text compression: by 4": dict(text_compression=4),
         "position reinforcement: off": dict(position_reinforcement=False),
         "subregion attention: off": dict(attention=("full",)),
         "modulation: AdaLN-single": dict(modulation="single"),
@@ -152,36 +165,44 @@ def _measured(config: Architecture, grid: Grid, text_length: int) -> list[Count]
 
 
 def _items(config: ModelConfig, grid: Grid, text_length: int) -> Iterator[_Item]:
-    tokens = config.image_tokens(*grid)
+    image, text = config.image_tokens(*grid), config.text_tokens(text_length)
     group_of_block = [group for group, count in enumerate(config.groups) for _ in range(count)]
     with torch.device("meta"):
         model = EMMDiT(config)
     for name, module in model.named_modules():
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if parameters:
-            rows = _rows(
-                config, name.split("."), tokens[0], [tokens[group] for group in group_of_block], text_length
-            )
+            rows = _rows(config, name.split("."), image, text, group_of_block)
             flops = 2 * rows * module.weight.numel() if isinstance(module, nn.Linear) else 0
             yield _Item(_part(name, group_of_block), _operation(name), parameters, flops)
     for index, (group, region) in enumerate(zip(group_of_block, config.regions)):
-        joint = tokens[group] + text_length
+        joint = image[group] + text[group]
         flops = 4 * joint * (joint // region.groups) * config.width  # q k^T and the weighted sum of v
         yield _Item(_part(f"blocks.{index}", group_of_block), "attention", 0, flops)
 
 
-def _rows(config: ModelConfig, name: list[str], full: int, image: list[int], text: int) -> int:
+def _rows(
+    config: ModelConfig,
+    name: list[str],
+    image: Sequence[int],
+    text: Sequence[int],
+    group_of_block: Sequence[int],
+) -> int:
     """Count the vectors that a linear layer is applied to."""
     match name:
         case ["time" | "shared_modulation", *_] | ["blocks", _, _, "modulation", *_]:
             return 1
-        case ["text", *_] | ["blocks", _, "text", *_]:
-            return text
+        case ["text", *_]:
+            return text[0]
+        case ["compress_text" | "restore_text", *_]:
+            return text[1]
+        case ["blocks", index, "text", *_]:
+            return text[group_of_block[int(index)]]
         case ["blocks", index, "image", *_]:
-            return image[int(index)]
+            return image[group_of_block[int(index)]]
         case ["compress", "paths", path, *_]:
-            return full // config.compression[int(path)] ** 2
-    return full
+            return image[0] // config.compression[int(path)] ** 2
+    return image[0]
 
 
 def _part(name: str, group_of_block: list[int]) -> str:
@@ -194,7 +215,10 @@ def _part(name: str, group_of_block: list[int]) -> str:
         "text": "text embedding",
         "patch": "patch embedding",
         "compress": "compression",
+        "compress_text": "compression",
         "reconstruct": "reconstruction",
+        "restore_text": "reconstruction",
+        "drop_tokens": "reconstruction",
         "out": "output",
     }[first]
 

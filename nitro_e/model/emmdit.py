@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,10 +22,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nitro_e.config import ConfigError, Ge, Gt, Le
+from nitro_e.config import ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import AdapterLayer, Architecture, Grid, Model, TextEmbedding
 from nitro_e.model import layers, names
 from nitro_e.model.layers import Region
+from nitro_e.model.prediction import PredictData, Prediction, PredictVelocity
 from nitro_e.model.transforms import transformed
 
 
@@ -43,6 +44,7 @@ class ModelConfig(Architecture):
     }
 
     FREE: ClassVar[tuple[str, ...]] = ("gate_init", "base_grid", "attention")
+    ADOPTED: ClassVar[Mapping[str, Any]] = {"time_input": "1000t", "interval": False}
 
     kind: Literal["emmdit"] = "emmdit"  # the class of the model
     heads: Annotated[int, Ge(1), Le(65536)] = 24  # attention heads; they divide the width
@@ -54,6 +56,10 @@ class ModelConfig(Architecture):
     ] = (4, 16, 4)
     # ratio of each path; [] is off, [2] a single path
     compression: tuple[Annotated[int, Ge(2), Le(256)], ...] = (2, 4)
+    # text tokens pooled into one inside the compressed part; 1: all of them
+    text_compression: Annotated[int, Ge(1), Le(256)] = 1
+    # share of training samples that go without the compressed blocks, so that a pass without them can guide
+    path_drop: Fraction = 0.0
     # add the positions again where tokens are reconstructed
     position_reinforcement: bool = True
     # affine: one shared modulation, with a scale and bias per block; single: shared alone; full: a layer per block
@@ -63,8 +69,15 @@ class ModelConfig(Architecture):
     qk_norm: bool = True  # RMS norm of queries and keys
     # real: padded text positions are hidden; the released weights attend to them
     text_mask: Literal["none", "real"] = "none"
+    # of the last layer; data: the velocity is (x - data) / t, with t at least prediction_floor
+    prediction: Literal["velocity", "data"] = "velocity"
+    prediction_floor: Annotated[float, Gt(0), Le(1)] = 0.05
     # mean of the residual gates at the start; released: random
     gate_init: Literal["random", "zero", "one"] = "random"
+    # of the time embedding's sinusoids: as released, or slow ones, for objectives that take derivatives in t
+    time_input: Literal["1000t", "t"] = "1000t"
+    # a second time embedding, of the distance to an earlier time: for average velocities (MeanFlow)
+    interval: bool = False
     # tokens per side of the training resolution
     base_grid: Annotated[int, Ge(1), Le(1024)] = 16
 
@@ -88,6 +101,12 @@ class ModelConfig(Architecture):
         if self.position_reinforcement and not self.compression:
             raise ConfigError(
                 "position_reinforcement needs compression: there is no reconstruction to reinforce"
+            )
+        if self.text_compression > 1 and not self.groups[1]:
+            raise ConfigError("text_compression needs blocks inside the compressed part: groups[1] is 0")
+        if self.path_drop and not (self.compression and self.groups[1]):
+            raise ConfigError(
+                "path_drop needs compression and blocks inside it: there is nothing else to drop"
             )
         if not self.attention:
             raise ConfigError("attention must name at least one pattern, for example [full]")
@@ -150,6 +169,10 @@ class ModelConfig(Architecture):
         inside = sum(full // ratio**2 for ratio in self.compression) if self.compression else full
         return full, inside, full
 
+    def text_tokens(self, length: int) -> tuple[int, int, int]:
+        """Count the text tokens in each of the three groups, for a text length."""
+        return length, length // self.text_compression, length
+
     def feature_maps(self, tap: int) -> tuple[int, ...]:
         """List (1,) outside the compressed part, and the ratio of each path inside."""
         self.check_taps([tap])
@@ -177,12 +200,14 @@ class ModelConfig(Architecture):
         return None
 
     def check_text_length(self, length: int) -> None:
-        multiple = math.lcm(*self.multiples)
+        before, inside, after = self.multiples
+        multiple = math.lcm(before, self.text_compression * inside, after)
         if length < 1 or length % multiple:
             below, above = length // multiple * multiple, -(-length // multiple) * multiple
             lengths = [near for near in (below, above) if near > 0] or [multiple]
+            pooled = f" with text_compression {self.text_compression}" if self.text_compression > 1 else ""
             raise ConfigError(
-                f"attention {list(self.attention)} needs multiples of {multiple} tokens, but the text has {length}; "
+                f"attention {list(self.attention)}{pooled} needs multiples of {multiple} tokens, but the text has {length}; "
                 f"the nearest text length that works: {' or '.join(map(str, lengths))}"
             )
 
@@ -203,7 +228,8 @@ class EMMDiT(Model):
         c, width = config, config.width
         self.patch = nn.Linear(c.latent_channels * c.patch_size**2, width)
         self.text = nn.Linear(c.text_width, width)
-        self.time = layers.TimeEmbedding(width)
+        embedding = layers.IntervalEmbedding if c.interval else layers.TimeEmbedding
+        self.time = embedding(width, speed={"1000t": 1.0, "t": 1e-3}[c.time_input])
         self.shared_modulation = layers.Skip() if c.modulation == "full" else layers.SharedModulation(width)
         self.key_mask = real_key_mask if c.text_mask == "real" else no_key_mask
 
@@ -211,6 +237,14 @@ class EMMDiT(Model):
         self.reinforce = self.position if c.position_reinforcement else layers.Skip()
         self.compress = layers.Compressor(width, c.compression) if c.compression else layers.Skip()
         self.reconstruct = layers.Reconstructor(width, c.compression) if c.compression else layers.Skip()
+        pooled, hidden = c.text_compression > 1, c.text_mask == "real"
+        self.compress_text = (
+            layers.TextCompressor(width, c.text_compression, hidden) if pooled else layers.Skip()
+        )
+        self.restore_text = layers.TextReconstructor(width, c.text_compression) if pooled else layers.Skip()
+
+        self.drop_tokens = layers.DropTokens(width) if c.path_drop else layers.Skip()
+        self.drop_update = layers.DropUpdate() if c.path_drop else layers.Skip()
 
         last = c.depth - 1
         self.blocks = nn.ModuleList(
@@ -221,6 +255,9 @@ class EMMDiT(Model):
         )
         self.norm_out = layers.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, c.latent_channels * c.patch_size**2)
+        self.prediction: Prediction = (
+            PredictData(c.prediction_floor) if c.prediction == "data" else PredictVelocity()
+        )
         self.compiled = False
         self.initialize()
 
@@ -240,8 +277,18 @@ class EMMDiT(Model):
         # a small time embedding, as in DiT
         for linear in (self.time.linear_in, self.time.linear_out):
             nn.init.normal_(linear.weight, std=0.02)
-        # the first prediction is zero
+        # the first prediction is zero, and the average velocity is the velocity
         nn.init.zeros_(self.out.weight)
+        if isinstance(self.time, layers.IntervalEmbedding):
+            nn.init.zeros_(self.time.elapsed.linear_out.weight)
+        # text leaves the compressed part as it came
+        for module in self.modules():
+            if isinstance(module, layers.TextReconstructor):
+                nn.init.zeros_(module.spread.weight)
+        # a dropped path is zero
+        for module in self.modules():
+            if isinstance(module, layers.DropTokens):
+                nn.init.zeros_(module.absent)
         # modulation tables N(0, 1 / D), as released
         for module in self.modules():
             if isinstance(module, (layers.AffineModulation, layers.SingleModulation)):
@@ -264,9 +311,17 @@ class EMMDiT(Model):
     # ---- forward
 
     def forward_intermediates(
-        self, x: Tensor, t: Tensor, text: TextEmbedding, taps: Sequence[int] = ()
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextEmbedding,
+        taps: Sequence[int] = (),
+        drop: Tensor | None = None,
+        weak: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
+        """See `Model`. With path_drop: drop, (B,) bool, names rows to drop; weak drops all, and skips the blocks."""
         self.config.check_taps(taps)
+        drop = torch.full_like(t, weak, dtype=torch.bool) if drop is None else drop
         grid = self.config.latent_grid(*x.shape[-2:])
         self.config.check_grid(*grid, text.tokens.shape[1])
 
@@ -277,14 +332,17 @@ class EMMDiT(Model):
 
         start, end = self.config.groups[0], self.config.groups[0] + self.config.groups[1]
         image, words = self.run_blocks(range(start), image, words, time, text.mask, tapped)
-        saved = image
-        image = self.compress(image, grid)
-        image, words = self.run_blocks(range(start, end), image, words, time, text.mask, tapped)
+        saved, saved_words = image, words
+        image, pooled = self.compress(image, grid), self.compress_text(words, text.mask)
+        inside = range(start, start if weak else end)
+        image, words = self.run_blocks(inside, image, pooled, time, text.mask, tapped)
+        words = self.restore_text(words, pooled, saved_words)
+        image, words = self.drop_tokens(image, drop), self.drop_update(words, saved_words, drop)
         image = self.reinforce(self.reconstruct(image, saved, grid), grid)
         image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
 
-        velocity = self.unpatchify(self.out(self.norm_out(image)), grid)
-        return velocity, [tapped[tap] for tap in taps]
+        out = self.unpatchify(self.out(self.norm_out(image)), grid)
+        return self.prediction.velocity(out, x, t), [tapped[tap] for tap in taps]
 
     def run_blocks(
         self,
@@ -296,7 +354,7 @@ class EMMDiT(Model):
         tapped: dict[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Run a group of blocks, and put the image tokens after those that `tapped` counts into it."""
-        visible = self.key_mask(image, mask)  # (B, N + L) or None
+        visible = self.key_mask(image, words, mask)  # (B, N + L) or None
         # under torch.func and forward-mode AD blocks run as they are: neither compiled nor checkpointed
         plain = transformed()
         eager = (
@@ -322,7 +380,26 @@ class EMMDiT(Model):
         p = self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        if not self.config.path_drop:
+            raise ConfigError(
+                "guidance 'path' and 'both' need weights that were trained with model.path_drop; use guidance: text"
+            )
+        return self.forward_intermediates(x, t, text, weak=True)[0]
+
     # ---- what the stages ask for
+
+    def velocity_target(self, velocity: Tensor, t: Tensor) -> Tensor:
+        return self.prediction.target(velocity, t)
+
+    def adopt(self, source: Model) -> None:
+        weights = source.state_dict()
+        # what is new here is off at first
+        new = {name: value for name, value in self.state_dict().items() if name not in weights}
+        self.load_state_dict({**new, **weights})
+        assert isinstance(source, EMMDiT), "the architectures were compared"
+        if self.config.time_input != source.config.time_input:
+            self.time.imitate(source.time)
 
     def condition(self, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Tensor]:
         words = self.text(text.tokens.to(self.text.weight.dtype)).float()  # (B, L, D)
@@ -350,11 +427,15 @@ class EMMDiT(Model):
         self.compiled = True
 
 
-def no_key_mask(image: Tensor, text_mask: Tensor) -> None:
+def no_key_mask(image: Tensor, words: Tensor, text_mask: Tensor) -> None:
     """Attend to every position, padding included, as the released weights expect."""
     return None
 
 
-def real_key_mask(image: Tensor, text_mask: Tensor) -> Tensor:
-    """Attend to all image tokens and the real text tokens: (B, N + L) bool."""
-    return torch.cat([text_mask.new_ones(image.shape[:2]), text_mask], dim=1)
+def real_key_mask(image: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
+    """Attend to all image tokens and the text tokens that stand for a real one: (B, N + L) bool.
+
+    text_mask: (B, R L), R rows for each of the L text tokens.
+    """
+    real = text_mask.unflatten(1, (words.shape[1], -1)).any(2)
+    return torch.cat([text_mask.new_ones(image.shape[:2]), real], dim=1)

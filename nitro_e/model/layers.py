@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nitro_e.config import ConfigError
 from nitro_e.interfaces import Grid
 from nitro_e.model.cpu.attention import attend_in_chunks
 from nitro_e.model.transforms import exporting, transformed
@@ -34,16 +35,65 @@ def timestep_sinusoids(t: Tensor, width: int = 256) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Map t (B,) in 0..1 to (B, D), including the SiLU that every modulation projection starts with."""
+    """Map t (B,) in 0..1 to (B, D), including the SiLU that every modulation projection starts with.
 
-    def __init__(self, width: int) -> None:
+    speed: of the sinusoids; 1 as released, 1/1000 for an embedding whose derivative in t is small.
+    """
+
+    def __init__(self, width: int, speed: float = 1.0) -> None:
         super().__init__()
+        self.speed = speed
         self.linear_in = nn.Linear(256, width)
         self.linear_out = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        x = timestep_sinusoids(t).to(self.linear_in.weight.dtype)
-        return F.silu(self.linear_out(F.silu(self.linear_in(x))))
+        if t.ndim != 1:
+            raise ConfigError("sampler 'flow_map' steps between two times, which needs model.interval: true")
+        return F.silu(self.project(t))
+
+    def project(self, t: Tensor) -> Tensor:
+        """Return what the last SiLU is applied to, (B, D)."""
+        x = timestep_sinusoids(t * self.speed).to(self.linear_in.weight.dtype)
+        return self.linear_out(F.silu(self.linear_in(x)))
+
+    @torch.no_grad()
+    def imitate(self, other: TimeEmbedding) -> None:
+        """Fit the embedding to that of another speed, by least squares over t in 0..1.
+
+        Hidden unit j begins to rise at t = j / D. What the other does within less than about 1 / D is smoothed.
+        """
+        units, t = len(self.linear_in.weight), torch.linspace(0, 1, 2049, dtype=torch.float64)
+        starts = torch.linspace(-0.1, 1, units, dtype=torch.float64)
+        self.linear_in.weight.zero_()
+        # the slowest sine but for its name: of angle t where speed is 1 / 1000
+        rising = units / torch.sin(torch.tensor(1.0))
+        self.linear_in.weight[:, 128] = rising
+        self.linear_in.bias.copy_(-rising * torch.sin(starts))
+        device = self.linear_in.weight.device
+        hidden = F.silu(self.linear_in(timestep_sinusoids((t * self.speed).to(device)))).double()
+        basis = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
+        weak = 1e-3 * torch.eye(units + 1, dtype=torch.float64, device=device)
+        target = torch.cat(
+            [other.project(t.to(device)).double(), torch.zeros_like(basis[: units + 1, :units])]
+        )
+        solved = torch.linalg.lstsq(torch.cat([basis, weak]), target).solution
+        self.linear_out.weight.copy_(solved[:-1].T)
+        self.linear_out.bias.copy_(solved[-1])
+
+
+class IntervalEmbedding(TimeEmbedding):
+    """A time embedding of t, and of how far it is to an earlier time r: of average velocities from t to r.
+
+    t: (B, 2) columns t and r; or (B,), with r = 0. The second part is zero at first.
+    """
+
+    def __init__(self, width: int, speed: float = 1.0) -> None:
+        super().__init__(width, speed)
+        self.elapsed = TimeEmbedding(width, speed)
+
+    def forward(self, t: Tensor) -> Tensor:
+        t, r = t.unbind(1) if t.ndim == 2 else (t, torch.zeros_like(t))
+        return super().forward(t) + self.elapsed(t - r)
 
 
 class SharedModulation(nn.Module):
@@ -243,6 +293,14 @@ def keep_qk(qk: Tensor, *norms: nn.Module) -> Tensor:
     return qk
 
 
+class FusedLinear(nn.Linear):
+    """Several linear layers of one input and of equal widths, computed as one; Muon can take them apart."""
+
+    def __init__(self, features: int, width: int, parts: int) -> None:
+        super().__init__(features, parts * width)
+        self.parts = parts
+
+
 class AttentionInput(nn.Module):
     """Project the tokens of one stream to queries, keys and values."""
 
@@ -250,7 +308,7 @@ class AttentionInput(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = LayerNorm(width, eps=1e-5)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = FusedLinear(width, width, parts=3)
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.normalise: Callable[..., Tensor] = normalise_qk if qk_norm else keep_qk
@@ -408,3 +466,62 @@ class Reconstructor(nn.Module):
         parts = x.split([saved.shape[1] // ratio**2 for ratio in self.ratios], dim=1)
         full = [path(unfold(part, grid, ratio)) for path, part, ratio in zip(self.paths, parts, self.ratios)]
         return self.merge(torch.cat([*full, saved], dim=-1))
+
+
+class TextCompressor(nn.Module):
+    """Pool each run of r text tokens into one, for the compressed part: (B, L, D) -> (B, L / r, D)."""
+
+    def __init__(self, width: int, ratio: int, hide_padding: bool) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.pool = nn.Linear(ratio * width, width)
+        self.visible: Callable[[Tensor, Tensor], Tensor] = zero_padding if hide_padding else keep_padding
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        return self.pool(rearrange(self.visible(text, mask), "b (l r) d -> b l (r d)", r=self.ratio))
+
+
+def zero_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Zero the padded positions, so that pooling does not mix them into real ones."""
+    return text.masked_fill(~mask[:, :, None], 0.0)
+
+
+def keep_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Pool all positions alike: padding takes part in attention too."""
+    return text
+
+
+class TextReconstructor(nn.Module):
+    """Give what the compressed part has changed in each pooled text token back to its r saved ones."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.spread = nn.Linear(width, ratio * width)
+
+    def forward(self, text: Tensor, pooled: Tensor, saved: Tensor) -> Tensor:
+        """text, pooled: (B, L / r, D) after and before the compressed blocks; saved: (B, L, D). Returns (B, L, D)."""
+        return saved + rearrange(self.spread(text - pooled), "b l (r d) -> b (l r) d", r=self.ratio)
+
+
+# ------------------------------------------------------------------------------------------------- path drop
+
+
+class DropTokens(nn.Module):
+    """Put a learned vector in the place of what the compressed blocks gave, in dropped rows (SPRINT, arXiv 2510.21986)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.absent = nn.Parameter(torch.empty(width))
+
+    def forward(self, image: Tensor, drop: Tensor) -> Tensor:
+        """image: (B, N, D); drop: (B,) bool."""
+        return torch.where(drop[:, None, None], self.absent.to(image.dtype), image)
+
+
+class DropUpdate(nn.Module):
+    """Leave the text as it was before the compressed blocks, in dropped rows."""
+
+    def forward(self, text: Tensor, saved: Tensor, drop: Tensor) -> Tensor:
+        """text, saved: (B, L, D) after and before the blocks; drop: (B,) bool."""
+        return torch.where(drop[:, None, None], saved, text)

@@ -6,15 +6,17 @@ What W + scale * B A cannot express exactly is refused by name: DoRA, trained bi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nitro_e.config import ConfigError, parse_json, read_text
+from nitro_e.interfaces import AdapterLayer
 from nitro_e.model.weights import check_finite
 
 # entries of adapter_config.json that leave W + scale * B A as it is; any other that is set is refused
@@ -58,6 +60,24 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path, strength: float = 1
         change = (scale * (b @ a)).reshape(weight.shape).to(weight.device)
         merged[name] = (weight.double() + change).to(weight.dtype)
     return merged
+
+
+@torch.no_grad()
+def add_lora(parameters: Mapping[str, Tensor], layers: Sequence[AdapterLayer], folder: Path) -> None:
+    """Add an adapter to a model's own parameters in place, in their precision, as the training that wrote it does.
+
+    layers: those that the model offers. For adapters of our training: one rank and one alpha for all.
+    """
+    config, pairs = read_lora(folder)
+    factors = {module: (a, b) for module, a, b in pairs}
+    for layer in layers:
+        weight = parameters[f"{layer.path}.weight"]
+        for name, rows in zip(layer.names, weight.chunk(len(layer.names))):
+            if name in factors:
+                a, b = factors.pop(name)
+                rows += (b @ a) * (config["lora_alpha"] / len(a))
+    if factors:
+        raise ConfigError(f"{folder}: adapter target '{next(iter(factors))}' is not in the model")
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Tensor, Tensor]]]:

@@ -1,5 +1,8 @@
 """Models in files: our folders (`config.json` + `model.safetensors`), released files, hub repositories.
 
+A checkpoint of a run that trains an adapter holds `adapter/` in place of `model.safetensors`; what it is put on lies
+once, in the run's folder `base/`, and is merged when the folder is loaded.
+
 The `model` of a config.json has a `kind` (none: written before there were kinds, an E-MMDiT). The released
 format is E-MMDiT's alone.
 """
@@ -19,7 +22,7 @@ from nitro_e.files import fetch, is_hub_id, save_tensors
 from nitro_e.interfaces import Architecture, Model
 from nitro_e.model import released
 from nitro_e.model.emmdit import EMMDiT, ModelConfig
-from nitro_e.model.lora import merge_lora
+from nitro_e.model.lora import add_lora, merge_lora
 from nitro_e.model.weights import check_finite
 
 FORMAT = 1
@@ -36,14 +39,52 @@ def save_pretrained(
     use: what sampling needs to know (codec, text, resolution, ...). provenance: where the weights come from;
     for people.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    save_config(model.config, folder, use, provenance)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(state, folder / "model.safetensors")
-    config = {"format": FORMAT, "model": to_dict(model.config), "use": use or {}}
+    save_tensors(state, Path(folder) / "model.safetensors")
+
+
+def save_config(
+    config: Architecture,
+    folder: str | Path,
+    use: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write `config.json` alone, of a model whose weights are a base and an adapter (`load_adapted`)."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "model": to_dict(config), "use": use or {}}
     if provenance:
-        config["provenance"] = provenance
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        content["provenance"] = provenance
+    (Path(folder) / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_adapted(folder: Path) -> Model:
+    """Load a model folder of a checkpoint whose adapter is not merged: RUN/base, and `adapter/` added to it.
+
+    The sums are those of the trainer, in the same order and precision, so that the weights are equal to the bit.
+    """
+    base = base_of(folder)
+    if not (base / "model.safetensors").is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter alone, and what it was trained on, {base}, is not there; copy it too, or "
+            "convert the checkpoint where it was trained: nitro-e convert"
+        )
+    model = load_pretrained(base)
+    with torch.device("meta"):
+        layers = model.config.build().adapter_layers()
+    add_lora(dict(model.named_parameters()), layers, folder / "adapter")
+    return model
+
+
+def weights_file(folder: Path) -> Path:
+    """Name the file whose hash identifies the weights of a model folder: the model's, or the adapter's alone."""
+    whole = folder / "model.safetensors"
+    return whole if whole.exists() else folder / "adapter" / "adapter_model.safetensors"
+
+
+def base_of(folder: Path) -> Path:
+    """Name the folder of the weights that an adapter in RUN/checkpoints/step-N/FOLDER is added to."""
+    return folder.absolute().parents[2] / "base"
 
 
 def load_pretrained(
@@ -70,7 +111,10 @@ def load_pretrained(
             raise ConfigError(
                 f"{path} has a config.json; resolution and config are for files in the released format"
             )
-        model = _build(read_config(path)["model"], read_safetensors(path / "model.safetensors"), path)
+        if weights_file(path).is_file() and not (path / "model.safetensors").exists():
+            model = load_adapted(path)
+        else:
+            model = _build(read_config(path)["model"], read_safetensors(path / "model.safetensors"), path)
     else:
         state = read_safetensors(path)
         if not released.is_released(state):

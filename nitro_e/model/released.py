@@ -26,14 +26,21 @@ PROJECTOR = "projectors."
 
 # what every released model has, and its weights do not show
 RELEASED_CHOICES = dict(
-    compression=(2, 4), position_reinforcement=True, modulation="affine", qk_norm=True, text_mask="none"
+    compression=(2, 4),
+    text_compression=1,
+    path_drop=0.0,
+    position_reinforcement=True,
+    modulation="affine",
+    qk_norm=True,
+    text_mask="none",
+    prediction="velocity",
 )
 RELEASED_CYCLES = (("full", "4x1", "4x4"), ("full",))  # 512 px and 1024 px
 
 
 def check_representable(config: ModelConfig) -> None:
     """Refuse a model that programs reading the released format would load as something else, or not at all."""
-    for field, value in RELEASED_CHOICES.items():
+    for field, value in {**RELEASED_CHOICES, **config.ADOPTED}.items():
         if getattr(config, field) != value:
             raise ConfigError(
                 f"the released format has {field} {_plain(value)} only; this model has {_plain(getattr(config, field))}"

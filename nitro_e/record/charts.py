@@ -6,7 +6,7 @@ Our own SVG, because matplotlib's has no hover values and plotly brings a script
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -202,3 +202,48 @@ def hovers(series: Sequence[Series], x: Scale) -> list[Band]:
         Band(round(AREA.left + band * width, 1), round(width, 1), "\n".join(lines.values()))
         for band, lines in sorted(texts.items())
     ]
+
+
+# ---- values with intervals
+
+
+class Interval(NamedTuple):
+    """A value with its interval in pixels, on a row of its own; both ends are the value where nothing is known."""
+
+    name: str
+    y: float
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass
+class IntervalChart:
+    """Everything that `templates/intervals.svg` draws: a row per value, and a line at zero."""
+
+    title: str
+    width: int
+    height: int
+    left: int
+    bottom: int
+    zero: float
+    ticks: list[tuple[float, float]]  # pixel, value
+    rows: list[Interval]
+
+
+def interval_chart(title: str, estimates: Mapping[str, tuple[float, ...]]) -> IntervalChart:
+    """Draw values with intervals, (value, low, high, ...) by name, from the smallest to the largest."""
+    left, width, line = 30 + 7 * max(map(len, estimates)), 900, 22
+    finite = [x for estimate in estimates.values() for x in estimate[:3] if math.isfinite(x)]
+    low, high = min(*finite, 0.0), max(*finite, 0.0)
+    margin = 0.05 * (high - low) or 1.0
+    x = Scale(low - margin, high + margin, left, width - 20)
+    rows = []
+    for place, (name, estimate) in enumerate(sorted(estimates.items(), key=lambda item: item[1][0])):
+        value, *ends = estimate[:3]
+        first, last = (round(x(end if math.isfinite(end) else value), 1) for end in ends)
+        text = f"{value:+.4f} [{ends[0]:+.4f}, {ends[1]:+.4f}]"
+        rows.append(Interval(name, 50 + line * place, round(x(value), 1), first, last, text))
+    bottom = 44 + line * len(rows)
+    return IntervalChart(title, width, bottom + 30, left, bottom, round(x(0), 1), x.ticks(), rows)

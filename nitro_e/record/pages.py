@@ -31,6 +31,8 @@ MAX_EVENTS = 50
 SILENCE = 300  # seconds after which a run that should be training is not believed to be alive
 
 TITLES = {  # in the order of the page; names not here follow under their own name
+    "validation/loss": "Validation loss",
+    "validation/loss_t": "Validation loss by timestep",
     "loss": "Loss",
     "velocity_loss": "Velocity loss",
     "repa_loss": "REPA loss",
@@ -43,6 +45,13 @@ TITLES = {  # in the order of the page; names not here follow under their own na
     "mfu": "Model FLOP utilisation",
     "memory_gb": "Peak memory, GB",
 }
+# of a training on rewards: what the user wants to know, before the losses
+REWARDS = {
+    "kl": "KL to the reference, of velocities",
+    "diversity": "Diversity of a prompt's images",
+    "zero_std_ratio": "Prompts whose images all score alike, share",
+}
+INTERVAL = ("low", "high")  # of a score
 EXPECTED = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait")
 # shown in the header, or of no use after the run
 COUNTERS = ("skipped", "failed_saves", "bad_samples", "eta_seconds")
@@ -189,6 +198,7 @@ def write_report(run: Path) -> Path:
         colour=COLOURS.get(record.state(), "fair"),
         now=time.time(),
         charts=charts([record]),
+        constant=constant(record),
         absent=[TITLES[name].lower() for name in EXPECTED if name not in logged] if record.rows else [],
         samples=samples(record),
         events=events(record),
@@ -220,16 +230,38 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 def charts(records: Sequence[Record]) -> list[Chart]:
     """A chart for every metric; of a single run, metrics that belong together share one."""
     labels, found = _labels(records), []
+    hidden = constant(records[0]) if len(records) == 1 else {}
     for group, names in metric_groups(records).items():
+        names = [name for name in names if name not in hidden]
         series = []
         for record, label in zip(records, labels):
             for name in names:
                 title = label if len(names) == 1 else line_name(name)
                 if points := record.points(name):
                     series.append(Series(title, points))
+        if not series:
+            continue
         name = group.rpartition("/")[2]
         log = not group.startswith("eval/") and ("loss" in name or name == "grad_norm")
         found.append(line_chart(chart_title(group, names), series, smooth=name not in NOT_NOISY, log=log))
+    return found
+
+
+def constant(record: Record) -> dict[str, float]:
+    """Find the metrics that never change in a run and have no title of their own: they need no chart. Name -> value."""
+    names = dict.fromkeys(name for row in record.rows for name in row)
+    shown = (*NOT_METRICS, *COUNTERS, *TITLES)
+    found = {}
+    for name in names:
+        values = record.values(name)
+        base = re.sub(r"(loss_t)\d+$", r"\1", name.rpartition("/")[2])
+        if (
+            len(values) > 1
+            and min(values) == max(values)
+            and base not in shown
+            and not name.startswith("eval/")
+        ):
+            found[name] = values[0]
     return found
 
 
@@ -237,13 +269,16 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
     """Chart -> the metrics in it, in the order of the page.
 
     Of one run, timestep bins share a chart, and so do a score's tasks, and its seen and unseen combinations. Of several
-    runs every metric has its own. Scores come first, then TITLES, each for all phases of a stage (`critic/loss`).
+    runs every metric has its own, without the intervals. The validation loss comes first, then scores, then rewards and
+    REWARDS, then TITLES, each for all phases of a stage (`critic/loss`).
     """
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for record in records for row in record.rows for name in row):
         if name in (*NOT_METRICS, *COUNTERS) or not any(record.values(name) for record in records):
             continue
-        part = re.fullmatch(r"(.*loss_t)\d+|(eval/[^/]+/)(?:un)?seen|(eval/[^/]+)/(?!unscored).+", name)
+        if len(records) > 1 and name.startswith("eval/") and name.endswith(INTERVAL):
+            continue
+        part = re.fullmatch(r"(.*loss_t)[\d.e-]+|(eval/[^/]+/)(?:un)?seen|(eval/[^/]+)/(?!unscored).+", name)
         group = next(filter(None, part.groups())) if part and len(records) == 1 else name
         groups.setdefault(group, []).append(name)
     known = list(TITLES)
@@ -251,8 +286,14 @@ def metric_groups(records: Sequence[Record]) -> dict[str, list[str]]:
     def order(group: str) -> tuple:
         if group.startswith("eval/"):
             part_alone = group.count("/") > 1 and not group.endswith("/")
-            return (len(known) + 1 if part_alone else -1, "", "")
+            return (len(known) + 1 if part_alone else -3, "", "")
+        if re.fullmatch(r"reward/[^/]+", group):
+            return (-2, "", "")
+        if group in REWARDS:
+            return (-1, list(REWARDS).index(group), "")
         phase, _, name = group.rpartition("/")
+        if phase == "validation":
+            return (-4, "", name)
         base = re.sub(r"(loss_t)\d+$", r"\1", name)
         return (known.index(base) if base in known else len(known), phase, name)
 
@@ -268,17 +309,24 @@ def chart_title(group: str, names: list[str]) -> str:
         title = "Score: " + group.removeprefix("eval/").strip("/").replace("/", ", ")
         if group.endswith("/"):
             return f"{title}, seen and unseen combinations"
-        return f"{title}, by task" if len(names) > 1 else title
-    title = TITLES.get(name) or name.replace("_", " ")
+        parts = [line_name(part) for part in names]
+        if len(parts) > 1 and set(parts) <= {"overall", *INTERVAL}:
+            return f"{title}, with its 95 % interval"
+        return f"{title}, by task" if len(parts) > 1 else title
+    if phase == "validation":
+        return TITLES.get(group, group)
+    if phase == "reward":
+        return f"Reward: {name}"
+    title = REWARDS.get(group) or TITLES.get(name) or name.replace("_", " ")
     if name == "loss_t":
         title += f", t in {len(names)} bins (t0: least noise)"
     return f"{phase}: {title}" if phase else title
 
 
 def line_name(name: str) -> str:
-    """The legend of a metric that shares its chart: of `eval/NAME/PART` the part, of `eval/NAME` "overall"."""
+    """Name a metric that shares its chart: `eval/NAME/PART` by the part, `eval/NAME` "overall"."""
     if not name.startswith("eval/"):
-        return name
+        return name.removeprefix("validation/loss_")
     return name.split("/", 2)[2] if name.count("/") > 1 else "overall"
 
 

@@ -6,6 +6,9 @@
         ema/     the same, when the run keeps an average
         trainer/ what a resume needs: module and optimiser of every phase, EMA counters
         meta.json                                     written last: step, experiment, size and sha256 of every file
+    RUN/base/                                         of a run that trains an adapter: what it is put on, as in model/,
+                                                      where model/ and ema/ hold adapter/ in place of model.safetensors
+    RUN/best/step-0000500/                            the weights with the highest score so far, as in model/: RUN@best
 
 A checkpoint is complete when it has its meta.json; `training.checkpoint` writes, verifies and prunes checkpoints.
 """
@@ -57,6 +60,12 @@ def latest(run: Path) -> Path | None:
     return (complete(run) or [None])[-1]
 
 
+def best(run: Path) -> Path | None:
+    """Find the model folder with the highest score of a run, which is named after its step."""
+    folders = [path for path in (run / "best").glob("step-*") if STEP.fullmatch(path.name)]
+    return max(folders, key=step_of, default=None)
+
+
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """Read the `meta.json` of a checkpoint. ValueError if it is not what was written, OSError if it cannot be read."""
     meta = parse_json(read_text(checkpoint / "meta.json"), "it")
@@ -74,12 +83,15 @@ def model_folder(source: str | Path) -> Path:
     """Find the model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or the name of shipped weights.
 
     `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
+    `RUN@best` means those with the highest score, where the recipe has `evaluation.best`.
     """
     name, _, which = str(source).partition("@")
     if str(source) in NAMED and not Path(source).exists():
         return NAMED[str(source)]
-    if which not in ("", "model", "ema"):
-        raise ConfigError(f"'{source}': '@{which}' is unknown" + did_you_mean(which, ["model", "ema"]))
+    if which not in ("", "model", "ema", "best"):
+        raise ConfigError(
+            f"'{source}': '@{which}' is unknown" + did_you_mean(which, ["model", "ema", "best"])
+        )
     path = Path(name)
     if not path.is_dir():
         raise ConfigError(
@@ -88,6 +100,13 @@ def model_folder(source: str | Path) -> Path:
         )
     if (path / "config.json").is_file() and not which:
         return path
+    if which == "best":
+        found = best(path)
+        if found is None:
+            raise ConfigError(
+                f"'{name}' has no best/ weights; its recipe needs evaluation.best: the title of a reward"
+            )
+        return found
     checkpoint = path if (path / "meta.json").is_file() else latest(path)
     if checkpoint is None:
         raise ConfigError(f"'{name}' holds no complete checkpoint; train it first: nitro-e train CONFIG")

@@ -45,6 +45,10 @@ class ReusedBlocks:
         self._time = time
         return self.model(x, t, text)
 
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Compute the weak pass, which has no blocks to reuse."""
+        return self.model.weak(x, t, text)
+
     def _run_blocks(
         self, indices: range, image: Tensor, words: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from nitro_e.sampling.flow import TimeGrid, time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Time = Annotated[float, Ge(0), Le(1)]  # 0 is data, 1 is noise
+GuidanceKind = Literal["text", "path", "both"]
+Rescale = Literal["none", "zero_star"]
 # called after every step with its number, the state x and x's time; returns x or what to go on with
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]
 # older recipes and weights name multistep consistency sampling so
@@ -48,8 +50,13 @@ class SamplingConfig(Config):
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # 0 or 1: no guidance
     # guide only while low <= t <= high, 1 = noise (arXiv 2404.07724); null: always
     guidance_interval: tuple[Time, Time] | None = None
-    # multistep: consistency sampling, for distilled weights
-    sampler: Literal["euler", "heun", "multistep"] = "euler"
+    # what guidance leads away from. text: the negative prompt; path: the prompt without the compressed blocks, for
+    # weights trained with model.path_drop; both: the negative prompt without them
+    guidance: GuidanceKind = "text"
+    # zero_star: the other velocity scaled to fit, and none at t = 1 (CFG-Zero*, arXiv 2503.18886)
+    guidance_rescale: Rescale = "none"
+    # for distilled weights: multistep, consistency sampling; flow_map: average velocities between the times (MeanFlow)
+    sampler: Literal["euler", "heun", "multistep", "flow_map"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
@@ -83,10 +90,17 @@ class SamplingConfig(Config):
         """Say the settings in one line: "20 steps of euler, guidance 4.5, 512x512 px"."""
         steps = f"{self.steps} step" + "s" * (self.steps != 1)
         guided = self.guidance_scale not in (0, 1)
-        guidance = f"guidance {self.guidance_scale:g}" if guided else "no guidance"
-        if guided and self.guidance_interval is not None:
-            guidance += " from t = {:g} to {:g}".format(*self.guidance_interval)
+        guidance = f"guidance {self.guidance_scale:g}{self.guidance_in_words()}" if guided else "no guidance"
         return f"{steps} of {self.sampler}, {guidance}, {self.size[0]}x{self.size[1]} px"
+
+    def guidance_in_words(self) -> str:
+        """Say what is unusual about the guidance: " by path drop", or nothing."""
+        words = {"text": "", "path": " by path drop", "both": " by text and path drop"}[self.guidance]
+        if self.guidance_rescale == "zero_star":
+            words += " (CFG-Zero*)"
+        if self.guidance_interval is not None:
+            words += " from t = {:g} to {:g}".format(*self.guidance_interval)
+        return words
 
     def times(self) -> Tensor:
         """The (steps + 1,) falling times, the last one 0."""
@@ -129,8 +143,15 @@ def sample(
     text: B rows; negative: B rows or one; fresh(step): more noise like x, for samplers that draw it; times: falling,
     those of the settings by default; after_step: see `AfterStep`.
     """
-    scale, interval = settings.guidance_scale, settings.guidance_interval
-    velocity = guide(scale_time(model, settings.time_scale), text, negative, scale, interval)
+    velocity = guide(
+        scale_time(model, settings.time_scale),
+        text,
+        negative,
+        settings.guidance_scale,
+        settings.guidance_interval,
+        settings.guidance,
+        settings.guidance_rescale,
+    )
     times = (settings.times() if times is None else times).to(x.device)
     if settings.sampler == "multistep":
         return multistep(velocity, x, times, fresh, after_step)
@@ -139,9 +160,30 @@ def sample(
 
 def scale_time(model: Denoiser, scale: float) -> Denoiser:
     """Wrap a model so that its input is `scale * t`: with scale < 1 NitroFusion's timestep shift (arXiv 2412.02030)."""
-    if scale == 1:
-        return model
-    return lambda x, t, text: model(x, scale * t, text)
+    return model if scale == 1 else ScaledTime(model, scale)
+
+
+class ScaledTime(NamedTuple):
+    """A model whose input is `scale * t`."""
+
+    model: Denoiser
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        return self.model(x, self.scale * t, text)
+
+    def weak(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Compute the model's weak pass."""
+        return weak_pass(self.model)(x, self.scale * t, text)
+
+
+def weak_pass(model: Denoiser) -> Denoiser:
+    """Return the pass of a model that guidance 'path' and 'both' lead away from; ConfigError if it has none."""
+    if not hasattr(model, "weak"):
+        raise ConfigError(
+            f"guidance 'path' and 'both': {type(model).__name__} has no weak pass; use guidance: text"
+        )
+    return model.weak
 
 
 class Guided(NamedTuple):
@@ -155,20 +197,30 @@ def guided_velocity(
     t: Tensor,
     text: TextEmbedding,
     negative: TextEmbedding,
-    scale: float,
+    scale: float | Tensor,
     gradient: Literal["both", "cond"] = "both",
     bare: Denoiser | None = None,
+    kind: GuidanceKind = "text",
+    rescale: Rescale = "none",
 ) -> Guided:
     """Classifier-free guidance (arXiv 2207.12598): negative + scale * (text - negative).
 
-    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass.
+    text: B rows, negative: B rows or one. Scales 0 and 1 mean no guidance: the text alone, one pass. A tensor (B,) gives
+    every row a scale of its own, which is taken literally.
     gradient: through both passes, or through the one with text alone, which halves the memory; `bare`, the model
     without DDP around it, then computes the other.
+    kind: `path` takes the weak pass of the text for the other velocity, `both` that of the negative prompt (path-drop
+    guidance, arXiv 2510.21986). rescale: see `fitted`.
     """
-    if scale in (0, 1):
+    if isinstance(scale, Tensor):
+        scale = flow.expand(scale, x)
+    elif scale in (0, 1):
         return Guided(model(x, t, text).float(), None)
     negative = negative.expand(len(x))
-    if gradient == "both":
+    if kind != "text":
+        with_text = model(x, t, text).float()
+        without = weak_pass(bare or model)(x, t, text if kind == "path" else negative).float()
+    elif gradient == "both":
         both = negative.cat(text)
         without, with_text = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
     else:
@@ -176,7 +228,15 @@ def guided_velocity(
         with_text = model(x, t, text).float()
         with torch.no_grad():
             without = (bare or model)(x, t, negative).float()
+    if rescale == "zero_star":
+        without = fitted(without, with_text)
     return Guided(torch.lerp(without, with_text, scale), without)
+
+
+def fitted(other: Tensor, velocity: Tensor) -> Tensor:
+    """Scale `other` so that it comes nearest to `velocity`, row by row (CFG-Zero*, arXiv 2503.18886, eq. 9)."""
+    products = (velocity * other).flatten(1).sum(1), other.square().flatten(1).sum(1)
+    return flow.expand(products[0] / products[1].clamp(min=torch.finfo(other.dtype).tiny), other) * other
 
 
 def guide(
@@ -185,16 +245,22 @@ def guide(
     negative: TextEmbedding,
     scale: float,
     interval: tuple[float, float] | None = None,
+    kind: GuidanceKind = "text",
+    rescale: Rescale = "none",
 ) -> Velocity:
     """Make the guided velocity field of B prompts; see `guided_velocity`.
 
     interval: (low, high) of the times that are guided; at others the text alone is taken, one pass instead of two
     (arXiv 2404.07724). All rows of t must then be equal. None: all times.
+    rescale: `zero_star` also stands still at t = 1, without a pass, where guidance is worst (CFG-Zero*).
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        guided = interval is None or interval[0] <= t[0] <= interval[1]
-        return guided_velocity(model, x, t, text, negative, scale if guided else 1.0).velocity
+        guided = scale not in (0, 1) and (interval is None or interval[0] <= t[0] <= interval[1])
+        if guided and rescale == "zero_star" and t[0] == 1:
+            return torch.zeros_like(x)
+        now = scale if guided else 1.0
+        return guided_velocity(model, x, t, text, negative, now, kind=kind, rescale=rescale).velocity
 
     return velocity
 
@@ -234,7 +300,15 @@ def multistep(
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun}  # the deterministic ones, of one signature
+def flow_map(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep = keep) -> Tensor:
+    """Jump from time to time with the average velocity between them; velocity(x, t) gets both times, t (B, 2)."""
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        both = torch.stack([t, t_next]).expand(len(x), 2)
+        x = after_step(step, x + (t_next - t) * velocity(x, both), t_next)
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "flow_map": flow_map}  # the deterministic ones, of one signature
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

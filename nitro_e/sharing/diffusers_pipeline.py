@@ -150,6 +150,15 @@ class EmmditPipeline(DiffusionPipeline):
                 "sampler 'heun': diffusers' Heun scheduler has other times; set another one: nitro-e convert MODEL "
                 "FOLDER --sampler euler"
             )
+        if settings.guidance != "text":
+            raise ConfigError(
+                f"guidance '{settings.guidance}': a diffusers folder has no weak pass; store the weights with "
+                "sampling.guidance: text"
+            )
+        if settings.sampler == "flow_map":
+            raise ConfigError(
+                "sampler 'flow_map': no scheduler of diffusers gives the model two times; use our pipeline"
+            )
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=1.0 if settings.sigmas else settings.shift,
             stochastic_sampling=settings.sampler == "multistep",
@@ -309,7 +318,8 @@ class EmmditPipeline(DiffusionPipeline):
                 text = TextEmbedding(tokens, mask)
                 negative = text if negative_mask is None else TextEmbedding(negative_tokens, negative_mask)
                 scale, interval = settings.guidance_scale, settings.guidance_interval
-                velocity = guide(model, text, negative, scale, interval)(x, t)
+                rescale = settings.guidance_rescale
+                velocity = guide(model, text, negative, scale, interval, rescale=rescale)(x, t)
                 state["latents"] = self.scheduler.step(velocity, time, x, **noise, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     given = {name: state[name] for name in callback_on_step_end_tensor_inputs}

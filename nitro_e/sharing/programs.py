@@ -122,6 +122,10 @@ def _write(
     about: Mapping[str, object],
 ) -> dict[str, float]:
     settings = pipeline.defaults
+    if settings.guidance != "text":
+        raise ConfigError(
+            f"guidance '{settings.guidance}': programs hold no weak pass; store the weights with sampling.guidance: text"
+        )
     text = pipeline.text.encode(["", *prompts])
     x = torch.randn(1, *pipeline.latent_shape(*settings.size))
     folder.mkdir(parents=True)

@@ -73,6 +73,10 @@ def always(config: Run) -> bool:
     return True
 
 
+def every_step(config: Run) -> int:
+    return 1
+
+
 def given_sampling(config: Run) -> SamplingConfig:
     return config.sampling
 
@@ -88,8 +92,11 @@ class StageKind(Generic[Settings]):
     summary: Callable[[Run[Settings], Data | None, int, float], list[str]]
     open_data: Callable[[Run[Settings]], Data] | None = None  # None: the stage reads none
     sampling: Callable[[Run[Settings]], SamplingConfig] = given_sampling  # what is stored with the weights
-    further_copies: Callable[[Run[Settings]], int] = no_copies  # of the model's size, in a checkpoint
+    further_copies: Callable[[Run[Settings]], float] = no_copies  # of the model's size, in a checkpoint
     reads_data: Callable[[Run[Settings]], bool] = always  # whether this recipe reads images
+    # FLOPs of training on one sample, from those of a forward pass of the model and its image tokens; None: not counted
+    training_flops: Callable[[Run[Settings], float, int], float] | None = None
+    period: Callable[[Run[Settings]], int] = every_step  # steps between which a run can be saved
 
 
 # ---- stages that read data
@@ -100,26 +107,45 @@ def split_of_data(config: Run, world: int) -> Split:
 
 
 def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...] = ()) -> Data:
-    """The data as this run reads it; stored columns must come from the components it names.
+    """Open the data as this run reads it; stored columns must come from the components it names.
 
     parts: of the run that is put together; None: only to look at the data.
     """
     assert config.data is not None  # RunConfig refuses a recipe without
     vision = config.components.vision is not None
-    data = open_data(
-        config.data if parts is None else replace(config.data, batch_size=parts.split.micro_batch),
+    if parts is None:
+        return open_fitting(config, config.data, config.seed, config.name, None, vision, extra)
+    data = replace(config.data, batch_size=parts.split.micro_batch)
+    opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
+    opened.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
+    return opened
+
+
+def open_fitting(
+    config: Run,
+    data: DataConfig,
+    seed: int,
+    order: str,
+    latent_shape: tuple[int, int, int] | None,
+    vision: bool = False,
+    extra: tuple[str, ...] = (),
+) -> Data:
+    """Open any data with the components of a run; ConfigError for stored columns that others have made.
+
+    order: names the order, together with the seed; vision: whether its features, or images for them, are read too.
+    """
+    opened = open_data(
+        data,
         need_pixels=vision,
         use_text=True,
         use_features=vision,
-        seed=config.seed,
-        stage=config.name,
-        latent_shape=None if parts is None else parts.latent_shape,
+        seed=seed,
+        stage=order,
+        latent_shape=latent_shape,
         text_length=text_shape(config.components.text)[1],
         extra=extra,
     )
-    if parts is not None:
-        data.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
-    components, made = config.components, data.encoders()
+    components, made = config.components, opened.encoders()
     for column, key, ours in (
         ("latents", "codec", components.codec),
         ("text", "text", components.text),
@@ -130,12 +156,12 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
             raise ConfigError(
                 f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
             )
-    if data.text_format == "ragged" and config.model.attends_padding:
+    if opened.text_format == "ragged" and config.model.attends_padding:
         raise ConfigError(
             "the model attends to padded positions of the text, but the stored text has none (ragged); "
             "encode it padded, or train with model.text_mask=real"
         )
-    return data
+    return opened
 
 
 def data_summary(config: Run, data: Data | None, world: int, flops: float) -> list[str]:

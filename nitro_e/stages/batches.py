@@ -1,14 +1,99 @@
-"""From stored records on the CPU to batches on the training device: what the shards do not hold is encoded here."""
+"""From stored records on the CPU to batches on the training device: what the shards do not hold is encoded here.
+
+On a GPU batches are made a step ahead, on a stream of their own: copies and encoders run beside the training step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nitro_e.data import Data, Records
 from nitro_e.interfaces import Batch, LatentCodec, TextEmbedding, TextEncoder, VisionEncoder
+
+Made = TypeVar("Made")
+
+
+def batches_ahead(
+    data: Data,
+    make: Callable[[Records, int], Made],
+    device: torch.device,
+    *,
+    step: int,
+    rank: int,
+    world: int,
+    accumulate: int,
+) -> Iterator[Made]:
+    """Yield `make(records, step)` of one process's micro-batches from optimiser step `step` on.
+
+    For a GPU they are made a step ahead, of records in pinned memory, whose copies the host does not wait for.
+    """
+    records = data.records(
+        step, micro_batches_per_step=accumulate, rank=rank, world=world, pin_memory=device.type == "cuda"
+    )
+    with contextlib.closing(records):
+        making = (make(record, step + number // accumulate) for number, record in enumerate(records))
+        # without a GPU there is nothing to run beside
+        yield from ahead(making, accumulate if device.type == "cuda" else 0, device)
+
+
+def ahead(making: Iterator[Made], count: int, device: torch.device) -> Iterator[Made]:
+    """Yield what `making` makes, while the `count` items after it are made already. An error comes in its turn."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if side is not None:  # the encoders' weights came on the stream of now
+        side.wait_stream(torch.cuda.current_stream(device))
+    ready: deque[tuple[Made | None, Exception | None, torch.cuda.Event | None]] = deque()
+    while True:
+        while len(ready) <= count and not (ready and ready[-1][1]):
+            ready.append(_make(making, side))
+        made, error, event = ready.popleft()
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        assert made is not None
+        if event is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(event)  # the GPU waits, not the host
+            for tensor in tensors_of(made):
+                tensor.record_stream(current)  # its memory is not given away while the training step reads it
+        yield made
+
+
+def _make(
+    making: Iterator[Made], side: torch.cuda.Stream | None
+) -> tuple[Made | None, Exception | None, torch.cuda.Event | None]:
+    """Make the next item on the stream `side`, with the event of its end; or keep the error."""
+    try:
+        if side is None:
+            return next(making), None, None
+        with torch.cuda.stream(side):
+            made = next(making)
+            return made, None, side.record_event()
+    except Exception as error:
+        return None, error, None
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a batch: a dataclass, tuple, list or dict of such."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts: Any = ()
+    if dataclasses.is_dataclass(value):
+        parts = vars(value).values()
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, tuple | list):
+        parts = value
+    for part in parts:
+        yield from tensors_of(part)
 
 
 def encode(
@@ -38,7 +123,9 @@ def encode(
     if records.text is not None:
         embedding = records.text.to(device, torch.float32, non_blocking=True)
         if (rows := _absent(records, "text", device)) is not None:
-            prompts = [records.prompts[row] for row in rows.tolist()]
+            prompts = [
+                prompt for prompt, absent in zip(records.prompts, records.absent["text"].tolist()) if absent
+            ]
             for stored, computed in zip(embedding, text.encode(prompts)):
                 stored[rows] = computed.to(stored)
     else:
@@ -60,7 +147,7 @@ def _absent(records: Records, name: str, device: torch.device) -> Tensor | None:
     absent = records.absent.get(name)
     if absent is None or not absent.any():
         return None
-    return absent.nonzero().flatten().to(device)
+    return absent.nonzero().flatten().to(device, non_blocking=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def check_first_weights(config: Run[Any], given: Sequence[str]) -> tuple[list[st
             warnings.append(f"{key}: {error}")
             continue
         if key == "init_from" or config.init_from is None:
-            check_architecture(source, read_config(folder)["model"], config.model)
+            check_adopted(source, read_config(folder)["model"], config.model)
         lines.append(f"{key:<20} {folder}")
     return lines, warnings
 
@@ -44,16 +45,21 @@ def check_first_weights(config: Run[Any], given: Sequence[str]) -> tuple[list[st
 def build_model(config: Run[Any]) -> Model:
     """Fresh weights from the seed, or those of `init_from` or the teacher, whose architecture must be the same.
 
-    A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume.
+    A run that has a checkpoint no longer needs `init_from`: its weights are overwritten by the resume, but for those under
+    an adapter, which lie in RUN/base.
     """
     first = config.init_from or getattr(config.stage, "teacher", None)
-    if first is None or run_folder.latest(config.folder) is not None:
+    resumed, base = run_folder.latest(config.folder) is not None, config.folder / "base"
+    if resumed and base.is_dir():
+        first = str(base)
+    elif first is None or resumed:
         with seeded(config.seed, "initial weights"):
             return config.model.build()
     source = load_pretrained(run_folder.model_folder(first)).float()
-    check_architecture(first, source.config, config.model)
-    model = config.model.build()
-    model.load_state_dict(source.state_dict())
+    check_adopted(first, source.config, config.model)
+    with seeded(config.seed, "initial weights"):
+        model = config.model.build()
+    model.adopt(source)
     return model
 
 
@@ -64,6 +70,14 @@ def check_resumed_architecture(config: Run[Any]) -> None:
         return  # nothing to resume, or damaged: the resume says so
     remedy = "set it back, or give this experiment its own run directory: run=..."
     check_architecture(str(last), read_config(last / "model")["model"], config.model, remedy)
+
+
+def check_adopted(source: str, theirs: Architecture, ours: Architecture) -> None:
+    """ConfigError if a model of `ours` cannot adopt the weights of `source`; see `Model.adopt`."""
+    adopted = {
+        key: getattr(ours, key) for key, was in ours.ADOPTED.items() if getattr(theirs, key, None) == was
+    }
+    check_architecture(source, replace(theirs, **adopted), ours)
 
 
 def check_architecture(

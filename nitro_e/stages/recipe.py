@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from nitro_e.encoders.components import (
     build_codec,
     build_text_encoder,
     codec_shape,
+    compile_encoders,
     text_shape,
     weights_source,
 )
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
-from nitro_e.interfaces import Architecture, LatentCodec, Model, TextEncoder
+from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
 from nitro_e.model import describe
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import caption
@@ -41,7 +43,7 @@ from nitro_e.sampling.pipeline import TextToImage, latent_size
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sampling.sheets import image_grid
 from nitro_e.sampling.sources import Use
-from nitro_e.stages import flow_matching
+from nitro_e.stages import flow_matching, validation
 from nitro_e.stages.assembly import Parts, StageKind
 from nitro_e.stages.distill import DistillConfig
 from nitro_e.stages.distill import assembly as distill
@@ -49,10 +51,12 @@ from nitro_e.stages.first_weights import build_model, check_first_weights, check
 from nitro_e.stages.flow_matching import FlowMatchingConfig
 from nitro_e.stages.grpo import GRPOConfig
 from nitro_e.stages.grpo import assembly as grpo
+from nitro_e.stages.validation import ValidationConfig
 from nitro_e.training.batch import BatchConfig
 from nitro_e.training.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.parallel import dist_context
 from nitro_e.training.saving import ResumeConfig
+from nitro_e.training.selection import Selection
 
 # told apart by `kind`; KINDS has an entry for each
 StageConfig = FlowMatchingConfig | GRPOConfig | DistillConfig
@@ -83,6 +87,7 @@ class RunConfig(Config):
     prompts: tuple[str, ...] = ()  # of the sample grids; empty: the first captions of the data
     evaluation: EvaluationConfig | None = None  # scores during training
     resume: ResumeConfig = field(default_factory=ResumeConfig)  # what may change when the run is continued
+    validation: ValidationConfig | None = None  # loss on held-out images during training
 
     @classmethod
     def derive(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +135,12 @@ class RunConfig(Config):
                 )
         elif self.data is not None:
             raise ConfigError(f"data: stage.kind '{self.stage.kind}' reads no images; leave data out")
+        if self.validation is not None and self.data is None:
+            raise ConfigError(
+                f"validation: stage.kind '{self.stage.kind}' reads no images; leave validation out"
+            )
         kind.check(self)
+        self._check_selection(kind.period(self))
         self._check_shapes()
 
     @property
@@ -150,6 +160,30 @@ class RunConfig(Config):
     @property
     def folder(self) -> Path:
         return Path(self.run or f"runs/{self.name}")
+
+    @cached_property
+    def counted(self) -> describe.Count:
+        """Count the model's parameters, and the FLOPs of a forward pass of one sample."""
+        shape, (_, text_length) = codec_shape(self.components.codec), text_shape(self.components.text)
+        return describe.total(self.model, None if shape is None else self.token_grid(shape[1]), text_length)
+
+    @cached_property
+    def flops_per_step(self) -> float | None:
+        """FLOPs of an optimiser step: of what is trained, without frozen encoders; None where they are not counted."""
+        count, shape = self.stage_kind.training_flops, codec_shape(self.components.codec)
+        if count is None or shape is None or self.batch.global_ is None:
+            return None
+        rows, columns = self.token_grid(shape[1])
+        return self.batch.global_ * count(self, self.counted.flops, rows * columns)
+
+    def _check_selection(self, period: int) -> None:
+        """ConfigError if the best checkpoint would be asked for where the stage cannot be saved."""
+        scores = self.evaluation
+        if scores is not None and (scores.best or scores.guard) and scores.every % period:
+            raise ConfigError(
+                f"evaluation.every {scores.every} must be a multiple of {period}, the steps of stage.kind "
+                f"'{self.stage.kind}' that belong together: only between them a checkpoint can be kept or gone back to"
+            )
 
     def _check_shapes(self) -> None:
         """Check what can be known of the components before they are loaded."""
@@ -224,6 +258,13 @@ def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
             if is_overridden("data.shards", given) or is_overridden("data.sources", given):
                 raise
             warnings.append(f"{error}; the lines that depend on the data are left out")
+    if config.validation is not None:
+        try:
+            validation.check_apart(config, config.validation)
+        except MissingShards as error:
+            if is_overridden("validation.shards", given):
+                raise
+            warnings.append(str(error))
     world = environment_number("WORLD_SIZE", 1)
     shape, (_, text_length) = codec_shape(config.components.codec), text_shape(config.components.text)
     grid = None if shape is None else config.token_grid(shape[1])
@@ -247,6 +288,7 @@ def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
         *config.stage_kind.summary(config, data, world, total.flops),
         *sources,
         *components_summary(config.components),
+        *validation.summary(config.validation),
         *evaluation_summary(config.evaluation),
         f"checkpoints          {kept} kept, about {gigabytes:.2f} GB each",
         f"run directory        {config.folder}",
@@ -288,6 +330,8 @@ def build(config: RunConfig) -> Engine:
     model.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:
         model.compile_blocks()
+    if config.engine.compile_encoders:
+        compile_encoders(codec, text)
     side = config.resolution // codec.stride
     parts = Parts(
         device=device,
@@ -303,16 +347,18 @@ def build(config: RunConfig) -> Engine:
     )
     stage, prompts = kind.build(config, parts)
     use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
-    hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts))]
+    hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts), stage)]
+    dist = dist_context(accelerator)
+    if config.validation is not None:
+        validator = validation.open_validator(config, config.validation, parts, dist)
+        hooks.append(Hook(config.validation.every, validator, everywhere=True))
+    selection = None
     if config.evaluation is not None:
+        best, guard = config.evaluation.best, config.evaluation.guard
+        bounds = {} if guard is None else {f"eval/{title}": bound for title, bound in guard.bounds.items()}
+        selection = Selection(best and f"eval/{best}", bounds, "stop" if guard is None else guard.action)
         evaluator = Evaluator(
-            config.evaluation,
-            config.published_sampling,
-            codec,
-            text,
-            device,
-            accelerator.autocast,
-            dist_context(accelerator),
+            config.evaluation, config.published_sampling, codec, text, device, accelerator.autocast, dist
         )
         evaluator.scorer.load()  # what is missing shows before training
         hooks.append(Hook(config.evaluation.every, evaluator, first=True, everywhere=True))
@@ -328,6 +374,7 @@ def build(config: RunConfig) -> Engine:
         accumulate=split.accumulate,
         hooks=tuple(hooks),
         resume=config.resume,
+        selection=selection,
     )
     if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):
         # only now: the engine refuses the run directory of another experiment
@@ -337,15 +384,19 @@ def build(config: RunConfig) -> Engine:
 
 
 def sample_grid_hook(
-    config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...]
+    config: RunConfig, codec: LatentCodec, text: TextEncoder, prompts: tuple[str, ...], stage: Stage
 ) -> Hook:
-    """Fixed prompts and seeds, so that grids of different steps show the same images getting better."""
+    """Draw fixed prompts and seeds, so that grids of different steps show the same images getting better.
+
+    The stage may add images of its own.
+    """
 
     def run(model: Model) -> dict[str, Image.Image]:
         training = model.training
         images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts).images
         model.train(training)
         columns = min(8, len(images))
-        return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size)}
+        own: dict[str, Image.Image] = getattr(stage, "images", dict)()
+        return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size), **own}
 
     return Hook(config.engine.sample_every, run)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import TrainingError
-from nitro_e.files import sha256_of, sync
-from nitro_e.record.run_folder import STEP, complete, digest_of, folder_of, latest, read_meta, step_of
+from nitro_e.files import atomic_path, sha256_of, sync
+from nitro_e.record.run_folder import STEP, best, complete, digest_of, folder_of, latest, read_meta, step_of
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +46,49 @@ def save(run: Path, step: int, write: Callable[[Path], None], meta: dict[str, An
 
 
 def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the milestones, every `keep_every` steps.
+    """Delete all but the newest `keep_last` checkpoints, the best one and the milestones, every `keep_every` steps.
 
     What is to go is renamed first: a kill half-way leaves no half a checkpoint, only a `.tmp` for the next time.
     """
+    kept = best(run)
     for old in complete(run)[:-keep_last]:
-        if not keep_every or step_of(old) % keep_every:
+        if (not keep_every or step_of(old) % keep_every) and (kept is None or old.name != kept.name):
             old.rename(old.with_suffix(".tmp"))
     for leftover in (run / "checkpoints").glob("step-*.tmp"):
         shutil.rmtree(leftover)
+
+
+def save_base(run: Path, write: Callable[[Path], None]) -> str:
+    """Let `write(folder)` fill RUN/base, the frozen weights under an adapter; returns their sha256."""
+    folder = run / "base"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that began anew
+    with atomic_path(folder) as temporary:
+        write(temporary)
+    return sha256_of(folder / "model.safetensors")
+
+
+def check_base(run: Path, meta: dict[str, Any]) -> str | None:
+    """Return the sha256 of RUN/base that a checkpoint names; TrainingError if the file is gone or another one."""
+    if (expected := meta.get("base")) is None:
+        return None
+    path = run / "base" / "model.safetensors"
+    if not path.is_file() or sha256_of(path) != expected:
+        raise TrainingError(
+            f"{path}, the weights that the adapter of {run} is trained on, is missing or not what was written; put a copy "
+            "back, or delete the run's checkpoints to begin again from the start"
+        )
+    return expected
+
+
+def publish_best(run: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Let `write(folder)` fill the model folder of the best step, in place of the one before; OSError comes through."""
+    folder, before = run / "best" / folder_of(run, step).name, best(run)
+    folder.parent.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+    with atomic_path(folder) as temporary:
+        write(temporary)
+    if before is not None and before != folder:
+        shutil.rmtree(before)
 
 
 def latest_valid(run: Path) -> Path | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le, Lt
+from nitro_e.model.layers import FusedLinear
+from nitro_e.training.parallel import local_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,11 @@ class OptimConfig(Config):
     # adamw for all weights, or muon for hidden matrices and adamw for the rest
     kind: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Ge(0), Le(1000)] = 3e-4  # of AdamW
-    muon_lr: Annotated[float, Ge(0), Le(1000)] = 6e-3  # of Muon, scaled to match AdamW's RMS update
+    muon_lr: Annotated[float, Ge(0), Le(1000)] = 6e-3  # of Muon, whose updates muon_scale scales
+    # orthogonalise the updates of queries, keys and values apart, not those of their stack
+    muon_split: bool = False
+    # match_rms: updates of AdamW's size, 0.2 per entry; spectral: of a norm that suits all widths alike
+    muon_scale: Literal["match_rms", "spectral"] = "match_rms"
     # decay of AdamW's first and second moments
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
     eps: Annotated[float, Ge(0)] = 1e-10  # added to AdamW's denominator
@@ -46,14 +53,10 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim
         raise ConfigError("nothing to train: no parameter requires a gradient")
     optimizers = []
     if config.kind == "muon":
-        matrices = _hidden_matrices(module)
-        ids = {id(parameter) for parameter in matrices}
+        layers = _hidden_layers(module)
+        ids = {id(layer.weight) for layer in layers}
         parameters = [parameter for parameter in parameters if id(parameter) not in ids]
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(_build_muon(layers, config))
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
     optimizers.append(
         torch.optim.AdamW(
@@ -78,10 +81,44 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
             group["lr"] = group["peak_lr"] * factor
 
 
-def _hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """List the weights of linear layers inside the blocks; embeddings, modulation tables and outputs are AdamW's."""
+def _hidden_layers(module: nn.Module) -> list[nn.Linear]:
+    """List the linear layers inside the blocks; embeddings, modulation tables and outputs are AdamW's."""
     return [
-        layer.weight
+        layer
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and "blocks." in name and layer.weight.requires_grad
     ]
+
+
+def _build_muon(layers: list[nn.Linear], config: OptimConfig) -> torch.optim.Optimizer:
+    """Make Muon (arXiv 2502.16982) for the weights of these layers."""
+    options: dict[str, Any] = {
+        "lr": config.muon_lr,
+        "weight_decay": config.weight_decay,
+        "adjust_lr_fn": {"match_rms": "match_rms_adamw", "spectral": "original"}[config.muon_scale],
+    }
+    if not config.muon_split:
+        return torch.optim.Muon([layer.weight for layer in layers], **options)
+    if any(local_tensor(layer.weight) is not layer.weight for layer in layers):
+        raise ConfigError(
+            "muon_split: sharded weights cannot be cut; set engine.sharding: ddp, or muon_split: false"
+        )
+    groups: dict[int, list[nn.Parameter]] = {}
+    for layer in layers:
+        groups.setdefault(layer.parts if isinstance(layer, FusedLinear) else 1, []).append(layer.weight)
+    return SplitMuon([{"params": weights, "parts": parts} for parts, weights in groups.items()], **options)
+
+
+if hasattr(torch.optim, "Muon"):
+
+    class SplitMuon(torch.optim.Muon):
+        """Muon for weights that are `parts` matrices, one below the other; each group has its number of parts."""
+
+        def _init_group(
+            self, group: MutableMapping, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+        ) -> bool:
+            has_complex = super()._init_group(group, params, grads, momenta)
+            for tensors in (params, grads, momenta):
+                # views, so that the step changes the whole tensors
+                tensors[:] = [part for tensor in tensors for part in tensor.chunk(group["parts"])]
+            return has_complex

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import Accelerator
 
-from nitro_e.config import Config, ConfigError
+from nitro_e.config import Config, ConfigError, TrainingError
+from nitro_e.model.pretrained import save_pretrained
 from nitro_e.record import run_folder
 from nitro_e.training import checkpoint
 from nitro_e.training.parallel import any_process
@@ -61,6 +62,9 @@ class Saver:
         self.identity, self.use, self.allowed = identity, use, resume
         self.changed: dict[str, Any] = {}  # parts of the identity that were allowed to differ: [before, now]
         self.saved_step: int | None = None
+        self.base_digest: str | None = (
+            None  # of the weights that an adapter is trained on, once they are saved
+        )
         self.failures = 0  # in a row
         self._due = False
 
@@ -75,11 +79,18 @@ class Saver:
 
         A failure is counted; it is tried again at half the interval, and training goes on from memory.
         """
-        published, gathered = self.state.published(), self.state.gather()
+        # an adapter is merged at the end, and for RUN/best
+        merged = not self.state.adapted or self.state.step == self.config.steps
+        published, gathered = self.state.published() if merged else {}, self.state.gather()
         self.state.check_finite(gathered, run_folder.latest(self.run))
         failure, self._due = "", False
         if self.accelerator.is_main_process:
             try:
+                if self.state.adapted and self.base_digest is None:
+                    base = self.state.stage.base()  # type: ignore[attr-defined]  # which a stage with an adapter has
+                    self.base_digest = checkpoint.save_base(
+                        self.run, lambda folder: save_pretrained(base, folder, self.use)
+                    )
                 checkpoint.save(
                     self.run,
                     self.state.step,
@@ -94,11 +105,34 @@ class Saver:
                     self.state.step,
                     error,
                 )
-        if any_process(bool(failure), self.accelerator.device):
+        if any_process(bool(failure)):
             self.failures += 1
             return failure or "see process 0"
         self.failures, self.saved_step = 0, self.state.step
         return None
+
+    def publish_best(self, about: dict[str, Any]) -> None:
+        """Write the published weights of this step to RUN/best; about: why, for people. OSError comes through."""
+        published = self.state.published()
+        name = "ema" if "ema" in published else "model"
+        if self.accelerator.is_main_process:
+            checkpoint.publish_best(
+                self.run,
+                self.state.step,
+                lambda folder: self.state.write_published(folder, name, published[name], self.use, about),
+            )
+
+    def roll_back(self) -> int:
+        """Load the state of the best step, which is returned. The number of steps that were done stays."""
+        best = run_folder.best(self.run)
+        if best is None:
+            raise TrainingError(f"{self.run}/best is gone: there is no checkpoint to go back to")
+        step = run_folder.step_of(best)
+        folder = run_folder.folder_of(self.run, step)
+        if problem := checkpoint.damage(folder):
+            raise TrainingError(f"{folder}, to go back to, is damaged ({problem})")
+        self.state.load(folder)
+        return step
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint of the run directory; False if there is none."""
@@ -126,11 +160,14 @@ class Saver:
                 f"{folder} is of another experiment ({differences}); give this one its own run directory:"
                 f" run=...{on_purpose}"
             )
+        self.base_digest = checkpoint.check_base(self.run, meta)
         self.state.load(folder)
         self.state.step, self.state.skipped = meta["step"], meta.get("skipped", 0)
         self.saved_step = self.state.step
         return True
 
     def _meta(self) -> dict[str, Any]:
-        extras = {"world": self.accelerator.num_processes, "skipped": self.state.skipped}
+        extras: dict[str, Any] = {"world": self.accelerator.num_processes, "skipped": self.state.skipped}
+        if self.base_digest is not None:
+            extras["base"] = self.base_digest
         return {**self.identity, **extras, "torch": torch.__version__}

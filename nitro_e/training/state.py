@@ -7,6 +7,9 @@
     trainer/loss_scaler.pt   under float16
 
 All tensors are whole and under the raw modules' names: a run may continue on other numbers of processes.
+
+A stage that trains an adapter has frozen tensors. They lie in `RUN/base`, once, and in no checkpoint: model/ and ema/
+hold the adapter alone, except of the last step, whose weights are published merged too.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.files import save_object
 from nitro_e.interfaces import Stage
-from nitro_e.model.pretrained import check_fits, save_pretrained
-from nitro_e.training.ema import EMAConfig, PostHocEMA, PostHocEMAConfig, make_ema
+from nitro_e.model.pretrained import check_fits, save_config, save_pretrained
+from nitro_e.training.ema import EMA, EMAConfig, PostHocEMA, PostHocEMAConfig
 from nitro_e.training.optim import build_optimizers
 from nitro_e.training.parallel import (
     SHARDING,
@@ -50,7 +53,7 @@ class TrainingState:
         self.stage, self.scaler = stage, accelerator.scaler
         self.step = self.skipped = 0  # optimiser steps that were done; of them, left out as not finite
         self.parallel = SHARDING[sharding](accelerator)
-        self.ema = None if ema is None else make_ema(stage.model, ema, will_be_sharded=sharding == "fsdp")
+        self.ema = None if ema is None else EMA(stage.model, ema)
         # Sharded before optimisers are made of the parameters.
         for model in self._models().values():
             self.parallel.keep_whole(model)
@@ -61,18 +64,23 @@ class TrainingState:
         self.posthoc = None
         if posthoc_ema is not None:
             self.posthoc = PostHocEMA(stage.model, posthoc_ema.sigma_rels, snapshots, posthoc_ema.every)
+        # whether it is an adapter that is trained
+        self.adapted = any(map(self._is_frozen, stage.model.state_dict()))
         self.optimizers = []
         for phase in stage.phases:
             optimizers = build_optimizers(phase.module, phase.optim)
             self.optimizers.append([accelerator.prepare_optimizer(optimizer) for optimizer in optimizers])
             phase.net = self.parallel.wrap(phase.module)
 
-    def update_averages(self, trained: bool = True) -> None:
-        """Average in the weights after optimiser step `self.step`; trained: whether the step has changed them."""
+    def update_averages(self, finite: Tensor, trained: bool = True) -> None:
+        """Average in the weights after optimiser step `self.step`.
+
+        finite: a () bool tensor on the device, false where the step was skipped. trained: whether it was to change them.
+        """
         if self.ema is not None and trained:
-            self.ema.update()
+            self.ema.update(finite)
         if self.posthoc is not None:
-            self.posthoc.update(self.step)
+            self.posthoc.update(self.step, finite)
 
     def finish_averages(self) -> None:
         """Write the last snapshot of post-hoc EMA, unless it fell due by itself."""
@@ -87,7 +95,7 @@ class TrainingState:
         """Collect everything that a resume needs, {file: content}. Every process must call it."""
         gathered: dict[str, Any] = {
             phase.name: {
-                "module": module_state(phase.module),
+                "module": self._trained(phase.module),
                 "optimizers": [
                     optimizer_state(phase.module, optimizer.optimizer) for optimizer in optimizers
                 ],
@@ -95,11 +103,7 @@ class TrainingState:
             for phase, optimizers in zip(self.stage.phases, self.optimizers)
         }
         if self.ema is not None:
-            gathered["ema"] = {
-                "module": module_state(self.ema.ema_model),
-                "step": self.ema.step.clone(),
-                "initted": self.ema.initted.clone(),
-            }
+            gathered["ema"] = {"module": self._trained(self.ema.ema_model), "step": self.ema.step.cpu()}
         if self.posthoc is not None:
             gathered["posthoc_ema"] = self.posthoc.state_dict()
         if self.scaler is not None:
@@ -115,7 +119,7 @@ class TrainingState:
             name
             for part, module in modules.items()
             for name, _ in module.named_parameters()
-            if not gathered[part]["module"][name].isfinite().all()
+            if name in gathered[part]["module"] and not gathered[part]["module"][name].isfinite().all()
         ]
         if broken:
             raise TrainingError(
@@ -126,22 +130,44 @@ class TrainingState:
     def write(
         self, folder: Path, published: dict[str, nn.Module], gathered: dict[str, Any], use: dict[str, Any]
     ) -> None:
-        """Fill the folder of a checkpoint. use: stored with the published weights, for sampling."""
-        write_extras = getattr(self.stage, "write_extras", None)
-        for name, model in published.items():
-            save_pretrained(model, folder / name, use)
-            if write_extras is not None:
-                write_extras(self._models()[name], folder / name)
+        """Fill the folder of a checkpoint.
+
+        published: empty for a checkpoint with adapters alone. use: stored with the weights, for sampling.
+        """
+        for name in self._models():
+            self.write_published(folder / name, name, published.get(name), use)
         (folder / "trainer").mkdir()
         for name, content in gathered.items():
             save_object(content, folder / "trainer" / f"{name}.pt")
+
+    def write_published(
+        self,
+        folder: Path,
+        name: str,
+        model: nn.Module | None,
+        use: dict[str, Any],
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Write one of the models, of folder name `name`, and what the stage adds to it; about: for people.
+
+        model: the one to publish; None: only what the stage adds, an adapter.
+        """
+        own = self._models()[name]
+        if model is None:
+            save_config(own.config, folder, use, about)
+        else:
+            save_pretrained(model, folder, use, about)
+        write_extras = getattr(self.stage, "write_extras", None)
+        if write_extras is not None:
+            write_extras(own, folder)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from the folder of a checkpoint. ConfigError if it is of another architecture or kind of training."""
         for phase, optimizers in zip(self.stage.phases, self.optimizers):
             content = _read(checkpoint, phase.name)
-            check_fits(phase.module, content["module"], checkpoint)
-            load_module_state(phase.module, content["module"])
+            state = self._with_frozen(phase.module, content["module"])
+            check_fits(phase.module, state, checkpoint)
+            load_module_state(phase.module, state)
             if len(content["optimizers"]) != len(optimizers):
                 raise ConfigError(
                     f"{checkpoint} was trained with another kind of optimiser; set optim.kind back, or use init_from"
@@ -150,13 +176,24 @@ class TrainingState:
                 load_optimizer_state(phase.module, optimizer.optimizer, saved)
         if self.ema is not None:
             content = _read(checkpoint, "ema")
-            load_module_state(self.ema.ema_model, content["module"])
+            load_module_state(self.ema.ema_model, self._with_frozen(self.ema.ema_model, content["module"]))
             self.ema.step.copy_(content["step"])
-            self.ema.initted.copy_(content["initted"])
         if self.posthoc is not None:
             self.posthoc.load_state_dict(_read(checkpoint, "posthoc_ema"))
         if self.scaler is not None:
             self.scaler.load_state_dict(_read(checkpoint, "loss_scaler"))
+
+    def _is_frozen(self, name: str) -> bool:
+        return getattr(self.stage, "is_frozen", lambda name: False)(name)
+
+    def _trained(self, module: nn.Module) -> dict[str, Any]:
+        """Return the state of a module without the frozen tensors."""
+        return {name: value for name, value in module_state(module).items() if not self._is_frozen(name)}
+
+    def _with_frozen(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+        """Add the module's own frozen tensors to a state; checkpoints of earlier versions have all of them."""
+        frozen = {name: value for name, value in module_state(module).items() if self._is_frozen(name)}
+        return {**frozen, **state}
 
     def _models(self) -> dict[str, nn.Module]:
         models = {"model": self.stage.model}

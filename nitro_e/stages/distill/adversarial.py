@@ -7,8 +7,7 @@ little under a small perturbation of the real input (approximate R1), and heads 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -23,9 +22,9 @@ from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, training_times
 from nitro_e.stages.distill import gan_losses as losses
 from nitro_e.stages.distill.gan_losses import Kind, Logits
-from nitro_e.stages.distill.heads import Backbone, FixedHeads, HeadConfig
+from nitro_e.stages.distill.heads import Backbone, Features, FixedHeads, HeadConfig
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
-from nitro_e.stages.distill.objective import Balance, Shared
+from nitro_e.stages.distill.objective import Balance, Shared, frozen
 from nitro_e.stages.distill.pool import HeadPool, PoolConfig
 from nitro_e.training.meters import masked_mean
 from nitro_e.training.optim import OptimConfig
@@ -81,6 +80,9 @@ class AdversarialConfig(Config):
     # approximate gradient penalty on real images; null: off
     r1: R1Config | None = field(default_factory=R1Config)
     null_text: Fraction = 0.0  # share of samples that the heads see without their prompt
+    # the student's term looks at the noised data that `score` looks at: one pass of the teacher gives both its velocity
+    # and the features
+    share_score: bool = False
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-4, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=0, clip=1.0
@@ -97,6 +99,10 @@ class AdversarialConfig(Config):
             raise ConfigError(
                 "misaligned asks whether a prompt belongs to its image, null_text takes prompts away: set misaligned: null "
                 "or null_text: 0"
+            )
+        if self.share_score and (self.pool or self.null_text):
+            raise ConfigError(
+                "share_score: the teacher's pass is at the times and with the prompts of score; set pool: null, null_text: 0"
             )
         if self.pool is not None:
             for name, default in (("heads", HeadConfig()), ("discriminator", DiscriminatorTimesConfig())):
@@ -121,6 +127,8 @@ class Adversarial:
 
     def __init__(self, config: AdversarialConfig, shared: Shared) -> None:
         self.config, self.shared = config, shared
+        if config.share_score:
+            shared.discriminator = self
         self.backbone: Backbone = shared.backbone(config.taps)
         maps, width = len(self.backbone.maps), self.backbone.width
         with seeded(shared.seed, "distill", "heads"):
@@ -137,7 +145,11 @@ class Adversarial:
         self.step = 0
         self.phases: tuple[Phase, ...] = (
             Phase(
-                "discriminator", self.heads, self.discriminator_loss, config.optim, after_step=self.after_step
+                "discriminator",
+                self.heads,
+                self.discriminator_loss,
+                config.optim,
+                after_step=None if config.pool is None else self.after_step,
             ),
         )
 
@@ -256,18 +268,39 @@ class Adversarial:
 
     # ---- the student
 
+    def at_scored(self, prediction: Prediction, batch: DistillBatch) -> tuple[Tensor, Features]:
+        """Ask the teacher for its velocity and the features at the noised data that the fake score saw, once per batch."""
+        assert batch.scored is not None, "the fake score's phase comes first"
+        if batch.taught is None:
+            with torch.enable_grad():
+                x = batch.scored.following(prediction.data)
+                batch.taught = self.backbone.with_velocity(x, batch.scored.tau, batch.text)
+        return batch.taught
+
+    def log_ratio(self, prediction: Prediction, batch: DistillBatch) -> Tensor:
+        """Estimate log(density of real / density of fake), (B,), at the noised data that the fake score saw.
+
+        It is the logit of heads that minimise the non-saturating loss.
+        """
+        _, features = self.at_scored(prediction, batch)
+        with torch.no_grad():
+            return losses.score(self.heads(features, batch.step))
+
     def loss(
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute (B,) how little the heads take the student's data for the teacher's, at fresh tau and noise."""
         config, shape = self.config, batch.shape
-        tau = self.discriminator_times(batch.step, rng)
-        text = self.discriminator_text(batch.text, rng)
+        if config.share_score:
+            assert batch.scored is not None, "the fake score's phase comes first"
+            tau, text = batch.scored.tau, batch.text
+            features = self.at_scored(prediction, batch)[1]
+        else:
+            tau = self.discriminator_times(batch.step, rng)
+            text = self.discriminator_text(batch.text, rng)
+            features = self.backbone(flow.interpolate(prediction.data, rng.normal(*shape), tau), tau, text)
         with frozen(self.heads):
-            fake = self.heads(
-                self.backbone(flow.interpolate(prediction.data, rng.normal(*shape), tau), tau, text),
-                batch.step,
-            )
+            fake = self.heads(features, batch.step)
         real = weights = None
         if config.loss == "relativistic":
             with torch.no_grad():
@@ -276,15 +309,3 @@ class Adversarial:
         if isinstance(self.heads, HeadPool):
             weights = self.heads.experienced(batch.step)
         return losses.generator_loss(config.loss, fake, real, weights), {}
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Give the weights of a module no gradients; those through it to its input remain."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

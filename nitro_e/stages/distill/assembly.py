@@ -11,7 +11,7 @@ from nitro_e.data import Data
 from nitro_e.data.prompts import load_prompts
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import Stage
-from nitro_e.model.pretrained import load_pretrained, read_config
+from nitro_e.model.pretrained import load_pretrained, read_config, weights_file
 from nitro_e.record import run_folder
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.assembly import (
@@ -38,6 +38,13 @@ def check(config: Run[DistillConfig]) -> None:
     if engine.precision == "float16":
         raise ConfigError(
             "engine.precision 'float16': stage.kind 'distill' takes gradients inside its loss; use bfloat16"
+        )
+    stage = config.stage
+    if (stage.inputs.intervals is not None or stage.sampler == "flow_map") and not getattr(
+        config.model, "interval", False
+    ):
+        raise ConfigError(
+            "stage.inputs.intervals and sampler 'flow_map' tell the model two times: set model.interval: true"
         )
     if data is None:
         if config.batch.global_ is None:
@@ -91,7 +98,7 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
         config.seed,
         parts.device,
         parts.flops,
-        identity=sha256_of(folder / "model.safetensors")[:16],
+        identity=sha256_of(weights_file(folder))[:16],
     )
     return stage, config.prompts or shown
 
@@ -124,8 +131,9 @@ def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: fl
 
 
 def further_copies(config: Run[DistillConfig]) -> int:
-    """Count the fake score with its two moments."""
-    return 3 if config.stage.score else 0
+    """Count the fake score with its two moments; those of a LoRA are small."""
+    score = config.stage.score
+    return 0 if score is None else 3 if score.fake.adapter is None else 1
 
 
 KIND = StageKind(

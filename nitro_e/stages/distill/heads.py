@@ -67,13 +67,17 @@ class Backbone:
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Features:
         """Compute the features of noised latents (B, C, h, w) at t (B,), given text."""
+        return self.with_velocity(x, t, text)[1]
+
+    def with_velocity(self, x: Tensor, t: Tensor, text: TextEmbedding) -> tuple[Tensor, Features]:
+        """Compute the velocity (B, C, h, w) and the features in one pass."""
         config = self.model.config
         grid = config.latent_grid(*x.shape[-2:])
-        _, tokens = self.model.forward_intermediates(x, t, text, self.taps)
+        velocity, tokens = self.model.forward_intermediates(x, t, text, self.taps)
         maps = []
         for tap, tapped in zip(self.taps, tokens):
             maps += token_maps(tapped, grid, config.feature_maps(tap))
-        return Features(maps, *self.model.condition(t, text))
+        return velocity.float(), Features(maps, *self.model.condition(t, text))
 
 
 @dataclass(frozen=True, kw_only=True)

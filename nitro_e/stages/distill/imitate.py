@@ -17,7 +17,7 @@ from nitro_e.interfaces import Phase
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.flow import expand
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
-from nitro_e.stages.distill.objective import Balance, Shared
+from nitro_e.stages.distill.objective import Balance, Shared, per_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +54,4 @@ class Imitate:
         elapsed = config.reach * rng.uniform() * (t - prediction.t_next)  # (B,)
         place = x - expand(elapsed, x) * velocity.detach()
         target = self.shared.guided(place, t - elapsed, batch.text, config.guidance_scale)
-        return (velocity - target).square().flatten(1).mean(dim=1) * (t <= config.largest_time), {}
+        return per_sample((velocity - target).square()) * (t <= config.largest_time), {}

@@ -18,19 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le
+from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import SampleRandom, seed_of
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, training_times
 from nitro_e.sampling.samplers import check_sigmas, euler, multistep
 
-Sampler = Literal["euler", "multistep"]
+Sampler = Literal["euler", "multistep", "flow_map"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,11 @@ class InputConfig(Config):
     # pair: the noise the image was drawn from; fresh: new noise; chain: the student's own states, of no image
     noise: Literal["pair", "fresh", "chain"] = "pair"
     rollout: StudentRolloutConfig | None = None
+    # of flow maps: share of samples of which the average velocity down to an earlier time is trained, uniform in 0..t; of the
+    # others the velocity at t. null: always the average down to 0
+    intervals: Fraction | None = None
+    # of chains: the times after the first are drawn anew in each step, uniform, the same for all samples
+    scatter: bool = False
     # of chains: {number of sampler steps: its weight}, drawn once per step; empty: as many steps as sigmas
     counts: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
 
@@ -89,11 +94,12 @@ class InputConfig(Config):
 
     def _check_counts(self) -> None:
         if self.noise != "chain":
-            if self.counts:
-                raise ConfigError(f"counts: only for noise 'chain', not '{self.noise}'; leave it out")
+            for name in ("counts", "scatter"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name}: only for noise 'chain', not '{self.noise}'; leave it out")
             return
-        for name in ("probabilities", "continuous_times", "rollout"):
-            if getattr(self, name):
+        for name in ("probabilities", "continuous_times", "rollout", "intervals"):
+            if getattr(self, name) not in (None, ()):
                 raise ConfigError(f"{name}: noise 'chain' takes all times of the sampler; leave it out")
         for name in self.counts:
             if not name.isdecimal() or int(name) < 1 or len(self.sigmas) % int(name):
@@ -130,6 +136,10 @@ class InputConfig(Config):
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Refuse inputs that the sampler never produces; at t = 1 alone, where all inputs are pure noise, none are."""
+        if sampler == "flow_map":
+            if self.noise == "chain" or self.rollout:
+                raise ConfigError("sampler 'flow_map' has no chains or rollouts; set inputs.noise: fresh")
+            return
         expected = {"euler": "pair", "multistep": "fresh"}[sampler]
         if self.noise not in (expected, "chain") and (
             self.sigmas != (1.0,) or self.continuous_times is not None
@@ -149,6 +159,13 @@ class Prediction:
     on_path: bool  # x is a mix of the pair's own data and noise, not a state of the student's sampler
     data: Tensor  # (B, C, h, w) predicted x0
     t_next: Tensor | None = None  # (B,) time that the sampler goes to from here; of chains only
+    # (B,) time down to which the velocity is an average; data is then x - t times that. None: 0
+    end: Tensor | None = None
+
+    @property
+    def times(self) -> Tensor:
+        """The times that the student is told: (B,), or (B, 2) with the end."""
+        return self.t if self.end is None else torch.stack([self.t, self.end], dim=1)
 
 
 @dataclass
@@ -166,6 +183,8 @@ class DistillBatch:
     prediction: Prediction | None = None  # made by the first phase that needs it
     heldout_gap: Tensor | None = None  # (2,) sum and count, left by the discriminator for the guards
     scored: Scored | None = None  # left by the fake score for the student's phase
+    # the teacher's velocity and the heads' features there, with a graph to the student's data, if objectives share them
+    taught: tuple[Tensor, Any] | None = None
     latent_shape: tuple[int, ...] = ()  # (C, h, w), given where there are no latents
 
     @property
@@ -199,6 +218,10 @@ class Scored(NamedTuple):
     tau: Tensor  # (B,)
     velocity: Tensor  # (B, C, h, w) the answer, before the fake score learned from it
 
+    def following(self, data: Tensor) -> Tensor:
+        """Return x with a graph to the student's data, of which it is made."""
+        return self.x + flow.expand(1 - self.tau, data) * (data - data.detach())
+
 
 class Predictor:
     """Runs the student on a batch, once per step for all phases."""
@@ -219,12 +242,24 @@ class Predictor:
             batch.prediction = self.chain(student, batch, rng, graph)
         elif batch.prediction is None:
             x, t, on_path = self.input(student, batch, rng)
+            batch.prediction = Prediction(x, t, on_path, x, end=self.draw_ends(t, rng))
             with torch.set_grad_enabled(graph):
-                batch.prediction = Prediction(x, t, on_path, flow.to_data(x, t, student(x, t, batch.text)))
+                self.run(student, batch.prediction, batch.text)
         elif last and not batch.prediction.data.requires_grad:
-            x, t = batch.prediction.x, batch.prediction.t
-            batch.prediction.data = flow.to_data(x, t, student(x, t, batch.text))
+            self.run(student, batch.prediction, batch.text)
         return batch.prediction
+
+    @staticmethod
+    def run(student: Denoiser, prediction: Prediction, text: TextEmbedding) -> None:
+        """Fill in the student's data."""
+        x, t = prediction.x, prediction.t
+        prediction.data = flow.to_data(x, t, student(x, prediction.times, text))
+
+    def draw_ends(self, t: Tensor, rng: SampleRandom) -> Tensor | None:
+        """Draw (B,) times down to which velocities are averages; t itself for those that are none."""
+        if self.config.intervals is None:
+            return None
+        return torch.where(rng.uniform() < self.config.intervals, t * rng.uniform(), t)
 
     @torch.no_grad()
     def input(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom) -> tuple[Tensor, Tensor, bool]:
@@ -255,6 +290,9 @@ class Predictor:
         batch.share_prompts(count)
         noise = rng.normal(*batch.shape).unflatten(0, (-1, count))  # (B / K, K, C, h, w)
         times = torch.tensor([*self.config.times_of(count), 0.0], device=noise.device)
+        if self.config.scatter:
+            drawn = torch.rand(count - 1, generator=steps).clamp(min=0.02).sort(descending=True).values
+            times[1:-1] = drawn.to(times)
         states, predicted, x = [], [], noise[:, 0]
         for step, (t, t_next) in enumerate(pairwise(times.unsqueeze(1).expand(-1, len(noise)))):
             with torch.set_grad_enabled(graph):
@@ -279,9 +317,9 @@ class Predictor:
     def draw_times(self, step: int, rng: SampleRandom) -> Tensor:
         """Draw (B,) sigmas, or continuous times for a fraction of them."""
         uniform = rng.uniform()
-        levels = self.config.probabilities_at(step).cumsum(0).to(uniform.device)
+        levels = self.config.probabilities_at(step).cumsum(0).to(uniform.device, non_blocking=True)
         place = torch.searchsorted(levels, uniform, right=True).clamp(max=len(levels) - 1)
-        t = self.times.to(uniform.device)[place]
+        t = self.times.to(uniform.device, non_blocking=True)[place]
         continuous = self.config.continuous_times
         if continuous is None:
             return t

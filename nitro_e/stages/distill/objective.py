@@ -7,7 +7,8 @@ score) are phases that the objective brings along; they run before the student's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -29,18 +30,26 @@ class Shared:
     null_text: TextEmbedding  # (1, L, D), (1, L): the null prompt
     predict: Callable[..., Prediction]  # (batch, rng, last=False): the student's forward of this step
     student: Denoiser  # the student's net, for objectives that call it at other inputs (`direct`)
+    bare: Denoiser  # the student itself, for passes without a graph and for tangents
     heldout: float  # share of the prompts that nothing is trained on
     seed: int
     device: torch.device
+    discriminator: Any = (
+        None  # the adversarial objective, if others share its pass of the teacher (`share_score`)
+    )
 
     def training(self, batch: DistillBatch) -> Tensor:
         """Return (B,): 1 for prompts that are trained on, 0 for held-out ones; a function of the prompt alone."""
         places = [seed_of("held out", prompt) / 2**63 for prompt in batch.prompts]
-        return torch.tensor([float(place >= self.heldout) for place in places], device=batch.text.mask.device)
+        keep = torch.tensor([float(place >= self.heldout) for place in places])
+        return keep.to(batch.text.mask.device, non_blocking=True)
 
     @torch.no_grad()
-    def guided(self, x: Tensor, t: Tensor, text: TextEmbedding, scale: float) -> Tensor:
-        """Return the teacher's velocity (B, C, h, w) with classifier-free guidance, without a graph."""
+    def guided(self, x: Tensor, t: Tensor, text: TextEmbedding, scale: float | Tensor) -> Tensor:
+        """Return the teacher's velocity (B, C, h, w) with classifier-free guidance, without a graph.
+
+        scale: for all rows, or (B,).
+        """
         return guided_velocity(self.teacher, x, t, text, self.null_text, scale).velocity
 
 
@@ -67,3 +76,20 @@ class Objective(Protocol):
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what to minimise, (B,), and what to log as in Phase.loss."""
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """Average over everything but the batch: (B, ...) -> (B,)."""
+    return values.flatten(1).mean(dim=1)
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Give the weights of a module no gradients; those through it to its input remain."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -16,7 +16,7 @@ from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import expand
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
-from nitro_e.stages.distill.objective import Balance, Shared
+from nitro_e.stages.distill.objective import Balance, Shared, per_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Diffusion:
             if prediction.on_path or config.on_rollout
             else torch.zeros_like(prediction.t)
         )
-        return values.flatten(1).mean(dim=1) * wanted, {}
+        return per_sample(values) * wanted, {}
 
     def target(self, prediction: Prediction, batch: DistillBatch) -> Tensor:
         """Return the target, (B, C, h, w) data."""
@@ -125,4 +125,4 @@ class Reflow:
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         error = (prediction.data - batch.stored_latents) / expand(prediction.t, prediction.data)
-        return error.square().flatten(1).mean(dim=1), {}
+        return per_sample(error.square()), {}

@@ -4,8 +4,8 @@ Every step runs the phases that the objectives bring (the discriminator's heads,
 it is due, on one forward pass of the student (Sauer et al., arXiv 2403.12015; order of phases as there). The student's
 sigmas are part of the weights: they are stored with them and used as they are by every sampler.
 
-To add an objective (SiD, flow maps, ...): a config class, a class of the form `objective.Objective`, a field of
-DistillConfig, and a line in OBJECTIVES. Left out: FSDP (the 304M model does not need it) and fp16.
+To add an objective: a config class, a class of the form `objective.Objective`, a field of DistillConfig, and a line in
+OBJECTIVES. Left out: FSDP (the 304M model does not need it) and fp16.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ from nitro_e.data.prompts import PromptsConfig
 from nitro_e.interfaces import Model, Phase, TextEmbedding
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.samplers import SAMPLER_ALIASES, SamplingConfig, scale_time
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
 from nitro_e.stages.distill import guards
 from nitro_e.stages.distill.adversarial import Adversarial, AdversarialConfig
+from nitro_e.stages.distill.flow_map import FlowMap, FlowMapConfig
 from nitro_e.stages.distill.guards import GuardConfig, describe_prediction
 from nitro_e.stages.distill.heads import Backbone
 from nitro_e.stages.distill.imitate import Imitate, ImitateConfig
@@ -42,6 +45,7 @@ OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of Disti
     "reflow": Reflow,
     "score": Score,
     "imitate": Imitate,
+    "flow_map": FlowMap,
     "adversarial": Adversarial,
 }
 MEASUREMENTS = 16  # steps over which the weight `auto` is measured
@@ -65,6 +69,7 @@ class DistillConfig(Config):
     adversarial: AdversarialConfig | None = None  # discriminator heads on the teacher's features; null: off
     score: ScoreConfig | None = None  # distribution matching with a fake score; null: off
     imitate: ImitateConfig | None = None  # the teacher's velocity on the student's own states; null: off
+    flow_map: FlowMapConfig | None = None  # the teacher's path in one jump (consistency, MeanFlow); null: off
     # prompts alone instead of pairs, for objectives that need no images; leave `data` out then
     prompts: PromptsConfig | None = None
     guards: GuardConfig | None = field(default_factory=GuardConfig)
@@ -74,6 +79,7 @@ class DistillConfig(Config):
     # steps from one in which the student learns to the next; networks beside it (heads, fake score) learn in all
     every: Annotated[int, Ge(1)] = 1
     start: Annotated[int, Ge(0)] = 0  # the first step in which the student learns
+    adapter: AdapterConfig | None = None  # LoRA on the student; null: all its weights are trained
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-5, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0, warmup=500, decay=0.2, clip=1.0
@@ -112,13 +118,35 @@ class DistillConfig(Config):
             raise ConfigError(
                 f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
             )
+        if inputs.intervals is not None:
+            others = [name for name in OBJECTIVES if name != "flow_map" and getattr(self, name)]
+            if self.flow_map is None or self.flow_map.kind == "discrete" or others or self.guards:
+                raise ConfigError(
+                    "inputs.intervals: average velocities predict no data; only flow_map of kind 'continuous' can be trained"
+                )
         if inputs.noise == "chain" and self.sample_steps:
             raise ConfigError("sample_steps: inputs.counts says the steps of chains; leave it out")
         if inputs.noise != "chain":
             if self.imitate:
                 raise ConfigError("imitate follows the student's own states: it needs inputs.noise: chain")
-            if self.score and self.score.times.range == "step":
-                raise ConfigError("score.times.range 'step' needs the steps of inputs.noise: chain")
+            if self.score and self.score.needs_chains:
+                raise ConfigError(
+                    f"{', '.join(self.score.needs_chains)}: the steps that are meant are those of inputs.noise: chain"
+                )
+        if (
+            adversarial
+            and adversarial.share_score
+            and (self.score is None or self.score.form in ("sid", "sim"))
+        ):
+            raise ConfigError(
+                "adversarial.share_score: there is no score of form 'dmd' or 'vsd' to share with"
+            )
+        if self.score and self.score.divergence != "reverse_kl":
+            if adversarial is None or not adversarial.share_score or adversarial.loss != "non_saturating":
+                raise ConfigError(
+                    f"score.divergence '{self.score.divergence}' reads density ratios: it needs adversarial: "
+                    "{loss: non_saturating, share_score: true}"
+                )
         if self.score and self.score.noise == "trajectory" and self.sampler != "euler":
             raise ConfigError(
                 f"score.noise 'trajectory' is Euler's, but stage.sampler is '{self.sampler}'; set noise: fresh"
@@ -140,7 +168,7 @@ class DistillConfig(Config):
     def schedules(self) -> tuple[tuple[float, ...], ...]:
         """The falling times of every number of steps on offer; none for a student of all times (reflow)."""
         sigmas, continuous = self.inputs.sigmas, self.inputs.continuous_times
-        if continuous is not None and continuous.share == 1:
+        if continuous is not None and continuous.share == 1 and not self.sample_steps:
             return ()
         size = len(sigmas)
         counts = self.sample_steps or sorted(self.inputs.chain_counts)
@@ -219,6 +247,9 @@ class Distill:
         device: torch.device,
     ) -> None:
         """student: trained in place; teacher: frozen; backbone(taps): the teacher's features for the discriminator."""
+        if config.adapter is not None:
+            assert isinstance(student, Model), "LoRA needs a model that names its layers"
+            add_adapter(student, config.adapter, seed)
         self.config, self.model, self.device = config, student, device
         self.student = Student(student, config.time_scale).to(device)
         self.predictor = Predictor(config.inputs, config.sampler, seed)
@@ -226,7 +257,15 @@ class Distill:
             "student", self.student, self.loss, config.optim, every=config.every, start=config.start
         )
         self.shared = Shared(
-            teacher, backbone, null_text, self.predict, self.velocity, config.heldout, seed, device
+            teacher,
+            backbone,
+            null_text,
+            self.predict,
+            self.velocity,
+            self.student,
+            config.heldout,
+            seed,
+            device,
         )
         self.objectives: list[Objective] = [
             build(getattr(config, name), self.shared)
@@ -315,8 +354,13 @@ class Distill:
             scale = torch.where(median.isnan(), torch.full_like(median, balance.fallback), median)
             yield name, weight * scale, term
 
-    def export(self, model: nn.Module) -> nn.Module:
-        return model
+    def export(self, model: Any) -> nn.Module:
+        return dense(model) if has_adapter(model) else model
+
+    def write_extras(self, model: Model, folder: Path) -> None:
+        """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
+        if has_adapter(model):
+            save_adapter(model, folder / "adapter")
 
 
 class DistillRun(Distill):

@@ -6,7 +6,6 @@ advantage  scores -> advantages
 groups     the prompts and images of every process and update
 policy     the trained model beside its frozen copies
 algorithm  interface of an objective; clipped, nft: the objectives there are; kl: their penalty
-adapter    LoRA, in files under the released names
 stage      the rollouts on the engine
 """
 

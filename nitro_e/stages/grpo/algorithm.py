@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nitro_e.config import Config, ConfigError, Ge
 from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.samplers import Guided, guided_velocity
@@ -36,6 +37,7 @@ class Shared:
     cfg_grad: Literal["both", "cond"]
     updates: int  # optimiser steps per rollout
     max_advantage: float
+    latent_numbers: int  # D
     autocast: Callable[[], AbstractContextManager]
     device: torch.device
 
@@ -54,10 +56,10 @@ class Shared:
             return self.velocity(reference, x, t, text, reference)
 
     def kl_penalty(
-        self, policy: Guided, reference: Guided | None, step: Tensor
+        self, policy: Guided, reference: Guided | None, rows: Rows
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Return the weighted KL to the reference, 0 without one, and its logs."""
-        return (0.0, {}) if self.kl is None else self.kl(policy, reference, step)
+        """Return the weighted KL of the rows to the reference, 0 without one, and its logs."""
+        return (0.0, {}) if self.kl is None else self.kl(policy, reference, rows.step, rows.gate)
 
 
 class Algorithm(Protocol):
@@ -98,3 +100,27 @@ class AlgorithmConfig(Protocol):
 
     def build(self, shared: Shared) -> Algorithm:
         """Make the algorithm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalLatentsConfig(Config):
+    """What objectives share that need no transitions, only final latents, which they noise again to some times."""
+
+    keeps_old: ClassVar[bool] = True
+
+    times: Annotated[int, Ge(1)] = 9  # training times per image: the first steps of the rollout's grid
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kl: KLConfig = self.kl  # type: ignore[attr-defined]  # a field of every subclass, with a default of its own
+        if kl.kind != "velocity" or kl.units not in (None, "velocity"):
+            raise ConfigError(f"kl.kind: {self.kind} has no transitions; use velocity")  # type: ignore[attr-defined]
+
+    def schedule(self, rollout: RolloutConfig) -> Schedule:
+        """All steps of a rollout are steps of the ODE."""
+        if self.times > rollout.steps:
+            raise ConfigError(f"algorithm.times {self.times}: a rollout has {rollout.steps} steps")
+        return rollout.schedule(None)
+
+    def rows_per_image(self, rollout: RolloutConfig) -> int:
+        return self.times

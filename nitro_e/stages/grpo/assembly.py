@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from nitro_e.config import ConfigError
 from nitro_e.data import Data
 from nitro_e.data.prompts import load_prompts
 from nitro_e.interfaces import Stage
 from nitro_e.record import run_folder
 from nitro_e.rewards import build_rewards
+from nitro_e.stages.adapter import size_of
 from nitro_e.stages.assembly import Parts, Run, StageKind
 from nitro_e.stages.grpo.groups import Layout
 from nitro_e.stages.grpo.stage import GRPO, GRPOConfig
@@ -85,7 +88,13 @@ def summary(config: Run[GRPOConfig], data: Data | None, world: int, flops: float
     shares, pool = layout(config, world), load_prompts(stage.prompts)
     rollouts, images = config.engine.steps // stage.updates, stage.groups * stage.group_size
     rows, passes = shares.micro_batch, shares.accumulate
+    kept = (
+        []
+        if stage.adapter is None
+        else ["base                 the weights under the adapter are kept once, in RUN/base"]
+    )
     return [
+        *kept,
         f"rollouts             {rollouts:,} of {stage.groups} prompts x {stage.group_size} images, {stage.updates} updates each",
         f"images               {rollouts * images:,}; each of {len(pool):,} prompts {rollouts * stage.groups / len(pool):.1f} times",
         f"global batch         {rows * passes * world} rows (images x {shares.steps} trained steps) = "
@@ -94,11 +103,24 @@ def summary(config: Run[GRPOConfig], data: Data | None, world: int, flops: float
     ]
 
 
-def further_copies(config: Run[GRPOConfig]) -> int:
-    """Frozen copies come on top; an adapter has next to no moments, and its reference is the model itself."""
+def further_copies(config: Run[GRPOConfig]) -> float:
+    """Count the frozen copies of all weights; an adapter is kept alone, so that the model's own copies fall away."""
     algorithm, adapter = config.stage.algorithm, config.stage.adapter
-    reference = -2 if adapter is not None else int(algorithm.kl.beta > 0)
-    return reference + algorithm.keeps_old
+    if adapter is None:
+        return int(algorithm.kl.beta > 0) + algorithm.keeps_old
+    averages = 2 * (config.engine.ema is not None)
+    with torch.device("meta"):
+        model = config.model.build()
+    share = size_of(model, adapter) / sum(parameter.numel() for parameter in model.parameters())
+    return (4 + averages + algorithm.keeps_old) * share - (4 + averages)
 
 
-KIND = StageKind(check, split, build, summary, further_copies=further_copies, reads_data=lambda config: False)
+KIND = StageKind(
+    check,
+    split,
+    build,
+    summary,
+    further_copies=further_copies,
+    reads_data=lambda config: False,
+    period=lambda config: config.stage.updates,
+)

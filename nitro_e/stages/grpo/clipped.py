@@ -28,13 +28,14 @@ class ClippedConfig(Config):
     keeps_old: ClassVar[bool] = False
 
     kind: Literal["clipped"] = "clipped"  # clipped policy gradient (Flow-GRPO)
-    clip_low: Annotated[float, Gt(0), Lt(1)] = 3e-4  # the ratio is held in 1 - clip_low ... 1 + clip_high
-    clip_high: Annotated[float, Gt(0), Lt(1)] = 3e-4  # upper half of the clip range
+    # the ratio is held in 1 - clip_low ... 1 + clip_high; null: 3e-4, or with ratio_norm 6e-6 at 8,192 latent numbers
+    clip_low: Annotated[float, Gt(0), Lt(1)] | None = None
+    clip_high: Annotated[float, Gt(0), Lt(1)] | None = None  # upper half of the clip range; null: likewise
     kl: KLConfig = field(default_factory=KLConfig)
     # GRPO-Guard (arXiv 2510.22319): log-ratios without their bias, at one scale for all steps
     ratio_norm: bool = False
-    # Weights of the sampler's steps, mean 1 over the trained ones. noise: by std (TempFlow-GRPO, arXiv 2508.04324);
-    # 1/h: by the inverse of their length, which differs from `none` only with rollout.shift other than 1
+    # Weights of the sampler's steps. noise: by std, mean 1 over the trained ones (TempFlow-GRPO, arXiv 2508.04324);
+    # 1/h: the inverse of their length as it is, which raises the objective against the KL penalty (GRPO-Guard)
     step_weight: StepWeight = "none"
 
     def schedule(self, rollout: RolloutConfig) -> Schedule:
@@ -43,6 +44,15 @@ class ClippedConfig(Config):
 
     def rows_per_image(self, rollout: RolloutConfig) -> int:
         return rollout.window.size
+
+    def clip(self, numbers: int) -> tuple[float, float]:
+        """Return the clip range for latents of so many numbers.
+
+        The random part of a log-ratio, a mean over them, falls with their root. GRPO-Guard's 2e-6 is for 65,536.
+        """
+        chosen = 2e-6 * (65_536 / numbers) ** 0.5 if self.ratio_norm else 3e-4
+        low, high = (chosen if given is None else given for given in (self.clip_low, self.clip_high))
+        return low, high
 
     def build(self, shared: Shared) -> Clipped:
         return Clipped(self, shared)
@@ -57,6 +67,7 @@ class Clipped:
         self.config, self.shared = config, shared
         schedule, self.sde = shared.schedule, shared.schedule.sde.to(shared.device)
         self.weights = step_weights(config.step_weight, schedule.sde, schedule.trained()).to(shared.device)
+        self.clip = config.clip(shared.latent_numbers)
         self.rollout_model = shared.policy.model
         # of every update but the first, in before_updates
         self.frozen_passes = (shared.updates - 1) / shared.updates
@@ -82,9 +93,8 @@ class Clipped:
         mean = table.mean(rows.x, policy.velocity)  # (R, C, h, w)
         old = mean.detach() if rows.old is None else table.mean(rows.x, rows.old)
         change = log_ratio(rows.x_next, mean, old, table.std, self.config.ratio_norm)  # (R,)
-        low, high = self.config.clip_low, self.config.clip_high
-        objective = clipped_objective(change.exp(), rows.advantage, low, high)
-        penalty, logs = shared.kl_penalty(policy, reference, rows.step)
+        objective = clipped_objective(change.exp(), rows.advantage, *self.clip)
+        penalty, logs = shared.kl_penalty(policy, reference, rows)
         logs |= {"objective": objective.mean(), **rows.stats}
         with torch.no_grad():
             logs |= self.telemetry(rows, table, mean, old, change)
@@ -106,9 +116,7 @@ class Clipped:
         logs = {name: values.mean() for name, values in numbers.items()}
         for name, values in numbers.items():
             logs |= self.shared.schedule.by_step(name, values, rows.step)
-        # where the clip acts: beyond it in the direction that pays
-        logs["clip_low"] = ((ratio < 1 - self.config.clip_low) & (rows.advantage < 0)).float().mean()
-        logs["clip_high"] = ((ratio > 1 + self.config.clip_high) & (rows.advantage > 0)).float().mean()
+        logs |= clip_shares(ratio, rows.advantage, *self.clip)
         logs["rollout_gap"] = (drawn - rows.log_prob).abs().mean()  # other batch shapes than in training
         return logs
 
@@ -129,7 +137,15 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, low: float, high: float)
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
 
 
+def clip_shares(ratio: Tensor, advantage: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """Measure where the clip acts: the shares of rows (B,) beyond it in the direction that pays."""
+    below, above = (ratio < 1 - low) & (advantage < 0), (ratio > 1 + high) & (advantage > 0)
+    return {"clip_low": below.float().mean(), "clip_high": above.float().mean()}
+
+
 def step_weights(kind: StepWeight, table: Transitions, steps: range) -> Tensor:
-    """Return the weights (N,) of the sampler's steps, scaled to mean 1 over the trained ones."""
-    weights = {"none": torch.ones_like(table.h), "noise": table.std, "1/h": 1 / table.h}[kind]
+    """Return the weights (N,) of the sampler's steps; `noise` is scaled to mean 1 over the trained ones."""
+    if kind == "1/h":
+        return 1 / table.h
+    weights = table.std if kind == "noise" else torch.ones_like(table.h)
     return weights / weights[steps.start : steps.stop].mean()

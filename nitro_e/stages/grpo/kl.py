@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from nitro_e.config import Config, Ge
+from nitro_e.config import Config, Ge, Gt, Lt
 from nitro_e.sampling.samplers import Guided
 from nitro_e.stages.grpo.sde import Schedule, Transitions, per_sample
 
@@ -23,6 +23,11 @@ class KLConfig(Config):
     beta: Annotated[float, Ge(0)] = 1e-3  # 0: no reference is kept
     # the kind that beta is given for, which is converted to `kind`; None: the same
     units: KLKind | None = None
+    # Both after GARDO (arXiv 2512.24138). refresh_every: rollouts after which the policy becomes its own reference; null:
+    # the first weights stay. gate: share of the images that the penalty acts on, those whose trained rewards rank them
+    # highest above what the monitored rewards do (`doubt`); null: all
+    refresh_every: Annotated[int, Ge(1)] | None = None
+    gate: Annotated[float, Gt(0), Lt(1)] | None = None
 
     def weight(self, schedule: Schedule) -> float:
         """Return the weight of `kind`: beta, converted from its units."""
@@ -58,9 +63,12 @@ class KLPenalty:
         self.weights = (config.weight(schedule) * kl_coefficients(config.kind, schedule.sde)).to(device)
 
     def __call__(
-        self, policy: Guided, reference: Guided | None, step: Tensor
+        self, policy: Guided, reference: Guided | None, step: Tensor, gate: Tensor
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Compare velocities of R rows, at steps (R,) of the sampler; without a reference the penalty is 0."""
+        """Compare velocities of R rows, at steps (R,) of the sampler; without a reference the penalty is 0.
+
+        gate: (R,) 1 where the penalty acts, 0 elsewhere. What is logged are the velocities' distances in all rows.
+        """
         if reference is None:
             return 0.0, {}
         kl = per_sample((policy.velocity - reference.velocity).square())  # (R,)
@@ -69,4 +77,17 @@ class KLPenalty:
             # the null prompt's velocity: guidance reads it, and no reward holds it in place
             drift = policy.unconditional.detach() - reference.unconditional
             logs["null_drift"] = drift.square().mean()
-        return (kl * self.weights[step]).mean(), logs
+        return (kl * self.weights[step] * gate).mean(), logs
+
+
+def doubtful(trained: Tensor, monitored: Tensor, share: float) -> Tensor:
+    """Choose the images (G, K) that may please the trained rewards alone: 1 for the most doubtful ones, 0 for the others.
+
+    trained, monitored: (G, K, R) win rates within the groups, NaN where there is none. The doubt of an image is the mean
+    of the first less the mean of the second; of the whole rollout the given share of images is chosen.
+    """
+    doubt = (trained.nanmean(dim=2) - monitored.nanmean(dim=2)).nan_to_num(-1.0)  # (G, K)
+    count = max(round(share * doubt.numel()), 1)
+    gate = torch.zeros_like(doubt).flatten()
+    gate[doubt.flatten().topk(count).indices] = 1
+    return gate.view_as(doubt)

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Lt
+from nitro_e.config import Ge, Gt, Le, Lt
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
-from nitro_e.stages.grpo.algorithm import Shared
+from nitro_e.stages.grpo.algorithm import FinalLatentsConfig, Shared
 from nitro_e.stages.grpo.kl import KLConfig
-from nitro_e.stages.grpo.rollout import RolloutConfig, Rows
-from nitro_e.stages.grpo.sde import Schedule, per_sample
+from nitro_e.stages.grpo.rollout import Rows
+from nitro_e.stages.grpo.sde import per_sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFTConfig(Config):
-    keeps_old: ClassVar[bool] = True
-
+class NFTConfig(FinalLatentsConfig):
     kind: Literal["nft"] = "nft"  # DiffusionNFT: forward-process regression
     # how far the two velocities reach from the old one to the new one
     beta: Annotated[float, Gt(0), Le(1)] = 1.0
-    times: Annotated[int, Ge(1)] = 9  # training times per image: the first steps of the rollout's grid
     kl: KLConfig = field(default_factory=lambda: KLConfig(beta=1e-4))
     lag: Annotated[float, Ge(0)] = 1e-3  # the policy that draws is an average: decay lag * rollout ...
     max_lag: Annotated[float, Ge(0), Lt(1)] = 0.5  # ... up to this
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kl.kind != "velocity" or self.kl.units not in (None, "velocity"):
-            raise ConfigError("kl.kind: nft has no transitions; use velocity")
-
-    def schedule(self, rollout: RolloutConfig) -> Schedule:
-        """All steps of a rollout are steps of the ODE."""
-        if self.times > rollout.steps:
-            raise ConfigError(f"algorithm.times {self.times}: a rollout has {rollout.steps} steps")
-        return rollout.schedule(None)
-
-    def rows_per_image(self, rollout: RolloutConfig) -> int:
-        return self.times
 
     def build(self, shared: Shared) -> NFT:
         return NFT(self, shared)
@@ -77,7 +60,7 @@ class NFT:
         optimality = rows.advantage / largest / 2 + 0.5  # -largest..largest -> 0..1
         loss = nft_loss(rows.latents, x, t, policy.velocity, old, optimality, self.config.beta)  # (R,)
         objective = largest * loss
-        penalty, logs = shared.kl_penalty(policy, reference, rows.step)
+        penalty, logs = shared.kl_penalty(policy, reference, rows)
         change = per_sample((policy.velocity - old).square())
         logs |= {"kl_old": change.mean(), **shared.schedule.by_step("kl_old", change, rows.step)}
         logs |= {"objective": objective.mean(), **rows.stats}

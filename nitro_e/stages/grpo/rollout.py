@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nitro_e.config import Config, Ge, Gt, Le
+from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.sampling.flow import TimeGrid, time_grid
-from nitro_e.sampling.samplers import Velocity
+from nitro_e.sampling.samplers import SAMPLERS, Velocity
 from nitro_e.stages.grpo.sde import Schedule, SDEConfig, Window, WindowConfig, log_prob
 
 
@@ -26,12 +26,44 @@ class RolloutConfig(Config):
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # in the rollout and in the update; 0 or 1: none
     sde: SDEConfig = field(default_factory=SDEConfig)  # the stochastic sampler of trained steps
     window: WindowConfig = field(default_factory=WindowConfig)
+    # of rollouts without a window (nft, awm): heun takes two passes per step
+    solver: Literal["euler", "heun"] = "euler"
     shared_noise: bool = False  # one first noise per group; the SDE alone makes its images differ
-    per_device: Annotated[int, Ge(1), Le(65536)] = 64  # images that a process draws at a time
+    # one trajectory per group up to the window, where its images part (TempFlow-GRPO, arXiv 2508.04324): less to draw, but
+    # images that are more alike
+    branch: bool = False
+    per_device: Annotated[int, Ge(1), Le(65536)] = 64  # images that a process draws, and decodes, at a time
+    decode_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # the codec's arithmetic for images that are scored
+    )
 
     def schedule(self, window: WindowConfig | None) -> Schedule:
         """Build the schedule of these steps, random inside the window; None: the ODE alone."""
+        if window is None and self.branch:
+            raise ConfigError(
+                "rollout.branch: images part in the window, which this algorithm has not; set it to false"
+            )
+        if window is not None and self.branch and window.kind == "fixed" and window.start == 0:
+            raise ConfigError(
+                "rollout.branch: the window begins with the first step, so there is nothing to share; set window.start, "
+                "or window.kind to random"
+            )
+        if window is not None and self.solver != "euler":
+            raise ConfigError(
+                f"rollout.solver '{self.solver}': steps around a window are Euler steps; use euler"
+            )
         return Schedule(time_grid(self.steps, self.grid, self.shift), self.sde, window)
+
+    def passes(self, group_size: int, schedule: Schedule) -> float:
+        """Count the passes of the model that drawing an image takes, on average; of guided ones, each is a pair."""
+        if self.solver == "heun":
+            return 2 * self.steps - 1
+        if not self.branch or schedule.window is None:
+            return self.steps
+        # the mean first step of the window
+        steps = schedule.trained()
+        shared = (steps.start + steps.stop - self.window.size) / 2
+        return shared / group_size + self.steps - shared
 
 
 class Trajectory(NamedTuple):
@@ -44,15 +76,20 @@ class Trajectory(NamedTuple):
 
 @torch.no_grad()
 def sample_trajectory(
-    velocity: Velocity, x: Tensor, schedule: Schedule, window: Window, normal: Callable[..., Tensor]
+    velocity: Velocity,
+    x: Tensor,
+    schedule: Schedule,
+    window: Window,
+    normal: Callable[..., Tensor],
+    first: int = 0,
 ) -> Trajectory:
-    """Follow the schedule from noise x (B, C, h, w): SDE steps in the window, ODE steps outside.
+    """Follow the schedule from x (B, C, h, w), noise or the state before step `first`: SDE steps in the window, else ODE.
 
     velocity(x, t (B,)) -> (B, C, h, w); normal(C, h, w) -> (B, C, h, w), fresh at every call.
     """
     sde, ode = schedule.sde.to(x.device), schedule.ode.to(x.device)
     states, log_probs = [], []
-    for step in range(schedule.num):
+    for step in range(first, schedule.num):
         index = torch.full((len(x),), step, device=x.device)
         random = window.first <= step < window.stop
         table = (sde if random else ode).at(index)
@@ -73,6 +110,25 @@ def sample_trajectory(
     )
 
 
+@torch.no_grad()
+def shared_prefix(velocity: Velocity, x: Tensor, schedule: Schedule, window: Window) -> Tensor:
+    """Follow the ODE from noise x (g, C, h, w), one of each group, to the states before the window's first step."""
+    ode = schedule.ode.to(x.device)
+    for step in range(window.first):
+        table = ode.at(torch.full((len(x),), step, device=x.device))
+        x = table.mean(x, velocity(x, table.t))
+    return x
+
+
+@torch.no_grad()
+def solve_ode(velocity: Velocity, x: Tensor, schedule: Schedule, solver: str) -> Trajectory:
+    """Follow the ODE from noise x (B, C, h, w) with a solver of the samplers; nothing on the way is kept."""
+    ode = schedule.ode
+    times = torch.cat([ode.t, ode.t[-1:] - ode.h[-1:]]).to(x.device)
+    empty = x.new_empty(0, len(x))
+    return Trajectory(x.new_empty(0, *x.shape), empty, SAMPLERS[solver](velocity, x, times))
+
+
 @dataclass
 class Experience:
     """The S images of g prompts that one process drew in one rollout."""
@@ -82,6 +138,8 @@ class Experience:
     text: TextEmbedding  # (g, L, D)
     group: Tensor  # (S,) row of `text`
     advantages: Tensor  # (S,) float32
+    gate: Tensor  # (S,) 1 where the KL penalty acts, else 0
+    noise: Callable[[], Tensor]  # (S, T, C, h, w) of every row, drawn at the first call
     keys: list[str]  # (S,) for reports
 
 
@@ -99,6 +157,8 @@ class Rows:
     x: Tensor  # (R, C, h, w): where it starts
     x_next: Tensor  # (R, C, h, w): where it ended
     log_prob: Tensor  # (R,)
+    gate: Tensor  # (R,) 1 where the KL penalty acts, else 0
+    noise: Callable[[], Tensor]  # (R, C, h, w): of the row's own, the same at every call
     # (R, C, h, w): velocity before the rollout's first update; None: this is the first
     old: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)  # of the rollout, with its first micro-batch

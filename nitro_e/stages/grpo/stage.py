@@ -4,12 +4,15 @@ At every `updates`-th step the stream draws images with the weights as they are,
 (an image and a step of the sampler) until the updates are done. The text is encoded as for sampling, once per group.
 What is minimised over the rows is an algorithm's (algorithm.py); to add one, add its config to `Algorithms` below.
 
-Left out: branching from shared prefixes, training on the best and worst of a group only, gradients through rewards.
+Left out: training on the best and worst of a group only, gradients through rewards.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,31 +23,45 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.data.prompts import Prompt, PromptsConfig
 from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEncoder
 from nitro_e.randomness import SampleRandom
-from nitro_e.rewards import RewardConfig, Scorer, Scores
+from nitro_e.rewards import RewardConfig, Scorer, Scores, win_rates
 from nitro_e.sampling.samplers import guide
-from nitro_e.stages.grpo.adapter import AdapterConfig, add_adapter, dense, has_adapter, save_adapter
+from nitro_e.stages.adapter import AdapterConfig, add_adapter, dense, has_adapter, is_frozen, save_adapter
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, score_statistics
 from nitro_e.stages.grpo.algorithm import Algorithm, Shared
+from nitro_e.stages.grpo.awm import AWMConfig
 from nitro_e.stages.grpo.clipped import ClippedConfig
 from nitro_e.stages.grpo.groups import Layout, group_prompts
-from nitro_e.stages.grpo.kl import KLPenalty
+from nitro_e.stages.grpo.kl import KLPenalty, doubtful
 from nitro_e.stages.grpo.nft import NFTConfig
 from nitro_e.stages.grpo.policy import Policy
-from nitro_e.stages.grpo.rollout import Experience, RolloutConfig, Rows, Trajectory, sample_trajectory
+from nitro_e.stages.grpo.rollout import (
+    Experience,
+    RolloutConfig,
+    Rows,
+    Trajectory,
+    sample_trajectory,
+    shared_prefix,
+    solve_ode,
+)
 from nitro_e.stages.grpo.sde import Schedule, Window
+from nitro_e.stages.grpo.shown import Shown
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import gather_over_processes
 
 # the objectives there are; `kind` says which one a recipe means (see algorithm.AlgorithmConfig)
-Algorithms = ClippedConfig | NFTConfig
+Algorithms = ClippedConfig | NFTConfig | AWMConfig
 # over this many rollouts a reward may leave this share of its images unscored
 MONITORED_ROLLOUTS, MAX_UNSCORED = 10, 0.05
+CONSTANT_ROLLOUTS = 5  # in a row, until a reward that never differs is warned of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +86,10 @@ class GRPOConfig(Config):
         super().__post_init__()
         if all(reward.monitored for reward in self.rewards):
             raise ConfigError("rewards: none has a weight, so there is nothing to train on")
+        if self.algorithm.kl.gate is not None and not any(reward.monitored for reward in self.rewards):
+            raise ConfigError(
+                "algorithm.kl.gate compares with monitored rewards: give one the weight 0, or leave it out"
+            )
         self.schedule()
 
     def schedule(self) -> Schedule:
@@ -117,7 +138,12 @@ class GRPO:
             add_adapter(model, config.adapter, seed)
         self.model = model
         self.schedule, kl = config.schedule(), config.algorithm.kl
-        self.policy = Policy(model, reference=kl.beta > 0, old=config.algorithm.keeps_old).to(device)
+        self.policy = Policy(
+            model,
+            reference=kl.beta > 0,
+            old=config.algorithm.keeps_old,
+            refreshed=kl.refresh_every is not None,
+        ).to(device)
         self.null_text = text.encode([""])
         shared = Shared(
             policy=self.policy,
@@ -128,6 +154,7 @@ class GRPO:
             cfg_grad=config.cfg_grad,
             updates=config.updates,
             max_advantage=config.advantage.clip,
+            latent_numbers=math.prod(latent_shape),
             autocast=autocast,
             device=device,
         )
@@ -137,6 +164,10 @@ class GRPO:
         self.batch_size, self.period = layout.micro_batch, config.updates
         self.forward_flops = forward_flops * self._passes_per_row()
         self.fingerprint = self._fingerprint()
+        trained = [reward.title for reward in config.rewards if not reward.monitored]
+        self.headline = (*(f"reward/{title}" for title in trained), *(["kl"] if kl.beta else []))
+        self.shown = Shown()  # images of the last rollout
+        self.constant: dict[str, int] = {}  # rollouts in a row in which a reward told no image from another
         # (R, 2) counts so far, after each of the last rollouts: images without a score, images with one
         self.unscored: deque[Tensor] = deque(maxlen=MONITORED_ROLLOUTS + 1)
 
@@ -144,9 +175,8 @@ class GRPO:
         """Work per training row in units of one forward and backward pass (of 3 forward passes), for the FLOPs."""
         c = self.config
         # without gradients: the reference, the drawing of the image, and what the algorithm needs besides
-        frozen = (
-            (c.algorithm.kl.beta > 0) + c.rollout.steps / self.layout.steps + self.algorithm.frozen_passes
-        )
+        drawing = c.rollout.passes(c.group_size, self.schedule)
+        frozen = (c.algorithm.kl.beta > 0) + drawing / self.layout.steps + self.algorithm.frozen_passes
         if not c.guided:
             return (3 + frozen) / 3
         return ((6 if c.cfg_grad == "both" else 3 + 1) + 2 * frozen) / 3
@@ -159,6 +189,10 @@ class GRPO:
         # `per_device` does not change what is drawn; its older name stays, as in the checkpoints of before
         rollout = {**to_dict(c.rollout), "batch_size": None}
         del rollout["per_device"]
+        # nor do checkpoints of before have these, where they are off
+        for key, off in (("solver", "euler"), ("branch", False), ("decode_dtype", "float32")):
+            if rollout[key] == off:
+                del rollout[key]
         return {
             "prompts": f"{len(self.pool)} {digest.hexdigest()}",
             "groups": c.groups,
@@ -173,13 +207,25 @@ class GRPO:
         sources = self.scorer.sources()
         return {"judges": sources} if sources else {}
 
+    def images(self) -> dict[str, Image.Image]:
+        """Return the images of this process's last rollout that scored best and worst, each with its scores."""
+        return self.shown.sheets()
+
     # ---- files
 
     def export(self, model: Any) -> Model:
         return dense(model) if has_adapter(model) else model
 
+    def base(self) -> Model:
+        """Return the model that the adapter is trained on."""
+        return dense(self.model, merged=False)
+
+    def is_frozen(self, name: str) -> bool:
+        """Tell whether a tensor of the phase's module, or of an average of the model, is one of the base's."""
+        return self.config.adapter is not None and is_frozen(name)
+
     def write_extras(self, model: Model, folder: Path) -> None:
-        """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
+        """Write the adapter, beside merged weights or alone, as a PEFT folder under the released names."""
         if has_adapter(model):
             save_adapter(model, folder / "adapter")
 
@@ -193,6 +239,9 @@ class GRPO:
             )
         rollout = step // self.config.updates
         while True:
+            every = self.config.algorithm.kl.refresh_every
+            if every is not None and rollout and rollout % every == 0 and self.policy.reference is not None:
+                self.policy.refresh()
             self.algorithm.before_rollout(rollout)
             experience, stats = self.collect(rollout, rank)
             updates = [list(self.rows(experience, update)) for update in range(self.config.updates)]
@@ -212,44 +261,55 @@ class GRPO:
         first, stop = images.start // size, -(-images.stop // size)  # groups of images that are drawn here
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
-        parts, scores, views = [], [], []
+        parts, drawn = [], []
         for start in range(images.start, images.stop, self.config.rollout.per_device):
             chunk = range(start, min(start + self.config.rollout.per_device, images.stop))
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
             with clock.of("draw"):
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
-            with clock.of("decode"):
-                pixels = self.codec.decode(parts[-1].latents).float()  # (B, 3, H, W)
-            with clock.of("reward"):
-                mine = [prompts[image // size] for image in chunk]
-                scores.append(self.scorer(pixels, [p.text for p in mine], [p.info for p in mine]).values)
-                views.append(F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1))  # (B, 3 * 64)
+            with clock.of("decode"), self.decoding():
+                drawn.append(self.codec.decode(parts[-1].latents).float())  # (B, 3, H, W)
+        pixels, mine = torch.cat(drawn), [prompts[image // size] for image in images]
+        del drawn
+        spent = self.scorer.seconds
+        with clock.of("reward"):
+            texts, info = [prompt.text for prompt in mine], [prompt.info for prompt in mine]
+            scores = self.scorer(pixels, texts, info, rollout).values  # (S, R)
+        views = F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1)  # (S, 3 * 64)
         trajectory = Trajectory(
             torch.cat([part.states for part in parts], dim=1),
             torch.cat([part.log_probs for part in parts], dim=1),
             torch.cat([part.latents for part in parts]),
         )
         self.check_rewards()
-        everything = gather_over_processes(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
+        everything = gather_over_processes(scores.to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
+        if rank == 0:
+            found = everything[images.start : images.stop]
+            self.shown = Shown.of(pixels, texts, found, self.scorer.names, weights)
+        del pixels
         advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
-        applies = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
+        applies = self.scorer.applies([prompt.info for prompt in prompts], rollout)  # (G, R)
         stats = score_statistics(
             everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, applies
         )
         stats |= {
             "advantage": advantage.abs().mean(),
-            "diversity": diversity(gather_over_processes(torch.cat(views)).unflatten(0, (-1, size))),
+            "diversity": diversity(gather_over_processes(views).unflatten(0, (-1, size))),
             "window": torch.tensor(float(window.first)),
             "rollout": torch.tensor(float(rollout)),
         }
-        stats |= {f"seconds/{name}": torch.tensor(seconds) for name, seconds in clock.seconds.items()}
+        took = {f"reward/{name}": seconds - spent[name] for name, seconds in self.scorer.seconds.items()}
+        stats |= {f"seconds/{name}": torch.tensor(value) for name, value in {**clock.seconds, **took}.items()}
+        self.warn_of_constant_rewards(stats)
         experience = Experience(
             trajectory=trajectory,
             window=window,
             text=text,
             group=torch.tensor([image // size - first for image in images], device=self.device),
             advantages=advantage.flatten()[images.start : images.stop].float().to(self.device),
+            gate=self.gate(everything).flatten()[images.start : images.stop].to(self.device),
+            noise=functools.cache(lambda: self.noise_of_rows(rollout, images)),
             keys=[f"rollout {rollout} '{prompts[image // size].text}' #{image % size}" for image in images],
         )
         return experience, {name: value.double().cpu() for name, value in stats.items()}
@@ -259,19 +319,63 @@ class GRPO:
         """Draw images of consecutive indices. Each has its own noise, whatever process or chunk it is drawn in."""
         purpose = (self.seed, "rollout", rollout)
         rng = SampleRandom(*purpose, first=images.start, count=len(images), device=self.device)
+        config, size = self.config.rollout, self.config.group_size
+        model, negative = self.algorithm.rollout_model, self.null_text
         x = rng.normal(*self.latent_shape)
-        if self.config.rollout.shared_noise:
-            size = self.config.group_size
+        if config.shared_noise or config.branch:
             groups = range(images.start // size, -(-images.stop // size))
             shared = SampleRandom(
                 *purpose, "group", first=groups.start, count=len(groups), device=self.device
-            )
-            x = shared.normal(*self.latent_shape)[[image // size - groups.start for image in images]]
-        velocity = guide(
-            self.algorithm.rollout_model, text, self.null_text, self.config.rollout.guidance_scale
-        )
+            ).normal(*self.latent_shape)
+            if config.branch:
+                of_groups = text.take([max(group * size - images.start, 0) for group in groups])
+                with self.autocast():
+                    velocity = guide(model, of_groups, negative, config.guidance_scale)
+                    shared = shared_prefix(velocity, shared, self.schedule, window)
+            x = shared[[image // size - groups.start for image in images]]
+        velocity = guide(model, text, negative, config.guidance_scale)
         with self.autocast():
-            return sample_trajectory(velocity, x, self.schedule, window, rng.normal)
+            if config.solver != "euler":
+                return solve_ode(velocity, x, self.schedule, config.solver)
+            first = window.first if config.branch else 0
+            return sample_trajectory(velocity, x, self.schedule, window, rng.normal, first)
+
+    def decoding(self) -> AbstractContextManager:
+        """Make the context that images are decoded in."""
+        lower = self.config.rollout.decode_dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=lower)
+
+    def warn_of_constant_rewards(self, stats: dict[str, Tensor]) -> None:
+        """Warn once of a trained reward that has told no image from another in several rollouts in a row."""
+        for name, weight in zip(self.scorer.names, self.scorer.weights.tolist()):
+            within = stats.get(f"reward/{name}/within_std")
+            if not weight or within is None:
+                continue
+            self.constant[name] = self.constant.get(name, 0) + 1 if within < 1e-8 else 0
+            if self.constant[name] == CONSTANT_ROLLOUTS:
+                log.warning(
+                    "reward '%s' gave all images of each prompt the same score in %d rollouts in a row: nothing is "
+                    "learned from it. Look at samples/ (rollout-best, rollout-worst), the prompts and the reward",
+                    name,
+                    CONSTANT_ROLLOUTS,
+                )
+
+    def noise_of_rows(self, rollout: int, images: range) -> Tensor:
+        """Draw (S, T, C, h, w), the noise of every row of these images, for objectives that need the same one twice."""
+        rng = SampleRandom(
+            self.seed, "matching", rollout, first=images.start, count=len(images), device=self.device
+        )
+        return rng.normal(self.layout.steps, *self.latent_shape)
+
+    def gate(self, scores: Tensor) -> Tensor:
+        """Tell from the scores (G K, R) of a rollout on which of its images (G, K) the KL penalty acts: 1, else 0."""
+        share, size = self.config.algorithm.kl.gate, self.config.group_size
+        if share is None:
+            return torch.ones(len(scores) // size, size)
+        groups = torch.arange(len(scores)) // size
+        rates = [win_rates(column, column.isfinite(), groups) for column in scores.unbind(1)]
+        ranks, monitored = torch.stack(rates, dim=1).unflatten(0, (-1, size)), self.scorer.weights == 0
+        return doubtful(ranks[..., ~monitored], ranks[..., monitored], share)
 
     def check_rewards(self) -> None:
         """Raise TrainingError if too many images of the last rollouts got no score; every process must call it."""
@@ -311,10 +415,17 @@ class GRPO:
                 group=experience.group[image],
                 keys=[experience.keys[index] for index in image.tolist()],
                 latents=latents[image],
+                gate=experience.gate[image],
+                noise=functools.partial(_rows_of, experience.noise, image, step),
                 x=states[step, image] if window else states,
                 x_next=states[step + 1, image] if window else states,
                 log_prob=log_probs[step, image] if window else log_probs,
             )
+
+
+def _rows_of(noise: Callable[[], Tensor], image: Tensor, step: Tensor) -> Tensor:
+    """Pick the noise of rows from that of all images and steps."""
+    return noise()[image, step]
 
 
 def diversity(views: Tensor) -> Tensor:

@@ -118,16 +118,30 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
             layer.enable_adapters(True)
 
 
+def size_of(model: Model, config: AdapterConfig) -> int:
+    """Count the numbers of an adapter that a model, which may be on the meta device, would get."""
+    chosen = [layer for layer in model.adapter_layers() if layer.attention or config.targets == "blocks"]
+    shapes = [(len(layer.names), *model.get_parameter(f"{layer.path}.weight").shape) for layer in chosen]
+    return sum(config.rank * (parts * inside + outside) for parts, outside, inside in shapes)
+
+
+def is_frozen(name: str) -> bool:
+    """Tell by its name whether a tensor of a model with an adapter is never trained; wrappers' prefixes do not matter."""
+    return ".lora_" not in name
+
+
 @torch.no_grad()
-def dense(model: Model) -> Model:
-    """Make a plain model with the adapter added to its weights."""
+def dense(model: Model, merged: bool = True) -> Model:
+    """Make a plain model of the weights, with the adapter added or without it."""
     state = dict(model.state_dict())
     for path in (layer.path for layer in adapter_layers(model)):
         if f"{path}.weight" in state:
             continue
         module = model.get_submodule(path)
         layers = list(module) if isinstance(module, Stacked) else [module]
-        state[f"{path}.weight"] = torch.cat([_weight(layer) for layer in layers])
+        state[f"{path}.weight"] = torch.cat(
+            [_weight(layer) if merged else _base(layer).weight for layer in layers]
+        )
         if _base(layers[0]).bias is not None:
             state[f"{path}.bias"] = torch.cat([_base(layer).bias for layer in layers])
     plain = model.config.build_empty()

@@ -1,0 +1,325 @@
+"""Results of a study: what its trainings cost, their validation losses and scores, all paired with the reference.
+
+Two intervals stand beside a difference of losses. The one of a seed is over the images of the validation: how sure it
+is that these two sets of weights differ. The one of the mean is over trainings: Student's t with the spread of seeds
+within variants, pooled over all variants of the study. Only the second says something about the variant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nitro_e.config import ConfigError, read_text, to_dict
+from nitro_e.evaluation import intervals, results
+from nitro_e.evaluation.evaluate import Evaluation, Options, evaluate
+from nitro_e.evaluation.intervals import Estimate
+from nitro_e.evaluation.results import Table, plain, signed
+from nitro_e.files import write_text
+from nitro_e.record.charts import interval_chart
+from nitro_e.record.environment import default_device, git_commit
+from nitro_e.record.pages import write_comparison
+from nitro_e.record.templating import write_page
+from nitro_e.stages import validation
+from nitro_e.studies.plan import Equal, Setting, Study, Trial, at_equal_flops, judged, trial
+from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done
+
+
+@dataclass
+class LossRow:
+    """The validation losses of one variant, and their differences to the reference's.
+
+    Every seed is paired with the reference's same seed, or its first; the mean over seeds is compared with the mean of
+    all the reference's seeds.
+    """
+
+    variant: str
+    equal: Equal
+    seeds: list[int]
+    costs: list[Cost]
+    losses: list[float]
+    by_time: list[float]  # mean over seeds
+    differences: list[Estimate] = field(default_factory=list)  # of every seed, paired by image
+    difference: Estimate = intervals.UNKNOWN  # of the means over seeds
+
+
+@dataclass
+class ScoreRow:
+    """One variant at one setting."""
+
+    variant: str
+    setting: str
+    equal: Equal = "steps"
+    scores: list[dict[str, float]] = field(default_factory=list)  # of every seed: title -> overall
+    differences: list[dict[str, Any]] = field(default_factory=list)  # of every seed: title -> Estimate
+    cpu_seconds: list[float] = field(default_factory=list)
+
+
+def done(plan: Study, name: str, equal: Equal) -> list[Trial]:
+    """List the finished trainings of a variant, by seed."""
+    make = {"steps": trial, "flops": at_equal_flops, "seconds": at_equal_time}[equal]
+    if equal == "seconds" and not all(
+        is_done(trial(plan, variant, plan.seeds_of(name)[0]).folder)
+        for variant in (name, plan.reference_variant)
+    ):
+        return []
+    found = [make(plan, name, seed) for seed in plan.seeds_of(name)]
+    return [each for each in found if is_done(each.folder)]
+
+
+def partner(plan: Study, seed: int) -> Trial | None:
+    """Return the finished training of the reference with this seed, or with its first one; None if there is none."""
+    others = {each.seed: each for each in done(plan, plan.reference_variant, "steps")}
+    return others.get(seed) or next(iter(others.values()), None)
+
+
+# ---- validation losses
+
+
+def loss_rows(plan: Study, chosen: Sequence[str]) -> list[LossRow]:
+    """Make a row per variant and kind of equality, as far as its trainings are done."""
+    found: dict[tuple[str, Equal], list[Trial]] = {}
+    for name in filter(plan.is_trained, chosen):
+        for equal in plan.equal_of(name):
+            if trials := done(plan, name, equal):
+                found[name, equal] = trials
+    references = done(plan, plan.reference_variant, "steps") if plan.base is None else []
+    read = {
+        each.folder: validation.read(each.folder)
+        for trials in (*found.values(), references)
+        for each in trials
+    }
+    losses = {folder: each.values.mean() for folder, each in read.items()}
+    # one training may stand for two kinds of equality
+    groups = {tuple(each.folder for each in trials) for trials in (*found.values(), references) if trials}
+    deviation, freedom = intervals.pooled_deviation(
+        [[losses[folder] for folder in group] for group in groups]
+    )
+    expected = [losses[each.folder] for each in references]
+    rows = []
+    for (name, equal), trials in found.items():
+        row = LossRow(
+            name,
+            equal,
+            [each.seed for each in trials],
+            [cost_of(each.folder, each.config) for each in trials],
+            [float(losses[each.folder]) for each in trials],
+            np.mean([read[each.folder].values.mean(axis=0) for each in trials], axis=0).tolist(),
+        )
+        rows.append(row)
+        if references and not is_reference(plan, name):
+            row.difference = intervals.difference_of_means(row.losses, expected, deviation, freedom)
+            partners = {each.seed: each for each in references}
+            for each in trials:
+                other = partners.get(each.seed, references[0])
+                row.differences.append(paired(read[each.folder], read[other.folder]))
+    return rows
+
+
+def is_reference(plan: Study, name: str) -> bool:
+    return plan.base is None and name == plan.reference_variant
+
+
+def paired(ours: validation.Losses, theirs: validation.Losses) -> Estimate:
+    """Return the difference of two losses with its interval over images; ConfigError if the images are others."""
+    if ours.keys != theirs.keys or ours.times != theirs.times:
+        raise ConfigError(
+            "validation losses of other images or times cannot be compared; train again with the same"
+        )
+    return intervals.difference([ours.values.mean(axis=1)], [theirs.values.mean(axis=1)], bounded=False)
+
+
+# ---- scores
+
+
+def score_rows(plan: Study, chosen: Sequence[str], out: Path) -> list[ScoreRow]:
+    """Draw and score all finished trainings, and the base; make a row per variant, kind of equality and setting."""
+    rows = []
+    for name in chosen:
+        for equal in plan.equal_of(name) if plan.is_trained(name) else ("steps",):
+            trials = done(plan, name, equal) if plan.is_trained(name) else [None]
+            for setting in plan.settings_of(name) if trials else ():
+                row = ScoreRow(name, ", ".join(f"{key} {value}" for key, value in setting.items()), equal)
+                for each in trials:
+                    found, theirs = scored(plan, each, setting, out), opponent(plan, each, setting, out)
+                    row.scores.append(
+                        {title: s.overall.value for title, s in found.results[0].scores.items()}
+                    )
+                    row.differences.append(compare(found, theirs) if theirs is not None else {})
+                    spent = 0.0 if each is None else cost_of(each.folder, each.config).cpu_seconds
+                    row.cpu_seconds.append(spent)
+                rows.append(row)
+    return rows
+
+
+def scored(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Evaluation:
+    """Score one training, or the base, at one setting; what was drawn before is not drawn again."""
+    source = str(plan.base) if each is None else str(each.folder)
+    place = out / ("base" if each is None else each.folder.name)
+    place.mkdir(parents=True, exist_ok=True)
+    options = Options(device=default_device())
+    return evaluate(judged(plan), [source], {key: [value] for key, value in setting.items()}, options, place)
+
+
+def opponent(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Evaluation | None:
+    """Score what a training is compared with: the base, or the reference with the same seed."""
+    if plan.base is not None:
+        return scored(plan, None, plan.reference or setting, out)
+    other = None if each is None else partner(plan, each.seed)
+    return None if other is None else scored(plan, other, setting, out)
+
+
+def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
+    return {
+        title: results.compare(ours.prompts, ours.results[0].rows, theirs.results[0].rows, title)["overall"]
+        for title in ours.results[0].scores
+    }
+
+
+# ---- tables and files
+
+
+def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = None) -> str:
+    """Score what is trained and write OUT/table.md, results.json, differences.svg and curves.html; returns the tables.
+
+    page: where the tables are put as well, see `insert`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    losses = loss_rows(plan, chosen) if plan.validation is not None else []
+    scores = score_rows(plan, chosen, out)
+    text = "\n\n".join(filter(None, [loss_table(plan, losses), score_table(plan, scores)]))
+    write_text(out / "table.md", text + "\n")
+    if page is not None:
+        insert(page, plan.name, text)
+    record = {
+        "study": to_dict(plan),
+        "revision": git_commit(),
+        "losses": [dataclasses.asdict(row) for row in losses],
+        "scores": [dataclasses.asdict(row) for row in scores],
+    }
+    write_text(out / "results.json", json.dumps(plain(record), indent=1) + "\n")
+    written = [out / "table.md", out / "results.json"]
+    shown = {row_name(row): row.difference for row in losses if not math.isnan(row.difference.value)}
+    if shown:
+        title = f"Validation loss minus that of {plan.reference_variant}"
+        written.append(
+            write_page(out / "differences.svg", "intervals.svg", chart=interval_chart(title, shown))
+        )
+    runs = {each.folder: each for row in losses for each in done(plan, row.variant, row.equal)}
+    if runs:
+        written.append(write_comparison(list(runs), out / "curves.html"))
+    return f"{text}\n\n{', '.join(map(str, written))}; images under {out}"
+
+
+def row_name(row: LossRow) -> str:
+    return row.variant if row.equal == "steps" else f"{row.variant}, equal {row.equal}"
+
+
+def loss_table(plan: Study, rows: Sequence[LossRow]) -> str:
+    """Write the validation losses and what they cost as Markdown."""
+    if not rows:
+        return ""
+    unit = next((row for row in rows if is_reference(plan, row.variant)), rows[0]).costs[0].flops
+    head = ["variant", "equal", "steps", "parameters", "FLOPs of the reference", "samples/s", "CPU s"]
+    head += [
+        "validation loss",
+        "of each seed",
+        "minus the reference [over seeds]",
+        "of each seed [over images]",
+    ]
+    lines = []
+    for row in rows:
+        cost = row.costs[0]
+        lines.append(
+            [
+                row.variant,
+                row.equal,
+                f"{cost.steps:,}",
+                f"{cost.parameters:,}",
+                f"{cost.flops / unit:.3f}" if cost.flops and unit else "–",
+                f"{np.median([each.samples_per_second for each in row.costs]):.0f}",
+                f"{np.mean([each.cpu_seconds for each in row.costs]):.0f}",
+                f"{np.mean(row.losses):.4f}",
+                " ".join(f"{loss:.4f}" for loss in row.losses),
+                four(row.difference),
+                "; ".join(map(four, row.differences)),
+            ]
+        )
+    compared = "" if plan.base is not None else f", reference {plan.reference_variant}"
+    assert plan.validation is not None
+    images = len(validation.read(done(plan, rows[0].variant, rows[0].equal)[0].folder).keys)
+    note = f"{images} images, {len(plan.validation.times)} times{compared}; 95 % intervals"
+    return f"{markdown(Table('', head, lines))}\n\n{note}"
+
+
+def four(estimate: Estimate) -> str:
+    """Write a difference of losses with its interval, to four digits."""
+    if math.isnan(estimate.value):
+        return "–"
+    interval = "" if math.isnan(estimate.low) else f" [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+    return f"{estimate.value:+.4f}{interval}"
+
+
+def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
+    """Write the first score as Markdown: means over seeds, every seed's, and the paired differences."""
+    if not rows:
+        return ""
+    title = next(iter(rows[0].scores[0]))
+    against = "base" if plan.base is not None else plan.reference_variant
+    head = ["variant", *(["equal"] if plan.base is None else []), "setting", f"{title} (mean of seeds)"]
+    head += ["of each seed", f"minus {against}: mean", "of each seed", "CPU s"]
+    lines = []
+    for row in rows:
+        scores = [each[title] for each in row.scores]
+        differences = [each[title] for each in row.differences if each]
+        lines.append(
+            [
+                row.variant,
+                *([row.equal] if plan.base is None else []),
+                row.setting,
+                f"{np.mean(scores):.3f}",
+                " ".join(f"{score:.3f}" for score in scores),
+                f"{np.mean([each.value for each in differences]):+.3f}" if differences else "–",
+                " ".join(map(signed, differences)) or "–",
+                f"{np.mean(row.cpu_seconds):.0f}",
+            ]
+        )
+    where = f" at {plan.reference}" if plan.reference else ""
+    base = f"base {plan.base}{where}" if plan.base is not None else f"reference {against}"
+    note = f"{plan.num} prompts of {plan.benchmark}, {base}; 95 % intervals, paired"
+    return f"{markdown(Table('', head, lines))}\n\n{note}"
+
+
+def check_page(page: Path, name: str) -> None:
+    """ConfigError for a page that has no place for the tables called `name`."""
+    begin, end = marks(name)
+    text = read_text(page)
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        raise ConfigError(
+            f"{page} has no lines '{begin}' and '{end}', between which tables are put; write them"
+        )
+
+
+def insert(page: Path, name: str, tables: str) -> None:
+    """Put tables into a page, in place of those that are there."""
+    check_page(page, name)
+    begin, end = marks(name)
+    before, _, rest = read_text(page).partition(begin)
+    write_text(page, f"{before}{begin}\n{tables}\n{end}{rest.partition(end)[2]}")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines of a page between which the tables called `name` stand."""
+    return f"<!-- begin {name} -->", f"<!-- end {name} -->"
+
+
+def markdown(table: Table) -> str:
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
