@@ -292,6 +292,7 @@ def test_shares_of_zero_are_none_and_of_one_take_the_first_blocks_values():
             assert all(torch.equal(ours, first) for ours, first in zip(seen[index], seen[group[0]]))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_mix_values_alike():
     torch._dynamo.reset()
     model = perturb(build(value_residual=True, groups=[2, 2, 2]))
