@@ -357,6 +357,7 @@ def test_first_weights_as_released_are_torchs_own():
 # ---- all of them
 
 
+@pytest.mark.slow
 def test_all_of_them_in_one_exported_program():
     """As `nitro-e export --torch` and `--onnx` trace the model."""
     model = perturb(
