@@ -76,6 +76,7 @@ class ModelConfig(Architecture):
     text_mask: Literal["none", "real"] = "none"
     # of the last layer; data: the velocity is (x - data) / t, with t at least prediction_floor
     prediction: Literal["velocity", "data"] = "velocity"
+    # least time that a predicted image is divided by
     prediction_floor: Annotated[float, Gt(0), Le(1)] = 0.05
     # first weights: those of DiT, or torch's own, as the released code has them
     init: Literal["dit", "released"] = "dit"
