@@ -50,7 +50,6 @@ setup(
     extras_require={
         "train": [
             "accelerate>=1.2",
-            "ema-pytorch>=0.7.3",
             "webdataset>=0.2.100",
             "wandb>=0.18",
             "tensorboard>=2.17",

@@ -262,7 +262,11 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
             "preset": "nitrofusion",
             "time_scale": 1.0,
             "diffusion": {"kind": "mse", "weight": 1.0},
-            "adversarial": {**POOLED, "weight": 0.1, "pool": {"copies": 4, "use": 2, "width": 64}},
+            "adversarial": {
+                **POOLED,
+                "weight": 0.1,
+                "pool": {"copies": 4, "use": 2, "width": 64, "refresh_unit": "step"},
+            },
         },
         0.04,
         None,

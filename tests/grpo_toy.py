@@ -132,6 +132,11 @@ def counted(pixels, prompts, info):
 
 
 @reward
+def constant(pixels, prompts, info):
+    return torch.full((len(pixels),), 0.5)
+
+
+@reward
 def broken(pixels, prompts, info):
     raise RuntimeError("the reward server is down")
 

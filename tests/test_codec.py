@@ -152,9 +152,64 @@ def test_large_images_are_decoded_in_tiles(dc_ae, monkeypatch):
     between = (1 - share) * first[:, :, 48:] + share * second[:, :, :16]
     expected = torch.cat([first[:, :, :48], between, second[:, :, 16:]], dim=2).clamp(-1, 1)
     torch.testing.assert_close(tiled, expected)
-    pixels = images((96, 64))  # encoding is never tiled
+    pixels = images((96, 48))
     with torch.no_grad():
-        torch.testing.assert_close(codec.encode_pixels(pixels), reference.encode(pixels).latent)
+        first, second = (reference.encode(part).latent for part in (pixels[:, :, :64], pixels[:, :, 48:]))
+    share = (torch.arange(4) / 4)[:, None]
+    between = (1 - share) * first[:, :, 12:] + share * second[:, :, :4]
+    expected = torch.cat([first[:, :, :12], between, second[:, :, 4:]], dim=2)
+    torch.testing.assert_close(codec.encode_pixels(pixels), expected)
+    with torch.no_grad():  # the autoencoder itself is left without tiles
+        whole = reference.encode(pixels).latent
+        torch.testing.assert_close(codec.autoencoder.encode(pixels).latent, whole)
+
+
+def test_large_batches_are_encoded_a_few_at_a_time(dc_ae, monkeypatch):
+    codec = build_codec(ComponentConfig(name="dc-ae-f32c32", path=str(dc_ae[0])))
+    pixels = images((16, 16)).repeat(3, 1, 1, 1)
+    whole, encode, sizes = codec.encode_pixels(pixels), codec._encode, []
+    monkeypatch.setattr("nitro_e.encoders.codec.AT_ONCE", 4 * 16 * 16)
+    monkeypatch.setattr(codec, "_encode", lambda x: sizes.append(len(x)) or encode(x))
+    torch.testing.assert_close(codec.encode_pixels(pixels), whole)
+    assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize("place", ["", "vae"])
+@pytest.mark.parametrize("shift", [None, 0.1159])
+def test_autoencoder_kl_equals_the_library(tmp_path, place, shift):
+    """Latents are (mode - shift) x scale, as diffusers' own pipelines compute them; a pipeline's folder will do."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    reference = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=shift,
+        sample_size=32,
+    ).eval()
+    reference.save_pretrained(tmp_path / place, safe_serialization=True)
+    codec = build_codec(ComponentConfig(name="flux-f8c16", path=str(tmp_path)))
+    assert (codec.channels, codec.stride) == (4, 2)
+    pixels = images((32, 16))
+    with torch.no_grad():
+        mode = reference.encode(pixels).latent_dist.mode()
+        decoded = reference.decode(mode).sample.clamp(-1, 1)
+    raw = codec.encode_pixels(pixels)
+    torch.testing.assert_close(raw, mode)
+    latents = codec.normalize(raw)
+    torch.testing.assert_close(latents, (mode - (shift or 0)) * 0.3611)
+    torch.testing.assert_close(codec.decode(latents), decoded)
+
+
+def test_other_autoencoders_by_name():
+    shapes = {"dc-ae-f64c128": (128, 64), "sd-f8c4": (4, 8), "sdxl-f8c4": (4, 8), "flux-f8c16": (16, 8)}
+    for name, (channels, stride) in shapes.items():
+        assert codec_shape(ComponentConfig(name=name)) == (channels, stride)
+        assert name.endswith(f"f{stride}c{channels}")
 
 
 def test_bad_sizes_are_refused(dc_ae):

@@ -1,5 +1,6 @@
 """Writing and indexing tars, against Python's tarfile and webdataset."""
 
+import gzip
 import io
 import tarfile
 import zlib
@@ -260,3 +261,18 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(tmp_path, monkeypatch):
     path.parent.chmod(0o755)
     assert [p.name for p in path.parent.iterdir()] == ["a.tar"]
     assert len(list((tmp_path / "cache" / "index").glob("*-a.tar.npy"))) == 1
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (gzip.compress(bytes(4000), mtime=0), "is compressed with gzip; gunzip it"),
+        (b"PK\x03\x04" + bytes(2000), "is a zip archive"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not a tar; download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+    ],
+)
+def test_what_is_often_taken_for_a_tar_is_named(tmp_path, content, words):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DamagedTar, match=f"a.tar: {words}"):
+        scan_tar(tmp_path / "a.tar")

@@ -15,6 +15,7 @@ from PIL import Image
 from nitro_e.config import ConfigError
 from nitro_e.data import DataConfig, open_data
 from nitro_e.data.decode import BadSample
+from nitro_e.data.index import read_members, scan_tar
 from nitro_e.data.making.captions import CaptionTable, rows, stem
 from nitro_e.data.making.jobs import JobConfig
 from nitro_e.data.making.pack import (
@@ -32,11 +33,12 @@ from nitro_e.data.making.pack import (
     read_sa1b,
     read_tgz,
     read_webdataset,
+    readable,
     table_units,
 )
 
 N = 64
-CONFIG = PackConfig(name="t", samples_per_shard=25)
+CONFIG = PackConfig(name="t", samples_per_shard=25, min_side=1)
 
 
 def jpeg(i, size=(20, 16)):
@@ -86,11 +88,7 @@ def jsonl(root):
     images(root, "x/{:02d}.jpg")
     lines = [json.dumps({"image": f"x/{i:02d}.jpg", "meta": {"text": f"picture {i}"}}) for i in range(N)]
     (root / "list.jsonl").write_text("\n".join(lines))
-    return table_units(
-        root / "list.jsonl",
-        PackConfig(name="t", samples_per_shard=25, caption_column="meta.text"),
-        CaptionSource(),
-    )
+    return table_units(root / "list.jsonl", replace(CONFIG, caption_column="meta.text"), CaptionSource())
 
 
 def parquet(root):
@@ -155,9 +153,7 @@ def journeydb_archives(root):
     with tarfile.open(root / "train_anno_realease_repath.jsonl.tgz", "w:gz") as tar:
         add(tar, "train_anno_realease_repath.jsonl", annotations(root))
     return journeydb_units(
-        root,
-        PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"),
-        CaptionSource(folder=root / "tables"),
+        root, replace(CONFIG, caption_column="Task2.Caption"), CaptionSource(folder=root / "tables")
     )
 
 
@@ -168,9 +164,7 @@ def journeydb_extracted(root):
         path.write_bytes(jpeg(i))
     (root / "train_anno.jsonl").write_bytes(annotations(root))
     return journeydb_units(
-        root,
-        PackConfig(name="t", samples_per_shard=25, caption_column="Task2.Caption"),
-        CaptionSource(folder=root / "tables"),
+        root, replace(CONFIG, caption_column="Task2.Caption"), CaptionSource(folder=root / "tables")
     )
 
 
@@ -239,9 +233,7 @@ def test_second_run_only_does_what_is_missing(tmp_path):
     kept = shards[2].stat().st_mtime_ns
     pack(units, job)
     assert {path: path.read_bytes() for path in shards} == before and shards[2].stat().st_mtime_ns == kept
-    other = folder_units(
-        tmp_path / "in", PackConfig(name="other", samples_per_shard=25), CaptionSource(file_names=True)
-    )
+    other = folder_units(tmp_path / "in", replace(CONFIG, name="other"), CaptionSource(file_names=True))
     with pytest.raises(ConfigError, match="other input or with other options"):
         pack(other, job)
     assert pack(other, JobConfig(out=tmp_path / "out", overwrite=True))[0]["first"].startswith("other_")
@@ -399,8 +391,136 @@ def test_images_are_copied_or_converted():
         prepare_image(bytes(flipped), None, 1)
     with pytest.raises(BadSample, match="smaller than --min-side"):
         prepare_image(content, None, 31)
+    assert prepare_image(jpeg(1, (40, 10)), None, 1, 4.0)[2] == (40, 10)
+    with pytest.raises(BadSample, match="41x10 is longer than --max-aspect 4 allows"):
+        prepare_image(jpeg(1, (41, 10)), None, 1, 4.0)
 
 
 def test_large_json_values_are_dropped():
     members = prepare(Item("k", jpeg(1), "c", {"url": "u"}), CONFIG)
     assert list(members) == ["jpg", "txt", "json"] and members["json"]["url"] == "u"
+
+
+# --- captions as people have them -----------------------------------------------------------------
+
+
+def members_of(out):
+    found = {}
+    for path in sorted(out.glob("images-*.tar")):
+        for key, members in read_members(path, scan_tar(path), ("txt", "json")):
+            found[key] = members["txt"].decode(), json.loads(members["json"])
+    return found
+
+
+def write_parquet(path, **columns):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet  # noqa: F811
+
+    count = len(next(iter(columns.values())))
+    pyarrow.parquet.write_table(pyarrow.table({"image": [jpeg(i) for i in range(count)], **columns}), path)
+    return archive_units([str(path)], read_parquet, replace(CONFIG, caption_column=[*columns][0]))
+
+
+@pytest.mark.parametrize("empty", [0, 5])
+def test_a_null_caption_costs_one_sample_wherever_it_stands(tmp_path, empty):
+    captions = [None if i == empty else f"a {i}" for i in range(8)]
+    (entry,) = pack(write_parquet(tmp_path / "a.parquet", text=captions), JobConfig(out=tmp_path / "p"))
+    assert entry["samples"] == 7
+    (line,) = (tmp_path / "p/bad-images.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == f"a.parquet:{empty}" and "no caption" in json.loads(line)["reason"]
+
+    lines = [json.dumps({"id": i} | ({"caption": c} if c else {})) for i, c in enumerate(captions)]
+    (tmp_path / "sparse.jsonl").write_text("\n".join(lines))
+    table = CaptionTable.build(tmp_path / "sparse.jsonl", tmp_path, "id", "caption")
+    assert [table.get(str(i)) for i in range(8)] == captions
+    with pytest.raises(ConfigError, match="no column 'captoin', did you mean 'caption'"):
+        CaptionTable.build(tmp_path / "sparse.jsonl", tmp_path, "id", "captoin")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "table", "captions", "webdataset"])
+def test_lists_of_captions_are_kept_as_such(tmp_path, layout):
+    """The first caption is the sample's txt, all of them are in its json; one alone is only txt."""
+    lists = [["first", "second"], ["only"], ["a", "b", "c"]]
+    (tmp_path / "in").mkdir()
+    lines = [{"image": f"{i}.jpg", "id": i, "caption": captions} for i, captions in enumerate(lists)]
+    (tmp_path / "in/t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for i in range(3):
+        (tmp_path / f"in/{i}.jpg").write_bytes(jpeg(i))
+    if layout == "parquet":
+        units = write_parquet(tmp_path / "a.parquet", text=lists)
+    elif layout == "table":
+        units = table_units(tmp_path / "in/t.jsonl", replace(CONFIG, shuffle=None), CaptionSource())
+    else:
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for i, line in enumerate(lines):
+                add(tar, f"{i}.jpg", jpeg(i))
+                if layout == "webdataset":
+                    add(tar, f"{i}.json", json.dumps(line).encode())
+        table = CaptionTable.build(tmp_path / "in/t.jsonl", tmp_path, "id", "caption")
+        reader = {"captions": (read_sa1b, CONFIG, table), "webdataset": (read_webdataset, CONFIG)}[layout]
+        units = archive_units([str(tmp_path / "a.tar")], *reader)
+    pack(units, JobConfig(out=tmp_path / "out"))
+    found = members_of(tmp_path / "out")
+    assert [txt for txt, _ in found.values()] == ["first", "only", "a"]
+    assert [info.get("captions") for _, info in found.values()] == [lists[0], None, lists[2]]
+
+
+def test_captions_inside_objects(tmp_path):
+    sentences = [[{"raw": "one", "id": 1}, {"raw": "two", "id": 2}], [{"raw": "three", "id": 3}]]
+    units = write_parquet(tmp_path / "a.parquet", sentences=sentences)
+    with pytest.raises(ConfigError, match="column 'sentences' holds objects.*'sentences.raw'"):
+        pack(units, JobConfig(out=tmp_path / "bad"))
+    units = [replace(unit, config=replace(unit.config, caption_column="sentences.raw")) for unit in units]
+    pack(units, JobConfig(out=tmp_path / "good"))
+    assert [txt for txt, _ in members_of(tmp_path / "good").values()] == ["one", "three"]
+    with pytest.raises(ConfigError, match="no column 'sentences.row'"):
+        list(rows(tmp_path / "a.parquet", ("sentences.row",)))
+
+
+def test_kept_columns_go_into_json(tmp_path):
+    units = write_parquet(
+        tmp_path / "a.parquet", text=["x", "y"], aesthetic=[5.5, None], long=["x" * 9, "z" * 9000]
+    )
+    units = [replace(unit, config=replace(unit.config, keep=("aesthetic", "long"))) for unit in units]
+    pack(units, JobConfig(out=tmp_path / "p"))
+    (_, first), (_, second) = members_of(tmp_path / "p").values()
+    assert (first["aesthetic"], first["long"]) == (5.5, "x" * 9)
+    assert not {"aesthetic", "long"} & second.keys()
+    lines = [{"id": "a", "caption": "short", "more": {"Caption": "a long one"}}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table = CaptionTable.build(tmp_path / "c.jsonl", tmp_path, "id", "caption", ("more.Caption",))
+    assert table.find("x/a.jpg") == ("short", {"more.Caption": "a long one"})
+
+
+def test_formats_that_pillow_cannot_read_are_skipped_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nitro_e.data.making.pack.readable", lambda suffix: suffix not in (".heic", ".jxl"))
+    images(tmp_path / "in")
+    for name in ("a.heic", "b.HEIC", "c.jxl"):
+        (tmp_path / "in" / name).write_bytes(b"?")
+    units = folder_units(tmp_path / "in", CONFIG, CaptionSource(file_names=True))
+    assert sum(len(unit.items) for unit in units) == N
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped 2 times a .heic image, which Pillow cannot read here; convert it, or install a newer Pillow",
+        "skipped 1 times a .jxl image, which Pillow cannot read here; convert it, or install a newer Pillow",
+    ]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "k.heic", b"?")
+        add(tar, "k.txt", b"a")
+    (item,) = read_webdataset(tmp_path / "a.tar", CONFIG)
+    assert item.problem.startswith("a .heic image, which Pillow cannot read")
+
+
+@pytest.mark.skipif(not readable(".avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_packed_where_pillow_reads_it():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 40)).save(buffer, "AVIF", quality=100)
+    extension, content, size = prepare_image(buffer.getvalue(), None, 1)
+    assert (extension, size) == ("png", (8, 8))
+    np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(content)))[4, 4], [200, 30, 40], atol=8)
+
+
+def test_reasons_are_the_same_in_every_process():
+    for _ in range(2):
+        with pytest.raises(BadSample, match=r"^image does not decode \(it is of no format") as caught:
+            prepare_image(b"<html>", None, 1)
+    assert "0x" not in str(caught.value)

@@ -283,6 +283,161 @@ def test_merged_catalog_is_the_same_and_follows_changes(tmp_path, monkeypatch):
         opened(shards)
 
 
+def test_leaving_out_a_sample_keeps_the_index_mapped(tmp_path, monkeypatch):
+    """One sample without a caption costs its number, not a copy of the whole index in every process."""
+    samples = latent_samples(300)
+    for number in (4, 5, 299):
+        del samples[number]["txt"]
+    shards = make(tmp_path, samples, 100)
+    plain = opened(shards, max_bad_fraction=0.1)
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "MERGE_FROM", 2)
+    data = opened(shards, max_bad_fraction=0.1)
+    assert data.catalog.columns[0].file is not None and len(pickle.dumps(data.catalog)) < 3000
+    assert len(data) == 297 and data.catalog.problems == plain.catalog.problems
+    got = [data.catalog.key(sample) for sample in range(297)]
+    assert got == [s["__key__"] for s in samples if "txt" in s]
+    for want, records in zip(islice(plain.records(), 60), data.records()):
+        assert records.keys == want.keys and torch.equal(records.latents, want.latents)
+        for key, x in zip(records.keys, records.latents):
+            np.testing.assert_array_equal(x.numpy(), latent(int(key[-3:])))
+    # what is left out twice, at any place, is what plain indexing leaves
+    rng = np.random.default_rng(0)
+    rows = np.delete(np.arange(300), [4, 5, 299])
+    for _ in range(5):
+        mask = rng.random(len(data.catalog)) > 0.3
+        rows = rows[mask]
+        data.catalog.keep(mask)
+        np.testing.assert_array_equal(data.catalog.rows_of(np.arange(len(rows))), rows)
+        assert data.catalog.has("npy").shape == (len(rows),)
+        assert [int(x) for x in np.concatenate(data.catalog.sizes)] == np.bincount(
+            rows // 100, minlength=3
+        ).tolist()
+
+
+def open_slowly(shards, cache, queue):
+    import os
+    import time
+
+    os.environ["NITRO_E_CACHE"] = cache
+    catalog.MERGE_FROM, build = 2, catalog._build_catalog
+
+    def slow(*args):
+        queue.put("built")
+        time.sleep(0.5)
+        return build(*args)
+
+    catalog._build_catalog = slow
+    queue.put(str(opened(shards).catalog.columns[0].file))
+
+
+def test_one_process_of_a_machine_joins_the_index_for_all(tmp_path):
+    import multiprocessing
+
+    shards, context = make(tmp_path, latent_samples()), multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=open_slowly, args=(shards, str(tmp_path / "cache"), queue)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    said = [queue.get(timeout=60) for _ in range(4)]
+    for process in processes:
+        process.join()
+    assert said.count("built") == 1 and len(set(said)) == 2
+
+
+# --- sources with columns of their own ------------------------------------------------------------
+
+
+def mixed_sources(tmp_path):
+    """Source a has latents and images, b images only, c latents and captions in one tar."""
+    write_shards(image_samples(12), str(tmp_path / "a/images-%03d.tar"), 6)
+    write_shards(latent_samples(12), str(tmp_path / "a/latents-%03d.tar"), 6)
+    write_shard(tmp_path / "b/images-000.tar", image_samples(9))
+    write_shard(tmp_path / "c/latents-000.tar", latent_samples(7))
+    return {name: SourceConfig(shards=(str(tmp_path / name / "*.tar"),)) for name in "abc"}
+
+
+@pytest.mark.parametrize("need_pixels", [False, True])
+def test_sources_may_have_columns_of_their_own(tmp_path, need_pixels):
+    sources = mixed_sources(tmp_path)
+    if need_pixels:
+        del sources["c"]
+    total = 21 if need_pixels else 28
+
+    def batches(workers):
+        data = open_data(
+            DataConfig(sources=sources, batch_size=7, resolution=8, workers=workers),
+            need_pixels=need_pixels,
+            seed=0,
+            stage="s",
+        )
+        stream = data.records()
+        found = list(islice(stream, total // 7))
+        stream.close()
+        return found
+
+    seen = 0
+    for records, again in zip(batches(0), batches(2)):
+        assert records.keys == again.keys and torch.equal(records.latents, again.latents)
+        without = {key for key in records.keys if records.absent["latents"][records.keys.index(key)]}
+        seen += len(without)
+        for row, key in enumerate(records.keys):
+            number = int(key[-3:])
+            assert records.prompts[row] == f"caption {number}"
+            if records.absent["latents"][row]:
+                assert not records.latents[row].any()
+            else:
+                np.testing.assert_array_equal(records.latents[row].numpy(), latent(number))
+            if need_pixels or records.absent["latents"][row]:
+                np.testing.assert_array_equal(records.pixels[row], decode_image(png(number), 8))
+    assert seen == 9
+
+
+def test_what_a_source_lacks_is_computed(tmp_path):
+    from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder
+    from nitro_e.stages.batches import encode
+
+    codec, text = (
+        build_codec(ComponentConfig(name="dct-f8c24")),
+        build_text_encoder(ComponentConfig(name="hash")),
+    )
+    stored = [{**s, "npy": np.full((24, 1, 1), n, np.float16)} for n, s in enumerate(image_samples(6))]
+    tokens = [np.full((text.length, text.width), n, np.float16) for n in range(6)]
+    mask = np.ones(text.length, np.uint8)
+    stored = [{**s, "text.npy": x, "mask.npy": mask} for s, x in zip(stored, tokens)]
+    write_shard(tmp_path / "a.tar", stored)
+    write_shard(tmp_path / "b.tar", [{**s, "__key__": "b" + s["__key__"]} for s in image_samples(8)])
+    sources = {name: SourceConfig(shards=(str(tmp_path / f"{name}.tar"),)) for name in "ab"}
+    cfg = DataConfig(sources=sources, batch_size=14, resolution=8, workers=0)
+    data = open_data(cfg, need_pixels=False, use_text=True, text_length=text.length, seed=0, stage="s")
+    records = next(data.records())
+    batch = encode(records, codec, text, torch.device("cpu"))
+    for row, key in enumerate(records.keys):
+        number = int(key[-3:])
+        if "b.tar" in key:
+            pixels = torch.from_numpy(decode_image(png(number), 8).copy()).float()[None] / 127.5 - 1
+            latents, embedding = (
+                codec.normalize(codec.encode_pixels(pixels))[0],
+                text.encode([f"caption {number}"]),
+            )
+            want = embedding.tokens[0]
+        else:
+            latents = codec.normalize(torch.full((1, 24, 1, 1), float(number)))[0]
+            want = torch.full_like(batch.text.tokens[row], number)
+        torch.testing.assert_close(batch.latents[row], latents)
+        torch.testing.assert_close(batch.text.tokens[row], want)
+
+
+def test_stream_wants_the_same_columns_everywhere(tmp_path):
+    write_shard(tmp_path / "a.tar", [image | x for image, x in zip(image_samples(5), latent_samples(5))])
+    write_shard(tmp_path / "b.tar", image_samples(5))
+    sources = {name: SourceConfig(shards=(str(tmp_path / f"{name}.tar"),)) for name in "ab"}
+    with pytest.raises(ConfigError, match="stream needs the same columns in every source"):
+        open_data(DataConfig(sources=sources, reader="stream"), need_pixels=False, seed=0, stage="s")
+
+
 # --- what is wrong at the start -------------------------------------------------------------------
 
 

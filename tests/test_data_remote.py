@@ -3,10 +3,13 @@
 import http.server
 import multiprocessing
 import os
+import re
+import shutil
 import threading
 import time
 from itertools import islice
 
+import numpy as np
 import pytest
 from data_samples import latent_samples
 
@@ -26,12 +29,16 @@ def server(tmp_path):
     class Handler(http.server.SimpleHTTPRequestHandler):
         faults: dict = {}
         log: list = []
+        sent: list = []  # bytes of each answer to a request of a range
+        ranges = False  # whether it does ranges; Python's server does not
 
         def __init__(self, *args):
             super().__init__(*args, directory=str(tmp_path / "www"))
 
         def do_GET(self):
             self.log.append(self.path)
+            if wanted := self.ranges and re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                return self.send_range(*map(int, wanted.groups()))
             fault = self.faults.get(self.path, [])
             if fault and (code := fault.pop(0)) == "cut":
                 content = (tmp_path / "www" / self.path[1:]).read_bytes()
@@ -45,6 +52,14 @@ def server(tmp_path):
             else:
                 super().do_GET()
 
+        def send_range(self, first, last):
+            content = (tmp_path / "www" / self.path[1:]).read_bytes()[first : last + 1]
+            self.sent.append(len(content))
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
         def log_message(self, *args):
             pass
 
@@ -52,7 +67,7 @@ def server(tmp_path):
     instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=instance.serve_forever, daemon=True).start()
     instance.url, instance.handler = f"http://127.0.0.1:{instance.server_port}", Handler
-    Handler.faults, Handler.log = {}, []
+    Handler.faults, Handler.log, Handler.sent = {}, [], []
     yield instance
     instance.shutdown()
     instance.server_close()
@@ -88,6 +103,57 @@ def test_an_index_beside_the_shard_is_used(tmp_path, server):
     index = shard_index(tmp_path / "www/a.tar")
     found = shard_index(server.url + "/a.tar", cache=ShardCache(tmp_path / "cache"))
     assert found.digest() == index.digest() and "/a.tar" not in server.handler.log
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_of_a_large_remote_shard_only_the_headers_are_read(tmp_path, server, ranges, monkeypatch):
+    """With ranges its index has the same places and no CRCs; a server without them sends the shard."""
+    server.handler.ranges = ranges
+    samples = [
+        {"__key__": f"k{i}", "jpg": np.random.default_rng(i).bytes(300_000), "txt": f"caption {i}"}
+        for i in range(20)
+    ]
+    write_shard(tmp_path / "www/a.tar", samples)
+    index = shard_index(tmp_path / "www/a.tar")
+    shutil.rmtree(tmp_path / "www/.index")
+    cache = ShardCache(tmp_path / "cache")
+    found = shard_index(server.url + "/a.tar", cache=cache)
+    assert cache.path(server.url + "/a.tar").is_file() is not ranges
+    assert found.nbytes == index.nbytes and (found.rows["__key__"] == index.rows["__key__"]).all()
+    for name in ("jpg", "txt"):
+        for part in ("offset", "size"):
+            assert (found.rows[name][part] == index.rows[name][part]).all()
+        assert found.rows[name]["crc"].any() is np.bool_(not ranges)
+    if ranges:
+        assert sum(server.handler.sent) < index.nbytes / 10 and len(server.handler.sent) < 25
+        server.handler.log.clear()
+        assert shard_index(server.url + "/a.tar", cache=cache).digest() == found.digest()
+        assert not server.handler.log  # it is kept
+        config = DataConfig(
+            shards=(server.url + "/a.tar",), batch_size=20, workers=0, cache=str(tmp_path / "cache")
+        )
+        monkeypatch.setattr("nitro_e.data.dataset.decode_image", lambda content, size: len(content) // 2000)
+        records = next(open_data(config, need_pixels=True, seed=0, stage="s").records())
+        assert sorted(records.prompts) == sorted(f"caption {i}" for i in range(20)) and not records.bad
+        assert (records.pixels == 150).all()
+
+
+def test_small_members_are_read_through_in_runs(tmp_path, server):
+    server.handler.ranges = True
+    samples = [{"__key__": f"k{i}", "npy": np.zeros(9000, np.float16)} for i in range(300)]
+    write_shard(tmp_path / "www/a.tar", samples)
+    assert len(shard_index(server.url + "/a.tar", cache=ShardCache(tmp_path / "cache")).rows) == 300
+    assert len(server.handler.sent) < 10  # of 5.5 MB
+
+
+def test_damage_of_a_remote_shard_is_found_by_its_headers(tmp_path, server):
+    server.handler.ranges = True
+    samples = [{"__key__": f"k{i}", "npy": np.zeros(500_000, np.float16)} for i in range(6)]
+    write_shard(tmp_path / "www/a.tar", samples)
+    content = (tmp_path / "www/a.tar").read_bytes()
+    (tmp_path / "www/a.tar").write_bytes(content[: -(1 << 20) // 512 * 512])
+    with pytest.raises(ConfigError, match="a.tar: damaged tar at byte .*cut inside member"):
+        shard_index(server.url + "/a.tar", cache=ShardCache(tmp_path / "cache"))
 
 
 def test_faults_are_retried(tmp_path, server):

@@ -37,6 +37,8 @@ def test_pack_encode_verify_and_look(tmp_path, source, capsys):
                 "e",
                 "--samples-per-shard",
                 "6",
+                "--min-side",
+                "1",
             ]
         )
         == 0

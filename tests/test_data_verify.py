@@ -97,6 +97,13 @@ def test_truncation_and_lost_shards(folder):
         ("latents-0", lambda s: s[1].update(npy=NARROW), "latents-0.tar:s0_1: npy: [4, 2, 1, '<f2'], but"),
         ("latents-0", lambda s: s[:5], "latents-0.tar:s0_5: missing; images-0.tar has it"),
         ("images-0", lambda s: s[:5], "images-0.tar:s0_5: missing; latents-0.tar has it"),
+        ("images-0", lambda s: s[1].pop("png") and None, "images-0.tar:s0_1: has no image"),
+        (
+            "images-0",
+            lambda s: [s[1].pop(x) for x in ("txt", "json")] and None,
+            "images-0.tar:s0_1: has no caption",
+        ),
+        ("latents-0", lambda s: s[1].pop("npy") and None, "latents-0.tar:s0_1: has no npy"),
     ],
 )
 def test_content(folder, shard, change, expected):
@@ -154,3 +161,12 @@ def test_stats_and_head(folder, tmp_path):
         "images-1.tar:s1_1",
     ]
     assert lines[0]["caption"] == "caption 0" and (tmp_path / "sheet.png").is_file()
+
+
+def test_a_shard_without_any_caption(tmp_path):
+    write_shard(tmp_path / "images-0.tar", [{"__key__": f"k{i}", "png": png(i)} for i in range(3)])
+    assert problems(tmp_path) == ["images-0.tar:*: no column of this shard holds captions (txt or json)"]
+    write_shard(
+        tmp_path / "latents-0.tar", [{"__key__": f"k{i}", "npy": latent(i), "txt": "a"} for i in range(3)]
+    )
+    assert problems(tmp_path) == []

@@ -803,6 +803,22 @@ def test_u17_the_pool_of_the_paper_has_480_heads_and_renews_one_percent():
     assert sum(renewed) / 1000 == pytest.approx(4.8, abs=0.2)
 
 
+def test_heads_replaced_by_their_use_live_for_so_many_updates():
+    """A tenth of what an iteration used; heads it did not use keep their age."""
+    heads, ages = pool(refresh=0.1, refresh_unit="use"), []
+    for step in range(400):
+        before = [bank.age.clone() for bank in heads.banks]
+        used = [chosen for _, chosen in heads.chosen(step)]
+        heads.after_step(step, [])
+        for bank, chosen, was in zip(heads.banks, used, before):
+            rest = torch.ones_like(was, dtype=torch.bool)
+            rest[chosen] = False
+            assert torch.equal(bank.age[rest], was[rest])
+            ages += bank.age[chosen].tolist()
+    # an age of 0 is that of a new head
+    assert sum(age == 0 for age in ages) / len(ages) == pytest.approx(0.1, abs=0.03)
+
+
 def test_u17_renewed_heads_forget_and_others_are_left_alone():
     heads = pool(refresh=0.0)
     optimizers = build_optimizers(heads, OptimConfig(lr=1e-2, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0))
@@ -1054,9 +1070,10 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "diffusion.kind": "smooth_l1",
         "diffusion.weight": 0.1,
         "adversarial.loss": "hinge",
-        "adversarial.weight": 1.0,
+        "adversarial.weight": "auto",
         "adversarial.misaligned": None,
         "adversarial.null_text": 0.5,
+        "adversarial.pool.refresh_unit": "use",
         "adversarial.pool.levels": (0.09, 0.41, 0.62, 0.80),
         "adversarial.pool.copies": 15,
         "adversarial.pool.use": 4,
@@ -1154,6 +1171,14 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "adversarial.weight": 1e-3,
         "adversarial.share_score": True,
     },
+    "instaflow": {
+        "inputs.sigmas": (1.0,),
+        "inputs.noise": "pair",
+        "sampler": "euler",
+        "diffusion.target": "pair",
+        "adversarial": None,
+        "time_scale": 1.0,
+    },
     "consistency": {"flow_map.kind": "discrete", "flow_map.step": 1 / 48, "sampler": "multistep"},
     "scm": {
         "inputs.continuous_times.times.mean": 0.89,
@@ -1228,6 +1253,7 @@ STEPS = {
     "score_imitate": [1, 2, 4],
     "dmd2_gan": [4],
     "f_distill": [4],
+    "instaflow": [1],
     "consistency": [1, 2, 4],
     "scm": [1, 2, 4],
     "mean_flow": [1, 2, 4],

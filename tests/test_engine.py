@@ -180,7 +180,7 @@ def test_ema_follows_its_closed_form(run):
         trainer.state.ema.update()
         if value == 1.0:
             first = trainer.state.ema.ema_model[0].weight.detach().clone()
-            expected = first  # ema-pytorch copies the weights at its first update
+            expected = first  # the first update copies the weights
         else:
             expected = 0.5 * expected + 0.5 * value
     torch.testing.assert_close(trainer.state.ema.ema_model[0].weight, expected)

@@ -162,6 +162,11 @@ TOOLS = {
         shapes --host '' ; shapes --host nowhere.invalid ; shapes --host ::1 ; shapes --host 1.2.3.4.5 ; shapes --device foo
         shapes --device cuda:99 ; shapes --dtype foo ; shapes --codec W --port 17861 ; shapes --text W --port 17862
         shapes --share ; shapes --api yes ; W/models/use_nan --port 17863 ; W/models/truncated --port 17864""",
+    "reward_server": """
+        ; foo ; shapes shapes ; '{name: shapes, weight: nan}' ; '[shapes]' ; '{' ; shapes --port 0 ; shapes --port x
+        shapes --port 65536 ; shapes --host 192.0.2.1 ; shapes --host nowhere.invalid ; shapes --device foo
+        '{name: shapes, options: {score: foo}}' ; os:system ; 'remote' ; W/binary.txt
+        '{name: remote, options: {url: foo}}' ; '{name: remote, options: {url: "http://127.0.0.1:9"}}'""",
     "evaluate": """
         ; foo shapes ; shapes ; shapes W/none --num 2 ; shapes shapes --num -3 ; shapes shapes --num 1e30 ; shapes shapes --num 0
         shapes shapes --num 2 --steps 0 --out W/o/v1 ; shapes shapes --num 2 --steps 1 1000000000 --out W/o/v2
@@ -191,7 +196,10 @@ TOOLS = {
         shapes --prompts W/ok.txt --rank 5 --out W/o/ym ; shapes --prompts W/ok.txt --max-bad-fraction nan --out W/o/yn
         shapes --prompts W/ok.txt --seed 1e30 --out W/o/yo ; shapes --prompts W/ok.txt --device foo --out W/o/yp
         shapes --prompts W/ok.txt --samples-per-shard 0 --out W/o/yq ; shapes --prompts W/ok.txt --steps 1 --out W/binary.txt
-        diffusers:/nope --prompts W/ok.txt --out W/o/yr""",
+        --pipeline /nope --prompts W/ok.txt --out W/o/yr ; shapes --prompts W/ok.txt --min-reward shapes --out W/o/ys
+        shapes --prompts W/ok.txt --min-reward shapes=nan --out W/o/yt ; shapes --prompts W/ok.txt --min-reward foo=1 --out W/o/yu
+        shapes --prompts W/ok.txt --min-reward shapes=1 --out W/o/yv ; --prompts W/ok.txt --out W/o/yw
+        W/run --pipeline x --prompts W/ok.txt --out W/o/yx""",
     "make_shapes": """
         ; W/o/m1 --num 0 ; W/o/m2 --num x ; W/o/m3 --num 1000000000000 ; W/o/m4 --seed -1 ; W/o/m5 --num 3 --seed 1000000000000000000000
         W/o/m6 --samples-per-shard 0 ; W/o/m7 --split foo ; W/o/m8 --tasks counting counting ; W/o/m9 --resolution 1
@@ -211,6 +219,8 @@ TOOLS = {
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",
     "demo": """--recipes W ; --recipes W/none --out W/o/d1 ; --num 0 ; --num x ; --scenes 1 ; --scenes nan ; --processes 0
         --processes 1e9 ; foo ; --num 12 --out W/ok.txt ; --num 12 --out /proc/x""",
+    "rehearse": """; W/none ; W/tiny.yaml --steps 0 ; W/tiny.yaml --batch x ; W/tiny.yaml --computed pixels ; W/tiny.yaml --gpus 0
+        W/tiny.yaml --price nan ; W/ok.txt ; W/binary.txt ; W/tiny.yaml model.widht=3""",
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml ; W/study.yaml --run -1 ; W/study.yaml --run 5
         W/study.yaml seeds=[] ; W/study.yaml seeds=[-1] --list ; W/study.yaml equal=[x] ; W/study.yaml grid={a:[1]}
@@ -286,6 +296,7 @@ FEW = {  # at once, in this process
         "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
     ],
     "serve": ["shapes --port 0", "shapes --host nowhere.invalid", "W/binary.txt"],
+    "reward_server": ["foo", "shapes shapes", "shapes --port 0", "[shapes]"],
     "evaluate": [
         "W/ok.txt shapes --reward shapes --reward-option k=!!python/object/apply:os.system",
         "W/lists.jsonl shapes --reward shapes",

@@ -637,6 +637,20 @@ def test_a_broken_reward_ends_the_run_with_a_reason(tmp_path):
         toy.train(tmp_path / "other", {"rewards": rewards, "updates": 1}, steps=30)
 
 
+def test_a_reward_that_never_differs_is_warned_of_once(caplog):
+    rewards = [
+        {"name": "grpo_toy:constant", "label": "flat"},
+        {"name": "grpo_toy:signs", "label": "signs", "weight": 0, "every": 2},
+    ]
+    stage = toy.make_stage(rewards=rewards, updates=1)
+    for rollout in range(7):
+        stats = stage.collect(rollout, 0)[1]
+        assert ("reward/signs" in stats) == ("reward/signs/invalid" in stats) == (rollout % 2 == 0)
+        assert stats["seconds/reward/flat"] >= 0 and stats["zero_std_ratio"] == 1
+    (record,) = [record for record in caplog.records if "nothing is learned" in record.getMessage()]
+    assert "'flat' gave all images of each prompt the same score in 5 rollouts" in record.getMessage()
+
+
 # ---- two processes
 
 

@@ -21,7 +21,7 @@ training: config files interfaces randomness record model
 rewards: config files interfaces encoders
 shapes: config interfaces rewards
 data: config files interfaces randomness record rewards shapes
-data.making: config files interfaces randomness record data sampling
+data.making: config files interfaces randomness record rewards data sampling
 evaluation: config files interfaces randomness record model encoders sampling rewards shapes data
 stages.assembly: config interfaces record model encoders sampling training data
 stages.adapter: config files interfaces model randomness
@@ -53,7 +53,6 @@ ALLOWED = {
 OWNERS = {
     "accelerate": {"training"},
     "torch.distributed": {"training.parallel"},
-    "ema_pytorch": {"training.ema"},
     "wandb": {"record.metrics"},
     # text: the released caption cleaner; synthesis: other people's pipelines
     "diffusers": {"encoders", "sharing.diffusers_pipeline", "data.making.synthesis"},

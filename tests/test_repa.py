@@ -21,7 +21,7 @@ FEATURES = 6
 def stage_of(steps: int = 10, model=None, **stage) -> FlowMatching:
     """Flow matching of a micro model of the tests; the data is only asked for its batch size and null prompt."""
     model = model or perturb(build())
-    _, _, text = inputs(model.config)
+    _, _, text = inputs(build().config)
     data = SimpleNamespace(
         config=SimpleNamespace(batch_size=2), fingerprint=dict, null_text=lambda: text.take([0])
     )

@@ -353,7 +353,7 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     (code,) = [block for kind, block in blocks if kind == "python"]
-    first, example = [yaml.safe_load(block)["rewards"] for kind, block in blocks if kind == "yaml"]
+    first, _, example = [yaml.safe_load(block)["rewards"] for kind, block in blocks if kind == "yaml"]
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -395,3 +395,44 @@ def test_prompts_and_rewards_fit_together():
     scorer.check([prompt.info for prompt in prompts])
     values, valid = scorer(torch.ones(12, 3, 64, 64), *zip(*prompts))
     assert valid.all() and (values == 0).all()  # empty images
+
+
+# --- cheap scoring ---
+
+
+def test_rewards_of_one_place_share_what_they_read(tmp_path):
+    import tiny_rewards
+
+    clip = str(tmp_path / "clip")
+    tiny_rewards.save_clip(tmp_path / "clip")
+    given = {"name": "clipscore", "path": clip}
+    configs = [
+        given,
+        {**given, "label": "again"},
+        {**given, "label": "low", "dtype": "bfloat16"},
+        {**given, "label": "away", "offload": True},
+    ]
+    scorers = [build_rewards([from_dict(RewardConfig, each)]) for each in configs]
+    alone = score(scorers[0], images()).values
+    assert all(torch.equal(score(scorer, images()).values, alone) for scorer in (scorers[1], scorers[3]))
+    scorers[2].load()
+    clips = [scorer._columns[0].reward.clip for scorer in scorers]
+    assert (
+        clips[0] is clips[1] and len({id(each) for each in clips}) == 3
+    )  # of other dtypes and places: their own
+    assert (score(scorers[2], images()).values - alone).abs().max() < 0.02
+
+
+def test_monitored_rewards_are_scored_every_so_many_rollouts():
+    scorer = build_rewards([config("brightness"), config("counts_objects", label="rare", weight=0, every=3)])
+    pixels, info = images(2), [{"include": []}] * 2
+    valid = [scorer(pixels, ["a"] * 2, info, turn).valid[0].tolist() for turn in range(4)]
+    assert valid == [[True, True], [True, False], [True, False], [True, True]]
+    assert (
+        scorer.tally["rare"].scored == 4
+        and scorer.tally["rare"].unscored == scorer.tally["rare"].skipped == 0
+    )
+    assert scorer.applies(info, 1)[0].tolist() == [True, False]
+    assert all(seconds > 0 for seconds in scorer.seconds.values())
+    with pytest.raises(ConfigError, match="every 2: every rollout is trained on"):
+        config("brightness", every=2)

@@ -7,6 +7,7 @@ from torchvision.transforms import v2 as transforms
 
 from nitro_e.config import ConfigError
 from nitro_e.encoders.components import ComponentConfig, build_vision_encoder, vision_width
+from nitro_e.files import REVISIONS
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,35 @@ def test_bfloat16_weights_give_float32_features(dinov2):
     half = encoder.features(images(56, 56), (4, 4))
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     assert torch.cosine_similarity(half, full, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    "name, architecture, published",
+    [
+        ("dinov3-b16", "vit_base_patch16_dinov3", "vit_base_patch16_dinov3.lvd1689m"),
+        ("siglip2-b16", "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_224.v2_webli"),
+        ("clip-b16", "vit_base_patch16_clip_224", "vit_base_patch16_clip_224.openai"),
+    ],
+)
+def test_each_target_has_its_own_normalisation(tmp_path, name, architecture, published):
+    """Features are timm's own, of images prepared as timm says that the published weights want them."""
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    reference = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, **sizes).eval()
+    save_for_hf(reference, str(tmp_path), model_args=sizes, safe_serialization=True)
+    encoder = build_vision_encoder(ComponentConfig(name=name, path=str(tmp_path)))
+    cfg = timm.get_pretrained_cfg(published)
+    assert f"timm/{published}" in REVISIONS and cfg.hf_hub_id == f"timm/{published}"
+    pixels = images(48, 80)  # of the size that is wanted: nothing is resized
+    with torch.no_grad():
+        tokens = reference.forward_features(transforms.Normalize(cfg.mean, cfg.std)((pixels + 1) / 2))
+    features = encoder.features(pixels, (3, 5))
+    assert features.shape == (2, 15, 24)
+    torch.testing.assert_close(features, tokens[:, -15:], atol=1e-4, rtol=1e-4)
+    assert vision_width(ComponentConfig(name=name)) == 768
 
 
 def test_errors(tmp_path):

@@ -347,9 +347,9 @@ class VisionTask:
 
     @torch.no_grad()
     def measure(self, folder: Path) -> dict:
-        from nitro_e.encoders.vision import DINOv2, load_dinov2
+        from nitro_e.encoders.vision import DINOv2, load_vit
 
-        encoder = DINOv2(load_dinov2(str(folder), torch.float32))
+        encoder = DINOv2(load_vit(str(folder), torch.float32))
         data = Scenes(TEST_SCENES, TEST_SEED)
         tokens = torch.cat(
             [encoder.features(part, (GRID, GRID)) for part in data.pixels(slice(None)).split(100)]

@@ -73,7 +73,21 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resize", type=int, help="make larger images smaller, to this shorter side in pixels"
     )
-    parser.add_argument("--min-side", type=int, default=1, help="leave out smaller images, pixels")
+    parser.add_argument("--min-side", type=int, default=64, help="leave out smaller images, pixels")
+    parser.add_argument(
+        "--max-aspect",
+        type=cli.real(1),
+        default=4.0,
+        metavar="RATIO",
+        help="leave out images whose longer side is more than so many shorter ones",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="of tables, parquet and --captions: goes into json, for data.captions and data.where",
+    )
     parser.add_argument(
         "--shuffle", type=int, default=0, metavar="SEED", help="of folders and tables; -1 keeps their order"
     )
@@ -83,6 +97,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pack(args: argparse.Namespace) -> None:
     args.caption_column = args.caption_column or pack.CAPTION_COLUMN.get(args.layout, "caption")
     args.shuffle = None if args.shuffle < 0 else args.shuffle
+    args.keep = tuple(args.keep)
     options = from_flags(pack.PackConfig, args)
     captions = pack.CaptionSource(
         args.captions, args.id_column, args.captions_from_names, args.out / ".journal"
@@ -102,7 +117,19 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
     )
+    parser.add_argument(
+        "--text-dtype",
+        choices=("float16", "int8"),
+        default="float16",
+        help="int8, with a scale per token, takes half of the space",
+    )
+    parser.add_argument(
+        "--caption", metavar="KEY", help="encode the text under this key of the json: writes text_KEY-*.tar"
+    )
     parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
+    parser.add_argument(
+        "--text-layers", choices=("last", "normed_mean"), default="last", help="of Llama; see docs/model.md"
+    )
     parser.add_argument(
         "--grid",
         type=cli.whole(1, 1024),
@@ -110,28 +137,35 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="of the vision features, without --codec",
     )
-    cli.dtype_flag(parser, "of the encoders", default="float32")
+    cli.dtype_flag(parser, "of the encoders (default: bfloat16 on a GPU, float32 elsewhere)")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=encode.usual_workers(),
+        help="processes that decode images; by default the cores of this rank but one",
+    )
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
 
 
 def run_encode(args: argparse.Namespace) -> None:
     device = args.device or rank_device()
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     builders = {"codec": build_codec, "text": build_text_encoder, "vision": build_vision_encoder}
     built, names = {}, {}
     for kind, builder in builders.items():
         if value := getattr(args, kind):
-            component = chosen_component(kind, value, dtype=args.dtype)
+            component = chosen_component(kind, value, dtype=dtype)
             if kind == "text":
-                component = dataclasses.replace(component, length=args.text_length)
+                component = dataclasses.replace(component, length=args.text_length, layers=args.text_layers)
             built[kind] = builder(component, device)
             column = {"codec": "latents", "vision": "features"}.get(kind, kind)
             names[column] = config.to_dict(pinned(component))
-    encoders = encode.Encoders(**built, grid=tuple(args.grid) if args.grid else None, names=names)
+    grid = tuple(args.grid) if args.grid else None
+    encoders = encode.Encoders(**built, grid=grid, names=names, device=device, caption=args.caption)
     options, job = from_flags(encode.EncodeConfig, args), from_flags(jobs.JobConfig, args)
     encode.encode(expand_shards(args.shards, "shards"), encoders, options, job)
 

@@ -2,12 +2,14 @@
 
 Shards whose names differ only in a leading column word (`images-`, `latents-`, `text-`, `features-`) are
 columns of one shard and are joined by key, so that training on latents never opens the images. When the list
-holds equal names from several folders, columns must lie in one folder.
+holds equal names from several folders, columns must lie in one folder. Every shard of a source has the same columns;
+another source of a mixture may have others.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -16,8 +18,9 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from nitro_e.config import ConfigError, read_text
-from nitro_e.data.index import DamagedTar, ShardIndex, index_path, shard_index
+from nitro_e.data.index import MEMBER, DamagedTar, ShardIndex, index_path, shard_index
 from nitro_e.data.manifests import digest
 from nitro_e.data.problems import Problem
 from nitro_e.data.remote import ShardCache, cache_folder, is_url, list_urls
@@ -34,10 +37,15 @@ from nitro_e.record.progress import bar
 
 log = logging.getLogger("nitro_e.data")
 IMAGES = ("png", "jpg", "jpeg", "webp")
-COLUMN = re.compile(r"(images|latents|text|features)-(.+)")
+COLUMN = re.compile(r"(images|latents|text(?:_\w+)?|features)-(.+)")  # text_NAME: of another caption
 MERGE_FROM = 100  # shards; below, opening the indices one by one is fast enough
 KEEP_MERGED = 8
 PRIORITY = ("text", "features", "latents", "images", "")  # where a repeated member is taken from
+
+
+def priority(name: str) -> int:
+    """Return the place of a column in PRIORITY."""
+    return PRIORITY.index(name.partition("_")[0])
 
 
 class MissingShards(ConfigError):
@@ -49,8 +57,8 @@ class Column:
     """A tar for each shard of the catalog, and a row for each sample."""
 
     name: str  # "latents", ...; "" for shards that are no column
-    paths: list[str]
-    rows: np.ndarray  # (N,) structured as in index.py
+    paths: list[str]  # "" for the shards of a source without this column
+    rows: np.ndarray  # (R,) structured as in index.py; without members in such shards
     file: Path | None = None  # a .npy that holds the rows; all processes of a machine then share one copy
 
     def __getstate__(self):
@@ -64,7 +72,11 @@ class Column:
 
 @dataclass
 class Catalog:
-    """All samples of the data set; sample i has its members in row i of the columns."""
+    """All samples of the data set; sample i has its members in row `rows_of(i)` of the columns.
+
+    The rows are those of the shards, R of them, and may be mapped from a file: a sample that is left out stays in
+    them, and only its place is remembered.
+    """
 
     names: list[str]  # (S,) for reports
     sizes: list[np.ndarray]  # per source: samples in each shard
@@ -72,57 +84,112 @@ class Catalog:
     digest: str  # of the content of every shard, in order
     problems: list[Problem] = field(default_factory=list)  # samples that were left out
     cache: ShardCache = field(default_factory=ShardCache)  # of the shards behind URLs
+    left_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # rows, rising
     starts: np.ndarray = field(init=False)  # (S + 1,) first sample of each shard
+    _shard_rows: np.ndarray = field(init=False)  # (S,) rows of each shard
+    _holders: dict[str, tuple[list[Column], np.ndarray]] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
+        self._shard_rows = np.concatenate(self.sizes)
+        self._count()
+
+    def _count(self) -> None:
         self.starts = np.concatenate([[0], np.cumsum(np.concatenate(self.sizes))])
+        # samples before each row that is left out
+        self._before = self.left_out - np.arange(len(self.left_out))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def find(self, extension: str) -> Column | None:
-        """Find the column that `extension` is read from."""
-        holders = [column for column in self.columns if extension in column.rows.dtype.names]
-        return min(holders, key=lambda column: PRIORITY.index(column.name), default=None)
+    def rows_of(self, samples: np.ndarray) -> np.ndarray:
+        """Find the rows of these samples."""
+        if not len(self.left_out):
+            return samples
+        return samples + np.searchsorted(self._before, samples, side="right")
+
+    def holders(self, extension: str) -> tuple[list[Column], np.ndarray]:
+        """Find the columns that `extension` is read from, and (S,) which of them each shard takes."""
+        if extension not in self._holders:
+            self._holders[extension] = self._find_holders(extension)
+        return self._holders[extension]
+
+    def _find_holders(self, extension: str) -> tuple[list[Column], np.ndarray]:
+        columns = [column for column in self.columns if extension in column.rows.dtype.names]
+        columns.sort(key=lambda column: priority(column.name))
+        chosen = np.zeros(len(self.names), np.int64)
+        if len(columns) < 2 or all("" not in column.paths for column in self.columns):
+            return columns[:1], chosen
+        # sources with columns of their own: the first that has the member in the shard
+        starts = np.cumsum(self._shard_rows) - self._shard_rows
+        for number, column in reversed(list(enumerate(columns))):
+            there = np.append(column.rows[extension]["offset"] > 0, False)
+            chosen[np.logical_or.reduceat(there, starts) & (self._shard_rows > 0)] = number
+        return columns, chosen
 
     def has(self, *extensions: str) -> np.ndarray:
         """Find the samples with at least one of these members: (N,) bool."""
-        found = np.zeros(len(self), bool)
+        found = np.zeros(int(self._shard_rows.sum()), bool)
         for extension in extensions:
-            column = self.find(extension)
-            if column is not None:
-                found |= column.rows[extension]["offset"] > 0
-        return found
+            columns, chosen = self.holders(extension)
+            for number, column in enumerate(columns):
+                there = column.rows[extension]["offset"] > 0
+                found |= there & np.repeat(chosen == number, self._shard_rows) if len(columns) > 1 else there
+        return np.delete(found, self.left_out)
+
+    def members(
+        self, extension: str, samples: np.ndarray, shards: np.ndarray
+    ) -> tuple[list[str], np.ndarray]:
+        """Look up where a member of these samples lies: the path of each, and (B,) offset, size and crc.
+
+        Without the member, offset is 0 and the path means nothing.
+        """
+        columns, chosen = self.holders(extension)
+        rows, wanted = self.rows_of(samples), chosen[shards]
+        if not columns:
+            return [""] * len(samples), np.zeros(len(samples), MEMBER)
+        entries = columns[0].rows[extension][rows]
+        for number, column in enumerate(columns[1:], 1):
+            there = wanted == number
+            entries[there] = column.rows[extension][rows[there]]
+        return [columns[k].paths[shard] for k, shard in zip(wanted.tolist(), shards.tolist())], entries
 
     def shard_of(self, sample: int | np.ndarray) -> int | np.ndarray:
         return np.searchsorted(self.starts, sample, side="right") - 1
 
+    def keys(self, samples: np.ndarray) -> list[str]:
+        found = self.columns[0].rows["__key__"][self.rows_of(samples)].tolist()
+        return [key.decode(errors="replace") for key in found]
+
     def key(self, sample: int) -> str:
-        return self.columns[0].rows["__key__"][sample].decode(errors="replace")
+        return self.keys(np.array([sample]))[0]
 
     def describe(self, sample: int) -> str:
         """Name a sample for messages: `shard.tar:key (members: jpg, txt)`."""
+        (row,) = self.rows_of(np.array([sample]))
         members = [
             name
             for column in self.columns
             for name in column.rows.dtype.names
-            if name != "__key__" and column.rows[name]["offset"][sample]
+            if name != "__key__" and column.rows[name]["offset"][row]
         ]
         return f"{self.name_of(sample)} (members: {', '.join(members) or 'none'})"
 
     def name_of(self, sample: int) -> str:
         return f"{self.names[int(self.shard_of(sample))]}:{self.key(sample)}"
 
-    def keep(self, mask: np.ndarray, reason: str) -> None:
-        """Leave out the samples where `mask` is False, and remember them as problems."""
-        for sample in np.flatnonzero(~mask):
-            self.problems.append(Problem(self.names[int(self.shard_of(sample))], self.key(sample), reason))
+    def keep(self, mask: np.ndarray, reason: str | None = None) -> None:
+        """Leave out the samples where `mask` is False; with a reason they are problems."""
+        dropped = np.flatnonzero(~mask)
+        if reason is not None:
+            for sample in dropped:
+                self.problems.append(
+                    Problem(self.names[int(self.shard_of(sample))], self.key(sample), reason)
+                )
         counts = np.add.reduceat(np.append(mask, False), self.starts[:-1]) * (np.diff(self.starts) > 0)
         edges = np.cumsum([len(source) for source in self.sizes])[:-1]
         self.sizes = np.split(counts.astype(np.int64), edges)
-        for column in self.columns:
-            column.rows, column.file = column.rows[mask], None
-        self.__post_init__()
+        self.left_out = np.union1d(self.left_out, self.rows_of(dropped))
+        self._count()
 
 
 def expand_shards(patterns: Sequence[str], key: str = "data.shards") -> list[str]:
@@ -193,50 +260,84 @@ def open_catalog(
     """
     cache = cache or ShardCache()
     merge = sum(map(len, sources)) >= MERGE_FROM
-    merged = _merged_folder(sources, tolerate_shards, cache) if merge else None
-    if merged is not None and (merged / "catalog.json").is_file():
-        return _read_merged(merged, cache)
+    if merge and (kept := _kept_catalog(sources, tolerate_shards, cache)) is not None:
+        return kept
     _make_indices([path for paths in sources for path in paths], cache, progress)
-    catalog = _build_catalog(sources, tolerate_shards, cache)
-    if merge:
-        merged = _merged_folder(sources, tolerate_shards, cache)
+    if not merge:
+        return _build_catalog(sources, tolerate_shards, cache)
+    with one_process(digest(tolerate_shards, [list(source) for source in sources])[:32]):
+        kept = _kept_catalog(sources, tolerate_shards, cache)  # another process may have made it meanwhile
+        if kept is not None:
+            return kept
+        catalog = _build_catalog(sources, tolerate_shards, cache)
         try:
-            if merged is not None:
-                _write_merged(catalog, merged)
-                return _read_merged(merged, cache)
+            if (folder := _merged_folder(sources, tolerate_shards, cache)) is not None:
+                _write_merged(catalog, folder)
+                del catalog  # as large as all indices; the file is shared
+                return _read_merged(folder, cache)
         except OSError as error:
             log.warning("the joined index is not kept (%s); set NITRO_E_CACHE to a writable folder", error)
-    return catalog
+        return catalog
+
+
+def _kept_catalog(
+    sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache
+) -> Catalog | None:
+    """Read the joined index of these shards, if there is one."""
+    folder = _merged_folder(sources, tolerate_shards, cache)
+    if folder is None or not (folder / "catalog.json").is_file():
+        return None
+    return _read_merged(folder, cache)
+
+
+@contextmanager
+def one_process(name: str) -> Iterator[None]:
+    """Let one process of this machine at a time do the work of this name; the others wait, and find it done."""
+    try:
+        path = cache_folder() / "catalogs" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError:  # each does it, and says that it cannot be kept
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process
+        yield
 
 
 def _build_catalog(sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache) -> Catalog:
     grouped = [group_columns(paths) for paths in sources]
     names = list(dict.fromkeys(name for groups in grouped for shards in groups.values() for name in shards))
-    names.sort(key=PRIORITY.index, reverse=True)  # images first: the sample order is theirs
+    names.sort(key=priority, reverse=True)  # images first: the sample order is theirs
     parts: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in names}
     shard_names, sizes, problems, damaged, content = [], [], [], 0, hashlib.sha256()
     for groups in grouped:
         sizes.append([])
+        wanted = [name for name in names if any(name in shards for shards in groups.values())]
         for shards in groups.values():
             try:
-                indices = {name: shard_index(shards[name], cache=cache) for name in names if name in shards}
+                indices = {name: shard_index(shards[name], cache=cache) for name in wanted if name in shards}
             except DamagedTar as error:
                 damaged += 1
                 if damaged > tolerate_shards:
                     raise
                 problems.append(Problem(Path(next(iter(shards.values()))).name, "*", str(error)))
                 continue
-            if len(indices) < len(names):
-                absent = ", ".join(f"{name or 'plain'}-" for name in names if name not in shards)
+            if len(indices) < len(wanted):
+                absent = ", ".join(f"{name or 'plain'}-" for name in wanted if name not in shards)
                 raise ConfigError(
                     f"{next(iter(shards.values()))}: no {absent} shard of the same name, as others have"
                 )
             rows = _join(indices, shards, problems)
-            for name, index in indices.items():
-                parts[name].append((shards[name], rows[name]))
+            for index in indices.values():
                 content.update(index.digest().encode())
-            shard_names.append(Path(shards[names[0]]).name)
-            sizes[-1].append(len(rows[names[0]]))
+            base = rows[wanted[0]]
+            keys = np.zeros(len(base), [("__key__", base["__key__"].dtype)])
+            keys["__key__"] = base["__key__"]
+            for name in names:
+                parts[name].append((shards[name], rows[name]) if name in rows else ("", keys))
+            shard_names.append(Path(shards[wanted[0]]).name)
+            sizes[-1].append(len(base))
     columns = []
     for name, part in parts.items():
         paths, tables = [path for path, _ in part], [rows for _, rows in part]
@@ -286,7 +387,7 @@ def _write_merged(catalog: Catalog, folder: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
             raise
     others = sorted(
-        (path for path in folder.parent.iterdir() if path.suffix != ".tmp"),
+        (path for path in folder.parent.iterdir() if path.suffix not in (".tmp", ".lock")),
         key=lambda path: path.stat().st_mtime,
     )
     for old in others[:-KEEP_MERGED]:
@@ -305,7 +406,7 @@ def _read_merged(folder: Path, cache: ShardCache) -> Catalog:
 
 
 def _make_indices(paths: list[str], cache: ShardCache, progress: bool) -> None:
-    """Scan what has no index yet, and bring those of remote shards here, before they are read one by one.
+    """Scan what has no index yet, and bring the indices of remote shards here, before they are read one by one.
 
     Each process goes in an order of its own, so that the ranks of a run share the work.
     """
@@ -313,10 +414,11 @@ def _make_indices(paths: list[str], cache: ShardCache, progress: bool) -> None:
     if not todo:
         return
     random.Random(os.getpid()).shuffle(todo)
-    threads = 16 if any(map(is_url, todo)) else 2  # scanning waits for the disk half of the time
+    remote = any(map(is_url, todo))
+    threads = 16 if remote else 2  # scanning waits for the disk half of the time
     with ThreadPoolExecutor(threads) as pool:
         made = pool.map(partial(_make_index, cache=cache), todo)
-        if progress and len(todo) > 20:
+        if progress and (remote or len(todo) > 20):
             made = bar(made, desc="index", total=len(todo), unit="shard")
         for _ in made:
             pass

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from nitro_e.config import Config, ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.data.catalog import MissingShards, expand_shards
+from nitro_e.data.conditions import Condition, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,8 @@ class SourceConfig(Config):
     shards: tuple[str, ...]  # paths, globs, braces, URLs, or @file with a list of them
     # its share of every 512 samples, relative to the others; 0 drops the source
     weight: Annotated[float, Ge(0)] | None = None
+    # conditions on values of the json member, such as {aesthetic: ">= 5.0"}, besides those of data.where
+    where: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,10 @@ class DataConfig(Config):
     workers: Annotated[int, Ge(0), Le(512)] = 2
     # key of the caption in the json member, where there is no txt
     caption_key: str = "caption"
+    # weights of several captions per image: txt, or keys of the json member that hold text or a list of texts
+    captions: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
+    # conditions on values of the json member, such as {aesthetic: ">= 5.0", width: ">= 512"}
+    where: dict[str, str] = field(default_factory=dict)
     # read stored latents if the shards have them; false decodes images instead
     use_latents: bool = True
     # training stops when more of the data set than this is unusable
@@ -58,6 +65,21 @@ class DataConfig(Config):
             raise ConfigError(
                 f"data.sources.{without[0]}.weight: missing; give every source a weight, or none of them"
             )
+
+        if self.captions and not any(self.captions.values()):
+            raise ConfigError("data.captions: all weights are 0; give one a weight, or leave captions out")
+        conditions = self.conditions  # a wrong one is refused here
+        if self.reader == "stream" and (self.captions or any(conditions)):
+            raise ConfigError("data.reader=stream knows neither captions nor where; use data.reader=indexed")
+
+    @property
+    def conditions(self) -> list[tuple[Condition, ...]]:
+        """List what every source is filtered by; raises ConfigError for what is no condition."""
+        shared = parse(self.where, "where")
+        parts = [
+            shared + parse(source.where, f"sources.{name}.where") for name, source in self.sources.items()
+        ]
+        return parts or [shared]
 
     @property
     def weights(self) -> list[float] | None:

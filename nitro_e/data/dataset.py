@@ -11,7 +11,7 @@ import mmap
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,13 +21,22 @@ from torch.utils.data import Dataset
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog
-from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info, not_finite
+from nitro_e.data.decode import (
+    BadSample,
+    decode_array,
+    decode_caption,
+    decode_image,
+    decode_info,
+    draw_caption,
+    not_finite,
+)
 from nitro_e.data.order import Order
 from nitro_e.data.problems import BadDataError, Problem
 from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.data.spec import ArrayLayout, ReadSpec
 from nitro_e.interfaces import TextEmbedding
 
+Buffer = bytes | memoryview
 OPEN_FILES = 256  # per process
 ATTEMPTS = 64  # replacements tried for one position
 CHANGED = "is not what was indexed (CRC differs; after making a shard anew: nitro-e data index --force)"
@@ -45,6 +54,9 @@ class Records:
     text: TextEmbedding | None = None  # stored (B, L, D) tokens, usually float16, and their (B, L) mask
     features: Tensor | None = None  # (B, h*w, F) stored vision features, usually float16
     extra: dict[str, Tensor] = field(default_factory=dict)  # other array members that were asked for, by name
+    # (B,) bool by name ("latents", "text", "features"): samples of sources without this column, whose rows are zeros
+    # and are to be computed, from their pixels or prompts; of other samples, pixels may be zeros then
+    absent: dict[str, Tensor] = field(default_factory=dict)
     bad: list[Problem] = field(default_factory=list)  # samples that were replaced
     failure: str | None = None  # set by a worker instead of raising; never seen by callers
 
@@ -61,7 +73,7 @@ class Records:
     def put(self, row: int, other: Records) -> None:
         """Replace the sample in `row` by the only one of `other`."""
         for mine, theirs in zip(self._columns(), other._columns()):
-            if mine is not None:
+            if mine is not None and theirs is not None:  # both of one source, which has the same columns
                 mine[row] = theirs[0]
 
     def _columns(self) -> tuple[list | Tensor | None, ...]:
@@ -87,7 +99,8 @@ class TarDataset(Dataset):
             return Records([], [], [], failure=str(error))
 
     def _read(self, positions: np.ndarray) -> Records:
-        records, failed = self.load(self.order.ids(positions))
+        draws = self.order.draws(positions) if self.spec.captions else None
+        records, failed = self.load(self.order.ids(positions), draws)
         for row, problem in failed.items():
             records.bad.append(problem)
             self._replace(records, row, int(positions[row]))
@@ -96,8 +109,9 @@ class TarDataset(Dataset):
     def _replace(self, records: Records, row: int, position: int) -> None:
         """Fill a row of the batch with the next good sample of the same source."""
         (source,), (counter,) = self.order.locate(np.array([position]))
+        draws = self.order.draws(np.array([position])) if self.spec.captions else None
         for attempt in range(1, ATTEMPTS + 1):
-            one, failed = self.load(self.order.sample(int(source), np.array([counter + attempt])))
+            one, failed = self.load(self.order.sample(int(source), np.array([counter + attempt])), draws)
             if not failed:
                 return records.put(row, one)
             records.bad += failed.values()
@@ -106,64 +120,91 @@ class TarDataset(Dataset):
             " look for the cause with `nitro-e data verify`"
         )
 
-    def load(self, ids: np.ndarray) -> tuple[Records, dict[int, Problem]]:
-        """Read samples by id, without replacement; {row: problem} tells which rows could not be read."""
+    def load(self, ids: np.ndarray, draws: np.ndarray | None = None) -> tuple[Records, dict[int, Problem]]:
+        """Read samples by id, without replacement; {row: problem} tells which rows could not be read.
+
+        draws: (B,) in [0, 1), for the choice among several captions.
+        """
         if self._checked is None:
             self._checked = np.zeros(len(self.catalog), bool)
-        shards, failed = self.catalog.shard_of(ids).tolist(), {}
-        prompts, info = self._texts(ids, shards, failed)
+        shards, failed = self.catalog.shard_of(ids), {}
+        absent = {
+            name: self.catalog.members(member, ids, shards)[1]["offset"] == 0
+            for name, member in self.spec.partial
+        }
+        prompts, info, chosen = self._texts(ids, shards, failed, draws)
         latents, features = (
-            self._arrays(member, layout, ids, shards, failed) if layout else None
-            for member, layout in (("npy", self.spec.latents), ("features.npy", self.spec.features))
+            self._arrays(member, layout, ids, shards, failed, absent.get(name)) if layout else None
+            for name, member, layout in (
+                ("latents", "npy", self.spec.latents),
+                ("features", "features.npy", self.spec.features),
+            )
         )
         extra = {
             member: self._arrays(member, layout, ids, shards, failed) for member, layout in self.spec.extra
         }
-        text = self._text(ids, shards, failed) if self.spec.text else None
-        pixels = self._pixels(ids, shards, failed) if self.spec.images else None
+        text = self._text(ids, shards, failed, absent.get("text"), chosen) if self.spec.text else None
+        pixels = self._pixels(ids, shards, failed, absent) if self.spec.images else None
         self._checked[np.delete(ids, list(failed))] = True
-        names = [self.catalog.names[shard] for shard in shards]
-        keys = [key.decode(errors="replace") for key in self.catalog.columns[0].rows["__key__"][ids].tolist()]
+        names = [self.catalog.names[shard] for shard in shards.tolist()]
+        keys = self.catalog.keys(ids)
         problems = {row: Problem(names[row], keys[row], reason) for row, reason in sorted(failed.items())}
         keys = [f"{name}:{key}" for name, key in zip(names, keys)]
-        return Records(keys, prompts, info, pixels, latents, text, features, extra), problems
+        flags = {name: torch.from_numpy(rows) for name, rows in absent.items()}
+        return Records(keys, prompts, info, pixels, latents, text, features, extra, flags), problems
 
     def _contents(
-        self, member: str, ids, shards: list[int], failed: dict[int, str]
+        self, member: str, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str]
     ) -> Iterator[memoryview | None]:
         """Yield one member of each sample; None where there is none or its CRC is wrong."""
-        column = self.catalog.find(member)
-        if column is None:
-            yield from [None] * len(ids)
-            return
-        files, paths, checked = self._files, column.paths, self._checked[ids].tolist()
-        for row, (shard, (offset, size, crc)) in enumerate(zip(shards, column.rows[member][ids].tolist())):
-            content = files[paths[shard]][offset : offset + size] if offset else None
+        files, checked = self._files, self._checked[ids].tolist()
+        paths, entries = self.catalog.members(member, ids, shards)
+        for row, (path, (offset, size, crc)) in enumerate(zip(paths, entries.tolist())):
+            content = files[path][offset : offset + size] if offset else None
+            # crc 0: of a remote shard only the headers were read
             if content is not None and (
-                len(content) != size or not checked[row] and zlib.crc32(content) != crc
+                len(content) != size or crc and not checked[row] and zlib.crc32(content) != crc
             ):
                 failed.setdefault(row, f"{member} {CHANGED}")
                 content = None
             yield content
 
-    def _texts(self, ids, shards: list[int], failed: dict[int, str]) -> tuple[list[str], list[dict]]:
-        prompts, info = [""] * len(ids), [{} for _ in ids]
+    def _texts(
+        self, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str], draws: np.ndarray | None
+    ) -> tuple[list[str], list[dict], list[str]]:
+        """Read captions and json; the third list has the name of the caption that was drawn for each sample."""
+        prompts, info, chosen = [""] * len(ids), [{} for _ in ids], [""] * len(ids)
         texts = self._contents("txt", ids, shards, failed)
         jsons = self._contents("json", ids, shards, failed) if self.spec.info else [None] * len(ids)
         for row, (text, content) in enumerate(zip(texts, jsons)):
             try:
                 if content is not None:
                     info[row] = decode_info(content)
-                prompts[row] = decode_caption(text, info[row], self.spec.caption_key)
+                if self.spec.captions:
+                    draw = 0.0 if draws is None else draws[row]
+                    stored = self.spec.text is not None
+                    chosen[row], prompts[row] = draw_caption(
+                        text, info[row], self.spec.captions, draw, first=stored
+                    )
+                else:
+                    prompts[row] = decode_caption(text, info[row], self.spec.caption_key)
             except BadSample as error:
                 failed.setdefault(row, str(error))
-        return prompts, info
+        return prompts, info, chosen
 
-    def _pixels(self, ids, shards: list[int], failed: dict[int, str]) -> Tensor:
+    def _pixels(
+        self, ids: np.ndarray, shards: np.ndarray, failed: dict[int, str], absent: dict[str, np.ndarray]
+    ) -> Tensor | None:
+        """Decode the images of all samples, or of those whose latents or features are absent; None for no one's."""
+        wanted = np.ones(len(ids), bool)
+        if self.spec.images_for:
+            wanted = np.any([absent[name] for name in self.spec.images_for], axis=0)
+            if not wanted.any():
+                return None
         pixels = np.zeros((len(ids), 3, self.spec.resolution, self.spec.resolution), np.uint8)
         for extension in self.spec.images:
             for row, content in enumerate(self._contents(extension, ids, shards, failed)):
-                if content is not None and row not in failed:
+                if content is not None and wanted[row] and row not in failed:
                     try:
                         pixels[row] = decode_image(content, self.spec.resolution)
                     except BadSample as error:
@@ -171,9 +212,18 @@ class TarDataset(Dataset):
         return torch.from_numpy(pixels)
 
     def _arrays(
-        self, member: str, layout: ArrayLayout, ids, shards: list[int], failed: dict[int, str]
+        self,
+        member: str,
+        layout: ArrayLayout,
+        ids: np.ndarray,
+        shards: np.ndarray,
+        failed: dict[int, str],
+        absent: np.ndarray | None = None,
     ) -> Tensor:
-        """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape)."""
+        """Read `.npy` members straight into one array and view the part behind their headers: (B, *shape).
+
+        absent: samples that need not have the member, and get zeros.
+        """
         nbytes = layout.nbytes
         buffer = np.empty((len(ids), nbytes), np.uint8)
         flat = memoryview(buffer).cast("B")
@@ -187,6 +237,8 @@ class TarDataset(Dataset):
                 failed.setdefault(row, reason)
         start = len(layout.header)
         headers = (buffer[:, :start] == np.frombuffer(layout.header, np.uint8)).all(axis=1)
+        if absent is not None:
+            headers |= absent
         for row in np.flatnonzero(~headers).tolist():
             failed.setdefault(row, f"{member} is not a {layout.dtype} array of shape {layout.shape}")
         values = buffer[:, start:].view(layout.dtype)
@@ -196,34 +248,90 @@ class TarDataset(Dataset):
                 failed.setdefault(row, f"{member} has NaN or Inf")
         return torch.from_numpy(values).unflatten(1, layout.shape)
 
-    def _text(self, ids, shards: list[int], failed: dict[int, str]) -> TextEmbedding:
-        """Read stored text: padded tokens with their mask, or ragged ones, padded with zeros here."""
-        layout = self.spec.text
+    def _text(
+        self,
+        ids: np.ndarray,
+        shards: np.ndarray,
+        failed: dict[int, str],
+        absent: np.ndarray | None,
+        chosen: list[str],
+    ) -> TextEmbedding:
+        """Read stored text, of each sample that of the caption that was drawn for it."""
+        names = sorted(set(chosen))
+        if names == [""]:
+            return self._one_text("", ids, shards, failed, absent)
+        parts = []
+        for name in names:
+            rows = np.flatnonzero([name == other for other in chosen])
+            wrong: dict[int, str] = {}
+            less = None if absent is None else absent[rows]
+            suffix = "" if name in ("", "txt") else f"_{name}"
+            parts.append((rows, self._one_text(suffix, ids[rows], shards[rows], wrong, less)))
+            for row, reason in wrong.items():
+                failed.setdefault(int(rows[row]), reason)
+        (_, first), *_ = parts
+        whole = TextEmbedding(*(part.new_zeros(len(ids), *part.shape[1:]) for part in first))
+        for rows, text in parts:
+            for mine, theirs in zip(whole, text):
+                mine[rows] = theirs
+        return whole
+
+    def _one_text(
+        self,
+        suffix: str,
+        ids: np.ndarray,
+        shards: np.ndarray,
+        failed: dict[int, str],
+        absent: np.ndarray | None,
+    ) -> TextEmbedding:
+        """Read padded tokens with their mask, or ragged ones, which get zeros behind them here.
+
+        Those of 8 bits are multiplied with their scales, to half precision.
+        """
+        layout, member = self.spec.text, f"text{suffix}.npy"
         if self.spec.mask is not None:
-            tokens = self._arrays("text.npy", layout, ids, shards, failed)
-            return TextEmbedding(tokens, self._arrays("mask.npy", self.spec.mask, ids, shards, failed).bool())
+            tokens = self._arrays(member, layout, ids, shards, failed, absent)
+            mask = self._arrays(f"mask{suffix}.npy", self.spec.mask, ids, shards, failed, absent)
+            if self.spec.scale is not None:
+                scale = self._arrays(f"scale{suffix}.npy", self.spec.scale, ids, shards, failed, absent)
+                tokens = dequantize(tokens, scale)
+            return TextEmbedding(tokens, mask.bool())
         samples = [np.zeros((0, layout.shape[1]))] * len(ids)
-        for row, content in enumerate(self._contents("text.npy", ids, shards, failed)):
+        scales: Iterable[memoryview | None] = [None] * len(ids)
+        if self.spec.scale is not None:
+            scales = self._contents(f"scale{suffix}.npy", ids, shards, failed)
+        for row, (content, scale) in enumerate(zip(self._contents(member, ids, shards, failed), scales)):
             try:
                 if content is not None:
-                    samples[row] = ragged_rows(content, self.spec)
+                    samples[row] = ragged_rows(content, self.spec, scale)
             except BadSample as error:
                 failed.setdefault(row, str(error))
         return pad_rows(samples, self.spec)
 
 
-def ragged_rows(content: bytes | memoryview, spec: ReadSpec) -> np.ndarray:
-    """Decode one ragged text embedding: (up to L, D)."""
+def dequantize(tokens: Tensor, scale: Tensor) -> Tensor:
+    """Turn tokens of 8 bits (..., L, D) and their scales (..., L) into half precision."""
+    return (tokens.float() * scale[..., None]).half()
+
+
+def ragged_rows(content: Buffer, spec: ReadSpec, scale: Buffer | None = None) -> np.ndarray:
+    """Decode one ragged text embedding: (up to L, D); scale: the member that goes with tokens of 8 bits."""
     rows, width = decode_array(content), spec.text.shape[1]
     fits = rows.ndim == 2 and rows.shape[1] == width and len(rows) <= spec.text_length
     if not fits or rows.dtype.str != spec.text.dtype:
         raise BadSample(f"text.npy is {rows.dtype} {rows.shape}, expected up to {spec.text_length} x {width}")
-    return rows
+    if spec.scale is None:
+        return rows
+    scales = np.zeros(0) if scale is None else decode_array(scale)
+    if scales.shape != rows.shape[:1]:
+        raise BadSample(f"scale.npy has the shape {scales.shape}, expected {rows.shape[:1]}")
+    return (rows * scales[:, None]).astype(np.float16)
 
 
 def pad_rows(samples: list[np.ndarray], spec: ReadSpec) -> TextEmbedding:
     """Put zeros after the real tokens of ragged text embeddings."""
-    tokens = np.zeros((len(samples), spec.text_length, spec.text.shape[1]), spec.text.dtype)
+    dtype = spec.text.dtype if spec.scale is None else "<f2"
+    tokens = np.zeros((len(samples), spec.text_length, spec.text.shape[1]), dtype)
     mask = np.zeros(tokens.shape[:2], bool)
     for row, real in enumerate(samples):
         tokens[row, : len(real)], mask[row, : len(real)] = real, True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class BadSample(Exception):
@@ -23,8 +24,15 @@ def decode_image(content: bytes, resolution: int) -> np.ndarray:
                 image.draft("RGB", (2 * resolution, 2 * resolution))  # decode large ones at 1/2, 1/4, 1/8
             image = square(to_rgb(ImageOps.exif_transpose(image)), resolution)
     except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
-        raise BadSample(f"image does not decode ({type(error).__name__}: {error})") from None
+        raise BadSample(image_problem(error)) from None
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def image_problem(error: Exception) -> str:
+    """Say why Pillow could not read an image; the same words in every process."""
+    if isinstance(error, UnidentifiedImageError):  # its message holds the address of the buffer
+        return "image does not decode (it is of no format that Pillow reads here)"
+    return f"image does not decode ({type(error).__name__}: {error})"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -73,6 +81,42 @@ def decode_caption(content: bytes | None, info: dict, caption_key: str) -> str:
     if not caption:
         raise BadSample("empty caption")
     return caption
+
+
+def draw_caption(
+    content: bytes | None, info: dict, weights: Sequence[tuple[str, float]], draw: float, first: bool = False
+) -> tuple[str, str]:
+    """Draw one of a sample's captions: its name, and the text.
+
+    weights: by name, "txt" or a key of json; the captions that a sample lacks are left out of the draw, which is a
+    number in [0, 1). Of a list one is drawn evenly, or the `first` taken. Raises BadSample if it has none of them.
+    """
+    try:
+        given = {"txt": None if content is None else str(content, "utf-8")}
+    except UnicodeError:
+        raise BadSample("caption is not UTF-8") from None
+    found = []
+    for name, weight in weights:
+        texts = given["txt"] if name == "txt" else info.get(name)
+        texts = [
+            text.strip() for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)
+        ]
+        if weight and any(texts):
+            found.append((name, weight, [text for text in texts if text][: 1 if first else None]))
+    if not found:
+        raise BadSample(f"has none of the captions {', '.join(name for name, _ in weights)}")
+    draw *= sum(weight for _, weight, _ in found)
+    for choice in found:
+        name, weight, texts = choice
+        if draw < weight or choice is found[-1]:
+            break
+        draw -= weight
+    text = texts[min(int(draw / weight * len(texts)), len(texts) - 1)]
+    try:
+        text.encode()  # JSON can hold halves of characters
+    except UnicodeError:
+        raise BadSample("caption is not UTF-8") from None
+    return name, text
 
 
 @lru_cache(maxsize=256)

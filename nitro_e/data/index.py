@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,7 +62,8 @@ class ShardIndex:
 def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """Read the stored index of a shard, or make one, which is then stored.
 
-    A shard behind a URL is downloaded into `cache` only if no index lies beside it there.
+    Of a large shard behind a URL without an index beside it only the headers are fetched, where the server can do
+    that: its CRCs are 0, and its content is not checked when it is read.
     Raises DamagedTar (a ConfigError) when the tar is broken or its length differs from the stored index.
     """
     if is_url(path):
@@ -88,7 +89,20 @@ def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
     beside = cache.fetch_optional(f"{folder}/.index/{name}.npy")
     if beside is not None:
         return read_stored(Path(name), beside, check_length=False)
-    return shard_index(cache.fetch(url))  # stored in the cache, beside the local copy
+    local = cache.path(url)
+    ranges = None if local.is_file() else cache.ranges(url)
+    if ranges is None:
+        return shard_index(cache.fetch(url))  # stored in the cache, beside the local copy
+    check_kind(ranges[:BLOCK], Path(name))
+    names, places = [], []
+    for member, offset, size in tar_members(ranges, Path(name)):
+        names.append(member)
+        places.append((offset, size, 0))
+    index = _group(Path(name), names, places, len(ranges))
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(index_path(local)) as file:
+        file.write(_serialize(index))
+    return index
 
 
 def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
@@ -122,17 +136,39 @@ def read_members(
 
 
 def map_tar(path: Path) -> memoryview:
-    """Map the file into memory; raises DamagedTar when its length cannot be that of a tar."""
+    """Map the file into memory; raises DamagedTar when it cannot be a tar."""
     nbytes = os.path.getsize(path)
-    if nbytes < 2 * BLOCK or nbytes % BLOCK:
-        raise _damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)")
     with open(path, "rb") as file:
+        check_kind(file.read(BLOCK), path)
+        if nbytes < 2 * BLOCK or nbytes % BLOCK:
+            raise _damage(path, nbytes, f"{nbytes} bytes is not a whole number of tar blocks (cut short?)")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
+def check_kind(head: bytes, path: Path) -> None:
+    """Raise DamagedTar if a file begins like something that is often taken for a tar."""
+    for start, kind, remedy in (
+        (b"\x1f\x8b", "compressed with gzip", "gunzip it: members are read in place"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "unpack it: members are read in place"),
+        (b"PK\x03\x04", "a zip archive", "repack it as tar"),
+        (b"version https://git-lfs", "a pointer of Git LFS, not the file", "fetch it with `git lfs pull`"),
+        (b"<", "a web page, not a tar", "download it again; the address may need a login"),
+    ):
+        if head.lstrip().startswith(start):
+            raise DamagedTar(f"{path}: is {kind}; {remedy}")
+
+
+class Bytes(Protocol):
+    """The content of a file, of which slices are taken: a map, or something that fetches them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: slice, /) -> bytes: ...
+
+
+def tar_members(data: Bytes, path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of every regular file, after checking the structure of the whole archive."""
-    headers, found = [], []
+    headers: dict[int, bytes] = {}
+    found = []
     offset, name, size = 0, None, None  # name and size that a record gave for the member that follows it
     while True:
         if offset + BLOCK > len(data):
@@ -140,14 +176,14 @@ def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
         header, start = data[offset : offset + BLOCK], offset + BLOCK
         if header[0] == 0 and not any(header):
             break
-        headers.append(offset)
+        headers[offset] = header
         kind, length = header[156:157], _number(header[124:136])
         if length is None:
             raise _damage(path, offset, "corrupt header")
         if kind not in RECORDS and size is not None:
             length = size
         if kind not in KNOWN or start + length > len(data):
-            _check_sums(data, headers, path)  # only a good header may speak of a kind or a cut
+            _check_sums(headers, path)  # only a good header may speak of a kind or a cut
             reason = "cut inside" if kind in KNOWN else "only files and folders are read, not"
             raise _damage(path, offset, f"{reason} member '{_name(header)}'")
         if kind == b"L":
@@ -160,25 +196,22 @@ def tar_members(data: mmap.mmap, path: Path) -> Iterator[tuple[str, int, int]]:
                 found.append((_name(header) if name is None else name, start, length))
             name = size = None
         offset = start + -(-length // BLOCK) * BLOCK
-    _check_sums(data, headers, path)
-    rest = np.frombuffer(data, np.uint8, offset=offset)
+    _check_sums(headers, path)
+    rest = data[offset : len(data)]
     if len(rest) < 2 * BLOCK:
         raise _damage(path, offset, "half an end marker (cut short?)")
-    if rest.any():
+    if any(rest):
         raise _damage(path, offset, "data after the end marker (a zeroed header?)")
     yield from found
 
 
-def _check_sums(data: mmap.mmap, offsets: Sequence[int], path: Path) -> None:
-    """Compare the sums of all headers at `offsets`; the first wrong one is the damage."""
-    if not offsets:
-        return
-    blocks = np.frombuffer(data, np.uint8)[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    headers = blocks[np.asarray(offsets) // BLOCK]  # (n, 512), a copy
-    stored = [_number(bytes(field)) for field in headers[:, 148:156]]
-    headers[:, 148:156] = ord(" ")
-    sums = headers.sum(axis=1, dtype=np.int64)
-    for offset, want, got in zip(offsets, stored, sums.tolist()):
+def _check_sums(headers: dict[int, bytes], path: Path) -> None:
+    """Compare the sums of all headers, {offset: block}; the first wrong one is the damage."""
+    blocks = np.frombuffer(bytearray().join(headers.values()), np.uint8).reshape(-1, BLOCK)
+    stored = [_number(bytes(field)) for field in blocks[:, 148:156]]
+    blocks[:, 148:156] = ord(" ")
+    sums = blocks.sum(axis=1, dtype=np.int64)
+    for offset, want, got in zip(headers, stored, sums.tolist()):
         if want != got:
             raise _damage(path, offset, "corrupt header")
 

@@ -8,6 +8,7 @@ from nitro_e.data.order import Order
 from nitro_e.data.reader import Data
 from nitro_e.data.remote import ShardCache
 from nitro_e.data.spec import read_spec
+from nitro_e.data.where import apply
 
 
 def open_data(
@@ -38,6 +39,7 @@ def open_data(
     scanned = [shards[:1] for shards in sources] if streamed else sources
     cache = ShardCache(config.cache, config.cache_gb * 1e9)
     catalog = open_catalog(scanned, config.tolerate_shards, True, cache)
+    filtered = apply(catalog, config.conditions, list(config.sources or ("data",)))
     spec = read_spec(
         catalog,
         config,
@@ -53,4 +55,6 @@ def open_data(
         from nitro_e.data.stream import StreamData  # the only module that needs webdataset
 
         return StreamData(config, catalog, spec, sources, seed=seed, stage=stage)
-    return Data(config, catalog, spec, Order(catalog.sizes, config.weights, seed=seed, stage=stage))
+    data = Data(config, catalog, spec, Order(catalog.sizes, config.weights, seed=seed, stage=stage))
+    data.filtered = filtered
+    return data

@@ -99,6 +99,15 @@ class Order:
                 ids[chosen] = self._window(source, int(epoch), int(window))[rest[chosen] - edges[window]]
         return ids
 
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        """Draw a number in [0, 1) for each position, for the choice of one of a sample's captions."""
+        blocks, places = np.divmod(np.asarray(positions, np.int64), BLOCK)
+        found = np.empty(len(places))
+        for block in np.unique(blocks):
+            bits = philox(self.seed, self.stage, "captions", block).random_raw(BLOCK)
+            found[blocks == block] = (bits >> np.uint64(11))[places[blocks == block]] * 2.0**-53
+        return found
+
     def fingerprint(self) -> dict:
         """List what the order depends on besides the content of the shards."""
         sizes = hashlib.sha256(b"|".join(source.tobytes() for source in self.sizes)).hexdigest()[:16]
@@ -146,11 +155,16 @@ class Order:
         return {**self.__dict__, "_tables": {"epoch": {}, "window": {}}}
 
 
+def philox(*key) -> np.random.Philox:
+    """Make a stream of random bits that is a function of the key's parts only."""
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
+
+
 def permutation(n: int, *key) -> np.ndarray:
     """Permute range(n) at random, as a function of the key's parts only."""
-    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
     bits = np.uint64(max(1, int(n - 1).bit_length()))
-    values = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n) >> bits << bits
+    values = philox(*key).random_raw(n) >> bits << bits
     values |= np.arange(n, dtype=np.uint64)
     values.sort()
     return (values & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64)

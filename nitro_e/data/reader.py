@@ -58,6 +58,7 @@ class Data:
 
     def __init__(self, config: DataConfig, catalog: Catalog, spec: ReadSpec, order: Order | None):
         self.config, self.catalog, self.spec, self.order = config, catalog, spec, order
+        self.filtered: list[str] = []  # what `where` left out, a line for each source that has conditions
         self.has_latents, self.has_pixels = spec.latents is not None, bool(spec.images)
         self.has_text, self.has_features = spec.text is not None, spec.features is not None
         self.latent_shape = spec.latents.shape if spec.latents else None
@@ -70,9 +71,10 @@ class Data:
 
     def null_text(self) -> TextEmbedding | None:
         """Read the null prompt's embedding, (1, L, D) and (1, L), if `encode` left one beside the stored text."""
-        column = self.catalog.find("text.npy") if self.has_text else None
-        path = Path(column.paths[0]).parent / "null-text.npz" if column else None
-        if path is None or not path.is_file():
+        columns, _ = self.catalog.holders("text.npy") if self.has_text else ([], None)
+        folders = dict.fromkeys(Path(path).parent for column in columns for path in column.paths if path)
+        path = next((file for folder in folders if (file := folder / "null-text.npz").is_file()), None)
+        if path is None:
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -87,8 +89,8 @@ class Data:
         """Read what made each column from the manifest beside its first shard: {"latents": {"name": ...}}."""
         made = {}
         for column in self.catalog.columns:
-            if column.paths:
-                path = Path(column.paths[0])
+            if first := next(filter(None, column.paths), None):
+                path = Path(first)
                 entry = read_manifests({path.parent}).get(path.resolve(), {})
                 if "encoder" in entry:
                     made[column.name] = entry["encoder"]
@@ -96,7 +98,10 @@ class Data:
 
     def fingerprint(self) -> dict:
         """Describe content and order as plain data; a run resumes exactly only when they are equal."""
-        return {"samples": len(self), "content": self.catalog.digest, **self.order.fingerprint()}
+        where = [[str(condition) for condition in part] for part in self.config.conditions]
+        chosen = {"captions": self.config.captions, "where": where if any(where) else None}
+        chosen = {name: value for name, value in chosen.items() if value}
+        return {"samples": len(self), "content": self.catalog.digest, **self.order.fingerprint(), **chosen}
 
     def keys(self, positions: range) -> list[str]:
         """Name the samples at these positions (`shard.tar:key`) without reading any, so before replacement."""
@@ -155,8 +160,11 @@ class Data:
             "npy": spec.latents,
             "features.npy": spec.features,
             "text.npy": spec.text,
+            **{f"text_{name}.npy": spec.text for name, _ in spec.captions},
             **dict.fromkeys(spec.images, True),
             **dict(spec.extra),
         }
-        found = [self.catalog.find(member) for member, layout in wanted.items() if layout]
+        found = [
+            column for member, read in wanted.items() if read for column in self.catalog.holders(member)[0]
+        ]
         return [column for column in self.catalog.columns if column in found]

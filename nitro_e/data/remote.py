@@ -2,8 +2,8 @@
 
 A shard is downloaded once per machine, whole, into a temporary file, its length is compared with what the
 server said, and then it is renamed; processes that want the same one wait for it. The least recently used
-shards are deleted beyond the limit; a reader that has one open keeps it. Left out: ranges of a shard, `pipe:`
-commands.
+shards are deleted beyond the limit; a reader that has one open keeps it. Only the headers of a large shard are read
+by ranges, to index it. Left out: training from ranges, `pipe:` commands.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nitro_e.config import ConfigError
 from nitro_e.files import atomic_file
@@ -23,6 +24,8 @@ from nitro_e.files import atomic_file
 ATTEMPTS = 5
 CHUNK = 1 << 22
 STALLED = 60.0  # seconds without a byte
+SMALL = 4 << 20  # bytes of a shard that is rather downloaded than read by ranges
+NEAR, PIECE, RUN = 1 << 16, 1 << 14, 1 << 20  # bytes; see Ranges
 
 
 def is_url(path: str | Path) -> bool:
@@ -68,6 +71,19 @@ class ShardCache:
                 raise _failure(url, error) from None
         return path
 
+    def ranges(self, url: str) -> Ranges | None:
+        """Open a file for reading by ranges; None if it is small, or the server does not do it."""
+        try:
+            system, name = _open_system(url)
+            size = system.info(name).get("size")
+            if size is None or size < SMALL:
+                return None
+            first = system.cat_file(name, start=0, end=PIECE)
+        except Exception as error:  # every protocol has its own
+            raise _failure(url, error) from None
+        # a server without ranges sends the whole file
+        return Ranges(self, url, size, system, name, first) if len(first) == PIECE else None
+
     def _is_there(self, path: Path, nbytes: int | None) -> bool:
         return path.is_file() and nbytes in (None, path.stat().st_size)
 
@@ -83,12 +99,8 @@ class ShardCache:
                 time.sleep(self.backoff * 2**attempt)
 
     def _copy(self, url: str, path: Path, nbytes: int | None) -> None:
-        import fsspec
-
-        http = url.startswith(("http://", "https://"))
-        system, name = fsspec.core.url_to_fs(
-            url, **({"client_kwargs": {"timeout": _http_timeout()}} if http else {})
-        )
+        system, name = _open_system(url)
+        http = url.startswith(HTTP)
         expected = system.info(name).get("size") if nbytes is None else nbytes
         self._make_room(expected or 0)
         with (
@@ -125,6 +137,42 @@ class ShardCache:
             total -= size
 
 
+class Ranges:
+    """The content of a remote file; slices are fetched when they are asked for.
+
+    A slice near the last one (NEAR) is read on for RUN bytes, since a request costs as much as many bytes do; one
+    farther away comes with PIECE bytes. So small members are read through and large ones are skipped.
+    """
+
+    def __init__(self, cache: ShardCache, url: str, size: int, system: Any, name: str, first: bytes):
+        self.cache, self.url, self.size, self.system, self.name = cache, url, size, system, name
+        self.start, self.piece = 0, first  # what was fetched last
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: slice, /) -> bytes:
+        start, end, _ = place.indices(self.size)
+        behind = start - (self.start + len(self.piece))
+        if not (self.start <= start and end <= self.start + len(self.piece)):
+            length = max(end - start, RUN if 0 <= behind < NEAR else PIECE)
+            self.piece, self.start = self._fetch(start, min(start + length, self.size)), start
+        return self.piece[start - self.start : end - self.start]
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        for attempt in range(ATTEMPTS):
+            try:
+                content = self.system.cat_file(self.name, start=start, end=end)
+                if len(content) != end - start:
+                    raise OSError(f"{len(content)} of {end - start} bytes arrived")
+                return content
+            except Exception as error:  # every protocol has its own
+                if attempt == ATTEMPTS - 1:
+                    raise _failure(self.url, error, f" after {ATTEMPTS} attempts") from None
+                time.sleep(self.cache.backoff * 2**attempt)
+        raise AssertionError("the loop returns or raises")
+
+
 def local_path(path: str | Path) -> Path:
     """Return the path of a file, or of a URL's copy in the default cache."""
     return ShardCache().fetch(str(path)) if is_url(path) else Path(path)
@@ -139,6 +187,17 @@ def list_urls(pattern: str) -> list[str]:
         return sorted(system.unstrip_protocol(name) for name in system.glob(path))
     except Exception as error:
         raise _failure(pattern, error) from None
+
+
+HTTP = ("http://", "https://")
+
+
+def _open_system(url: str) -> tuple[Any, str]:
+    """Find the file system of a URL, and its name there."""
+    import fsspec
+
+    options = {"client_kwargs": {"timeout": _http_timeout()}} if url.startswith(HTTP) else {}
+    return fsspec.core.url_to_fs(url, **options)
 
 
 def _http_timeout():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from nitro_e.data.catalog import IMAGES, Catalog
 from nitro_e.data.data_config import DataConfig
 from nitro_e.data.decode import BadSample, decode_info, npy_layout
 from nitro_e.data.remote import is_url
+
+ARRAYS = {"latents": "npy", "features": "features.npy", "text": "text.npy"}  # column -> its member
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,18 @@ class ReadSpec:
     info: bool  # the json member
     resolution: int
     caption_key: str
+    captions: tuple[
+        tuple[str, float], ...
+    ] = ()  # weights by name, to draw one of several; () = txt or caption_key
     latents: ArrayLayout | None = None
     features: ArrayLayout | None = None
     extra: tuple[tuple[str, ArrayLayout], ...] = ()
+    # ("latents", "npy"), ...: what the samples of some sources have and those of others have not
+    partial: tuple[tuple[str, str], ...] = ()
+    images_for: tuple[str, ...] = ()  # images are decoded where one of these is absent; () = always
     text: ArrayLayout | None = None  # (L, D); ragged: (rows of the first one, D)
     mask: ArrayLayout | None = None  # of padded text; None with text = ragged
+    scale: ArrayLayout | None = None  # (L,) of text of 8 bits
     text_length: int = 0  # L
 
 
@@ -56,56 +66,101 @@ def read_spec(
         raise ConfigError(
             f"data.shards: no samples in {len(catalog.names)} shards {catalog.names[:3]}; pack some first"
         )
-    latents = use_latents and _all_or_none(catalog, "npy", "latents")
-    text = use_text and _all_or_none(catalog, "text.npy", "text embeddings")
-    features = use_features and _all_or_none(catalog, "features.npy", "vision features")
-    pixels = not latents or need_pixels and not features
+    latents = _share(catalog, "npy", "latents") if use_latents else 0.0
+    text = _text_share(catalog, config.captions) if use_text else 0.0
+    features = _share(catalog, "features.npy", "vision features") if use_features else 0.0
+    shares = {"latents": latents, "features": features, "text": text}
+    partial = tuple((name, ARRAYS[name]) for name, share in shares.items() if 0 < share < 1)
+    pixels = latents < 1 or need_pixels and features < 1
+    always = not latents or need_pixels and not features
+    images_for = tuple(name for name, _ in partial if name == "latents" or name == "features" and need_pixels)
     _check_members(catalog, ("txt", "json"), "caption (txt or json)", "captions")
     if pixels:
-        _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images")
+        enough = () if always else tuple(ARRAYS[name] for name in images_for)
+        _check_members(catalog, IMAGES, f"image ({', '.join(IMAGES)})", "images", enough)
     for member in extra:
-        if not _all_or_none(catalog, member, f"'{member}'"):
+        if _share(catalog, member, f"'{member}'") < 1:
+            sample = int(np.argmin(catalog.has(member)))
             raise ConfigError(
-                f"data.shards: no sample has '{member}': {catalog.describe(0)}; list shards that have it"
+                f"data.shards: no sample has '{member}': {catalog.describe(sample)}; list shards that have it"
             )
-    padded = text and _all_or_none(catalog, "mask.npy", "text masks")
+    masks = _share(catalog, "mask.npy", "text masks") if text else 0.0
+    if masks not in (0, text):
+        raise ConfigError(
+            "data.sources: the stored text of one source is padded, that of another ragged; encode them alike"
+        )
     images = image_extensions(catalog) if pixels else ()
     spec = ReadSpec(
         images=images,
-        info=_needs_info(catalog, images, latents),
+        info=bool({*config.captions} - {"txt"}) or _needs_info(catalog, images, latents > 0),
         resolution=config.resolution,
         caption_key=config.caption_key,
+        captions=tuple(config.captions.items()),
         latents=_latent_layout(catalog, latent_shape) if latents else None,
         features=_layout(catalog, "features.npy", 2) if features else None,
         extra=tuple((member, _layout(catalog, member)) for member in extra),
+        partial=partial,
+        images_for=() if always else images_for,
         text=_text_layout(catalog, text_length) if text else None,
-        mask=_layout(catalog, "mask.npy", 1) if padded else None,
+        mask=_layout(catalog, "mask.npy", 1) if masks else None,
+        scale=_layout(catalog, "scale.npy", 1) if text and catalog.has("scale.npy").any() else None,
         text_length=text_length,
     )
-    _check_caption_key(catalog, config.caption_key)
+    if not config.captions:
+        _check_caption_key(catalog, config.caption_key)
     return spec
 
 
 def image_extensions(catalog: Catalog) -> tuple[str, ...]:
     """List the image extensions that occur, in the order in which they are preferred."""
-    return tuple(name for name in IMAGES if catalog.find(name))
+    return tuple(name for name in IMAGES if catalog.holders(name)[0])
 
 
-def _all_or_none(catalog: Catalog, member: str, what: str) -> bool:
-    """Say whether all samples have this member; some with and some without is an error."""
+def _share(catalog: Catalog, member: str, what: str) -> float:
+    """Return the share of samples with this member; some with and some without in one source is an error."""
     has = catalog.has(member)
-    if has.any() and not has.all():
-        with_, without = int(np.argmax(has)), int(np.argmin(has))
+    edges = np.cumsum([int(sizes.sum()) for sizes in catalog.sizes])
+    for start, end in zip([0, *edges.tolist()], edges.tolist()):
+        part = has[start:end]
+        if part.any() and not part.all():
+            with_, without = start + int(np.argmax(part)), start + int(np.argmin(part))
+            raise ConfigError(
+                f"data.shards: {int(part.sum())} of {len(part)} samples have {what}:"
+                f" {catalog.describe(with_)}, but {catalog.describe(without)}; encode all shards, or list only"
+                " one kind"
+            )
+    return float(has.mean())
+
+
+def _text_share(catalog: Catalog, captions: Mapping[str, float]) -> float:
+    """Return the share of samples with stored text; of several captions all must be stored, or none."""
+    share = _share(catalog, "text.npy", "text embeddings")
+    others = [name for name, weight in captions.items() if weight and name != "txt"]
+    lacking = [name for name in others if not catalog.has(f"text_{name}.npy").all()]
+    if share and lacking:
         raise ConfigError(
-            f"data.shards: {int(has.sum())} of {len(has)} samples have {what}: {catalog.describe(with_)},"
-            f" but {catalog.describe(without)}; encode all shards, or list only one kind"
+            f"data.captions: text is stored, but not that of '{lacking[0]}'; encode it with --caption"
+            f" {lacking[0]}, or take the text- shards off the list"
         )
-    return bool(has.all())
+    for name in others if share else ():
+        ours, theirs = (_layout(catalog, member, 2) for member in ("text.npy", f"text_{name}.npy"))
+        if (ours.shape[1:], ours.dtype) != (theirs.shape[1:], theirs.dtype):
+            raise ConfigError(
+                f"the stored text of '{name}' differs in shape from that of txt; encode them alike"
+            )
+    return share
 
 
-def _check_members(catalog: Catalog, extensions: tuple[str, ...], what: str, remedy: str) -> None:
-    """Leave out samples with none of `extensions`; a shard in which no sample has any is an error."""
+def _check_members(
+    catalog: Catalog, extensions: tuple[str, ...], what: str, remedy: str, enough: tuple[str, ...] = ()
+) -> None:
+    """Leave out samples with none of `extensions`; a shard in which no sample has any is an error.
+
+    enough: members of which a sample needs all, if there are any, to do without.
+    """
     has = catalog.has(*extensions)
+    if enough:
+        has |= np.all([catalog.has(member) for member in enough], axis=0)
     for shard, (first, last) in enumerate(zip(catalog.starts[:-1], catalog.starts[1:])):
         if last > first and not has[first:last].any():
             raise ConfigError(
@@ -118,32 +173,33 @@ def _check_members(catalog: Catalog, extensions: tuple[str, ...], what: str, rem
 
 def _needs_info(catalog: Catalog, images: tuple[str, ...], latents: bool) -> bool:
     """Decide whether to read json: where captions need it, or where it lies in tars that are read anyway."""
-    column, captions = catalog.find("json"), catalog.find("txt")
-    if column is None or captions is None or not catalog.has("txt").all():
-        return column is not None
-    return column in [catalog.find(name) for name in ("txt", *images, *["npy"] * latents)]
+    columns, captions = catalog.holders("json")[0], catalog.holders("txt")[0]
+    if not columns or not captions or not catalog.has("txt").all():
+        return bool(columns)
+    read = [column for name in ("txt", *images, *["npy"] * latents) for column in catalog.holders(name)[0]]
+    return all(column in read for column in columns)
 
 
-def _first(catalog: Catalog, member: str) -> bytes:
-    """Read this member of the first sample."""
-    column = catalog.find(member)
-    offset, size, _ = column.rows[member][0].tolist()
-    path = column.paths[int(catalog.shard_of(0))]
+def _first(catalog: Catalog, member: str) -> tuple[int, bytes]:
+    """Find the first sample with this member, and read it."""
+    sample = np.array([int(np.argmax(catalog.has(member)))])
+    (path,), entries = catalog.members(member, sample, catalog.shard_of(sample))
+    offset, size, _ = entries[0].tolist()
     with open(catalog.cache.fetch(path) if is_url(path) else path, "rb") as file:
         file.seek(offset)
-        return file.read(size)
+        return int(sample[0]), file.read(size)
 
 
 def _layout(catalog: Catalog, member: str, dimensions: int | None = None) -> ArrayLayout:
     """Read the layout of the first array of this member."""
-    content = _first(catalog, member)
+    sample, content = _first(catalog, member)
     try:
         shape, dtype, start = npy_layout(content)
         if dimensions is not None and len(shape) != dimensions:
             raise BadSample(f"{len(shape)} dimensions, expected {dimensions}")
     except BadSample as error:
         raise ConfigError(
-            f"{catalog.name_of(0)}: the first {member} cannot be used: {error}; encode it again"
+            f"{catalog.name_of(sample)}: the first {member} cannot be used: {error}; encode it again"
         ) from None
     return ArrayLayout(content[:start], shape, dtype.str, len(content))
 
@@ -160,7 +216,7 @@ def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> A
 
 
 def _text_layout(catalog: Catalog, length: int) -> ArrayLayout:
-    layout, padded = _layout(catalog, "text.npy", 2), catalog.find("mask.npy") is not None
+    layout, padded = _layout(catalog, "text.npy", 2), bool(catalog.holders("mask.npy")[0])
     if padded and layout.shape[0] != length:
         raise ConfigError(
             f"{catalog.name_of(0)}: stored text has {layout.shape[0]} tokens, the text encoder {length};"
@@ -171,10 +227,11 @@ def _text_layout(catalog: Catalog, length: int) -> ArrayLayout:
 
 def _check_caption_key(catalog: Catalog, key: str) -> None:
     """Raise ConfigError if captions come from json and the first sample has none under the configured key."""
-    if catalog.find("txt") is not None:
+    if catalog.holders("txt")[0]:
         return
+    sample, content = _first(catalog, "json")
     try:
-        info = decode_info(_first(catalog, "json"))
+        info = decode_info(content)
     except BadSample:  # replaced and counted when it is read
         return
     if not isinstance(info.get(key), str):

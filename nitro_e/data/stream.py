@@ -62,6 +62,10 @@ class StreamData(Data):
             raise ConfigError(
                 "data.reader: stream cannot join columns; use indexed, or shards that hold all members"
             )
+        if spec.partial:
+            raise ConfigError(
+                "data.reader: stream needs the same columns in every source; use indexed, or encode them all"
+            )
         if spec.extra:
             raise ConfigError("data.reader=stream reads no extra members; use data.reader=indexed")
         self.seed, self.stage = seed, stage

@@ -1,16 +1,20 @@
 """Latent codecs: pixels (-1..1) -> raw latents (what shards store) -> latents (unit variance), and back.
 
-* `AutoencoderDCCodec`, name `dc-ae-f32c32`: Sana's deep-compression autoencoder (arXiv 2410.10629), run by
-  diffusers. This is the only file that knows diffusers' autoencoders.
+* `AutoencoderDCCodec`, names `dc-ae-f32c32` and `dc-ae-f64c128`: deep-compression autoencoders (arXiv 2410.10733; the
+  first is Sana's), run by diffusers. This is the only file that knows diffusers' autoencoders.
+* `AutoencoderKLCodec`, names `sd-f8c4`, `sdxl-f8c4`, `flux-f8c16`: other latent spaces to train in.
 * `DCTCodec`, names `dct-f8c24` and `dct-f16c64`: nothing to train or download. JPEG without entropy coding:
   block cosine transform of luma and chroma, of which the lowest frequencies are kept.
 
-Left out: tiles when encoding, and gradients; a codec here is frozen.
+Left out: gradients; a codec here is frozen.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +29,15 @@ DC_AE_FILES = (
     "diffusion_pytorch_model*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json?",
 )
-# pixels per side: larger images are decoded in tiles of this size, which overlap by so many
+# where the other autoencoders come from; of a pipeline's repository, the folder `vae`
+DC_AE_F64_REPOSITORY = "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers"
+SD_REPOSITORY = "stabilityai/sd-vae-ft-mse"
+SDXL_REPOSITORY = "stabilityai/sdxl-vae"
+FLUX_REPOSITORY = "black-forest-labs/FLUX.1-schnell"
+FLUX_FILES = tuple(f"vae/{name}" for name in DC_AE_FILES)
+# pixels per side: larger images are encoded and decoded in tiles of this size, which overlap by so many
 TILE, OVERLAP = 1024, 128
+AT_ONCE = 1 << 23  # pixels of a batch that are encoded at once: 32 images of 512 px
 # stride, channels of luma, channels of each chroma
 DCT_SIZES = {"dct-f8c24": (8, 12, 6), "dct-f16c64": (16, 40, 12)}
 
@@ -53,8 +64,8 @@ class AutoencoderDCCodec:
     """A diffusers `AutoencoderDC`; channels, stride and scaling factor are read from its config.
 
     Latents are raw latents times the scaling factor (0.41407 for the default weights). Results are float32
-    whatever the weights' dtype. An image with a side above TILE is decoded in tiles, blended where they overlap, in the
-    memory of one of that size. It is not quite the same image: the decoder's attention sees one tile only.
+    whatever the weights' dtype. An image with a side above TILE is encoded and decoded in tiles, blended where they
+    overlap, in the memory of one of that size. It is not quite the same: the attention sees one tile only.
     """
 
     def __init__(self, autoencoder: Any, device: torch.device | str = "cpu") -> None:
@@ -66,36 +77,103 @@ class AutoencoderDCCodec:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         self.autoencoder.to(device=device, dtype=dtype)
 
+    def compile(self) -> None:
+        self.autoencoder.encoder.compile()
+        self.autoencoder.decoder.compile()
+
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         check_size(pixels, self.stride)
-        return self.autoencoder.encode(self._input(pixels)).latent.float()  # (B, C, H / stride, W / stride)
+        count = max(AT_ONCE // pixels[0, 0].numel(), 1)
+        with self._tiles():
+            raw = [self._encode(self._input(part)).float() for part in pixels.split(count)]
+        return torch.cat(raw)  # (B, C, H / stride, W / stride)
 
     def normalize(self, raw: Tensor) -> Tensor:
         return raw.float() * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        raw = self._input(latents.float() / self.scaling_factor)
-        self.autoencoder.enable_tiling(TILE, TILE, TILE - OVERLAP, TILE - OVERLAP)
-        try:
+        with self._tiles():
+            raw = self._input(self._denormalize(latents))
             return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)  # (B, 3, H, W)
+
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        return latents.float() / self.scaling_factor
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.autoencoder.encode(pixels).latent
+
+    def _set_tiles(self) -> None:
+        self.autoencoder.enable_tiling(TILE, TILE, TILE - OVERLAP, TILE - OVERLAP)
+
+    @contextmanager
+    def _tiles(self) -> Iterator[None]:
+        """Work in tiles for as long as the block lasts; others may use the autoencoder without."""
+        self._set_tiles()
+        try:
+            yield
+        except NotImplementedError:
+            raise ConfigError(
+                f"this version of diffusers encodes no images above {TILE} px; install a newer one"
+            ) from None
         finally:
-            self.autoencoder.disable_tiling()  # diffusers cannot encode in tiles
+            self.autoencoder.disable_tiling()
 
     def _input(self, x: Tensor) -> Tensor:
         return x.to(self.autoencoder.device, self.autoencoder.dtype)
+
+
+class AutoencoderKLCodec(AutoencoderDCCodec):
+    """A diffusers `AutoencoderKL`, as of Stable Diffusion, SDXL, SD3 and FLUX.
+
+    Raw latents are the mode of the posterior; latents are (raw - shift) times the scaling factor, both of the config.
+    """
+
+    def __init__(self, autoencoder: Any, device: torch.device | str = "cpu") -> None:
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(device)
+        self.channels = autoencoder.config.latent_channels
+        self.stride = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        self.scaling_factor = autoencoder.config.scaling_factor
+        self.shift: float = autoencoder.config.shift_factor or 0.0
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        return (raw.float() - self.shift) * self.scaling_factor
+
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        return latents.float() / self.scaling_factor + self.shift
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.autoencoder.encode(pixels).latent_dist.mode()
+
+    def _set_tiles(self) -> None:
+        self.autoencoder.enable_tiling()
+        self.autoencoder.tile_sample_min_size = TILE
+        self.autoencoder.tile_latent_min_size = TILE // self.stride
+        self.autoencoder.tile_overlap_factor = OVERLAP / TILE
 
 
 def load_autoencoder_dc(folder: str, dtype: torch.dtype) -> Any:
     """Load an AutoencoderDC on the CPU from a folder; safetensors only, all weights must be there."""
     from diffusers import AutoencoderDC
 
-    autoencoder, report = AutoencoderDC.from_pretrained(
+    return _load(AutoencoderDC, folder, dtype)
+
+
+def load_autoencoder_kl(folder: str, dtype: torch.dtype) -> Any:
+    """Load an AutoencoderKL likewise, also from the folder `vae` of a pipeline."""
+    from diffusers import AutoencoderKL
+
+    inner = Path(folder) / "vae"
+    return _load(AutoencoderKL, str(inner) if inner.is_dir() else folder, dtype)
+
+
+def _load(kind: Any, folder: str, dtype: torch.dtype) -> Any:
+    autoencoder, report = kind.from_pretrained(
         folder, local_files_only=True, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     if report["missing_keys"]:
-        raise ConfigError(f"it is no AutoencoderDC: {len(report['missing_keys'])} weights are missing")
+        raise ConfigError(f"it is no {kind.__name__}: {len(report['missing_keys'])} weights are missing")
     return autoencoder
 
 

@@ -17,9 +17,11 @@ import torch
 from nitro_e import files
 from nitro_e.config import Config, ConfigError, Ge, Le, did_you_mean
 from nitro_e.encoders import codec, text, vision
+from nitro_e.encoders.random_weights import MAKERS
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
 Kind = Literal["codec", "text", "vision"]
+RANDOM = ("random", "random-small")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,16 @@ class ComponentConfig(Config):
     SHORTHAND: ClassVar[str] = "name"
 
     name: str  # a name of the table of encoders (docs/model.md)
-    path: str | None = None  # hub id or local folder; None = the default hub id
+    # hub id or local folder; None = the default hub id; random, random-small: see random_weights.py
+    path: str | None = None
     revision: str | None = None  # of the hub repository
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; results are always float32
+    # of the weights; null: bfloat16 on a GPU, float32 elsewhere. Results are always float32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     length: Annotated[int, Ge(2), Le(8192)] | None = None
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
+    # llama only: the last hidden state, or the mean over layers of their normalised ones
+    layers: text.TextLayers = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +80,18 @@ def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "
     return _builder("vision", config, VISION_ENCODERS)(config, device)
 
 
+def is_random(config: ComponentConfig) -> bool:
+    """Tell whether weights of the released shape are drawn instead of read, for rehearsals."""
+    return config.path in RANDOM and config.name in MAKERS
+
+
+def compile_encoders(*encoders: LatentCodec | TextEncoder | VisionEncoder) -> None:
+    """torch.compile, in place, the encoders that have weights."""
+    for encoder in encoders:
+        if hasattr(encoder, "compile"):
+            encoder.compile()
+
+
 def pinned(config: ComponentConfig) -> ComponentConfig:
     """Return the config with the commit of its hub repository as revision, if known: this is recorded."""
     source = config.path or (WEIGHTS[config.name].source if config.name in WEIGHTS else "")
@@ -106,7 +124,7 @@ def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
     if config.name in codec.DCT_SIZES:
         stride, luma, chroma = codec.DCT_SIZES[config.name]
         return luma + 2 * chroma, stride
-    return WEIGHTS[config.name].shape if config.path is None else None
+    return WEIGHTS[config.name].shape if config.path is None or is_random(config) else None
 
 
 def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
@@ -116,13 +134,13 @@ def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
         encoder = _hash(config, "cpu")
         return encoder.width, encoder.length
     width, length = WEIGHTS[config.name].shape
-    return (width if config.path is None else None), config.length or length
+    return (width if config.path is None or is_random(config) else None), config.length or length
 
 
 def vision_width(config: ComponentConfig) -> int | None:
     """Return the feature width without loading anything; None when only the files in `path` can tell."""
     _builder("vision", config, VISION_ENCODERS)
-    return WEIGHTS[config.name].shape[0] if config.path is None else None
+    return WEIGHTS[config.name].shape[0] if config.path is None or is_random(config) else None
 
 
 def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
@@ -136,6 +154,8 @@ def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
     default = WEIGHTS[config.name].source
     if config.path is None and Path(default).is_dir():
         return "the package"
+    if is_random(config):
+        return "random numbers"
     source = files.resolve(
         f"{kind} '{config.name}'", f"components.{kind}.path", config.path or default, config.revision
     )
@@ -179,7 +199,14 @@ LLAMA_FILES = (*files.TRANSFORMER, *files.TOKENIZER)
 WEIGHTS = {
     "dc-ae-f32c32": Weights(codec.DC_AE_REPOSITORY, codec.DC_AE_FILES, (32, 32)),
     "llama-3.2-1b": Weights(text.LLAMA_REPOSITORY, LLAMA_FILES, (2048, text.LLAMA_LENGTH)),
+    "dc-ae-f64c128": Weights(codec.DC_AE_F64_REPOSITORY, codec.DC_AE_FILES, (128, 64)),
+    "sd-f8c4": Weights(codec.SD_REPOSITORY, codec.DC_AE_FILES, (4, 8)),
+    "sdxl-f8c4": Weights(codec.SDXL_REPOSITORY, codec.DC_AE_FILES, (4, 8)),
+    "flux-f8c16": Weights(codec.FLUX_REPOSITORY, codec.FLUX_FILES, (16, 8)),
     "dinov2-b14": Weights(vision.DINOV2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "dinov3-b16": Weights(vision.DINOV3_REPOSITORY, files.TRANSFORMER, (768,)),
+    "siglip2-b16": Weights(vision.SIGLIP2_REPOSITORY, files.TRANSFORMER, (768,)),
+    "clip-b16": Weights(vision.CLIP_REPOSITORY, files.TRANSFORMER, (768,)),
     "shapes-dc-ae": Weights(str(files.SHIPPED / "codec"), codec.DC_AE_FILES, (8, 8)),
     "shapes-llama": Weights(str(files.SHIPPED / "text"), LLAMA_FILES, (128, 16)),
     "shapes-vit": Weights(str(files.SHIPPED / "vision"), files.TRANSFORMER, (128,)),
@@ -187,7 +214,11 @@ WEIGHTS = {
 
 
 def _dc_ae(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
-    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc), device)
+    return codec.AutoencoderDCCodec(_load("codec", config, codec.load_autoencoder_dc, device), device)
+
+
+def _kl(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
+    return codec.AutoencoderKLCodec(_load("codec", config, codec.load_autoencoder_kl, device), device)
 
 
 def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
@@ -197,28 +228,36 @@ def _dct(config: ComponentConfig, device: torch.device | str) -> LatentCodec:
 def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     if config.clean_caption:
         text.check_caption_cleaner()
-    model, tokenizer = _load("text", config, text.load_llama)
+    model, tokenizer = _load("text", config, text.load_llama, device)
     _, length = text_shape(config)
-    return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
+    return text.LlamaText(model, tokenizer, device, length, config.clean_caption, config.layers)
 
 
 def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
     return text.HashText(device) if config.length is None else text.HashText(device, length=config.length)
 
 
-def _dinov2(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
-    return vision.DINOv2(_load("vision", config, vision.load_dinov2), device)
+def _vit(config: ComponentConfig, device: torch.device | str) -> VisionEncoder:
+    kinds = {"dinov3-b16": vision.DINOv3, "siglip2-b16": vision.SigLIP2, "clip-b16": vision.CLIPVision}
+    kind = kinds.get(config.name, vision.DINOv2)
+    return kind(_load("vision", config, vision.load_vit, device), device)
 
 
 Builder = Callable[[ComponentConfig, "torch.device | str"], Any]
 CODECS: dict[str, Builder] = {
     "dc-ae-f32c32": _dc_ae,
+    "dc-ae-f64c128": _dc_ae,
+    "sd-f8c4": _kl,
+    "sdxl-f8c4": _kl,
+    "flux-f8c16": _kl,
     "shapes-dc-ae": _dc_ae,
     "dct-f8c24": _dct,
     "dct-f16c64": _dct,
 }
 TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
-VISION_ENCODERS: dict[str, Builder] = {"dinov2-b14": _dinov2, "shapes-vit": _dinov2}
+VISION_ENCODERS: dict[str, Builder] = dict.fromkeys(
+    ("dinov2-b14", "dinov3-b16", "siglip2-b16", "clip-b16", "shapes-vit"), _vit
+)
 TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 
 
@@ -231,6 +270,7 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     options = {"name", "path", "revision", "dtype"} if config.name in WEIGHTS else {"name"}
     options |= {"length"} if kind == "text" else set()
     options |= {"clean_caption"} if config.name == "llama-3.2-1b" else set()
+    options |= {"layers"} if table.get(config.name) is _llama else set()
     for field in fields(config):
         if field.name not in options and getattr(config, field.name) != field.default:
             raise ConfigError(
@@ -239,14 +279,17 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     return table[config.name]
 
 
-def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any]) -> Any:
+def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any], device: torch.device | str) -> Any:
     """Call the loader on the folder or the hub id; an error there becomes one line with the remedy."""
     default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
+    dtype = config.dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
+    if is_random(config):
+        return MAKERS[config.name](getattr(torch, dtype), small=config.path == RANDOM[1])
     return files.load(
         f"{kind} '{config.name}'",
         key,
         config.path or default,
-        lambda folder: loader(folder, getattr(torch, config.dtype)),
+        lambda folder: loader(folder, getattr(torch, dtype)),
         WEIGHTS[config.name].files,
         config.revision,
         repository=None if Path(default).is_dir() else default,

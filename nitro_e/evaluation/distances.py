@@ -125,7 +125,7 @@ def load_dinov2(path: str | None, device: str) -> Extractor:
     from nitro_e.encoders import vision
 
     def load(folder: str) -> Any:
-        return vision.load_dinov2(folder, torch.float32)
+        return vision.load_vit(folder, torch.float32)
 
     repository = "timm/vit_large_patch14_dinov2.lvd142m"
     vit = files.load(

@@ -16,7 +16,6 @@ from nitro_e.config import environment_number
 PACKAGES = (
     "torch",
     "accelerate",
-    "ema-pytorch",
     "webdataset",
     "diffusers",
     "transformers",

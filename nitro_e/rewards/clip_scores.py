@@ -8,6 +8,8 @@ aesthetic   1 to 10, ignores the prompt                              LAION's pre
 
 from __future__ import annotations
 
+import html
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,12 +27,18 @@ from nitro_e.encoders.clip import (
     load_clip,
     load_tokenizer,
 )
+from nitro_e.rewards.reuse import reuse
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 HPSV2_FILES = (f"{HPSV2_FILE}|model*.safetensors", "model.safetensors.index.json?", "config.json?")
-# open_clip's tokenizer straightens quotation marks
-STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+# open_clip's tokenizer straightens quotation marks, and takes apart ligatures and characters of full width (ftfy)
+STRAIGHT = {ord(mark): "'" for mark in "ʼ‘’‚‛"} | {ord(mark): '"' for mark in "“”„‟"}
+FOLDED = {
+    code: unicodedata.normalize("NFKC", chr(code))
+    for code in (0x3000, *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0))
+}
+FOLDED |= {ord(pair): unicodedata.normalize("NFKC", pair) for pair in "ŉĲĳǄǅǆǇǈǉǊǋǌǱǲǳ"} | {0xFB05: "ſt"}
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
@@ -42,14 +50,7 @@ class CLIPScore(nn.Module):
         self, path: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.clip = files.load(
-            "reward 'clipscore'",
-            "path",
-            path or CLIP_L,
-            lambda folder: load_clip(folder, dtype),
-            (*files.TRANSFORMER, *files.TOKENIZER),
-            revision,
-        )
+        self.clip = shared_clip("reward 'clipscore'", "path", path or CLIP_L, dtype, revision)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         return cosines(self.clip, fit_short_side(pixels, self.clip.size), prompts)
@@ -68,13 +69,16 @@ class PickScore(nn.Module):
         super().__init__()
         what = "reward 'pickscore'"
         words = files.load(what, "options.tokenizer", tokenizer, load_tokenizer, files.TOKENIZER)
-        self.clip = files.load(
-            what,
-            "path",
-            path or PICKSCORE,
-            lambda folder: load_clip(folder, dtype, words),
-            files.TRANSFORMER,
-            revision,
+        self.clip = reuse(
+            (path or PICKSCORE, revision, dtype, tokenizer),
+            lambda: files.load(
+                what,
+                "path",
+                path or PICKSCORE,
+                lambda folder: load_clip(folder, dtype, words),
+                files.TRANSFORMER,
+                revision,
+            ),
         )
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
@@ -106,14 +110,17 @@ class HPSv2(nn.Module):
             return from_open_clip(state["state_dict"], base, dtype)
 
         base = files.load(what, "options.base", base, str, files.TOKENIZER)
-        self.clip = files.load(
-            what, "path", path or HPSV2, lambda folder: load(folder, base), HPSV2_FILES, revision
+        self.clip = reuse(
+            (path or HPSV2, revision, dtype, base),
+            lambda: files.load(
+                what, "path", path or HPSV2, lambda folder: load(folder, base), HPSV2_FILES, revision
+            ),
         )
         self.antialias = antialias
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         images = fit_long_side(pixels, self.clip.size, self.antialias)
-        return cosines(self.clip, images, [prompt.translate(STRAIGHT) for prompt in prompts])
+        return cosines(self.clip, images, [clean(prompt) for prompt in prompts])
 
 
 class Aesthetic(nn.Module):
@@ -141,17 +148,29 @@ class Aesthetic(nn.Module):
         what, wanted = "reward 'aesthetic'", ("|".join(AESTHETIC_FILES),)
         self.head = files.load(what, "path", path or AESTHETIC, load, wanted, revision).eval()
         self.head.requires_grad_(False)
-        self.clip = files.load(
-            what,
-            "options.clip",
-            clip,
-            lambda folder: load_clip(folder, dtype),
-            (*files.TRANSFORMER, *files.TOKENIZER),
-        )
+        self.clip = shared_clip(what, "options.clip", clip, dtype)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         features = self.clip.image_features(fit_short_side(pixels, self.clip.size))  # (B, E)
         return self.head(features)[:, 0]
+
+
+def clean(prompt: str) -> str:
+    """Fold a prompt as open_clip does before its tokens: ftfy's folding, twice HTML entities, single spaces.
+
+    Text of a wrongly decoded file, which ftfy repairs too, stays as it is.
+    """
+    prompt = unicodedata.normalize("NFC", prompt.translate(FOLDED).translate(STRAIGHT))
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def shared_clip(what: str, key: str, source: str, dtype: torch.dtype, revision: str | None = None) -> CLIP:
+    """Load a CLIP with its tokenizer, as `files.load` does, or take the one that another reward of this place has."""
+    wanted = (*files.TRANSFORMER, *files.TOKENIZER)
+    return reuse(
+        (source, revision, dtype),
+        lambda: files.load(what, key, source, lambda folder: load_clip(folder, dtype), wanted, revision),
+    )
 
 
 def cosines(clip: CLIP, images: Tensor, prompts: Sequence[str]) -> Tensor:

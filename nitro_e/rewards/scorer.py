@@ -1,8 +1,9 @@
 """Several rewards at once: configs -> Scorer, which gives a matrix of scores and says which of them are valid.
 
-Images are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when
-it is first used (or by `load`), gets images in batches of its own size, without gradients, autocast and
-TF32, on its own device, and can be moved to the CPU between uses.
+Images are rounded to 8 bits first, so that a score is the score of the saved PNG. A reward is loaded when it is first
+used (or by `load`), gets images in batches of its own size, without gradients and autocast, on its own device, and can
+be moved to the CPU between uses. Its `dtype` is what it computes in: float32 is that, without TF32. Rewards that read the
+same weights in the same place have them in memory once.
 
 Failures: a reward that raises is called again, `retries` times; then the rows of that batch are not valid. Neither are
 NaN scores, nor images with a pixel that is not finite, which no reward gets to see. They are counted and never
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError
 from nitro_e.files import weights_hash
 from nitro_e.interfaces import as_prompts
 from nitro_e.rewards import registry
+from nitro_e.rewards.reuse import placed
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,17 @@ class RewardConfig(Config):
     device: str | None = None  # None = where training runs
     offload: bool = False  # keep the weights on the CPU between uses
     batch_size: Annotated[int, Ge(1), Le(65536)] = 16  # images at a time
+    every: Annotated[int, Ge(1)] = 1  # monitored ones: rollouts from one in which it is scored to the next
     options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of this reward
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.device is not None:
             parse_device(self.device)
+        if self.every > 1 and not self.monitored:
+            raise ConfigError(
+                f"every {self.every}: every rollout is trained on; only a reward of weight 0 may be scored less often"
+            )
         given = {"path": self.path, "revision": self.revision}
         given |= {"dtype": self.dtype if self.dtype != "float32" else None}
         registry.check_options(self.name, self.options, {k: v for k, v in given.items() if v is not None})
@@ -110,6 +118,16 @@ class Scorer:
         self.weights = torch.tensor([config.weight for config in self.configs])  # (R,); 0 = monitored
 
     @property
+    def said(self) -> list[str]:
+        """What rewards that explain themselves (`reward.said`) said of each image of the last call, in one line."""
+        return ["; ".join(filter(None, words)) for words in zip(*(column.said for column in self._columns))]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds that each reward has taken so far."""
+        return {column.config.title: column.seconds for column in self._columns}
+
+    @property
     def tally(self) -> dict[str, Tally]:
         return {column.config.title: column.tally for column in self._columns}
 
@@ -122,9 +140,9 @@ class Scorer:
         """Name the weights of every reward that has some: their name, where the reward knows it, and a hash."""
         return {column.config.title: column.source() for column in self._columns if column.source()}
 
-    def applies(self, info: Sequence[dict]) -> Tensor:
-        """Return (B, R) bool: whether a reward can score images of such a prompt."""
-        rows = [[column.applies(record) for column in self._columns] for record in info]
+    def applies(self, info: Sequence[dict], turn: int = 0) -> Tensor:
+        """Return (B, R) bool: whether a reward can score images of such a prompt, and does at this turn."""
+        rows = [[column.due(turn) and column.applies(record) for column in self._columns] for record in info]
         return torch.tensor(rows, dtype=torch.bool).reshape(len(info), len(self._columns))
 
     def check(self, info: Sequence[dict]) -> None:
@@ -137,15 +155,23 @@ class Scorer:
                 )
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Scores:
-        """pixels (B, 3, H, W) in -1..1; results are on the device of the pixels. TrainingError: see above."""
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict], turn: int = 0) -> Scores:
+        """Score pixels (B, 3, H, W) in -1..1; results are on their device. TrainingError: see above.
+
+        turn: the number of the rollout; rewards that are not due at it give no scores.
+        """
         prompts = as_prompts(prompts)
         if not len(pixels) == len(prompts) == len(info):
             raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts and {len(info)} info records")
         whole = pixels.isfinite().flatten(1).all(dim=1).tolist()  # B
         pixels = quantize(pixels)
         with _exact(pixels.device):
-            columns = [column.score(pixels, prompts, info, whole) for column in self._columns]
+            columns = [
+                column.score(pixels, prompts, info, whole)
+                if column.due(turn)
+                else pixels.new_full((len(pixels),), math.nan)
+                for column in self._columns
+            ]
         values = torch.stack(columns, dim=1) if columns else pixels.new_zeros(len(pixels), 0)  # (B, R)
         return Scores(values, values.isfinite())
 
@@ -192,8 +218,13 @@ class _Column:
         self.tally = Tally()
         self.needs_info = getattr(registry.find(config.name), "needs_info", False)
         self.failed_batches = 0  # in a row
+        self.seconds = 0.0
+        self.said: list[str] = []  # of every image of the last call
         self.reward: Callable[..., Tensor] | None = None
         self._source: str | None = None
+
+    def due(self, turn: int) -> bool:
+        return turn % self.config.every == 0
 
     def applies(self, record: dict) -> bool:
         return "include" in record or not self.needs_info
@@ -212,7 +243,8 @@ class _Column:
             config = self.config
             reserved = {"path": config.path, "revision": config.revision, "device": self.device}
             reserved["dtype"] = getattr(torch, config.dtype)
-            self.reward = registry.build(config.name, config.options, reserved)
+            with placed((str(self.device), config.offload)):
+                self.reward = registry.build(config.name, config.options, reserved)
             self._move("cpu" if config.offload else self.device)
 
     def score(
@@ -220,7 +252,9 @@ class _Column:
     ) -> Tensor:
         """Return (B,) float32 on the device of the pixels, NaN where there is no score; whole: B, images to look at."""
         self.load()
+        started = time.perf_counter()
         values = torch.full((len(pixels),), math.nan)  # (B,)
+        self.said = [""] * len(pixels)
         applicable = [i for i, record in enumerate(info) if self.applies(record)]
         rows = [i for i in applicable if whole[i]]
         if self.config.offload and rows:
@@ -230,8 +264,11 @@ class _Column:
             values[batch] = self._score_batch(
                 pixels[batch].to(self.device), [prompts[i] for i in batch], [info[i] for i in batch]
             )
+            for i, words in zip(batch, getattr(self.reward, "said", [])):
+                self.said[i] = words
         if self.config.offload and rows:
             self._move("cpu")
+        self.seconds += time.perf_counter() - started
         scored = int(values.isfinite().sum())
         self.tally.scored += scored
         self.tally.unscored += len(applicable) - scored

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nitro_e.config import Config, ConfigError, Fraction
-from nitro_e.data import Data
-from nitro_e.encoders.components import build_vision_encoder, vision_width
+from nitro_e.config import Config, ConfigError, Fraction, Ge
+from nitro_e.data import Data, Records
+from nitro_e.encoders.components import build_vision_encoder, compile_encoders, vision_width
 from nitro_e.interfaces import Batch, LatentCodec, Model, Phase, Stage, TextEncoder, VisionEncoder
 from nitro_e.randomness import SampleRandom, seeded
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, WeightConfig
+from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.assembly import (
     Parts,
     Run,
@@ -26,10 +26,23 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
-from nitro_e.stages.batches import encode, null_prompt
+from nitro_e.stages.batches import batches_ahead, encode, null_prompt
 from nitro_e.stages.repa import ProjectedModel, RepaConfig, alignment_loss
 from nitro_e.training.meters import mean_by
 from nitro_e.training.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelGuidanceConfig(Config):
+    """Training of a model that needs no guidance when sampling (arXiv 2502.12154)."""
+
+    scale: Annotated[float, Ge(1)] = 3.0  # of the guidance that it learns
+    start: Fraction = 0.1  # share of all steps before the first one with it
+
+    @property
+    def weight(self) -> float:
+        """Of the difference that is added to the target: the fixed point is v_0 + scale (v - v_0) then."""
+        return 1 - 1 / self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +52,7 @@ class FlowMatchingConfig(Config):
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     weighting: WeightConfig = field(default_factory=WeightConfig)
     repa: RepaConfig | None = None
+    guidance: ModelGuidanceConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -61,9 +75,10 @@ class FlowMatching:
         seed: int,
         device: torch.device,
         forward_flops: float,
-        steps: int,
+        steps: int = 1,
     ) -> None:
         """steps: of the whole run, of which some settings are shares."""
+        self.steps = steps
         self.config, self.model, self.data = config, model, data
         self.codec, self.text, self.vision, self.device = codec, text, vision, device
         self.name = "pretrain" if config.repa else "flow_matching"
@@ -86,30 +101,36 @@ class FlowMatching:
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
         """Endless micro-batches from optimiser step `step` on."""
         grid = self.model.config.latent_grid
-        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
-        with contextlib.closing(records):
-            for number, record in enumerate(records):
-                now = step + number // accumulate
-                vision = self.vision if now < self.aligned_steps else None
-                batch = encode(record, self.codec, self.text, self.device, vision, grid)
-                batch.step = now
-                yield batch
+
+        def make(records: Records, step: int) -> Batch:
+            vision = self.vision if step < self.aligned_steps else None
+            batch = encode(records, self.codec, self.text, self.device, vision, grid)
+            batch.step = step
+            return batch
+
+        return batches_ahead(
+            self.data, make, self.device, step=step, rank=rank, world=world, accumulate=accumulate
+        )
 
     def loss(self, net: nn.Module, batch: Batch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean (weighted) squared velocity error, plus the REPA term."""
         noise = rng.normal(*batch.latents.shape[1:])  # (B, C, h, w)
         t = flow.training_times(self.config.timesteps, rng.normal())  # (B,)
-        text = batch.text.where(rng.uniform() >= self.config.caption_dropout, self.null_text)
+        captioned = rng.uniform() >= self.config.caption_dropout
+        text = batch.text.where(captioned, self.null_text)
         repa = self.config.repa if batch.step < self.aligned_steps else None
         if repa is None:
             self.projected.retire_projectors()
         # models without path_drop know no rows to drop
         path_drop = getattr(self.model.config, "path_drop", 0)
         rows = {"drop": rng.uniform() < path_drop} if path_drop else {}
-        velocity, projected = net(
-            flow.interpolate(batch.latents, noise, t), t, text, repa is not None, **rows
-        )
+        x = flow.interpolate(batch.latents, noise, t)
+        velocity, projected = net(x, t, text, repa is not None, **rows)
         target = self.model.velocity_target(flow.velocity_target(batch.latents, noise), t)
+        guidance = self.config.guidance
+        if guidance is not None and batch.step >= guidance.start * self.steps:
+            guided = captioned & ~rows["drop"] if rows else captioned
+            target = target + guidance.weight * self.led_away(net, x, t, velocity, guided)
         error = velocity.float() - target  # (B, C, h, w)
         squared = error.square().flatten(1).mean(dim=1)  # (B,)
         logs = by_time(squared, t)
@@ -123,6 +144,13 @@ class FlowMatching:
         alignment = alignment_loss(projected, batch.features, repa)
         logs |= {"velocity_loss": squared.mean(), "repa_loss": alignment}
         return weighted + repa.weight * alignment, logs
+
+    @torch.no_grad()
+    def led_away(self, net: nn.Module, x: Tensor, t: Tensor, velocity: Tensor, rows: Tensor) -> Tensor:
+        """Return how far the prediction is from that of the null prompt (B, C, h, w), a constant; zero in other rows."""
+        # after the pass with gradients, whose cast weights autocast keeps
+        unconditional = net(x, t, self.null_text.expand(len(x)), False)[0]
+        return torch.where(flow.expand(rows, x), velocity.float() - unconditional.float(), 0.0)
 
 
 # ---- from a recipe
@@ -162,24 +190,42 @@ def training_flops(config: Run[FlowMatchingConfig], forward: float, tokens: int)
             for name, module in trained.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("model.")
         )
-    return 3 * forward
+    return 3 * forward * passes(config.stage)
 
 
 def build(config: Run[FlowMatchingConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
-    data, vision = open_run_data(config, parts), config.components.vision
+    data, vision = open_run_data(config, parts), None
+    if config.components.vision is not None:
+        vision = build_vision_encoder(config.components.vision, parts.device)
+        if config.engine.compile_encoders:
+            compile_encoders(vision)
     stage = FlowMatching(
         config.stage,
         parts.model,
         data,
         parts.codec,
         parts.text,
-        None if vision is None else build_vision_encoder(vision, parts.device),
+        vision,
         config.seed,
         parts.device,
-        parts.flops,
+        parts.flops * passes(config.stage),
         config.engine.steps,
     )
     return stage, config.prompts or first_records(data).prompts[:8]
 
 
-KIND = StageKind(check, split_of_data, build, data_summary, open_run_data, training_flops=training_flops)
+def passes(stage: FlowMatchingConfig) -> float:
+    """Count a step's arithmetic in steps without model guidance, which adds a forward pass to one and its backward."""
+    return 1 if stage.guidance is None else 1 + (1 - stage.guidance.start) / 3
+
+
+def summary(config: Run[FlowMatchingConfig], data: Data | None, world: int, flops: float) -> list[str]:
+    return data_summary(config, data, world, flops * passes(config.stage))
+
+
+def sampling(config: Run[FlowMatchingConfig]) -> SamplingConfig:
+    """Return the recipe's settings, without guidance where the model has learned it."""
+    return config.sampling if config.stage.guidance is None else replace(config.sampling, guidance_scale=1.0)
+
+
+KIND = StageKind(check, split_of_data, build, summary, open_run_data, sampling, training_flops=training_flops)

@@ -1,15 +1,15 @@
 """Averages of the weights: one exponential moving average, or post-hoc EMA, whose length is chosen after training.
 
-The first is ema-pytorch's `EMA`. The second is EDM2's (arXiv 2312.02696, Section 3 and Appendix C): two averages with power-function profiles are kept while training and written out now and then; any other profile is a
-linear combination of those snapshots, found by least squares. The length of a profile is sigma_rel, its standard
-deviation in time as a share of the training so far: 0.05 averages over about the last tenth.
+The second is EDM2's (arXiv 2312.02696, Section 3 and Appendix C): two averages with power-function profiles are kept
+while training and written out now and then; any other profile is a linear combination of those snapshots, found by
+least squares. The length of a profile is sigma_rel, its standard deviation in time as a share of the training so far:
+0.05 averages over about the last tenth.
 
     nitro-e ema synthesize RUN --sigma-rel 0.08 --out FOLDER
 
-ema-pytorch has a PostHocEMA too. On a random walk of 200 to 2,000 steps its averages are off by 4e-5 to 7e-4, because its
-beta is that of one step later (ours: 3e-7), and what it synthesises by up to 1e-3 (ours: 2e-4, from float16); it also keeps
-the step in float16, pickles its snapshots, uses those after the step asked for, cannot leave out a skipped step and knows
-no sharding. Hence our own.
+Both are told on the device whether a step was skipped (its gradient was not finite), so the host need not wait to know.
+ema-pytorch's classes read their counters on the host at every step; its PostHocEMA is also off by 4e-5 to 7e-4 on a
+random walk of 200 to 2,000 steps, because its beta is that of one step later (ours: 3e-7), and pickles its snapshots.
 
 Left out: averaging again in a second training run, and grids over sigma_rel (call the tool in a loop).
 """
@@ -25,7 +25,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from ema_pytorch import EMA
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -46,31 +45,34 @@ class EMAConfig(Config):
     warmup_power: Annotated[float, Gt(0)] | None = None
 
 
-def make_ema(module: nn.Module, config: EMAConfig, *, will_be_sharded: bool) -> EMA:
-    """Make the average of a module, to be updated after every step; the first update copies the weights."""
-    power = config.warmup_power
-    return EMA(
-        module,
-        ema_model=copy.deepcopy(module).eval().requires_grad_(False),
-        beta=config.beta,
-        min_value=config.beta if power is None else 0.0,
-        power=power or 1.0,
-        inv_gamma=1.0,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=False,
-        # foreach takes no mixture of sharded parameters and whole buffers
-        use_foreach=not will_be_sharded,
-    )
+class EMA:
+    """Averages the parameters and float buffers of a module; the first update copies them."""
+
+    def __init__(self, module: nn.Module, config: EMAConfig) -> None:
+        self.module, self.config = module, config
+        self.ema_model = copy.deepcopy(module).eval().requires_grad_(False)
+        device = next(module.parameters()).device
+        self.step = torch.zeros((), dtype=torch.int64, device=device)  # updates so far
+
+    @torch.no_grad()
+    def update(self, wanted: Tensor | bool = True) -> None:
+        """Average the weights in, unless `wanted`, a bool or a () bool tensor on the device, is false."""
+        beta, power, before = self.config.beta, self.config.warmup_power, self.step.float()
+        decay = torch.full_like(before, beta)
+        if power is not None:
+            decay = (1 - (1 + before) ** -power).clamp(max=beta)
+        weight = torch.where(before > 0, 1 - decay, 1.0) * wanted
+        _average(_averaged(self.ema_model), _averaged(self.module), weight)
+        self.step += wanted
 
 
 @torch.no_grad()
-def relative_distance(one: nn.Module, other: nn.Module) -> float:
-    """Return the distance between the parameters of two modules, relative to the length of the second's."""
+def relative_distance(one: nn.Module, other: nn.Module) -> Tensor:
+    """Measure the distance between the parameters of two modules relative to the length of the second's, as a () tensor."""
     pairs = list(zip(one.parameters(), other.parameters(), strict=True))
     apart = sum((a - b).double().square().sum() for a, b in pairs)
     length = sum(b.double().square().sum() for _, b in pairs)
-    return float(whole_tensor(apart / length.clamp(min=1e-30)).sqrt())
+    return whole_tensor(apart / length.clamp(min=1e-30)).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,11 @@ class PostHocEMA:
         config = PostHocEMAConfig(sigma_rels=tuple(sigma_rels), every=every)
         self.module, self.sigma_rels = module, config.sigma_rels
         self.folder, self.every = folder, config.every
-        self.step = self.failed = 0
+        self.failed = 0
+        self._seen = self._snapshots = 0  # the step of the last call, and the snapshots that were due by then
+        device = next(module.parameters()).device
+        # of the last update; on the device, as whether a step is averaged in is known there alone
+        self._step = torch.zeros((), dtype=torch.float64, device=device)
         self.gammas = [gamma_of(sigma_rel) for sigma_rel in self.sigma_rels]
         state = _floats(module)
         for name, tensor in state.items():
@@ -122,21 +128,30 @@ class PostHocEMA:
             {name: tensor.detach().clone() for name, tensor in state.items()} for _ in self.sigma_rels
         ]
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Average in the weights after optimiser step `step` (1, 2, ...). A step may be left out: the next counts for both.
+    @property
+    def step(self) -> int:
+        """The step of the last update."""
+        return int(self._step)
 
-        The weights stand for the time from the last update to this one, over which the profile is integrated exactly:
-        for consecutive steps beta = (1 - 1/t)^(gamma + 1) (Section 3.1).
+    @torch.no_grad()
+    def update(self, step: int, wanted: Tensor | bool = True) -> None:
+        """Average in the weights after optimiser step `step` (1, 2, ...), unless `wanted`, as in EMA.update, is false.
+
+        A step may be left out: the next counts for both. The weights stand for the time from the last update to this
+        one, over which the profile is integrated exactly: for consecutive steps beta = (1 - 1/t)^(gamma + 1)
+        (Section 3.1).
         """
-        if step <= self.step:
-            raise ValueError(f"post-hoc EMA: step {step} after step {self.step}")
-        values = [local_tensor(tensor) for tensor in _floats(self.module).values()]
+        if step <= self._seen:
+            raise ValueError(f"post-hoc EMA: step {step} after step {self._seen}")
+        self._seen = step
+        values = list(_floats(self.module).values())
         for gamma, average in zip(self.gammas, self.averages):
-            beta = (self.step / step) ** (gamma + 1)
-            torch._foreach_lerp_([local_tensor(tensor) for tensor in average.values()], values, 1 - beta)
-        previous, self.step = self.step, step
-        if step // self.every > previous // self.every:
+            beta = (self._step / step) ** (gamma + 1)
+            _average(list(average.values()), values, (1 - beta) * wanted)
+        self._step = torch.where(torch.as_tensor(wanted, device=self._step.device), float(step), self._step)
+        # after a step that was left out the next one is looked at
+        if step // self.every > self._snapshots and self.step == step:
+            self._snapshots = step // self.every
             self.snapshot()
 
     def snapshot(self) -> None:
@@ -182,7 +197,8 @@ class PostHocEMA:
                 )
             for name, tensor in ours.items():
                 tensor.copy_(sharded_like(saved[name], tensor))
-        self.step = state["step"]
+        self._seen, self._snapshots = state["step"], state["step"] // self.every
+        self._step.fill_(state["step"])
         for snapshot in list_snapshots(self.folder) if self.folder is not None else []:
             if snapshot.step > self.step:
                 snapshot.path.unlink()
@@ -285,6 +301,17 @@ def synthesize(
 def _nearest(snapshots: Sequence[Snapshot], step: int) -> str:
     steps = sorted({snapshot.step for snapshot in snapshots}, key=lambda known: abs(known - step))
     return ", ".join(map(str, sorted(steps[:4])))
+
+
+def _average(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """Move averages towards values by `weight`, a () tensor on their device; 0 leaves them as they are, bit for bit."""
+    averages, values = list(map(local_tensor, averages)), list(map(local_tensor, values))
+    torch._foreach_lerp_(averages, values, [weight.to(average.dtype) for average in averages])
+
+
+def _averaged(module: nn.Module) -> list[Tensor]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
 
 def _floats(module: nn.Module) -> dict[str, Tensor]:

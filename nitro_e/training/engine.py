@@ -3,20 +3,21 @@
 A phase is "these parameters, this loss, this optimiser". Stages know nothing of accelerate, EMA, files or trackers;
 this file knows nothing of losses. To resume, run the same command again: learning rate, data position and all
 randomness are functions of the step, so the state (training.state) is the weights, the optimisers and the step.
+
+On a GPU the host only queues work: within a step it never waits for a result. Whether gradients were finite is a tensor
+there, which optimiser, averages and metrics obey; it is read, with the metrics, once per report.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -32,15 +33,17 @@ from nitro_e.record.metrics import Metrics, Tracker, WandBConfig, read, read_eve
 from nitro_e.training.attendance import Attendance
 from nitro_e.training.ema import FOLDER as SNAPSHOTS
 from nitro_e.training.ema import EMAConfig, PostHocEMAConfig, relative_distance
-from nitro_e.training.meters import MetricAverages, Progress, sum_and_count
+from nitro_e.training.meters import MetricAverages, Progress, read_together, sum_and_count
 from nitro_e.training.optim import set_learning_rate
-from nitro_e.training.parallel import any_process, sum_over_processes, whole_tensor
-from nitro_e.training.saving import Saver
+from nitro_e.training.parallel import any_process, patience, sum_over_processes, whole_tensor
+from nitro_e.training.saving import ResumeConfig, Saver
 from nitro_e.training.selection import MAX_ROLLBACKS, Selection
 from nitro_e.training.signals import StopRequest
 from nitro_e.training.state import TrainingState
 
 log = logging.getLogger(__name__)
+
+STOP_EVERY = 10  # steps on a GPU between two times that the processes tell each other of signals
 
 
 @dataclass
@@ -61,6 +64,8 @@ class EngineConfig(Config):
     # ddp: whole weights in every process; fsdp: sharded ones (FSDP2)
     sharding: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False  # the blocks of the model
+    compile_encoders: bool = False  # those of codec, text and vision that have weights
+    tf32: bool = True  # products of float32 numbers on a GPU in TF32, which has 10 bits of precision
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
     ema: EMAConfig | None = None  # average of the weights during training; null: none
     # snapshots from which nitro-e ema makes any average afterwards
@@ -70,7 +75,9 @@ class EngineConfig(Config):
     keep_every: Annotated[int, Ge(0)] = 0  # and those at multiples of this many steps; 0: none
     max_failed_saves: Annotated[int, Ge(1)] = 3  # in a row before giving up
     max_skips: Annotated[int, Ge(0)] = 5  # non-finite steps in a row before giving up
-    log_every: Annotated[int, Ge(1)] = 20  # steps between lines of metrics
+    log_every: Annotated[int, Ge(1)] = (
+        20  # steps between lines of metrics, and between looks for skipped steps
+    )
     sample_every: Annotated[int, Ge(0)] = 1000  # steps between sample grids; 0: none
     # a mirror of metrics.jsonl: wandb where there is a login, else tensorboard if installed
     tracker: Tracker = "auto"
@@ -88,10 +95,10 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     # `accelerate launch --num_processes N` without GPUs names an address for N processes, then starts a single one.
     promised = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(minutes=environment_number("NITRO_E_TIMEOUT_MINUTES", 10))
-    )
-    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[patience])
+    if not use_cpu:  # on a CPU it would change results
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    handlers = [InitProcessGroupKwargs(timeout=patience())]
+    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=handlers)
     if promised and accelerator.num_processes == 1:
         raise ConfigError(
             "accelerate launch was told of several processes but starts a single one without GPUs; use "
@@ -110,6 +117,14 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     return accelerator
 
 
+class Unread(NamedTuple):
+    """A step of which the host does not know yet whether it was skipped."""
+
+    step: int
+    keys: list[str]  # of its samples
+    finite: Tensor  # () bool, on the device
+
+
 class Engine:
     """Trains a stage in a run directory, from where an earlier attempt ended."""
 
@@ -125,6 +140,7 @@ class Engine:
         record: dict[str, Any],
         accumulate: int = 1,
         hooks: tuple[Hook, ...] = (),
+        resume: ResumeConfig | None = None,
         selection: Selection | None = None,
     ) -> None:
         """use: stored with exported weights for sampling; record: the resolved config, for trackers.
@@ -136,7 +152,9 @@ class Engine:
         self.run_folder, self.seed, self.record, self.hooks = run, seed, record, hooks
         self.accumulate, self.selection = accumulate, selection
         self.main = accelerator.is_main_process
-        self.skipped_in_row = 0
+        self.skipped_in_row = 0  # as far as it was read
+        self._unread: list[Unread] = []
+        self._stop_exchanged = -1  # step at which the processes last told each other of signals
         self.changed: dict[str, Any] = {}  # keys of the config since the last attempt: [before, now]
         self.stop = StopRequest()
         self.attendance = Attendance(run, accelerator.process_index, accelerator.num_processes)
@@ -149,10 +167,20 @@ class Engine:
             posthoc_ema=config.posthoc_ema,
             snapshots=run / SNAPSHOTS if self.main else None,
         )
-        self.saver = Saver(config, run, self.state, accelerator, identity=self._identity(), use=use)
+        self.saver = Saver(
+            config,
+            run,
+            self.state,
+            accelerator,
+            identity=self._identity(),
+            use=use,
+            resume=resume or ResumeConfig(),
+        )
         self.hooks_due = self.saver.resume() and self._hooks_were_cut_off()
         if self.saver.saved_step is not None and self.main:
             print(f"resuming {run} at step {self.step}")
+            for key, (before, now) in self.saver.changed.items():
+                print(f"continued on purpose: {key} was {before!r}, is {now!r}")
 
     @property
     def step(self) -> int:
@@ -185,6 +213,8 @@ class Engine:
                 self.metrics.event(self.step, "notes", **notes)
             if self.main and self.changed:
                 self.metrics.event(self.step, "config", changed=self.changed)
+            if self.main and self.saver.changed:
+                self.metrics.event(self.step, "resume", changed=self.saver.changed)
             try:
                 with self._outcome():
                     self._loop()
@@ -260,24 +290,24 @@ class Engine:
         """Run every phase that is due; the averages follow, unless a gradient was not finite."""
         with self._averages.waiting():
             batches = list(islice(stream, self.accumulate))
-        finite = [
+        updates = [
             self.update(phase, optimizers, batches, number)
             for phase, optimizers in zip(self.stage.phases, self.state.optimizers)
             if phase.due(self.step)
             for number in range(phase.repeat)
         ]
-        if not all(finite):
-            self._count_skip(batches)
+        finite = (
+            torch.stack(updates).all() if updates else torch.full((), True, device=self.accelerator.device)
+        )
+        self._unread.append(Unread(self.step, [key for batch in batches for key in batch.keys], finite))
         trained = self.stage.phases[-1].due(self.step)
         self.state.step += 1
-        if all(finite):
-            self.skipped_in_row = 0
-            self.state.update_averages(trained)
+        self.state.update_averages(finite, trained)
 
-    def update(self, phase: Phase, optimizers: list[Any], batches: list[Any], repetition: int = 0) -> bool:
-        """Take one optimiser step of a phase on this process's micro-batches; False if it had to be skipped.
+    def update(self, phase: Phase, optimizers: list[Any], batches: list[Any], repetition: int = 0) -> Tensor:
+        """Take one optimiser step of a phase on this process's micro-batches.
 
-        repetition: 0 to `phase.repeat` - 1.
+        repetition: 0 to `phase.repeat` - 1. Returns a () bool tensor on the device: false if the step had to be skipped.
         """
         # Learning rate, a function of the step.
         updates = phase.updates(self.step) + repetition
@@ -301,29 +331,28 @@ class Engine:
         for optimizer in optimizers:
             self.accelerator.unscale_gradients(optimizer)
         norm = whole_tensor(nn.utils.clip_grad_norm_(phase.module.parameters(), phase.optim.clip))
-        finite = math.isfinite(norm)
+        finite = norm.isfinite()
 
         # Optimiser step, unless a gradient is not finite; the loss scaler of float16 sees to that itself.
         scaler = self.accelerator.scaler
         for optimizer in optimizers:
             if scaler is not None:
                 scaler.step(optimizer.optimizer)
-            elif finite:
-                optimizer.step()
+            else:
+                self.state.parallel.step_if(finite, optimizer.optimizer)
             optimizer.zero_grad(set_to_none=True)
         if scaler is not None:
             scaler.update()  # once for all optimisers; accelerate's wrapper would do it for each
-        if finite and phase.after_step is not None:
+        if phase.after_step is not None and finite:  # such a phase waits for the device
             phase.after_step([optimizer.optimizer for optimizer in optimizers])
 
         # Metrics. Those of the last phase, which trains the published model, go without the phase's name.
-        if finite:
-            logs["grad_norm"] = sum_and_count(norm)
-            logs["lr"] = sum_and_count(torch.tensor(phase.optim.lr * lr_factor))
-            self._averages.add("" if phase is self.stage.phases[-1] else f"{phase.name}/", logs)
+        logs["grad_norm"] = sum_and_count(norm)
+        logs["lr"] = sum_and_count(torch.full((), phase.optim.lr * lr_factor, device=norm.device))
+        self._averages.add("" if phase is self.stage.phases[-1] else f"{phase.name}/", logs, finite)
 
         # float16: the scaler skips overflowing steps while it searches for a scale; a scale below 1 counts as failure.
-        return finite or (scaler is not None and scaler.get_scale() >= 1)
+        return finite if scaler is None else finite | (scaler.get_scale() >= 1)
 
     def _random(self, phase: Phase, number: int, repetition: int) -> SampleRandom:
         """Draw for the samples of a micro-batch; the global batch is ranks in order, of each its micro-batches."""
@@ -345,20 +374,28 @@ class Engine:
                 f"{len(unused)} parameters of phase '{phase.name}' get no gradient, such as {unused[0]}"
             )
 
-    def _count_skip(self, batches: list[Any]) -> None:
-        """Count a step that was skipped; TrainingError for too many in a row."""
-        self.state.skipped += 1
-        self.skipped_in_row += 1
-        log.warning("step %d skipped: a gradient is not finite", self.step)
-        self.metrics.event(self.step, "warning", message="step skipped: a gradient is not finite")
-        if self.skipped_in_row > self.config.max_skips:
-            keys = [key for batch in batches for key in batch.keys]
-            raise TrainingError(
-                f"{self.skipped_in_row} steps in a row had a non-finite gradient, the last is step {self.step}; lower the "
-                f"learning rate or look at these samples: {', '.join(keys[:8])}. "
-                f"The last checkpoint is {run_folder.latest(self.run_folder)}; if it fails at once from there, delete that "
-                "one to continue from the one before"
-            )
+    def _flags(self) -> Tensor:
+        """Return whether the steps that nobody has looked at were finite, as numbers on the device."""
+        flags = [step.finite for step in self._unread]
+        return torch.stack(flags).double() if flags else torch.zeros(0, device=self.accelerator.device)
+
+    def _count_skips(self, finite: Sequence[float]) -> None:
+        """Count the steps that turned out to have been skipped; TrainingError for too many in a row."""
+        for (step, keys, _), fine in zip(self._unread, finite, strict=True):
+            self.skipped_in_row = 0 if fine else self.skipped_in_row + 1
+            if fine:
+                continue
+            self.state.skipped += 1
+            log.warning("step %d skipped: a gradient is not finite", step)
+            self.metrics.event(step, "warning", message="step skipped: a gradient is not finite")
+            if self.skipped_in_row > self.config.max_skips:
+                raise TrainingError(
+                    f"{self.skipped_in_row} steps in a row had a non-finite gradient, the last is step {step}; lower "
+                    f"the learning rate or look at these samples: {', '.join(keys[:8])}. "
+                    f"The last checkpoint is {run_folder.latest(self.run_folder)}; if it fails at once from there, "
+                    "delete that one to continue from the one before"
+                )
+        self._unread.clear()
 
     def _refuse_skipped_end(self) -> None:
         """Refuse to end with skipped steps: nobody knows whether the weights are any good."""
@@ -373,10 +410,16 @@ class Engine:
 
     def _should_stop(self) -> bool:
         """Tell whether a signal reached any process, at a step that can be saved. All processes agree."""
-        return self._can_save() and any_process(self.stop.requested, self.accelerator.device)
+        every = STOP_EVERY if self.accelerator.device.type == "cuda" else 1
+        if self.step % getattr(self.stage, "period", 1) or self.step - self._stop_exchanged < every:
+            return False
+        self._stop_exchanged = self.step
+        return any_process(self.stop.requested) and self._can_save()
 
     def _can_save(self) -> bool:
         """Tell whether this step ends a period of the stage, and no streak of skipped steps is going on."""
+        if self._unread:
+            self._count_skips(self._flags().tolist())
         return self.step % getattr(self.stage, "period", 1) == 0 and self.skipped_in_row == 0
 
     def _save(self) -> None:
@@ -402,22 +445,32 @@ class Engine:
     # ---- metrics, hooks and status
 
     def _report(self) -> dict[str, float]:
-        """Record the means since the last report; nowhere else do metrics leave the device."""
+        """Record the means since the last report; nowhere else do metrics leave the device, all in one transfer."""
         if self.main:
             self.presence.check()
         device, processes = self.accelerator.device, self.accelerator.num_processes
-        values = self._averages.means(device)
+        pairs = self._averages.pairs(device)
+        bad_samples = torch.full((1,), self.stage.bad_samples, dtype=pairs.dtype, device=device)
+        sums = sum_over_processes(torch.cat([pairs.flatten(), bad_samples]))
+        on_device = {
+            "pairs": sums[:-1].reshape(pairs.shape),
+            "bad_samples": sums[-1],
+            "finite": self._flags(),
+        }
+        if self.state.ema is not None:
+            on_device["ema_gap"] = relative_distance(self.state.ema.ema_model, self.stage.model)
+        read = read_together(**on_device)
+        self._count_skips(read["finite"])
+        values = self._averages.means(read["pairs"])
         values |= self._averages.throughput(
             self.step, self.config.steps, self.global_batch, self.stage.forward_flops, device, processes
         )
-        bad_samples = sum_over_processes(torch.tensor(self.stage.bad_samples, device=device))
         values |= {
             "skipped": self.state.skipped,
             "failed_saves": self.saver.failures,
-            "bad_samples": int(bad_samples),
+            "bad_samples": int(read["bad_samples"]),
         }
-        if self.state.ema is not None:
-            values["ema_gap"] = relative_distance(self.state.ema.ema_model, self.stage.model)
+        values |= {name: read[name] for name in ("ema_gap",) if name in read}
         self.metrics.write(self.step, {name: float(f"{value:.9g}") for name, value in values.items()})
         self._averages = MetricAverages(self.step)
         return values
@@ -496,7 +549,7 @@ class Engine:
         """Tell whether the last attempt ended between the save of this step and its hooks."""
         status = run_folder.read_status(self.run_folder)
         due = self.main and status.get("hooks_due") is True and status.get("step") == self.step
-        return any_process(due, self.accelerator.device)
+        return any_process(due)
 
     def _write_status(self, state: str, everywhere: bool = False, **details: Any) -> None:
         """Write `STATUS.json`; everywhere: from whichever process is the first to know, as the main one may be gone."""

@@ -9,18 +9,25 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nitro_e.record import progress
-from nitro_e.training.parallel import sum_over_processes
 
 
 def sum_and_count(value: Tensor) -> Tensor:
     """Return a metric as its (2,) sum and count, of which means are made: a scalar counts once, a (2,) tensor is one."""
     value = value.detach()
     return value if value.ndim else torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
+
+
+def read_together(**tensors: Tensor) -> dict[str, Any]:
+    """Copy tensors to the host in one transfer, for which the host waits once: {name: (nested list of) numbers}."""
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.reshape(tensor.shape).tolist() for (name, tensor), part in zip(tensors.items(), parts)}
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -58,19 +65,20 @@ class MetricAverages:
         yield
         self._seconds_excluded += time.perf_counter() - start
 
-    def add(self, prefix: str, logs: dict[str, Tensor]) -> None:
-        """Add the (2,) sums and counts of one step."""
+    def add(self, prefix: str, logs: dict[str, Tensor], finite: Tensor) -> None:
+        """Add the (2,) sums and counts of one step, unless `finite`, a () bool tensor on the device, is false."""
         for name, pair in logs.items():
+            pair = torch.where(finite, pair.to(finite.device, torch.float64, non_blocking=True), 0.0)
             self.sums[prefix + name] = self.sums.get(prefix + name, 0) + pair
 
-    def means(self, device: torch.device) -> dict[str, float]:
-        """Average over steps and processes, each of which must call it. Metrics that nothing was counted for are left out."""
-        if not self.sums:
-            return {}
-        names = sorted(self.sums)
-        pairs = torch.stack([self.sums[name].to(device, torch.float64) for name in names])
-        pairs = sum_over_processes(pairs).cpu()
-        return {name: value / count for name, (value, count) in zip(names, pairs.tolist()) if count}
+    def pairs(self, device: torch.device) -> Tensor:
+        """Return the (N, 2) sums and counts of this process, in the order of the sorted names."""
+        pairs = [self.sums[name] for name in sorted(self.sums)]
+        return torch.stack(pairs) if pairs else torch.zeros(0, 2, dtype=torch.float64, device=device)
+
+    def means(self, pairs: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Name the means of what `pairs` returned, added up over processes; what nothing was counted for is left out."""
+        return {name: value / count for name, (value, count) in zip(sorted(self.sums), pairs) if count}
 
     def throughput(
         self,

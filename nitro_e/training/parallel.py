@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +21,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from nitro_e.config import ConfigError
+from nitro_e.config import ConfigError, environment_number
 from nitro_e.interfaces import DistContext
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def patience() -> timedelta:
+    """Return how long a process waits for the others before it gives up."""
+    return timedelta(minutes=environment_number("NITRO_E_TIMEOUT_MINUTES", 10))
 
 
 # ---- collectives; every process must call them
@@ -47,9 +54,19 @@ def gather_over_processes(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Tell whether any process says yes."""
-    return bool(sum_over_processes(torch.tensor(int(flag), device=device)))
+def any_process(flag: bool) -> bool:
+    """Tell whether any process says yes. No GPU is waited for: the processes talk over the CPU."""
+    if _is_alone():
+        return flag
+    answer = torch.tensor(int(flag))
+    dist.all_reduce(answer, group=_cpu_group())
+    return bool(answer)
+
+
+@lru_cache(maxsize=1)
+def _cpu_group() -> dist.ProcessGroup | None:
+    """Return a group for tensors on the CPU; None, the default one, where that is for the CPU."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=patience())
 
 
 def dist_context(accelerator: Accelerator) -> DistContext:
@@ -121,6 +138,17 @@ class Replicated:
         """Return the model with whole tensors, for images and files. Every process must call it."""
         return model
 
+    def step_if(self, finite: Tensor, optimizer: Optimizer) -> None:
+        """Take an optimiser step unless `finite`, a () bool tensor on the device, is false.
+
+        Fused optimisers look at it there; for others (Muon) the host waits to know.
+        """
+        if all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
+            optimizer.step()
+        elif finite:
+            optimizer.step()
+
 
 class Sharded(Replicated):
     """Every process holds a shard of each parameter (FSDP2: `fully_shard` per block)."""
@@ -151,6 +179,10 @@ class Sharded(Replicated):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module
+
+    def step_if(self, finite: Tensor, optimizer: Optimizer) -> None:
+        if finite:  # fused optimisers take no flag beside sharded parameters
+            optimizer.step()
 
     @contextlib.contextmanager
     def synchronize(self, net: nn.Module, last: bool) -> Iterator[None]:

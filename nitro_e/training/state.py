@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.files import save_object
 from nitro_e.interfaces import Stage
 from nitro_e.model.pretrained import check_fits, save_config, save_pretrained
-from nitro_e.training.ema import EMAConfig, PostHocEMA, PostHocEMAConfig, make_ema
+from nitro_e.training.ema import EMA, EMAConfig, PostHocEMA, PostHocEMAConfig
 from nitro_e.training.optim import build_optimizers
 from nitro_e.training.parallel import (
     SHARDING,
@@ -53,7 +53,7 @@ class TrainingState:
         self.stage, self.scaler = stage, accelerator.scaler
         self.step = self.skipped = 0  # optimiser steps that were done; of them, left out as not finite
         self.parallel = SHARDING[sharding](accelerator)
-        self.ema = None if ema is None else make_ema(stage.model, ema, will_be_sharded=sharding == "fsdp")
+        self.ema = None if ema is None else EMA(stage.model, ema)
         # Sharded before optimisers are made of the parameters.
         for model in self._models().values():
             self.parallel.keep_whole(model)
@@ -72,12 +72,15 @@ class TrainingState:
             self.optimizers.append([accelerator.prepare_optimizer(optimizer) for optimizer in optimizers])
             phase.net = self.parallel.wrap(phase.module)
 
-    def update_averages(self, trained: bool = True) -> None:
-        """Average in the weights after optimiser step `self.step`; trained: whether the step has changed them."""
+    def update_averages(self, finite: Tensor, trained: bool = True) -> None:
+        """Average in the weights after optimiser step `self.step`.
+
+        finite: a () bool tensor on the device, false where the step was skipped. trained: whether it was to change them.
+        """
         if self.ema is not None and trained:
-            self.ema.update()
+            self.ema.update(finite)
         if self.posthoc is not None:
-            self.posthoc.update(self.step)
+            self.posthoc.update(self.step, finite)
 
     def finish_averages(self) -> None:
         """Write the last snapshot of post-hoc EMA, unless it fell due by itself."""
@@ -100,11 +103,7 @@ class TrainingState:
             for phase, optimizers in zip(self.stage.phases, self.optimizers)
         }
         if self.ema is not None:
-            gathered["ema"] = {
-                "module": self._trained(self.ema.ema_model),
-                "step": self.ema.step.clone(),
-                "initted": self.ema.initted.clone(),
-            }
+            gathered["ema"] = {"module": self._trained(self.ema.ema_model), "step": self.ema.step.cpu()}
         if self.posthoc is not None:
             gathered["posthoc_ema"] = self.posthoc.state_dict()
         if self.scaler is not None:
@@ -179,7 +178,6 @@ class TrainingState:
             content = _read(checkpoint, "ema")
             load_module_state(self.ema.ema_model, self._with_frozen(self.ema.ema_model, content["module"]))
             self.ema.step.copy_(content["step"])
-            self.ema.initted.copy_(content["initted"])
         if self.posthoc is not None:
             self.posthoc.load_state_dict(_read(checkpoint, "posthoc_ema"))
         if self.scaler is not None:

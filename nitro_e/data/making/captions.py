@@ -2,7 +2,7 @@
 
 `rows` reads one; `CaptionTable` keeps one as an SQLite file beside the output, so that 25M captions need no
 memory and every worker process can look them up by id. The id of a row is the file name without folder and
-extension.
+extension. A cell may hold one caption or a list of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +26,8 @@ from nitro_e.files import atomic_path, sha256_of
 from nitro_e.record.progress import bar
 
 csv.field_size_limit(1 << 24)
+HEAD = 100  # rows of a table that are searched for a column before it is said to be missing
+LARGEST_KEPT = 4096  # bytes of a json value that is carried over from a source; SA-1B's masks are far larger
 
 
 def stem(name: str) -> str:
@@ -35,29 +38,77 @@ def stem(name: str) -> str:
 
 
 def rows(path: str | Path, columns: tuple[str, ...] | None = None) -> Iterator[dict[str, Any]]:
-    """Read the rows of a table. ConfigError if the first lacks one of `columns` (dots reach into objects)."""
+    """Read the rows of a table; values may be None.
+
+    Raises ConfigError if none of the first HEAD rows has one of `columns` (dots reach into objects).
+    """
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"captions '{path}' do not exist; check the path")
-    first = True
+    table = _objects(path, columns)
+    head = list(islice(table, HEAD))
+    for column in columns or ():
+        if head and not any(has_column(row, column) for row in head):
+            names = dict.fromkeys(name for row in head for name in row if isinstance(name, str))
+            raise ConfigError(f"{path}: no column '{column}'" + did_you_mean(column, list(names)))
+    yield from chain(head, table)
+
+
+def _objects(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(_read(path, columns), 1):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with columns")
-        if first and columns is not None:
-            for column in columns:
-                if value_at(row, column) is None:
-                    raise ConfigError(f"{path}: no column '{column}'" + did_you_mean(column, list(row)))
-        first = False
         yield row
 
 
+def has_column(row: dict, column: str) -> bool:
+    """Tell whether a row has the column; its value, or the object that it lies in, may be None."""
+    if column in row:
+        return True
+    first, dot, rest = column.partition(".")
+    inner = row.get(first)
+    if not dot or first not in row:
+        return False
+    if isinstance(inner, list):
+        return not inner or any(isinstance(item, dict) and has_column(item, rest) for item in inner)
+    return inner is None or isinstance(inner, dict) and has_column(inner, rest)
+
+
 def value_at(row: dict, column: str) -> Any:
-    """Look up row["a"]["b"] for column "a.b"; None where there is none."""
+    """Look up row["a"]["b"] for column "a.b", in a list of objects for each; None where there is none."""
     if column in row:
         return row[column]
+    value: Any = row
     for part in column.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
+        if isinstance(value, list):
+            value = [item.get(part) if isinstance(item, dict) else None for item in value]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def captions_in(value: Any, column: str) -> list[str]:
+    """Read the captions of a cell, which holds text, a list of texts, or None.
+
+    Raises ConfigError for an object, which has its caption in one of its own columns.
+    """
+    if isinstance(value, (list, tuple)):
+        return [caption for item in value for caption in captions_in(item, column)]
+    if isinstance(value, dict):
+        names = ", ".join(f"'{column}.{name}'" for name in list(value)[:5])
+        raise ConfigError(f"column '{column}' holds objects, not captions; name a column inside: {names}")
+    return [] if value is None else [str(value)]
+
+
+def kept_values(row: dict, columns: tuple[str, ...]) -> dict[str, Any]:
+    """Pick columns of a row as plain JSON data; None and what is larger than LARGEST_KEPT is left out."""
+    found = {column: value_at(row, column) for column in columns}
+    plain = {name: json.loads(json.dumps(value, default=str)) for name, value in found.items()}
+    return {
+        name: value
+        for name, value in plain.items()
+        if value is not None and len(json.dumps(value)) <= LARGEST_KEPT
+    }
 
 
 def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
@@ -109,11 +160,12 @@ def _read_text(text: TextIO, suffix: str, path: Path) -> Iterator[dict[str, Any]
 
 def _read_parquet(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
     file = open_parquet(path)
-    names = [column.split(".")[0] for column in columns or file.schema_arrow.names]
+    there = file.schema_arrow.names
+    names = [column if column in there else column.split(".")[0] for column in columns or there]
     for name in names:
-        if name not in file.schema_arrow.names:
-            raise ConfigError(f"{path}: no column '{name}'" + did_you_mean(name, file.schema_arrow.names))
-    for batch in file.iter_batches(batch_size=1000, columns=names):
+        if name not in there:
+            raise ConfigError(f"{path}: no column '{name}'" + did_you_mean(name, there))
+    for batch in file.iter_batches(batch_size=1000, columns=list(dict.fromkeys(names))):
         yield from batch.to_pylist()
 
 
@@ -137,8 +189,13 @@ class CaptionTable:
         self._connection: sqlite3.Connection | None = None
 
     @classmethod
-    def build(cls, source: Path, folder: Path, id_column: str, caption_column: str) -> CaptionTable:
-        """Make the table from `source` unless it is there already; says which ids have several captions."""
+    def build(
+        cls, source: Path, folder: Path, id_column: str, caption_column: str, keep: tuple[str, ...] = ()
+    ) -> CaptionTable:
+        """Make the table from `source` unless it is there already; says which ids are there twice.
+
+        keep: further columns, which `find` gives beside the caption.
+        """
         if not source.exists():
             raise ConfigError(f"captions '{source}' do not exist; check the path")
         content = (
@@ -146,12 +203,12 @@ class CaptionTable:
             if source.is_dir()
             else sha256_of(source)
         )
-        identity = digest(content, id_column, caption_column)
-        path = folder / f"captions-{identity[:16]}.sqlite"
+        identity = digest(content, id_column, caption_column, *([keep] if keep else []))
+        path = folder / f"table-{identity[:16]}.sqlite"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                _fill(temporary, source, id_column, caption_column)
+                _fill(temporary, source, id_column, caption_column, keep)
         table = cls(path, identity)
         with sqlite3.connect(path) as connection:
             twice = [key for (key,) in connection.execute("SELECT id FROM duplicates ORDER BY id")]
@@ -161,27 +218,44 @@ class CaptionTable:
         return table
 
     def get(self, key: str) -> str | None:
+        """Look up the caption of an id, or the first of several; None without one."""
+        found = self.find(key)
+        return found[0] if found else None
+
+    def find(self, key: str) -> tuple[str, dict] | None:
+        """Look up the caption of an id and what its sample's json gets: a list `captions` and kept columns."""
         if self._connection is None:
             self._connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
-        row = self._connection.execute("SELECT caption FROM captions WHERE id = ?", (stem(key),)).fetchone()
-        return row[0] if row else None
+        row = self._connection.execute(
+            "SELECT caption, info FROM captions WHERE id = ?", (stem(key),)
+        ).fetchone()
+        return (row[0], json.loads(row[1])) if row else None
 
     def __getstate__(self):
         return {**self.__dict__, "_connection": None}
 
 
-def _fill(path: Path, source: Path, id_column: str, caption_column: str) -> None:
+def _fill(path: Path, source: Path, id_column: str, caption_column: str, keep: tuple[str, ...]) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA journal_mode = OFF")
-    connection.execute("CREATE TABLE captions (id TEXT PRIMARY KEY, caption TEXT) WITHOUT ROWID")
+    connection.execute("CREATE TABLE captions (id TEXT PRIMARY KEY, caption TEXT, info TEXT) WITHOUT ROWID")
     connection.execute("CREATE TABLE duplicates (id TEXT)")
-    for row in bar(rows(source, (id_column, caption_column)), desc="captions", unit="row"):
-        key, caption = stem(str(value_at(row, id_column))), value_at(row, caption_column)
-        if caption is None:
+    for row in bar(rows(source, (id_column, caption_column, *keep)), desc="captions", unit="row"):
+        key = stem(str(value_at(row, id_column)))
+        captions = captions_in(value_at(row, caption_column), caption_column)
+        if not captions:
             continue
-        check_characters(key + str(caption), f"{source}: the row of {key!r}")
-        cursor = connection.execute("INSERT OR IGNORE INTO captions VALUES (?, ?)", (key, str(caption)))
+        check_characters(key + "".join(captions), f"{source}: the row of {key!r}")
+        info = json.dumps(kept_values(row, keep) | several(captions))
+        cursor = connection.execute(
+            "INSERT OR IGNORE INTO captions VALUES (?, ?, ?)", (key, captions[0], info)
+        )
         if not cursor.rowcount:
             connection.execute("INSERT INTO duplicates VALUES (?)", (key,))
     connection.commit()
     connection.close()
+
+
+def several(captions: list[str]) -> dict[str, list[str]]:
+    """Return the json of a sample with more than one caption: all of them; its txt is the first."""
+    return {"captions": captions} if len(captions) > 1 else {}

@@ -1,24 +1,30 @@
 """Run the frozen encoders once over packed images: one output shard per input shard and column.
 
     latents-X.tar    npy       (C, h, w) float16, raw (not scaled) codec latents, with copies of txt and json
-    text-X.tar       text.npy  (L, D) float16; padded: L fixed, with mask.npy (L,) uint8; ragged: real tokens
+    text-X.tar       text.npy  (L, D) float16; padded: L fixed, with mask.npy (L,) uint8; ragged: real tokens.
+                     With int8, text.npy is int8 and scale.npy (L,) float32 has a factor for each token
+    text_NAME-X.tar  text_NAME.npy, ...: likewise of the caption under the key NAME of the json
     features-X.tar   features.npy  (h*w, F) float16 vision features on the latent grid
 
 X is the input's name without `images-`. A shard is published after it was opened again and checked (keys,
 shapes, finite, |latent| < 10,000, and the codec's round trip of its first image). Its manifest entry says
-what made it. The bytes depend on the encoder, the device and the batch size, not on processes, ranks or
+what made it. Images are decoded in processes and go to the device as bytes; a thread writes, checks and hashes a
+shard while the next one is encoded. The bytes depend on the encoder, the device and the batch size, not on processes, ranks or
 interruptions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from queue import Full, Queue
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +45,7 @@ from nitro_e.files import add_tensors, atomic_file
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
 LARGEST = 1e4  # a latent beyond this is a failure of the codec, not an image
+AHEAD = 4  # encoded batches that may wait for the writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,8 @@ class EncodeConfig(Config):
 
     resolution: Annotated[int, Ge(1), Le(65536)] = 512
     text_format: Literal["padded", "ragged"] = "padded"
+    text_dtype: Literal["float16", "int8"] = "float16"
+    caption: str | None = None  # key of the json whose text is encoded, in place of txt
     caption_key: str = "caption"
     batch_size: Annotated[int, Ge(1), Le(65536)] = 32
     workers: Annotated[int, Ge(0), Le(512)] = 2  # processes that decode images
@@ -63,21 +72,31 @@ class Encoders:
     vision: VisionEncoder | None = None
     grid: tuple[int, int] | None = None  # of the vision features; None: the codec's
     names: dict[str, Any] | None = None
+    device: str = "cpu"  # that the encoders are on
+    caption: str | None = None  # EncodeConfig.caption: text is that of this key of the json
 
     def __post_init__(self):
         if self.codec is None and self.text is None and self.vision is None:
             raise ConfigError("nothing to encode; choose --codec, --text, --vision or several of them")
         if self.vision is not None and self.grid is None and self.codec is None:
             raise ConfigError("--vision needs the latent grid; give --codec as well, or --grid H W")
-        columns = {"latents": self.codec, "text": self.text, "features": self.vision}
+        if self.caption and (self.codec or self.vision or not self.caption.isidentifier()):
+            raise ConfigError(
+                f"--caption {self.caption}: encode a further caption with --text alone; its key must be a word, which"
+                " becomes the name of the column"
+            )
+        text = f"text_{self.caption}" if self.caption else "text"
+        columns = {"latents": self.codec, text: self.text, "features": self.vision}
         self.columns = {name: encoder for name, encoder in columns.items() if encoder is not None}
         self.identity = {name: weights_digest(encoder) for name, encoder in self.columns.items()}
 
     def describe(self, column: str, config: EncodeConfig) -> dict:
         """Make the `encoder` entry of a manifest line."""
-        described = {"name": (self.names or {}).get(column), "weights": self.identity[column]}
-        if column == "text":
-            return {**described, "format": config.text_format, "length": self.text.length}
+        kind = column.partition("_")[0]
+        described = {"name": (self.names or {}).get(kind), "weights": self.identity[column]}
+        if kind == "text":
+            dtype = {"dtype": config.text_dtype} if config.text_dtype != "float16" else {}
+            return {**described, "format": config.text_format, "length": self.text.length, **dtype}
         return {**described, "resolution": config.resolution}
 
 
@@ -102,7 +121,11 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
     Raises ConfigError for damaged input, for two shards whose output would have one name, and when a check
     fails.
     """
-    options = digest(replace(config, batch_size=1, workers=0).__dict__, encoders.identity, encoders.grid)
+    chosen = replace(config, batch_size=1, workers=0).__dict__
+    for name in ("text_dtype", "caption"):  # newer than shards that were made with their defaults
+        if chosen[name] == getattr(EncodeConfig, name):
+            del chosen[name]
+    options = digest(chosen, encoders.identity, encoders.grid)
     units = []
     for columns in group_columns(shards).values():
         path = Path(columns.get("images") or columns.get("") or next(iter(columns.values())))
@@ -133,6 +156,12 @@ def weights_digest(encoder: Any) -> str:
     return state.hexdigest()
 
 
+def usual_workers() -> int:
+    """Return a number of processes that decode images: this rank's cores but one, from 2 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 2), 16)
+
+
 # --- one unit after the other; one loader reads the images of all ----------------------------------
 
 
@@ -151,8 +180,9 @@ class UnitImages(Dataset):
 
     def _dataset(self, catalog: Catalog) -> TarDataset:
         images = image_extensions(catalog) if self.pixels else ()
-        info = catalog.find("json") is not None
-        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key)
+        info = bool(catalog.holders("json")[0])
+        captions = ((self.config.caption, 1.0),) if self.config.caption else ()
+        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key, captions)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
 
 
@@ -166,38 +196,89 @@ def _work(
                 yield number, range(start, min(start + config.batch_size, size))
 
     pixels = encoders.codec is not None or encoders.vision is not None
-    loaded = load(UnitImages(units, config, pixels), config.workers, batch_sampler=batches())
-    for unit in units:
-        yield unit, _encode_unit(unit, loaded, encoders, config, out)
+    images = UnitImages(units, config, pixels)
+    pinned = encoders.device.startswith("cuda")
+    loaded = load(images, config.workers, batch_sampler=batches(), pin_memory=pinned)
+    with ThreadPoolExecutor(1, "writer") as writer:
+        before: tuple[EncodeUnit, Future[Result]] | None = None
+        for unit in units:
+            queue: Queue[Encoded | BaseException | None] = Queue(AHEAD)
+            catalog = unit.open()
+            written = writer.submit(_write_unit, unit, catalog.problems, queue, encoders, config, out)
+            try:
+                for batch in _encoded(len(catalog), loaded, encoders, config):
+                    _hand_over(batch, queue, written)
+                _hand_over(None, queue, written)
+            except BaseException as error:
+                _hand_over(error, queue, written)
+                raise
+            if before is not None:
+                yield before[0], before[1].result()
+            before = unit, written
+        if before is not None:
+            yield before[0], before[1].result()
 
 
-def _encode_unit(
-    unit: EncodeUnit, stream: Iterator, encoders: Encoders, config: EncodeConfig, out: Path
+class Encoded(NamedTuple):
+    """A batch as it is stored."""
+
+    keys: list[str]  # of the samples that are good
+    columns: dict[str, list[dict[str, Any]]]  # the members of each of them
+    bad: list[Problem]
+    psnr: float | None  # of the first image, if it was decoded again
+
+
+def _encoded(size: int, stream: Iterator, encoders: Encoders, config: EncodeConfig) -> Iterator[Encoded]:
+    """Encode the batches of one unit of so many samples."""
+    psnr = None
+    while size:
+        records, failed = next(stream)
+        size -= len(records)
+        columns = _compute(records, failed, encoders, config)
+        good = [row for row in range(len(records)) if row not in failed]
+        if psnr is None and encoders.codec is not None and good:
+            psnr = _round_trip(encoders.codec, records.pixels[good[0]], columns["latents"][good[0]]["npy"])
+        keys = [records.keys[row].split(":", 1)[1] for row in good]
+        members = {name: [rows[row] for row in good] for name, rows in columns.items()}
+        yield Encoded(keys, members, list(failed.values()), psnr)
+
+
+def _hand_over(item: Encoded | BaseException | None, queue: Queue, written: Future[Result]) -> None:
+    """Give the writer a batch, the end, or the error that ends it; raises what went wrong with the writer."""
+    while not written.done():
+        try:
+            return queue.put(item, timeout=1)
+        except Full:
+            pass
+    if not isinstance(item, BaseException):
+        written.result()
+
+
+def _write_unit(
+    unit: EncodeUnit,
+    bad: Sequence[Problem],
+    queue: Queue,
+    encoders: Encoders,
+    config: EncodeConfig,
+    out: Path,
 ) -> Result:
     """Write all columns of one shard side by side; none appears before it is checked."""
-    catalog = unit.open()
-    result, keys, psnr, remaining = Result(bad=list(catalog.problems)), [], None, len(catalog)
+    result, keys, psnr = Result(bad=list(bad)), [], None
     paths = {name: out / f"{name}-{unit.name}.tar" for name in encoders.columns}
     with ExitStack() as stack:
         add = {
             name: stack.enter_context(open_shard(path, partial(check_written, keys, path)))
             for name, path in paths.items()
         }
-        while remaining:
-            records, failed = next(stream)
-            remaining -= len(records)
-            columns = _compute(records, failed, encoders, config)
-            good = [row for row in range(len(records)) if row not in failed]
-            for row in good:
-                key = records.keys[row].split(":", 1)[1]
-                keys.append(key)
-                for name, members in columns.items():
-                    add[name]({"__key__": key, **members[row]})
-            if psnr is None and encoders.codec is not None and good:
-                psnr = _round_trip(
-                    encoders.codec, records.pixels[good[0]], columns["latents"][good[0]]["npy"]
-                )
-            result.bad += failed.values()
+        while (batch := queue.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            keys += batch.keys
+            for name, samples in batch.columns.items():
+                for key, members in zip(batch.keys, samples):
+                    add[name]({"__key__": key, **members})
+            result.bad += batch.bad
+            psnr = batch.psnr if psnr is None else psnr
     for name, path in paths.items():
         extra = {"encoder": encoders.describe(name, config)}
         if name == "latents":
@@ -212,7 +293,9 @@ def _compute(
 ) -> dict[str, list[dict[str, Any]]]:
     """Encode a batch: the members of every column. Samples whose result is not usable join `failed`."""
     columns: dict[str, list[dict]] = {}
-    pixels = records.pixels.float() / 127.5 - 1 if records.pixels is not None else None  # (B, 3, R, R)
+    pixels = None  # (B, 3, R, R); uint8 on the way to the device
+    if records.pixels is not None:
+        pixels = records.pixels.to(encoders.device, non_blocking=True).float() / 127.5 - 1
     grid = encoders.grid
     if encoders.codec is not None:
         raw = encoders.codec.encode_pixels(pixels).float().cpu()  # (B, C, h, w)
@@ -226,18 +309,35 @@ def _compute(
         tokens, mask = encoders.text.encode(records.prompts)  # (B, L, D), (B, L)
         tokens, mask = tokens.float().cpu(), mask.cpu()
         _reject(records, failed, tokens, "text embedding", 65504)
-        tokens, mask = tokens.half().numpy(), mask.numpy()
-        columns["text"] = [
-            {"text.npy": x[m]}
-            if config.text_format == "ragged"
-            else {"text.npy": x, "mask.npy": m.astype(np.uint8)}
-            for x, m in zip(tokens, mask)
+        columns[next(name for name in encoders.columns if name.startswith("text"))] = [
+            text_members(x, m, config) for x, m in zip(tokens, mask)
         ]
     if encoders.vision is not None:
         features = encoders.vision.features(pixels, grid).float().cpu()  # (B, h*w, F)
         _reject(records, failed, features, "vision features", 65504)
         columns["features"] = [{"features.npy": x} for x in features.half().numpy()]
     return columns
+
+
+def text_members(tokens: Tensor, mask: Tensor, config: EncodeConfig) -> dict[str, np.ndarray]:
+    """Make the members of one text embedding, (L, D) float32 and (L,) bool; see the module docstring."""
+    if config.text_format == "ragged":
+        tokens = tokens[mask]
+    if config.text_dtype == "int8":
+        values, scale = quantize(tokens)
+        members = {"text": values.numpy(), "scale": scale.numpy()}
+    else:
+        members = {"text": tokens.half().numpy()}
+    if config.text_format == "padded":
+        members["mask"] = mask.numpy().astype(np.uint8)
+    suffix = f"_{config.caption}" if config.caption else ""
+    return {f"{name}{suffix}.npy": array for name, array in members.items()}
+
+
+def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Round tokens (L, D) to 8 bits, -127 to 127 times a scale per token, (L,) float32."""
+    scale = tokens.abs().amax(dim=1) / 127
+    return (tokens / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
 
 
 def _reject(records: Records, failed: dict[int, Problem], values: Tensor, what: str, largest: float) -> None:

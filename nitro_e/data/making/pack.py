@@ -9,17 +9,20 @@
 
 Image bytes are copied as they are; only formats other than JPEG, PNG and WebP, and images above --resize, are
 encoded anew. Every image is decoded once, so that a broken one is found here. Keys are NAME_NUMBER; where a
-sample came from is in its json. Folders and tables are shuffled over all shards; archives keep their order
-(training shuffles 64 shards at a time). Left out: downloading, deduplication by content, filters other than
---min-side.
+sample came from, the columns of --keep, and all captions of an image that has several (`captions`) are in its
+json. Folders and tables are shuffled over all shards; archives keep their order (training shuffles 64 shards at
+a time). Formats that Pillow cannot read on this machine are skipped, counted and named. Left out: downloading,
+deduplication by content; --min-side and --max-aspect are the only filters, a recipe has more (`data.where`).
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,9 +34,19 @@ from PIL import Image
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed, read_text
 from nitro_e.data.catalog import IMAGES, expand_shards
-from nitro_e.data.decode import BadSample, decode_caption, decode_info, to_rgb
+from nitro_e.data.decode import BadSample, decode_caption, decode_info, image_problem, to_rgb
 from nitro_e.data.index import ShardIndex, read_members, scan_tar
-from nitro_e.data.making.captions import CaptionTable, open_parquet, rows, stem, value_at
+from nitro_e.data.making.captions import (
+    LARGEST_KEPT,
+    CaptionTable,
+    captions_in,
+    kept_values,
+    open_parquet,
+    rows,
+    several,
+    stem,
+    value_at,
+)
 from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
 from nitro_e.data.making.writer import write_shard
 from nitro_e.data.manifests import digest
@@ -41,8 +54,8 @@ from nitro_e.data.order import permutation
 from nitro_e.data.problems import Problem
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LARGEST_KEPT = 4096  # bytes of json that are carried over from a source; SA-1B's masks are far larger
+# endings of images in folders and archives; whether Pillow can read one depends on the machine
+SUFFIXES = tuple(f".{name}" for name in (*IMAGES, "bmp", "gif", "tif", "tiff", "avif", "heic", "heif", "jxl"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +68,12 @@ class PackConfig(Config):
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     # shorter side, pixels: larger images are made smaller (JPEG 95)
     resize: Annotated[int, Ge(1), Le(65536)] | None = None
-    min_side: Annotated[int, Ge(1)] = 1  # images with a shorter side below are left out
+    min_side: Annotated[int, Ge(1)] = 64  # images with a shorter side below are left out
+    max_aspect: Annotated[float, Ge(1)] = 4.0  # so are those with a longer side of more shorter ones
     caption_key: str = "caption"  # in json members
     image_column: str = "image"  # of tables and parquet
     caption_column: str = "caption"
+    keep: tuple[str, ...] = ()  # further columns of tables, parquet and captions that go into json
     shuffle: Seed | None = 0  # seed of the order of folders and tables; None keeps it
 
     def __post_init__(self):
@@ -80,12 +95,16 @@ class Item:
     problem: str | None = None  # known to be unusable already
 
 
+# path; caption, or None: look beside the file; then, if there is any, what its json gets
+ListItem = tuple[str, str | None] | tuple[str, str | None, dict]
+
+
 @dataclass
 class ListUnit:
     """The files of exactly one shard."""
 
     name: str
-    items: list[tuple[str, str | None]]  # (path, caption or None: look beside the file)
+    items: list[ListItem]
     numbers: list[int]  # place of each file before shuffling; becomes its key
     config: PackConfig
 
@@ -99,8 +118,8 @@ class ListUnit:
         return digest("list", self.items, self.numbers, asdict(self.config))
 
     def read(self) -> Iterator[tuple[int, Item]]:
-        for number, (path, caption) in zip(self.numbers, self.items):
-            yield number, Item(path, Path(path), caption)
+        for number, (path, caption, *info) in zip(self.numbers, self.items):
+            yield number, Item(path, Path(path), caption, *info)
 
 
 @dataclass
@@ -129,9 +148,11 @@ class ArchiveUnit:
     def read(self) -> Iterator[tuple[int, Item]]:
         for number, item in enumerate(self.reader(Path(self.path), self.config)):
             if self.captions is not None and item.problem is None:
-                item.caption = self.captions.get(item.origin)
-                if item.caption is None:
+                found = self.captions.find(item.origin)
+                if found is None:
                     item.problem = "no caption in the table"
+                else:
+                    item.caption, item.info = found[0], {**item.info, **found[1]}
             yield number, item
 
 
@@ -176,12 +197,16 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
     # refused as decode_caption sees it
     encoded = None if caption is None else caption.encode(errors="surrogatepass")
     caption = decode_caption(encoded, item.info, config.caption_key)
-    extension, content, (width, height) = prepare_image(content, config.resize, config.min_side)
+    extension, content, (width, height) = prepare_image(
+        content, config.resize, config.min_side, config.max_aspect
+    )
     info = {**item.info, "source": item.origin, "width": width, "height": height}
     return {extension: content, "txt": caption, "json": info}
 
 
-def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[str, bytes, tuple[int, int]]:
+def prepare_image(
+    content: bytes, resize: int | None, min_side: int, max_aspect: float = float("inf")
+) -> tuple[str, bytes, tuple[int, int]]:
     """Decode an image once to be sure, and encode it anew only if it has to be.
 
     Returns its extension, bytes, and (width, height).
@@ -196,6 +221,8 @@ def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[st
             shorter = min(size)
             if shorter < min_side:
                 raise BadSample(f"{size[0]}x{size[1]} is smaller than --min-side {min_side}")
+            if max(size) > max_aspect * shorter:
+                raise BadSample(f"{size[0]}x{size[1]} is longer than --max-aspect {max_aspect:g} allows")
             shrink = resize is not None and shorter > resize
             if kind in FORMATS and not shrink:
                 return FORMATS[kind], content, size
@@ -212,7 +239,7 @@ def prepare_image(content: bytes, resize: int | None, min_side: int) -> tuple[st
     except BadSample:
         raise
     except Exception as error:  # see decode.decode_image
-        raise BadSample(f"image does not decode ({type(error).__name__}: {error})") from None
+        raise BadSample(image_problem(error)) from None
 
 
 def _sidecar(path: Path) -> str:
@@ -230,15 +257,24 @@ def _sidecar(path: Path) -> str:
 # --- readers of archives --------------------------------------------------------------------------
 
 
+MEMBERS = tuple(suffix[1:] for suffix in SUFFIXES)  # of tars that may be an image, the preferred first
+
+
 def read_webdataset(path: Path, config: PackConfig) -> Iterator[Item]:
     """Read the samples of a tar; captions come from txt or json, small json values are carried over."""
     index = scan_tar(path, crc=False)
     yield from _unreadable(index)
-    for key, members in read_members(path, index, (*IMAGES, "txt", "json")):
-        image = next((members[name] for name in IMAGES if name in members), None)
+    for key, members in read_members(path, index, (*MEMBERS, "txt", "json")):
+        image, problem = _image_member(members)
+        if problem is not None:
+            yield Item(key, None, None, problem=problem)
+            continue
         try:
             info = decode_info(members["json"]) if members.get("json") else {}
             caption = members["txt"].decode() if "txt" in members else None
+            if caption is None and isinstance(info.get(config.caption_key), list):
+                captions = captions_in(info.pop(config.caption_key), config.caption_key)
+                caption, info = next(iter(captions), None), {**info, **several(captions)}
         except BadSample as error:
             yield Item(key, image, None, problem=str(error))
         except UnicodeDecodeError:
@@ -252,8 +288,29 @@ def read_sa1b(path: Path, config: PackConfig) -> Iterator[Item]:
     """Read the images of an SA-1B tar; the json beside each holds masks and is skipped."""
     index = scan_tar(path, crc=False)
     yield from _unreadable(index)
-    for key, members in read_members(path, index, IMAGES):
-        yield Item(key, next(iter(members.values()), None), None)
+    for key, members in read_members(path, index, MEMBERS):
+        image, problem = _image_member(members)
+        yield Item(key, image, None, problem=problem)
+
+
+def _image_member(members: dict[str, bytes]) -> tuple[bytes | None, str | None]:
+    """Find the image of a sample: its content, or why it cannot be used."""
+    name = next((name for name in MEMBERS if name in members), None)
+    if name is None:
+        return None, None
+    if not readable(f".{name}"):
+        return None, unreadable(name)
+    return members[name], None
+
+
+def readable(suffix: str) -> bool:
+    """Tell whether Pillow can read files with this ending on this machine."""
+    return Image.registered_extensions().get(suffix.lower()) in Image.OPEN
+
+
+def unreadable(name: str) -> str:
+    """Say why an image of this kind is skipped."""
+    return f"a .{name} image, which Pillow cannot read here; convert it, or install a newer Pillow"
 
 
 def _unreadable(index: ShardIndex) -> Iterator[Item]:
@@ -266,8 +323,10 @@ def read_tgz(path: Path, config: PackConfig) -> Iterator[Item]:
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                    yield Item(member.name, tar.extractfile(member).read(), None)
+                suffix = Path(member.name).suffix.lower()
+                if member.isfile() and suffix in SUFFIXES:
+                    problem = None if readable(suffix) else unreadable(suffix[1:])
+                    yield Item(member.name, tar.extractfile(member).read(), None, problem=problem)
             while stream.read(1 << 20):  # to the end, where the checksum is
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -278,14 +337,15 @@ def read_parquet(path: Path, config: PackConfig) -> Iterator[Item]:
     """Read rows with the encoded image as bytes, or as Hugging Face's {bytes, path}."""
     columns = (config.image_column, config.caption_column)
     open_parquet(path)
-    for number, row in enumerate(rows(path, columns)):
-        image, caption = value_at(row, columns[0]), value_at(row, columns[1])
+    for number, row in enumerate(rows(path, (*columns, *config.keep))):
+        image, captions = value_at(row, columns[0]), captions_in(value_at(row, columns[1]), columns[1])
         origin = f"{path.name}:{number}"
         if isinstance(image, dict):
             origin = image.get("path") or origin
             image = image.get("bytes")
         problem = None if isinstance(image, bytes) else f"column '{columns[0]}' holds no image bytes"
-        yield Item(origin, image, None if caption is None else str(caption), problem=problem)
+        info = kept_values(row, config.keep) | several(captions)
+        yield Item(origin, image, next(iter(captions), None), info, problem)
 
 
 # --- layouts: a new kind of archive is a reader above and a line in ARCHIVES ----------------------
@@ -300,10 +360,10 @@ class CaptionSource:
     file_names: bool = False  # take the names of image files
     folder: Path = Path(".journal")  # where the table is kept for look-ups
 
-    def open(self, column: str) -> CaptionTable | None:
+    def open(self, config: PackConfig) -> CaptionTable | None:
         if self.table is None:
             return None
-        return CaptionTable.build(self.table, self.folder, self.id_column, column)
+        return CaptionTable.build(self.table, self.folder, self.id_column, config.caption_column, config.keep)
 
 
 def make_units(
@@ -311,7 +371,7 @@ def make_units(
 ) -> list[ListUnit] | list[ArchiveUnit]:
     """Divide an input of one of LAYOUTS into units of work."""
     if layout in ARCHIVES:
-        return archive_units(inputs, ARCHIVES[layout], config, captions.open(config.caption_column))
+        return archive_units(inputs, ARCHIVES[layout], config, captions.open(config))
     if len(inputs) > 1:
         raise ConfigError(f"pack {layout} takes one input, got {len(inputs)}; pack each into its own --out")
     return TREES[layout](Path(inputs[0]), config, captions)
@@ -328,39 +388,48 @@ def folder_units(root: Path, config: PackConfig, captions: CaptionSource) -> lis
     if captions.table is not None:
         named = _table_rows(captions.table, config, root)
         for path in files:  # those without a row are reported as having no caption
-            named.setdefault(path, "")
-        return list_units(list(named.items()), config)
+            named.setdefault(path, (path, ""))
+        return list_units(list(named.values()), config)
     names = captions.file_names
     return list_units([(path, stem(path).replace("_", " ") if names else None) for path in files], config)
 
 
 def table_units(table: Path, config: PackConfig, captions: CaptionSource) -> list[ListUnit]:
     """Take the image files that the rows of a table name, relative to its folder."""
-    return list_units(list(_table_rows(table, config, table.parent).items()), config)
+    return list_units(list(_table_rows(table, config, table.parent).values()), config)
 
 
 def _image_files(root: Path) -> list[str]:
-    return sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """List the images of a tree that Pillow can read; how many others there are is printed."""
+    files = sorted(
+        str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    skipped = Counter(suffix for path in files if not readable(suffix := Path(path).suffix.lower()))
+    for suffix, count in sorted(skipped.items()):
+        print(f"skipped {count} times {unreadable(suffix[1:])}", file=sys.stderr)
+    return [path for path in files if Path(path).suffix.lower() not in skipped]
 
 
-def _table_rows(table: Path, config: PackConfig, root: Path) -> dict[str, str]:
-    """Read {path of an image: caption}; raises ConfigError for an image that is named twice."""
-    captions: dict[str, str] = {}
+def _table_rows(table: Path, config: PackConfig, root: Path) -> dict[str, ListItem]:
+    """Read {path of an image: its item}; raises ConfigError for an image that is named twice."""
+    items: dict[str, ListItem] = {}
     twice = []
-    for row in rows(table, (config.image_column, config.caption_column)):
+    for row in rows(table, (config.image_column, config.caption_column, *config.keep)):
         path = str(root / str(value_at(row, config.image_column)))
-        if path in captions:
+        if path in items:
             twice.append(path)
-        caption = value_at(row, config.caption_column)
-        captions.setdefault(path, "" if caption is None else str(caption))
+        captions = captions_in(value_at(row, config.caption_column), config.caption_column)
+        info = kept_values(row, config.keep) | several(captions)
+        caption = next(iter(captions), "")
+        items.setdefault(path, (path, caption, info) if info else (path, caption))
     if twice:
         raise ConfigError(
             f"{table}: {len(twice)} images appear twice, the first is {twice[0]}; leave one row per image"
         )
-    return captions
+    return items
 
 
-def list_units(items: list[tuple[str, str | None]], config: PackConfig) -> list[ListUnit]:
+def list_units(items: Sequence[ListItem], config: PackConfig) -> list[ListUnit]:
     """Cut files into shards; a sample's number is its place before shuffling."""
     numbers = list(range(len(items)))
     if config.shuffle is not None:
@@ -398,10 +467,12 @@ def journeydb_units(
             f"{root}: expected one annotation file *anno*.jsonl[.tgz], found {len(tables)}; pass --captions"
         )
     images = root / "imgs" if (root / "imgs").is_dir() else root
-    table = CaptionTable.build(tables[0], captions.folder, "img_path", config.caption_column)
+    table = CaptionTable.build(tables[0], captions.folder, "img_path", config.caption_column, config.keep)
     if archives := sorted(map(str, images.glob("*.tgz"))):
         return archive_units(archives, read_tgz, config, table)
-    return list_units([(path, table.get(path) or "") for path in _image_files(images)], config)
+    found = {path: table.find(path) or ("", {}) for path in _image_files(images)}
+    items = [(path, caption, info) if info else (path, caption) for path, (caption, info) in found.items()]
+    return list_units(items, config)
 
 
 ARCHIVES: dict[str, Callable[[Path, PackConfig], Iterator[Item]]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from nitro_e.config import ConfigError, check_characters, read_text
-from nitro_e.data.making.captions import rows, value_at
+from nitro_e.data.making.captions import captions_in, rows, value_at
 from nitro_e.data.making.encode import LARGEST, weights_digest
 from nitro_e.data.making.jobs import JobConfig, Result, each, publish_entry, run_job
 from nitro_e.data.making.writer import check_written, write_shard
@@ -33,6 +33,7 @@ from nitro_e.data.prompts import GENERATORS, PromptsConfig, load_prompts
 from nitro_e.interfaces import LatentCodec, TextEmbedding
 from nitro_e.randomness import seed_of
 from nitro_e.record import progress
+from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.sampling.pipeline import TextToImage, to_image
 from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, fresh_noise, initial_noise, sample
 from nitro_e.sampling.sheets import image_grid
@@ -192,6 +193,33 @@ class Limits:
         return None
 
 
+class RewardFilter:
+    """Scores images, and leaves out those below the bound of any reward."""
+
+    def __init__(self, least: Mapping[str, float], device: str) -> None:
+        """least: the bound of each reward, by its name in the registry."""
+        self.least = dict(least)
+        self.scorer = build_rewards([RewardConfig(name=name) for name in least], device)
+
+    @property
+    def identity(self) -> dict:
+        return {"min_reward": self.least, "rewards": self.scorer.sources()}
+
+    def scores(self, codec: LatentCodec, latents: Tensor, jobs: Sequence[Job]) -> list[dict[str, float]]:
+        """Score raw latents (B, C, h, w) as images: a value per reward and image, NaN where there is none."""
+        with torch.no_grad():
+            pixels = codec.decode(codec.normalize(latents.half().float()))
+        values = self.scorer(pixels, [job.prompt for job in jobs], [job.info for job in jobs]).values
+        return [dict(zip(self.least, row)) for row in values.tolist()]
+
+    def problem(self, scores: Mapping[str, float]) -> str | None:
+        """Say which reward leaves an image out; None keeps it."""
+        for name, least in self.least.items():
+            if not scores[name] >= least:
+                return f"{name} {scores[name]:.3g}, not at least --min-reward {name}={least:g}"
+        return None
+
+
 def denormalize(codec: LatentCodec, latents: Tensor) -> Tensor:
     """Turn latents into raw latents: the inverse of `normalize`, which is affine in every cell."""
     offset = codec.normalize(torch.zeros_like(latents))
@@ -222,11 +250,14 @@ def synthesize(
     batch_size: int,
     keep_images: bool,
     limits: Limits = Limits(),
+    rewards: RewardFilter | None = None,
 ) -> list[dict]:
     """Make every image, in shards; see jobs.run_job."""
+    if rewards is not None:
+        rewards.scorer.check([job.info for job in jobs])
     if samples_per_shard < 1 or batch_size < 1:
         raise ConfigError("--samples-per-shard and --batch-size must be at least 1")
-    identity = {**generator.identity, **asdict(limits)}
+    identity = {**generator.identity, **asdict(limits), **(rewards.identity if rewards else {})}
     units = []
     for start in range(0, len(jobs), samples_per_shard):
         part = list(jobs[start : start + samples_per_shard])
@@ -238,12 +269,19 @@ def synthesize(
         batch_size=batch_size,
         keep_images=keep_images,
         limits=limits,
+        rewards=rewards,
     )
     return run_job("synth", units, each(work), job)
 
 
 def make_shard(
-    unit: SynthUnit, generator: Generator, out: Path, batch_size: int, keep_images: bool, limits: Limits
+    unit: SynthUnit,
+    generator: Generator,
+    out: Path,
+    batch_size: int,
+    keep_images: bool,
+    limits: Limits,
+    rewards: RewardFilter | None,
 ) -> Result:
     result, path, keys, stats = Result(), out / f"synth-{unit.name}.tar", [], []
 
@@ -253,9 +291,14 @@ def make_shard(
             made = generator.make(jobs)
             if start == 0 and unit.first == 0 and made.images:
                 image_grid(made.images[:16], 4).save(out / "preview.png")
+            scores: list[dict[str, float]] = []
+            if rewards is not None and generator.codec is not None and made.latents is not None:
+                scores = rewards.scores(generator.codec, made.latents, jobs)
             for row, job in enumerate(jobs):
                 key = f"synth_{unit.first + start + row:09d}"
                 problem = latent_problem(made, row, generator, limits)
+                if problem is None and rewards is not None:
+                    problem = rewards.problem(scores[row])
                 if problem is not None:
                     result.bad.append(Problem(path.name, key, problem))
                     continue
@@ -263,7 +306,10 @@ def make_shard(
                 if made.latents is not None:
                     latent = made.latents[row].float()
                     stats.append((latent.mean().item(), latent.std().item(), latent.abs().max().item()))
-                yield {"__key__": key, **_members(made, row, job, generator.identity, keep_images)}
+                members = _members(made, row, job, generator.identity, keep_images)
+                if scores:
+                    members["json"]["rewards"] = scores[row]
+                yield {"__key__": key, **members}
 
     out.mkdir(parents=True, exist_ok=True)
     result.samples = write_shard(path, samples(), partial(check_written, keys, path))
@@ -327,7 +373,7 @@ def read_jobs(path: Path, column: str, per_prompt: int, seed: int, limit: int | 
         prompts = []
         for row in rows(path, (column,)):
             info = {name: value for name, value in row.items() if name != column}
-            prompts.append((str(value_at(row, column)).strip(), info))
+            prompts.append((next(iter(captions_in(value_at(row, column), column)), "").strip(), info))
     for number, (prompt, _) in enumerate(prompts, 1):
         check_characters(prompt, f"--prompts {path}: prompt {number}")
     empty = sum(not prompt for prompt, _ in prompts)

@@ -1,8 +1,9 @@
 """Check that shards are what they were when they were made: structure, content and bookkeeping.
 
 Per shard: the tar's structure, every member against the CRC in its stored index, bytes and sha256 against the
-manifest, captions, json, arrays (finite, one shape), and with `deep` every image. Over all: columns that do
-not match, shards that a manifest names and that are gone. Left out: repair; make or copy the shard again.
+manifest, captions, json, arrays (finite, one shape), samples that lack what others of the shard have, and with
+`deep` every image. Over all: columns that do not match or hold no caption, shards that a manifest names and that
+are gone. Left out: repair; make or copy the shard again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from nitro_e.data.catalog import IMAGES, group_columns
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import ShardIndex, index_path, read_members, read_stored, scan_tar
 from nitro_e.data.making.jobs import each
+from nitro_e.data.making.writer import RAGGED
 from nitro_e.data.manifests import read_manifests
 from nitro_e.data.problems import Problem
 from nitro_e.data.remote import local_path
@@ -34,6 +36,7 @@ class Checked:
     nbytes: int = 0
     shapes: dict[str, list] = field(default_factory=dict)  # array member -> [[*shape, dtype], first key]
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S1"))
+    parts: set[str] = field(default_factory=set)  # "image", "caption", array members
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -98,8 +101,25 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
             if entry[name] != value:
                 reason = f"{name} is {value}, {entry['manifest']} says {entry[name]}"
                 checked.problems.append(problem("*", reason))
+    checked.problems += _missing(path, index, checked)
     _check_members(path, index, checked, deep, caption_key)
     return checked
+
+
+def _missing(path: Path, index: ShardIndex, checked: Checked) -> list[Problem]:
+    """List the samples without an image, a caption or an array that others of this shard have."""
+    parts: dict[str, np.ndarray] = {}  # (samples,) bool
+    for name in index.extensions:
+        part = "image" if name in IMAGES else "caption" if name in ("txt", "json") else name
+        if part in ("image", "caption") or name.endswith("npy"):
+            there = index.rows[name]["offset"] > 0
+            parts[part] = parts.get(part, False) | there
+    checked.parts = {part for part, there in parts.items() if there.any()}
+    return [
+        Problem(path.name, index.rows["__key__"][row].decode(errors="replace"), f"has no {part}")
+        for part in sorted(checked.parts)
+        for row in np.flatnonzero(~parts[part])
+    ]
 
 
 def _compare(path: Path, index: ShardIndex, stored: ShardIndex) -> list[Problem]:
@@ -139,8 +159,7 @@ def _check_member(
         decode_image(content, 8)
     elif name.endswith("npy"):
         array = decode_array(content)
-        # Ragged text has as many rows as its caption has tokens.
-        shape = [*(array.shape[1:] if name == "text.npy" else array.shape), array.dtype.str]
+        shape = [*array.shape[name.startswith(RAGGED) :], array.dtype.str]
         first = checked.shapes.setdefault(name, [shape, key])
         if first[0] != shape:
             raise BadSample(f"{shape}, but sample {first[1]} has {first[0]}")
@@ -156,6 +175,10 @@ def _across_shards(shards: Sequence[str], found: dict[str, Checked]) -> list[Pro
             problems.append(
                 Problem(Path(first).name, "*", f"has no '{name or 'plain'}' column, other shards do")
             )
+        parts = set().union(*(found[path].parts for path in columns.values()))
+        if parts and "caption" not in parts and {"image", "npy"} & parts:
+            reason = "no column of this shard holds captions (txt or json)"
+            problems.append(Problem(Path(first).name, "*", reason))
         base = found[first].keys
         for path in columns.values():
             for key in np.setxor1d(base, found[path].keys).tolist():

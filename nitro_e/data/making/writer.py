@@ -26,6 +26,8 @@ from nitro_e.data.decode import decode_array
 from nitro_e.data.index import index_path, read_members, scan_tar
 from nitro_e.files import atomic_file
 
+RAGGED = ("text", "scale")  # arrays of which ragged text has as many rows as its caption has tokens
+
 
 def write_shard(
     path: str | Path, samples: Iterable[dict[str, Any]], check: Callable[[Path], None] | None = None
@@ -94,7 +96,7 @@ def check_written(keys: list[str], final: Path, path: Path) -> None:
         found.append(key)
         for name, content in members.items():
             array = decode_array(content)
-            layout = array.shape[name == "text.npy" :], array.dtype.str
+            layout = array.shape[name.startswith(RAGGED) :], array.dtype.str
             if layout != layouts.setdefault(name, layout):
                 raise ConfigError(
                     f"{final}: {name} of {key} is {layout}, of the first sample {layouts[name]}; this is a"

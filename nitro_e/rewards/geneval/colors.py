@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e import files
-from nitro_e.encoders.clip import CLIP, CLIP_L, fit_short_side, load_clip
+from nitro_e.encoders.clip import CLIP, CLIP_L, fit_short_side
+from nitro_e.rewards.clip_scores import shared_clip
 from nitro_e.rewards.geneval.detector import MASK2FORMER, Detector, Found, load_detector
 from nitro_e.rewards.geneval.rules import Detection, confident
 from nitro_e.rewards.geneval.tasks import COLORS
+from nitro_e.rewards.reuse import reuse
 
 GRAY = 153 / 255 * 2 - 1  # behind the object, in -1..1
 PHRASES = (
@@ -86,12 +88,9 @@ def load_color_detector(
         return load_detector(folder, None if is_folder else f"{detector} at {Path(folder).name}")
 
     return ColorDetector(
-        files.load("geneval's detector", "path", detector, load, files.TRANSFORMER, revision),
-        files.load(
-            "geneval's colors",
-            "options.clip",
-            clip,
-            lambda folder: load_clip(folder, torch.float32),
-            (*files.TRANSFORMER, *files.TOKENIZER),
+        reuse(
+            ("geneval's detector", detector, revision),
+            lambda: files.load("geneval's detector", "path", detector, load, files.TRANSFORMER, revision),
         ),
+        shared_clip("geneval's colors", "options.clip", clip, torch.float32),
     )

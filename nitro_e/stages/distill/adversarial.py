@@ -145,7 +145,11 @@ class Adversarial:
         self.step = 0
         self.phases: tuple[Phase, ...] = (
             Phase(
-                "discriminator", self.heads, self.discriminator_loss, config.optim, after_step=self.after_step
+                "discriminator",
+                self.heads,
+                self.discriminator_loss,
+                config.optim,
+                after_step=None if config.pool is None else self.after_step,
             ),
         )
 

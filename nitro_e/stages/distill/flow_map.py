@@ -38,7 +38,7 @@ class FlowMapConfig(Config):
     # of continuous; tangent: the error e becomes e / (rms e + constant) (sCM); adaptive: the squared error is divided by
     # (itself + constant), without a gradient (MeanFlow)
     normalize: Literal["tangent", "adaptive", "none"] = "tangent"
-    constant: Annotated[float, Gt(0)] = 0.1
+    constant: Annotated[float, Gt(0)] = 0.1  # of normalize: smaller ones make small errors count more
     warmup: Annotated[int, Ge(0)] = 0  # steps over which the derivative's part rises from 0 to 1
 
     def __post_init__(self) -> None:

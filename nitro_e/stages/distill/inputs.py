@@ -317,9 +317,9 @@ class Predictor:
     def draw_times(self, step: int, rng: SampleRandom) -> Tensor:
         """Draw (B,) sigmas, or continuous times for a fraction of them."""
         uniform = rng.uniform()
-        levels = self.config.probabilities_at(step).cumsum(0).to(uniform.device)
+        levels = self.config.probabilities_at(step).cumsum(0).to(uniform.device, non_blocking=True)
         place = torch.searchsorted(levels, uniform, right=True).clamp(max=len(levels) - 1)
-        t = self.times.to(uniform.device)[place]
+        t = self.times.to(uniform.device, non_blocking=True)[place]
         continuous = self.config.continuous_times
         if continuous is None:
             return t

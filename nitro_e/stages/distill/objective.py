@@ -41,7 +41,8 @@ class Shared:
     def training(self, batch: DistillBatch) -> Tensor:
         """Return (B,): 1 for prompts that are trained on, 0 for held-out ones; a function of the prompt alone."""
         places = [seed_of("held out", prompt) / 2**63 for prompt in batch.prompts]
-        return torch.tensor([float(place >= self.heldout) for place in places], device=batch.text.mask.device)
+        keep = torch.tensor([float(place >= self.heldout) for place in places])
+        return keep.to(batch.text.mask.device, non_blocking=True)
 
     @torch.no_grad()
     def guided(self, x: Tensor, t: Tensor, text: TextEmbedding, scale: float | Tensor) -> Tensor:

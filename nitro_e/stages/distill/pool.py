@@ -1,5 +1,5 @@
 """NitroFusion's pool of discriminator heads (arXiv 2412.02030): specialised by noise level, of which each
-iteration uses a random few, and 1 % of all are replaced by new ones after each iteration.
+iteration uses a random few, and 1 % are replaced by new ones: of all after each iteration, or of those it used.
 
 There are levels x feature maps x copies heads. Half of the copies give a logit per position, half one per
 map. All copies for a feature map lie in one tensor per weight, so that choosing is indexing and every
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ class PoolConfig(Config):
     copies: Annotated[int, Ge(2), Le(10_000)] = 15  # heads per level and feature map
     use: Annotated[int, Ge(2)] = 4  # heads per feature map that an iteration uses
     refresh: Fraction = 0.01  # probability of each head to be replaced after an iteration
+    # step: every head after each; use: only those that the iteration used, so that they live for 1 / refresh updates
+    refresh_unit: Literal["step", "use"] = "step"
     width: Annotated[int, Ge(1), Le(65536)] = 128  # hidden channels
 
     def __post_init__(self) -> None:
@@ -164,9 +166,13 @@ class HeadPool(nn.Module):
         for bank, chosen in self.chosen(step):
             bank.age[chosen] += 1
         replaced = 0
-        for number, bank in enumerate(self._banks()):
+        for number, (bank, chosen) in enumerate(self.chosen(step)):
             generator = self._generator("refresh", step, number)
             which = (torch.rand(len(bank.age), generator=generator) < self.config.refresh).to(bank.age.device)
+            if self.config.refresh_unit == "use":
+                used = torch.zeros_like(which)
+                used[chosen] = True
+                which &= used
             if which.any():
                 self._renew(bank, which, generator, optimizers)
                 replaced += int(which.sum())

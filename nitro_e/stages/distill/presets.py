@@ -74,7 +74,9 @@ PRESETS: dict[str, dict] = {
         },
         "optim": {"lr": 1e-6, **SLOW},
     },
-    # NitroFusion (arXiv 2412.02030): a changing pool of 480 heads; one to four steps from the same weights.
+    # NitroFusion (arXiv 2412.02030): a changing pool of 480 heads; one to four steps from the same weights. It refines a
+    # student of few steps (init_from). Heads are replaced by their use, and the weight is measured: at one percent of all
+    # heads per step and a fixed weight they say too little (docs/distill.md).
     "nitrofusion": {
         "inputs": {"sigmas": (1.0,), "noise": "pair"},
         "sampler": "multistep",
@@ -83,8 +85,14 @@ PRESETS: dict[str, dict] = {
         "diffusion": {"kind": "smooth_l1", "weight": 0.1},
         "adversarial": {
             "loss": "hinge",
-            "weight": 1.0,
-            "pool": {"levels": (0.09, 0.41, 0.62, 0.80), "copies": 15, "use": 4, "refresh": 0.01},
+            "weight": "auto",
+            "pool": {
+                "levels": (0.09, 0.41, 0.62, 0.80),
+                "copies": 15,
+                "use": 4,
+                "refresh": 0.01,
+                "refresh_unit": "use",
+            },
             "misaligned": None,
             "null_text": 0.5,
         },
@@ -285,6 +293,14 @@ PRESETS: dict[str, dict] = {
         "every": 5,
         "flow_map": {"normalize": "tangent", "constant": 0.1, "warmup": 1000},
         "score": {"fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0}}},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
+    # InstaFlow's second half (arXiv 2309.06380): regression to the pairs in one step, from a student of reflow (init_from).
+    "instaflow": {
+        "inputs": {"sigmas": (1.0,), "noise": "pair"},
+        "sampler": "euler",
+        "diffusion": {"kind": "smooth_l1", "weight": 1.0},
         "guards": None,
         "optim": {"lr": 1e-5, **SLOW},
     },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import torch
 from nitro_e.data import Data, Records
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.randomness import seed_of
-from nitro_e.stages.batches import encode, null_prompt, to_device
+from nitro_e.stages.batches import ahead, batches_ahead, encode, null_prompt, to_device
 from nitro_e.stages.distill.inputs import DistillBatch
 
 CHUNK = 64  # prompts that are embedded at a time
@@ -48,10 +47,15 @@ class Pairs:
         return len(self.data.bad)
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[DistillBatch]:
-        records = self.data.records(step, micro_batches_per_step=accumulate, rank=rank, world=world)
-        with contextlib.closing(records):
-            for number, record in enumerate(records):
-                yield self.encode(record, step + number // accumulate, accumulate == 1)
+        return batches_ahead(
+            self.data,
+            lambda records, step: self.encode(records, step, accumulate == 1),
+            self.device,
+            step=step,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+        )
 
     def encode(self, record: Records, step: int, alone: bool) -> DistillBatch:
         """Encode records on the device. The noise in half precision is exactly what the teacher began with."""
@@ -89,6 +93,9 @@ class Prompts:
             self.kept = first.cat(*others)
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[DistillBatch]:
+        return ahead(self._batches(step, rank, world, accumulate), accumulate, self.device)
+
+    def _batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[DistillBatch]:
         while True:
             for number in range(accumulate):
                 first = (rank * accumulate + number) * self.batch_size

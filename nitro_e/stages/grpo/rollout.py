@@ -32,7 +32,10 @@ class RolloutConfig(Config):
     # one trajectory per group up to the window, where its images part (TempFlow-GRPO, arXiv 2508.04324): less to draw, but
     # images that are more alike
     branch: bool = False
-    per_device: Annotated[int, Ge(1), Le(65536)] = 64  # images that a process draws at a time
+    per_device: Annotated[int, Ge(1), Le(65536)] = 64  # images that a process draws, and decodes, at a time
+    decode_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # the codec's arithmetic for images that are scored
+    )
 
     def schedule(self, window: WindowConfig | None) -> Schedule:
         """Build the schedule of these steps, random inside the window; None: the ODE alone."""

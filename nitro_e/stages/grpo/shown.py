@@ -17,8 +17,8 @@ COUNT = 8  # images of a sheet
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn pixels (B, 3, H, W) in -1..1 into (B, H, W, 3) bytes."""
-    return (pixels.nan_to_num().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1)
+    """Turn pixels (3, H, W) in -1..1 into (H, W, 3) bytes on the CPU."""
+    return (pixels.nan_to_num().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu()
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Shown:
     def of(
         cls, images: Tensor, prompts: Sequence[str], scores: Tensor, names: Sequence[str], weights: Tensor
     ) -> Shown:
-        """Choose among the images (S, H, W, 3) by the weighted sum of their trained scores, each of unit spread.
+        """Choose among images (S, 3, H, W) in -1..1 by the weighted sum of their trained scores, each of unit spread.
 
         scores: (S, R), NaN where there is none; an image without one is not shown.
         """
@@ -44,7 +44,7 @@ class Shown:
 
         def shown(chosen: Sequence[int]) -> list[tuple[Tensor, str]]:
             return [
-                (images[index].clone(), f"{prompts[index]}: {_said(names, scores[index])}")
+                (to_bytes(images[index]), f"{prompts[index]}: {_said(names, scores[index])}")
                 for index in chosen
             ]
 

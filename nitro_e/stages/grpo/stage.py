@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import math
 import time
 from collections import deque
@@ -50,7 +51,7 @@ from nitro_e.stages.grpo.rollout import (
     solve_ode,
 )
 from nitro_e.stages.grpo.sde import Schedule, Window
-from nitro_e.stages.grpo.shown import Shown, to_bytes
+from nitro_e.stages.grpo.shown import Shown
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import gather_over_processes
 
@@ -58,6 +59,9 @@ from nitro_e.training.parallel import gather_over_processes
 Algorithms = ClippedConfig | NFTConfig | AWMConfig
 # over this many rollouts a reward may leave this share of its images unscored
 MONITORED_ROLLOUTS, MAX_UNSCORED = 10, 0.05
+CONSTANT_ROLLOUTS = 5  # in a row, until a reward that never differs is warned of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,7 @@ class GRPO:
         trained = [reward.title for reward in config.rewards if not reward.monitored]
         self.headline = (*(f"reward/{title}" for title in trained), *(["kl"] if kl.beta else []))
         self.shown = Shown()  # images of the last rollout
+        self.constant: dict[str, int] = {}  # rollouts in a row in which a reward told no image from another
         # (R, 2) counts so far, after each of the last rollouts: images without a score, images with one
         self.unscored: deque[Tensor] = deque(maxlen=MONITORED_ROLLOUTS + 1)
 
@@ -185,7 +190,7 @@ class GRPO:
         rollout = {**to_dict(c.rollout), "batch_size": None}
         del rollout["per_device"]
         # nor do checkpoints of before have these, where they are off
-        for key, off in (("solver", "euler"), ("branch", False)):
+        for key, off in (("solver", "euler"), ("branch", False), ("decode_dtype", "float32")):
             if rollout[key] == off:
                 del rollout[key]
         return {
@@ -256,44 +261,47 @@ class GRPO:
         first, stop = images.start // size, -(-images.stop // size)  # groups of images that are drawn here
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
-        parts, scores, views, seen = [], [], [], []
+        parts, drawn = [], []
         for start in range(images.start, images.stop, self.config.rollout.per_device):
             chunk = range(start, min(start + self.config.rollout.per_device, images.stop))
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
             with clock.of("draw"):
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
-            with clock.of("decode"):
-                pixels = self.codec.decode(parts[-1].latents).float()  # (B, 3, H, W)
-            if rank == 0:
-                seen.append(to_bytes(pixels).cpu())
-            with clock.of("reward"):
-                mine = [prompts[image // size] for image in chunk]
-                scores.append(self.scorer(pixels, [p.text for p in mine], [p.info for p in mine]).values)
-                views.append(F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1))  # (B, 3 * 64)
+            with clock.of("decode"), self.decoding():
+                drawn.append(self.codec.decode(parts[-1].latents).float())  # (B, 3, H, W)
+        pixels, mine = torch.cat(drawn), [prompts[image // size] for image in images]
+        del drawn
+        spent = self.scorer.seconds
+        with clock.of("reward"):
+            texts, info = [prompt.text for prompt in mine], [prompt.info for prompt in mine]
+            scores = self.scorer(pixels, texts, info, rollout).values  # (S, R)
+        views = F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1)  # (S, 3 * 64)
         trajectory = Trajectory(
             torch.cat([part.states for part in parts], dim=1),
             torch.cat([part.log_probs for part in parts], dim=1),
             torch.cat([part.latents for part in parts]),
         )
         self.check_rewards()
-        everything = gather_over_processes(torch.cat(scores).to(self.device)).cpu()  # (G K, R)
+        everything = gather_over_processes(scores.to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
-        if seen:
-            texts = [prompts[image // size].text for image in images]
+        if rank == 0:
             found = everything[images.start : images.stop]
-            self.shown = Shown.of(torch.cat(seen), texts, found, self.scorer.names, weights)
+            self.shown = Shown.of(pixels, texts, found, self.scorer.names, weights)
+        del pixels
         advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
-        applies = self.scorer.applies([prompt.info for prompt in prompts])  # (G, R)
+        applies = self.scorer.applies([prompt.info for prompt in prompts], rollout)  # (G, R)
         stats = score_statistics(
             everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, applies
         )
         stats |= {
             "advantage": advantage.abs().mean(),
-            "diversity": diversity(gather_over_processes(torch.cat(views)).unflatten(0, (-1, size))),
+            "diversity": diversity(gather_over_processes(views).unflatten(0, (-1, size))),
             "window": torch.tensor(float(window.first)),
             "rollout": torch.tensor(float(rollout)),
         }
-        stats |= {f"seconds/{name}": torch.tensor(seconds) for name, seconds in clock.seconds.items()}
+        took = {f"reward/{name}": seconds - spent[name] for name, seconds in self.scorer.seconds.items()}
+        stats |= {f"seconds/{name}": torch.tensor(value) for name, value in {**clock.seconds, **took}.items()}
+        self.warn_of_constant_rewards(stats)
         experience = Experience(
             trajectory=trajectory,
             window=window,
@@ -331,6 +339,26 @@ class GRPO:
                 return solve_ode(velocity, x, self.schedule, config.solver)
             first = window.first if config.branch else 0
             return sample_trajectory(velocity, x, self.schedule, window, rng.normal, first)
+
+    def decoding(self) -> AbstractContextManager:
+        """Make the context that images are decoded in."""
+        lower = self.config.rollout.decode_dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=lower)
+
+    def warn_of_constant_rewards(self, stats: dict[str, Tensor]) -> None:
+        """Warn once of a trained reward that has told no image from another in several rollouts in a row."""
+        for name, weight in zip(self.scorer.names, self.scorer.weights.tolist()):
+            within = stats.get(f"reward/{name}/within_std")
+            if not weight or within is None:
+                continue
+            self.constant[name] = self.constant.get(name, 0) + 1 if within < 1e-8 else 0
+            if self.constant[name] == CONSTANT_ROLLOUTS:
+                log.warning(
+                    "reward '%s' gave all images of each prompt the same score in %d rollouts in a row: nothing is "
+                    "learned from it. Look at samples/ (rollout-best, rollout-worst), the prompts and the reward",
+                    name,
+                    CONSTANT_ROLLOUTS,
+                )
 
     def noise_of_rows(self, rollout: int, images: range) -> Tensor:
         """Draw (S, T, C, h, w), the noise of every row of these images, for objectives that need the same one twice."""
