@@ -196,9 +196,10 @@ TOOLS = {
         shapes --prompts W/ok.txt --rank 5 --out W/o/ym ; shapes --prompts W/ok.txt --max-bad-fraction nan --out W/o/yn
         shapes --prompts W/ok.txt --seed 1e30 --out W/o/yo ; shapes --prompts W/ok.txt --device foo --out W/o/yp
         shapes --prompts W/ok.txt --samples-per-shard 0 --out W/o/yq ; shapes --prompts W/ok.txt --steps 1 --out W/binary.txt
-        diffusers:/nope --prompts W/ok.txt --out W/o/yr ; shapes --prompts W/ok.txt --min-reward shapes --out W/o/ys
+        --pipeline /nope --prompts W/ok.txt --out W/o/yr ; shapes --prompts W/ok.txt --min-reward shapes --out W/o/ys
         shapes --prompts W/ok.txt --min-reward shapes=nan --out W/o/yt ; shapes --prompts W/ok.txt --min-reward foo=1 --out W/o/yu
-        shapes --prompts W/ok.txt --min-reward shapes=1 --out W/o/yv""",
+        shapes --prompts W/ok.txt --min-reward shapes=1 --out W/o/yv ; --prompts W/ok.txt --out W/o/yw
+        W/run --pipeline x --prompts W/ok.txt --out W/o/yx""",
     "make_shapes": """
         ; W/o/m1 --num 0 ; W/o/m2 --num x ; W/o/m3 --num 1000000000000 ; W/o/m4 --seed -1 ; W/o/m5 --num 3 --seed 1000000000000000000000
         W/o/m6 --samples-per-shard 0 ; W/o/m7 --split foo ; W/o/m8 --tasks counting counting ; W/o/m9 --resolution 1
@@ -218,6 +219,8 @@ TOOLS = {
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",
     "demo": """--recipes W ; --recipes W/none --out W/o/d1 ; --num 0 ; --num x ; --scenes 1 ; --scenes nan ; --processes 0
         --processes 1e9 ; foo ; --num 12 --out W/ok.txt ; --num 12 --out /proc/x""",
+    "rehearse": """; W/none ; W/tiny.yaml --steps 0 ; W/tiny.yaml --batch x ; W/tiny.yaml --computed pixels ; W/tiny.yaml --gpus 0
+        W/tiny.yaml --price nan ; W/ok.txt ; W/binary.txt ; W/tiny.yaml model.widht=3""",
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml ; W/study.yaml --run -1 ; W/study.yaml --run 5
         W/study.yaml seeds=[] ; W/study.yaml seeds=[-1] --list ; W/study.yaml equal=[x] ; W/study.yaml grid={a:[1]}
