@@ -196,9 +196,10 @@ TOOLS = {
         shapes --prompts W/ok.txt --rank 5 --out W/o/ym ; shapes --prompts W/ok.txt --max-bad-fraction nan --out W/o/yn
         shapes --prompts W/ok.txt --seed 1e30 --out W/o/yo ; shapes --prompts W/ok.txt --device foo --out W/o/yp
         shapes --prompts W/ok.txt --samples-per-shard 0 --out W/o/yq ; shapes --prompts W/ok.txt --steps 1 --out W/binary.txt
-        diffusers:/nope --prompts W/ok.txt --out W/o/yr ; shapes --prompts W/ok.txt --min-reward shapes --out W/o/ys
+        --pipeline /nope --prompts W/ok.txt --out W/o/yr ; shapes --prompts W/ok.txt --min-reward shapes --out W/o/ys
         shapes --prompts W/ok.txt --min-reward shapes=nan --out W/o/yt ; shapes --prompts W/ok.txt --min-reward foo=1 --out W/o/yu
-        shapes --prompts W/ok.txt --min-reward shapes=1 --out W/o/yv""",
+        shapes --prompts W/ok.txt --min-reward shapes=1 --out W/o/yv ; --prompts W/ok.txt --out W/o/yw
+        W/run --pipeline x --prompts W/ok.txt --out W/o/yx""",
     "make_shapes": """
         ; W/o/m1 --num 0 ; W/o/m2 --num x ; W/o/m3 --num 1000000000000 ; W/o/m4 --seed -1 ; W/o/m5 --num 3 --seed 1000000000000000000000
         W/o/m6 --samples-per-shard 0 ; W/o/m7 --split foo ; W/o/m8 --tasks counting counting ; W/o/m9 --resolution 1

@@ -222,7 +222,8 @@ def test_a_diffusers_pipeline(tmp_path, prompts, monkeypatch):
         diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: FakeDiffusers()
     )
     run(
-        "diffusers:some/pipeline",
+        "--pipeline",
+        "some/pipeline",
         "--prompts",
         prompts,
         "--resolution",
@@ -308,7 +309,8 @@ def save_stable_diffusion(folder, tokenizer_folder):
 def test_a_real_diffusers_pipeline_is_continued(tmp_path, prompts):
     save_stable_diffusion(tmp_path / "sd", tmp_path / "tokenizer")
     command = (
-        f"diffusers:{tmp_path / 'sd'}",
+        "--pipeline",
+        tmp_path / "sd",
         "--prompts",
         prompts,
         "--limit",

@@ -87,6 +87,34 @@ def test_the_page_is_made_however_a_run_ends_and_never_decides_it(recipe, tmp_pa
     assert run_train(recipe, run) == 3 and "broken on purpose" in (run / "report.html").read_text()
 
 
+def test_changed_data_and_batch_are_continued_on_purpose_only(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_train(recipe, run, "engine.steps=3") == 0
+    write_shard(tmp_path / "toy-000001.tar", [{**s, "__key__": f"x{s['__key__']}"} for s in samples()])
+    assert run_train(recipe, run) == 2
+    error = capsys.readouterr().err
+    assert (
+        "data samples was" in error
+        and "run=..., or continue with it on purpose: resume.allow=[data]" in error
+    )
+    assert run_train(recipe, run, "batch=8", "resume.allow=[data]") == 2
+    error = capsys.readouterr().err
+    assert "(global batch was 4, is 8)" in error and "resume.allow=[batch, data]" in error
+    assert run_train(recipe, run, "seed=5", "resume.allow=[data, batch]") == 2
+    assert "on purpose" not in capsys.readouterr().err  # another seed is another experiment
+    assert run_train(recipe, run, "batch=8", "resume.allow=[data, batch]", "engine.steps=4") == 0
+    assert "continued on purpose: global batch was 4, is 8" in capsys.readouterr().out
+    assert [row["step"] for row in metrics.read(run)] == [1, 2, 3, 4]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    (event,) = [line for line in lines if line.get("event") == "resume"]
+    assert event["step"] == 3 and event["changed"]["global batch"] == [4, 8]
+    assert {"data samples", "data content"} <= event["changed"].keys()
+    # from then on the run is that of the new data, and continues without being told
+    assert run_train(recipe, run, "batch=8") == 0
+    # data that the recipe filters no longer are other data
+    assert run_train(recipe, run, "batch=8", "engine.steps=7", "data.captions={txt: 1}") == 2
+
+
 def test_train_resume_and_sample(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_train(recipe, run, "engine.steps=3") == 0
@@ -280,8 +308,13 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
     for a, b in zip(metrics.read(tmp_path / "stored"), metrics.read(tmp_path / "online"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
     (manifest,) = (tmp_path / "columns").glob("manifest-*latents*.jsonl")
-    manifest.write_text(manifest.read_text().replace("dct-f8c24", "dct-of-old"))
+    written = manifest.read_text()
+    manifest.write_text(written.replace('"layers": "last"', '"layers": "normed_mean"'))
     capsys.readouterr()
+    assert run_train(recipe, tmp_path / "layers", stored) == 2
+    message = "components.text.layers is 'last', but the stored text was made with 'normed_mean'"
+    assert message in capsys.readouterr().err
+    manifest.write_text(written.replace("dct-f8c24", "dct-of-old"))
     assert run_train(recipe, tmp_path / "other", stored) == 2
     assert "'dct-f8c24', but the stored latents were made with 'dct-of-old'" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
     nitro-e synthesize runs/pretrain-512@ema --prompts prompts.txt --per-prompt 4 --out data/synthetic
     torchrun --nproc_per_node 8 -m nitro_e.cli synthesize runs/pretrain-512 --prompts captions.jsonl --out data/synthetic
-    nitro-e synthesize diffusers:black-forest-labs/FLUX.1-dev --prompts p.txt --codec dc-ae-f32c32 --out data/flux
+    nitro-e synthesize --pipeline black-forest-labs/FLUX.1-schnell --prompts p.txt --steps 4 --resolution 512 --out data/flux
 
 Members of a sample in `synth-*.tar`:
     npy         (C, h, w) float16 final latent, raw like all latents in shards
@@ -50,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("source", nargs="?", help="run, checkpoint or model folder (@ema, @model)")
     parser.add_argument(
-        "source", help="run, checkpoint or model folder (@ema, @model), or diffusers:NAME_OR_FOLDER"
+        "--pipeline",
+        metavar="NAME|FOLDER",
+        help="draw with a diffusers text-to-image pipeline in place of our own models",
     )
     parser.add_argument(
         "--prompts",
@@ -77,11 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, help="pixels per side")
     cli.component_flags(
         parser,
-        codec="the codec's files; diffusers: a name or NAME=FOLDER, which stores the latents of the images",
+        codec="the codec's files; --pipeline: a name or NAME=FOLDER, which stores the latents of the images",
         text="the text encoder's files (ours only)",
     )
     cli.download_flag(parser)
-    parser.add_argument("--images", action="store_true", help="store the images too (diffusers: always)")
+    parser.add_argument("--images", action="store_true", help="store the images too (--pipeline: always)")
     parser.add_argument(
         "--text-embeddings", action="store_true", help="store the prompts' embeddings (ours only)"
     )
@@ -102,7 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--samples-per-shard", type=cli.whole(1), default=1000, metavar="N")
     parser.add_argument("--batch-size", type=cli.whole(1, 65536), default=16, metavar="N")
-    cli.dtype_flag(parser, "of all parts; default: float32, of our codec and text encoder as in training")
+    cli.dtype_flag(
+        parser,
+        "of all parts; default: float32, of our codec and text encoder as in training; --pipeline on a GPU: bfloat16",
+    )
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
     processes.flag(parser)
@@ -155,7 +161,9 @@ def bound(text: str) -> tuple[str, float]:
 
 def build_generator(args: argparse.Namespace) -> Generator:
     device = args.device or rank_device()
-    if args.source.startswith("diffusers:"):
+    if (args.source is None) == (args.pipeline is None):
+        raise ConfigError("give the weights of a model of ours, or --pipeline NAME, and not both")
+    if args.pipeline is not None:
         ours = ("text_embeddings", "sampler", "negative_prompt", "grid", "trajectory", "text")
         if given := [f"--{name.replace('_', '-')}" for name in ours if getattr(args, name)]:
             raise ConfigError(f"{', '.join(given)}: for our own models only")
@@ -163,8 +171,8 @@ def build_generator(args: argparse.Namespace) -> Generator:
         settings |= {"height": args.resolution, "width": args.resolution}
         codec = build_codec(chosen_component("codec", args.codec), device) if args.codec else None
         settings = {key: value for key, value in settings.items() if value is not None}
-        source, dtype = args.source.removeprefix("diffusers:"), args.dtype or "float32"
-        return DiffusersGenerator(source, device, dtype, settings, codec)
+        dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        return DiffusersGenerator(args.pipeline, device, dtype, settings, codec)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     pipeline = TextToImage.from_pretrained(
         args.source, device, dtype, codec=args.codec, text=args.text, allow_download=args.allow_download

@@ -39,6 +39,8 @@ class ComponentConfig(Config):
     # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     length: Annotated[int, Ge(2), Le(8192)] | None = None
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
+    # llama only: the last hidden state, or the mean over layers of their normalised ones
+    layers: text.TextLayers = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +230,7 @@ def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
         text.check_caption_cleaner()
     model, tokenizer = _load("text", config, text.load_llama, device)
     _, length = text_shape(config)
-    return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
+    return text.LlamaText(model, tokenizer, device, length, config.clean_caption, config.layers)
 
 
 def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
@@ -268,6 +270,7 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     options = {"name", "path", "revision", "dtype"} if config.name in WEIGHTS else {"name"}
     options |= {"length"} if kind == "text" else set()
     options |= {"clean_caption"} if config.name == "llama-3.2-1b" else set()
+    options |= {"layers"} if table.get(config.name) is _llama else set()
     for field in fields(config):
         if field.name not in options and getattr(config, field.name) != field.default:
             raise ConfigError(

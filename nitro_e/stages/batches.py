@@ -123,7 +123,9 @@ def encode(
     if records.text is not None:
         embedding = records.text.to(device, torch.float32, non_blocking=True)
         if (rows := _absent(records, "text", device)) is not None:
-            prompts = [records.prompts[row] for row in rows.tolist()]
+            prompts = [
+                prompt for prompt, absent in zip(records.prompts, records.absent["text"].tolist()) if absent
+            ]
             for stored, computed in zip(embedding, text.encode(prompts)):
                 stored[rows] = computed.to(stored)
     else:
@@ -145,7 +147,7 @@ def _absent(records: Records, name: str, device: torch.device) -> Tensor | None:
     absent = records.absent.get(name)
     if absent is None or not absent.any():
         return None
-    return absent.nonzero().flatten().to(device)
+    return absent.nonzero().flatten().to(device, non_blocking=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

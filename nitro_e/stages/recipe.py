@@ -56,6 +56,7 @@ from nitro_e.stages.validation import ValidationConfig
 from nitro_e.training.batch import BatchConfig
 from nitro_e.training.engine import Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.parallel import dist_context
+from nitro_e.training.saving import ResumeConfig
 from nitro_e.training.selection import Selection
 
 # told apart by `kind`; KINDS has an entry for each
@@ -86,6 +87,7 @@ class RunConfig(Config):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: tuple[str, ...] = ()  # of the sample grids; empty: the first captions of the data
     evaluation: EvaluationConfig | None = None  # scores during training
+    resume: ResumeConfig = field(default_factory=ResumeConfig)  # what may change when the run is continued
     validation: ValidationConfig | None = None  # loss on held-out images during training
 
     @classmethod
@@ -398,6 +400,7 @@ def build(config: RunConfig) -> Engine:
         record=to_dict(config),
         accumulate=split.accumulate,
         hooks=tuple(hooks),
+        resume=config.resume,
         selection=selection,
     )
     if accelerator.is_main_process and (engine.step < config.engine.steps or engine.step == 0):

@@ -36,7 +36,7 @@ from nitro_e.training.ema import EMAConfig, PostHocEMAConfig, relative_distance
 from nitro_e.training.meters import MetricAverages, Progress, read_together, sum_and_count
 from nitro_e.training.optim import set_learning_rate
 from nitro_e.training.parallel import any_process, patience, sum_over_processes, whole_tensor
-from nitro_e.training.saving import Saver
+from nitro_e.training.saving import ResumeConfig, Saver
 from nitro_e.training.selection import MAX_ROLLBACKS, Selection
 from nitro_e.training.signals import StopRequest
 from nitro_e.training.state import TrainingState
@@ -140,6 +140,7 @@ class Engine:
         record: dict[str, Any],
         accumulate: int = 1,
         hooks: tuple[Hook, ...] = (),
+        resume: ResumeConfig | None = None,
         selection: Selection | None = None,
     ) -> None:
         """use: stored with exported weights for sampling; record: the resolved config, for trackers.
@@ -166,10 +167,20 @@ class Engine:
             posthoc_ema=config.posthoc_ema,
             snapshots=run / SNAPSHOTS if self.main else None,
         )
-        self.saver = Saver(config, run, self.state, accelerator, identity=self._identity(), use=use)
+        self.saver = Saver(
+            config,
+            run,
+            self.state,
+            accelerator,
+            identity=self._identity(),
+            use=use,
+            resume=resume or ResumeConfig(),
+        )
         self.hooks_due = self.saver.resume() and self._hooks_were_cut_off()
         if self.saver.saved_step is not None and self.main:
             print(f"resuming {run} at step {self.step}")
+            for key, (before, now) in self.saver.changed.items():
+                print(f"continued on purpose: {key} was {before!r}, is {now!r}")
 
     @property
     def step(self) -> int:
@@ -202,6 +213,8 @@ class Engine:
                 self.metrics.event(self.step, "notes", **notes)
             if self.main and self.changed:
                 self.metrics.event(self.step, "config", changed=self.changed)
+            if self.main and self.saver.changed:
+                self.metrics.event(self.step, "resume", changed=self.saver.changed)
             try:
                 with self._outcome():
                     self._loop()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
 
-from nitro_e.config import ConfigError, TrainingError
+from nitro_e.config import Config, ConfigError, TrainingError
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.record import run_folder
 from nitro_e.training import checkpoint
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
     from nitro_e.training.engine import EngineConfig
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig(Config):
+    """Says what may differ from the last checkpoint when a run is continued; by default nothing."""
+
+    # data: other samples, sources, weights, captions or conditions; batch: another global batch
+    allow: tuple[Literal["data", "batch"], ...] = ()
+
+    def covers(self, key: str) -> bool:
+        """Tell whether this part of a run's identity may differ."""
+        return (
+            "batch" in self.allow
+            and key == "global batch"
+            or "data" in self.allow
+            and key.startswith("data ")
+        )
 
 
 class Saver:
@@ -34,10 +52,15 @@ class Saver:
         *,
         identity: dict[str, Any],
         use: dict[str, Any],
+        resume: ResumeConfig,
     ) -> None:
-        """identity: what must be the same for a resume to continue the same run. use: stored with published weights."""
+        """identity: what must be the same for a resume to continue the same run, but for what `resume` allows.
+
+        use: stored with published weights.
+        """
         self.config, self.run, self.state, self.accelerator = config, run, state, accelerator
-        self.identity, self.use = identity, use
+        self.identity, self.use, self.allowed = identity, use, resume
+        self.changed: dict[str, Any] = {}  # parts of the identity that were allowed to differ: [before, now]
         self.saved_step: int | None = None
         self.base_digest: str | None = (
             None  # of the weights that an adapter is trained on, once they are saved
@@ -119,14 +142,23 @@ class Saver:
             checkpoint.refuse_damaged(self.run)
             return False
         meta = run_folder.read_meta(folder)
-        changed = [
-            f"{key} was {meta.get(key)!r}, is {now!r}"
-            for key, now in self.identity.items()
-            if meta.get(key) != now
+        keys = [
+            *self.identity,
+            *(key for key in meta if key.startswith("data ") and key not in self.identity),
         ]
-        if changed:
+        pairs = {key: [meta.get(key), self.identity.get(key)] for key in keys}
+        self.changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if refused := [key for key in self.changed if not self.allowed.covers(key)]:
+            differences = "; ".join(f"{key} was {pairs[key][0]!r}, is {pairs[key][1]!r}" for key in refused)
+            kinds = {"batch" if key == "global batch" else key.partition(" ")[0] for key in refused}
+            on_purpose = (
+                f", or continue with it on purpose: resume.allow=[{', '.join(sorted(kinds | {*self.allowed.allow}))}]"
+                if kinds <= {"data", "batch"}
+                else ""
+            )
             raise ConfigError(
-                f"{folder} is of another experiment ({'; '.join(changed)}); give this one its own run directory: run=..."
+                f"{folder} is of another experiment ({differences}); give this one its own run directory:"
+                f" run=...{on_purpose}"
             )
         self.base_digest = checkpoint.check_base(self.run, meta)
         self.state.load(folder)
