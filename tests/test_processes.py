@@ -49,6 +49,7 @@ def test_two_processes_without_a_launcher_train_as_one(tmp_path):
     assert_same_losses(run, one)
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_that_of_the_first_that_failed(tmp_path):
     run = tmp_path / "run"
     process = start(run, fault="dies")
