@@ -150,7 +150,7 @@ def test_where_leaves_out_counts_and_reports(tmp_path, capsys, monkeypatch):
     other = opened(str(tmp_path / "*.tar"), where=fewer)
     assert [len(s) for s in other.catalog.sizes] == [len(s) for s in data.catalog.sizes]
     assert other.fingerprint() != data.fingerprint()
-    monkeypatch.setattr("nitro_e.data.where._judge", None)  # what was found is kept
+    monkeypatch.setattr("nitro_e.data.where.scan", None)  # what was found is kept
     assert opened(str(tmp_path / "*.tar"), where=where).fingerprint() == data.fingerprint()
 
 

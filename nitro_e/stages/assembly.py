@@ -113,9 +113,10 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
     """
     assert config.data is not None  # RunConfig refuses a recipe without
     vision = config.components.vision is not None
+    data = replace(config.data, global_batch=config.batch.global_)
     if parts is None:
-        return open_fitting(config, config.data, config.seed, config.name, None, vision, extra)
-    data = replace(config.data, batch_size=parts.split.micro_batch)
+        return open_fitting(config, data, config.seed, config.name, None, vision, extra)
+    data = replace(data, batch_size=parts.split.micro_batch)
     opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
     opened.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     return opened
@@ -176,7 +177,7 @@ def data_summary(config: Run, data: Data | None, world: int, flops: float) -> li
     if data is not None:
         lines += [
             f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
-            *(f"where                {line}" for line in data.filtered),
+            *(f"data                 {line}" for line in data.filtered),
             f"first sample         {first_sample(data)}",
         ]
     return lines
