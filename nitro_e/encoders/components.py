@@ -28,7 +28,7 @@ class ComponentConfig(Config):
 
     SHORTHAND: ClassVar[str] = "name"
 
-    name: str  # a name of the table of encoders (docs/model.md)
+    name: str  # a name of the table of encoders (docs/data.md)
     path: str | None = None  # hub id or local folder; None = the default hub id
     revision: str | None = None  # of the hub repository
     # of the weights; null: bfloat16 on a GPU, float32 elsewhere. Results are always float32
