@@ -96,7 +96,7 @@ def test_draw_caption():
 def test_bad_captions_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="captions: all weights are 0"):
         DataConfig(shards=("a.tar",), captions={"txt": 0.0})
-    with pytest.raises(ConfigError, match="stream knows neither captions nor where"):
+    with pytest.raises(ConfigError, match="stream knows neither captions nor buckets nor where"):
         DataConfig(shards=("a.tar",), reader="stream", where={"a": "> 1"})
     write_shard(tmp_path / "a.tar", samples(12))
     with pytest.raises(ConfigError, match="has none of the captions lang"):
