@@ -7,7 +7,7 @@ TEST_PROCESSES ?= 2
 BIN = .venv/bin
 INSTALLED = .venv/installed
 
-.PHONY: demo test lint test-floors install clean
+.PHONY: demo test lint test-floors results install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -34,6 +34,11 @@ $(FLOORS)/installed: setup.py
 	$(FLOORS)/bin/python -m pip install --quiet --upgrade pip uv
 	$(FLOORS)/bin/uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct --editable '.[train,eval,dev]'
 	touch $@
+
+# docs/results.md and the drawings, from the records of what was measured
+results: $(INSTALLED)
+	$(BIN)/python tools/results.py
+	$(BIN)/python tools/figures.py
 
 install: $(INSTALLED)
 

@@ -61,6 +61,7 @@ ALONE = [
     dict(mlp_ratio=2.7),
     dict(patch_size=2, base_grid=4, attention=["full"]),
     dict(position_table=8),
+    dict(value_residual=True, groups=[2, 2, 2]),
     dict(path_drop=0.1),
     dict(prediction="data"),
     dict(prediction="data", prediction_floor=0.5, patch_size=2, base_grid=4, attention=["full"]),
@@ -99,10 +100,16 @@ def perturb(model: EMMDiT) -> EMMDiT:
 
 
 def unread(model: EMMDiT) -> dict[str, slice]:
-    """Rows that change nothing: the last block's text gives keys and values, its queries are never used."""
+    """Rows that change nothing: the last block's text gives keys and values, its queries are never used; and what
+    stands for the compressed blocks, where no row goes without them."""
     last = f"blocks.{len(model.blocks) - 1}.text"
     rows = slice(0, model.config.width)
-    return {f"{last}.qkv.weight": rows, f"{last}.qkv.bias": rows, f"{last}.q_norm.weight": slice(None)}
+    return {
+        f"{last}.qkv.weight": rows,
+        f"{last}.qkv.bias": rows,
+        f"{last}.q_norm.weight": slice(None),
+        "drop_tokens.absent": slice(None),
+    }
 
 
 @pytest.mark.parametrize("choices", PRODUCT + ALONE, ids=name)

@@ -51,7 +51,12 @@ def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tup
         (dataclasses.replace(MICRO, compression=(4, 2), groups=(2, 0, 2), text_mask="real"), (8, 8), 4),
         (
             dataclasses.replace(
-                MICRO, text_compression=5, path_drop=0.1, attention=("full",), groups=(1, 2, 2)
+                MICRO,
+                text_compression=5,
+                path_drop=0.1,
+                value_residual=True,
+                attention=("full",),
+                groups=(1, 2, 2),
             ),
             (8, 8),
             10,

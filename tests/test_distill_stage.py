@@ -332,7 +332,8 @@ def test_reflow_is_sampled_on_equal_steps():
 def test_recipes_name_presets_and_are_complete():
     for path in sorted(ROOT.glob("configs/*/4_*.yaml")):
         config = load(RunConfig, path, optimizers_of(path))
-        assert config.published_sampling.steps in [len(times) for times in config.stage.schedules]
+        counts = [len(times) for times in config.stage.schedules]
+        assert config.published_sampling.steps in counts or not counts  # reflow: any
         assert from_dict(RunConfig, to_dict(config)) == config
     with pytest.raises(ConfigError, match="unknown preset 'lad4', did you mean 'ladd4'"):
         distill_config("lad4")

@@ -225,6 +225,8 @@ TOOLS = {
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",
     "demo": """--recipes W ; --recipes W/none --out W/o/d1 ; --num 0 ; --num x ; --scenes 1 ; --scenes nan ; --processes 0
         --processes 1e9 ; foo ; --num 12 --out W/ok.txt ; --num 12 --out /proc/x""",
+    "rehearse": """; W/none ; W/tiny.yaml --steps 0 ; W/tiny.yaml --batch x ; W/tiny.yaml --computed pixels ; W/tiny.yaml --gpus 0
+        W/tiny.yaml --price nan ; W/ok.txt ; W/binary.txt ; W/tiny.yaml model.widht=3""",
     "study": """; W/none ; W/ok.txt ; W/binary.txt ; W/recipes/deep.yaml ; W/recipes/twice.yaml ; W/recipes/empty.yaml
         W/study.yaml --jobs 0 ; W/study.yaml --only nobody ; W/study_outside.yaml ; W/study.yaml --run -1 ; W/study.yaml --run 5
         W/study.yaml seeds=[] ; W/study.yaml seeds=[-1] --list ; W/study.yaml equal=[x] ; W/study.yaml grid={a:[1]}

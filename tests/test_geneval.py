@@ -15,7 +15,7 @@ from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.results import summarize
 from nitro_e.rewards.geneval import generator as prompts
 from nitro_e.rewards.geneval import tasks as requests
-from nitro_e.rewards.geneval.rules import Detection, confident, fraction, is_correct
+from nitro_e.rewards.geneval.rules import Detection, confident, flow_grpo, fraction, is_correct, reasons
 from nitro_e.rewards.geneval.tasks import Request, Thing, caption, meaning, read
 
 CASES = Path(__file__).parent / "data" / "geneval_cases.jsonl.xz"  # two per test prompt, random detections
@@ -96,6 +96,43 @@ LEFT = {
 
 def thing(name: str, x: float = 0, color: str | None = None) -> Detection:
     return Detection(name, color, (x, 0, x + 10, 10))
+
+
+@pytest.mark.parametrize(
+    "record, found, said",
+    [
+        (CUPS, [thing("cup")], ["expected cup>=2, found 1"]),
+        (CUPS, [thing("cup")] * 3, ["expected cup<3, found 3"]),
+        (RED, [thing("cup", 0, "blue")], ["expected red cup>=1, found 0 red; and 1 blue"]),
+        (LEFT, [thing("cup"), thing("dog", 50)], ["expected dog left of target, found right of"]),
+        (LEFT, [thing("dog")], ["expected cup>=1, found 0", "no target for dog to be left of"]),
+        (LEFT, [thing("cup", 50), thing("dog")], []),
+    ],
+)
+def test_reasons_are_those_of_the_official_tool(record, found, said):
+    assert reasons(found, record) == said
+
+
+@pytest.mark.parametrize(
+    "record, found, score",
+    [
+        (CUPS, [thing("cup")] * 2, 1),
+        (CUPS, [thing("cup")] * 5, -1 / 2),  # no lower bound
+        (RED, [thing("cup", 0, "blue")], 1 / 2),
+        (RED, [thing("cup", 0, "red")] * 2, 0),  # one too many: (0 + 0) / 2
+        (LEFT, [thing("cup", 50), thing("dog")], 1),
+        (LEFT, [thing("cup"), thing("dog", 50)], 3 / 4),  # 1, 1, 0 and 1
+        (LEFT, [thing("dog")], (0 + 1 + 0) / 3),
+        (LEFT, [thing("cup", 50), thing("dog"), thing("dog", 90)], (1 + 0 + 0) / 3),
+        (
+            {"include": [{"class": "cup", "count": 2, "color": "red"}]},
+            [thing("cup", 0, "red"), thing("cup")],
+            3 / 4,
+        ),
+    ],
+)
+def test_the_reward_of_flow_grpo_by_hand(record, found, score):
+    assert flow_grpo(found, record) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(

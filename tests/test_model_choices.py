@@ -18,7 +18,12 @@ from nitro_e.sampling.flow import time_grid
 from nitro_e.sampling.samplers import euler, guide, scale_time
 
 # one after the other, and what the released format says to it
-CHOICES: list[dict] = [dict(text_compression=2), dict(path_drop=0.1), dict(prediction="data")]
+CHOICES: list[dict] = [
+    dict(text_compression=2),
+    dict(path_drop=0.1),
+    dict(prediction="data"),
+    dict(value_residual=True, groups=[2, 2, 2]),
+]
 
 
 def name(choices: dict) -> str:
@@ -54,6 +59,8 @@ def test_packing_for_a_cpu_keeps_the_velocity(choices):
 @pytest.mark.parametrize("choices", CHOICES, ids=name)
 def test_the_released_format_refuses_it_by_name(choices):
     for key, value in choices.items():
+        if key == "groups":
+            continue
         with pytest.raises(ConfigError, match=f"the released format has {key} .* only; this model has"):
             released.check_representable(dataclasses.replace(ModelConfig(), **{key: value}))
 
@@ -254,3 +261,38 @@ def test_path_drop_needs_a_path():
     for choices in (dict(compression=(), position_reinforcement=False), dict(groups=(4, 0, 4))):
         with pytest.raises(ConfigError, match="path_drop needs compression and blocks inside"):
             ModelConfig(path_drop=0.1, **choices)
+
+
+# ---- value_residual
+
+
+def test_shares_of_zero_are_none_and_of_one_take_the_first_blocks_values():
+    off = perturb(build(groups=[2, 3, 2]))
+    on = build(groups=[2, 3, 2], value_residual=True)
+    shares = [name for name, _ in on.named_parameters() if name.endswith("values.share")]
+    assert [name.split(".")[1] for name in shares] == ["1", "3", "4", "6"]  # not the first of a group
+    assert all((on.get_parameter(name) == 0.5).all() for name in shares)
+    on.load_state_dict({**off.state_dict(), **{name: torch.zeros(2) for name in shares}})
+    arguments = inputs(on.config)
+    with torch.no_grad():
+        assert torch.equal(on(*arguments), off(*arguments))
+        for name in shares:
+            on.get_parameter(name).fill_(1.0)
+        seen = {}
+        for index, block in enumerate(on.blocks):
+            block.values.register_forward_hook(
+                lambda _, given, out, index=index: seen.update({index: (out[0][2], out[1][2])})
+            )
+        on(*arguments)
+    for group in ([0, 1], [2, 3, 4], [5, 6]):
+        for index in group[1:]:
+            assert all(torch.equal(ours, first) for ours, first in zip(seen[index], seen[group[0]]))
+
+
+def test_compiled_blocks_mix_values_alike():
+    torch._dynamo.reset()
+    model = perturb(build(value_residual=True, groups=[2, 2, 2]))
+    expected = gradients(model)
+    model.compile_blocks(backend="aot_eager")
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-4, msg=key)

@@ -23,7 +23,7 @@ from nitro_e.config import ConfigError, from_dict
 from nitro_e.encoders import clip as clip_module
 from nitro_e.encoders.clip import MEAN, STD, fit_long_side, fit_short_side, load_clip
 from nitro_e.files import REVISIONS
-from nitro_e.rewards import RewardConfig, build_rewards
+from nitro_e.rewards import RewardConfig, build_rewards, clip_scores
 from nitro_e.rewards.geneval import detector as detector_module
 from nitro_e.rewards.geneval.colors import ColorDetector, crop
 from nitro_e.rewards.geneval.detector import Detector, Found, select
@@ -163,6 +163,16 @@ def test_hps_reads_quotes_as_open_clip(folder, monkeypatch):
     prompts = ["a cat’s “hat”", "a", 'a cat\'s "hat"', "b"]
     values = score(at(folder, "hpsv2.1"), pictures(1).expand(4, -1, -1, -1), prompts)
     assert seen == ['a cat\'s "hat"', "a", "b"] and values[0] == values[2]
+    # what ftfy and html.unescape make of it, written down
+    for given, folded in {
+        "ｆｕｌｌ　ｗｉｄｔｈ！": "full width!",
+        "an oﬃcial ﬂag": "an official flag",
+        "salt &amp;amp; pepper &lt;3": "salt & pepper <3",
+        "  two\n spaces ": "two spaces",
+        "½ m², a café": "½ m², a café",
+        "‚low‘ „quotes‟": "'low' \"quotes\"",
+    }.items():
+        assert clip_scores.clean(given) == folded
 
 
 def test_hps_from_a_folder_in_transformers_format(folder):
@@ -260,7 +270,7 @@ def test_wrong_folders_are_one_line(folder, name, missing, message):
 FROM_HUB = """
 import torch
 from nitro_e.config import ConfigError, from_dict
-from nitro_e.rewards import RewardConfig, build_rewards
+from nitro_e.rewards import RewardConfig, build_rewards, clip_scores
 
 configs = [
     {"name": "clipscore"},
@@ -393,6 +403,9 @@ def test_openmmlabs_weights_give_mmdetections_results(tmp_path, monkeypatch, ver
     monkeypatch.setattr(detector_module, "SHORT_SIDE", 100)
     detector = detector_module.load_detector(str(tmp_path))
     assert detector.source == file.stem
+    detector.padding = (
+        detector.mean
+    )  # mmdetection 3, which made the reference, pads with zeros after normalising
     images, size = detector.prepare(reference["pixels"])
     assert size == (100, 125) and images.shape == (1, 3, 128, 128)
     output = detector.model(pixel_values=images)
@@ -445,7 +458,11 @@ def test_detector_input(tiny_detector):
         images, size = tiny_detector.prepare(pictures(1, height, width))
         assert size == inner
         assert images.shape[2:] == tuple(-(-side // 32) * 32 for side in inner)
-        assert (images[..., size[1] :] == 0).all() and (images[..., size[0] :, :] == 0).all()
+        gray = (
+            torch.from_numpy((128 - mean) / std).float().reshape(1, 3, 1, 1)
+        )  # mmdetection 2: before normalising
+        for outside in (images[..., size[1] :], images[..., size[0] :, :]):
+            torch.testing.assert_close(outside, gray.expand_as(outside), atol=1e-5, rtol=0)
 
 
 def test_channels_are_red_green_blue(tiny_detector, monkeypatch):

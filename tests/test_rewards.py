@@ -353,7 +353,7 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     (code,) = [block for kind, block in blocks if kind == "python"]
-    first, example = [yaml.safe_load(block)["rewards"] for kind, block in blocks if kind == "yaml"]
+    first, _, example = [yaml.safe_load(block)["rewards"] for kind, block in blocks if kind == "yaml"]
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -53,7 +53,7 @@ def test_rows_are_kept_and_sorted(tmp_path, monkeypatch, capsys):
         [begin, *text.split("\n")[3:7], end]
     )
     page.write_text("no place")
-    assert tool.main(["x", "a.yaml"]) == 2 and "between which rows are put" in capsys.readouterr().err
+    assert tool.main(["x", "a.yaml"]) == 2 and "between which tables are put" in capsys.readouterr().err
 
 
 def test_a_row_is_trained_scored_and_counted(tmp_path, monkeypatch, capsys):

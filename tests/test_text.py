@@ -7,7 +7,14 @@ from tiny import save_llama
 
 from nitro_e.config import ConfigError
 from nitro_e.encoders.components import ComponentConfig, build_text_encoder, text_shape
-from nitro_e.encoders.text import HashText, clean_pixart_caption, gram_signs, split_words, word_features
+from nitro_e.encoders.text import (
+    HashText,
+    clean_pixart_caption,
+    gram_signs,
+    normed_mean,
+    split_words,
+    word_features,
+)
 
 PROMPTS = ["a red circle", "", "the big cat left of a green square"]
 
@@ -40,6 +47,43 @@ def test_llama_equals_the_causal_model(llama):
         with torch.no_grad():
             alone = reference(input_ids=torch.tensor([words]), output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(tokens[row, : len(words)], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_normed_mean_of_hand_made_states():
+    states = [torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[0.0, 20.0]]])]
+    expected = 2**0.5 * (torch.tensor([0.6, 0.8]) + torch.tensor([0.0, 1.0])) / 2
+    torch.testing.assert_close(normed_mean(states)[0, 0], expected)
+
+
+def test_normed_mean_reads_every_layer_and_is_the_last_one_of_one(llama):
+    folder, reference = llama
+    config = ComponentConfig(name="llama-3.2-1b", path=str(folder), length=8, layers="normed_mean")
+    encoder, prompts = build_text_encoder(config), ["a red circle", "the big cat"]
+    ids = encoder.tokenizer(prompts, padding="max_length", max_length=8, return_tensors="pt")
+    raw = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, given, out: raw.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in reference.model.layers
+    ]
+    with torch.no_grad():
+        last = reference.model(**ids).last_hidden_state
+    for handle in handles:
+        handle.remove()
+    unit = [state / state.square().mean(-1, keepdim=True).sqrt() for state in (raw[0], last)]
+    torch.testing.assert_close(encoder.encode(prompts).tokens, sum(unit) / 2, rtol=1e-4, atol=1e-4)
+    encoder.model.layers = encoder.model.layers[:1]  # the final norm has weight one
+    encoder.model.config.num_hidden_layers = 1
+    one = encoder.encode(prompts).tokens
+    del encoder.layers
+    # the model's norm adds 1e-6 to squares of 1e-4
+    torch.testing.assert_close(one, encoder.encode(prompts).tokens, rtol=1e-2, atol=1e-2)
+
+
+def test_only_llama_has_layers_to_choose():
+    with pytest.raises(ConfigError, match=r"components.text.layers: 'hash' has no such option"):
+        build_text_encoder(ComponentConfig(name="hash", layers="normed_mean"))
 
 
 def test_llama_defaults_and_bfloat16(llama):

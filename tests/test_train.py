@@ -308,8 +308,13 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
     for a, b in zip(metrics.read(tmp_path / "stored"), metrics.read(tmp_path / "online"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
     (manifest,) = (tmp_path / "columns").glob("manifest-*latents*.jsonl")
-    manifest.write_text(manifest.read_text().replace("dct-f8c24", "dct-of-old"))
+    written = manifest.read_text()
+    manifest.write_text(written.replace('"layers": "last"', '"layers": "normed_mean"'))
     capsys.readouterr()
+    assert run_train(recipe, tmp_path / "layers", stored) == 2
+    message = "components.text.layers is 'last', but the stored text was made with 'normed_mean'"
+    assert message in capsys.readouterr().err
+    manifest.write_text(written.replace("dct-f8c24", "dct-of-old"))
     assert run_train(recipe, tmp_path / "other", stored) == 2
     assert "'dct-f8c24', but the stored latents were made with 'dct-of-old'" in capsys.readouterr().err
 

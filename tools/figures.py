@@ -2,11 +2,14 @@
 
     python tools/figures.py                             docs/img/*.svg, from the numbers in docs/img/figures.json
     python tools/figures.py --record outputs/demo       first take the curves of this demo into that file
+    python tools/figures.py --draw                      also docs/img/stages.png, drawn with the shipped weights
 
 architecture.svg  tokens and parameters of each part of E-MMDiT (`nitro_e/model/describe.py`)
 stages.svg        the four stages as a flow, with the scores on the offline domain
 few_steps.svg     the score against the number of steps, before and after distillation
 curves.svg        the curves of the demo's four trainings
+stages.png        the first held-out prompts of the offline domain by the weights of each stage, with the same noise; wrong
+                  images, by the exact judge, have a red frame
 """
 
 from __future__ import annotations
@@ -18,12 +21,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from nitro_e.config import from_dict
+from nitro_e.data.prompts import PromptsConfig, load_prompts
 from nitro_e.model import ModelConfig
 from nitro_e.model.describe import parts, total, usual_grid
 from nitro_e.record.charts import AREA, COLOURS, Chart, Series, line_chart
 from nitro_e.record.pages import read_record
 from nitro_e.record.templating import TEMPLATES
+from nitro_e.rewards import RewardConfig, build_rewards
+from nitro_e.sampling.pipeline import TextToImage, to_image
+from nitro_e.sampling.sheets import wrap
+
+STAGES = [  # title of a row, weights, steps, guidance
+    ("pretrained, no guidance, 20 steps", "shapes", 20, 1),
+    ("pretrained, guidance 3, 20 steps: twice the work", "shapes", 20, 3),
+    ("after GRPO, no guidance, 20 steps", "shapes-grpo", 20, 1),
+    ("pretrained, no guidance, 4 steps", "shapes", 4, 1),
+    ("distilled, no guidance, 4 steps", "shapes-4step", 4, 1),
+]
+COLUMNS, CELL = 8, 128  # prompts, pixels
 
 IMAGES = Path(__file__).parent.parent / "docs" / "img"
 NUMBERS = "figures.json"
@@ -46,6 +64,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", type=Path, metavar="DEMO", help="folder of a finished demo")
+    parser.add_argument("--draw", action="store_true", help="draw images too, a minute on two cores")
     parser.add_argument("--out", type=Path, default=IMAGES, help="default: docs/img")
     options = parser.parse_args()
     if options.record:
@@ -55,6 +74,9 @@ def main() -> None:
     for name, text in figures(read_numbers()).items():
         (options.out / name).write_text(text)
         print(options.out / name)
+    if options.draw:
+        stage_images().save(options.out / "stages.png", optimize=True)
+        print(options.out / "stages.png")
 
 
 def read_numbers() -> dict[str, Any]:
@@ -252,6 +274,35 @@ def inner(chart: Chart) -> str:
         head += [box(x, 34, 14, 3, colour, 1), text(x + 19, 39, name, 10.5, anchor="start")]
         x += 30 + 5.6 * len(name)
     return "\n".join([*head, f'<g transform="translate(0 44)">{drawn}</g>'])
+
+
+def stage_images() -> Image.Image:
+    """Draw the prompts by the weights of each stage: a row per stage, a column per prompt, red frames on wrong images."""
+    prompts = load_prompts(PromptsConfig(source="shapes-heldout", num=COLUMNS))
+    texts, info = [prompt.text for prompt in prompts], [prompt.info for prompt in prompts]
+    scorer = build_rewards([RewardConfig(name="shapes", options={"score": "strict"})])
+    font, gap, head = ImageFont.load_default(15), 6, 64
+    height = CELL + 30
+    sheet = Image.new("RGB", (COLUMNS * (CELL + gap) - gap, head + len(STAGES) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, words in enumerate(texts):
+        place = column * (CELL + gap), 0
+        draw.multiline_text(
+            place, wrap(words.removeprefix("a photo of "), font, CELL, 3), fill=INK, font=font
+        )
+    for row, (title, weights, steps, guidance) in enumerate(STAGES):
+        top = head + row * height
+        draw.text((0, top + 4), title, fill=GREY, font=font)
+        pipeline = TextToImage.from_pretrained(weights)
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pixels"}
+        pixels = pipeline(texts, seeds=range(COLUMNS), **settings).images
+        right = scorer(pixels, texts, info).values[:, 0].tolist()
+        for column, (image, good) in enumerate(zip(map(to_image, pixels), right)):
+            left = column * (CELL + gap)
+            sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top + 26))
+            if not good:
+                draw.rectangle((left, top + 26, left + CELL - 1, top + 25 + CELL), outline="#d4351c", width=3)
+    return sheet
 
 
 if __name__ == "__main__":

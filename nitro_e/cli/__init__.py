@@ -7,6 +7,7 @@ checkout are fronts of the same functions.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "report": "Write the pages of runs",
     "ema": "Make averages of weights after a training",
     "benchmark": "Measure speed on this machine",
+    "rehearse": "Try a recipe at full size, on random numbers",
     "study": "Train variants of a recipe and compare them",
     "speedrun": "Train from scratch and add a row to the table of what a score costs",
     "make-shapes": "Make scenes of the offline domain",
@@ -63,6 +65,8 @@ def run_front(name: str, arguments: list[str] | None = None, program: str | None
     """Run one command and exit with its code; `program` is what its messages call it."""
     from nitro_e.cli.common import leave
 
+    # before torch is imported: threads that wait leave their core to others
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if program is not None:
         sys.argv[0] = program  # argparse names it in messages
     module = importlib.import_module(f"nitro_e.cli.{name.replace('-', '_')}")

@@ -128,6 +128,9 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-length", type=int, help="tokens per caption (default: the encoder's)")
     parser.add_argument(
+        "--text-layers", choices=("last", "normed_mean"), default="last", help="of Llama; see docs/model.md"
+    )
+    parser.add_argument(
         "--grid",
         type=cli.whole(1, 1024),
         nargs=2,
@@ -161,7 +164,7 @@ def run_encode(args: argparse.Namespace) -> None:
         if value := getattr(args, kind):
             component = chosen_component(kind, value, dtype=dtype)
             if kind == "text":
-                component = dataclasses.replace(component, length=args.text_length)
+                component = dataclasses.replace(component, length=args.text_length, layers=args.text_layers)
             built[kind] = builder(component, device)
             column = {"codec": "latents", "vision": "features"}.get(kind, kind)
             names[column] = config.to_dict(pinned(component))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.cli import common as cli
+from nitro_e.cli.processes import cores
 from nitro_e.config import ConfigError, TrainingError, parse_json, read_text
 from nitro_e.files import write_text
 from nitro_e.record import metrics, run_folder
@@ -136,10 +137,7 @@ class Demo:
         overrides = [f"run={self.runs[stage]}"]
         overrides += [] if stage == "3_grpo" else [f"data.shards={json.dumps(shards)}"]
         command = ["nitro_e.cli", "train", str(self.recipes[stage]), *overrides]
-        if self.processes > 1:
-            count = ["--standalone", "--nproc_per_node", str(self.processes)]
-            command = ["torch.distributed.run", *count, "-m", *command]
-        return Job(stage, command, self.runs[stage])
+        return Job(stage, [*command, "--processes", str(self.processes)], self.runs[stage])
 
     def _evaluations(self) -> list[Job]:
         """One process per model and guidance; the slowest first."""
@@ -353,6 +351,5 @@ def default_processes() -> int:
     """Choose one process per GPU, or else per core: 1, 2 or 4, which divide the recipes' batches."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    there = torch.cuda.device_count() or cores
+    there = torch.cuda.device_count() or cores()
     return max(count for count in (1, 2, 4) if count <= there)

@@ -39,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="default: outputs/NAME")
     parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="PAGE",
+        help="put the tables into this Markdown file too, between its marks",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="print the trainings with their numbers, then exit"
     )
     parser.add_argument("--run", type=cli.whole(0, 10**6), metavar="NUMBER", help="train this one alone")
@@ -62,13 +68,13 @@ def study(options: argparse.Namespace) -> None:
     if options.list:
         print(listing(planned))
         return
-    if options.into is not None:
-        results.check_page(options.into, plan.name)
-    plans.check(plan, needed, planned)
     if options.run is not None and options.run >= len(planned):
         raise ConfigError(
             f"--run {options.run}: the study has the trainings 0 to {len(planned) - 1}, see --list"
         )
+    if options.into is not None:
+        results.check_page(options.into, plan.name)
+    plans.check(plan, needed, planned)
     trainer = Trainer(1 if options.run is not None else options.jobs or usual_jobs(), plan.name)
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

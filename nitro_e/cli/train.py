@@ -1,6 +1,6 @@
 """Train a stage:  nitro-e train configs/shapes/1_pretrain.yaml [key=value ...]
 
-Several processes:  torchrun --nproc_per_node 8 -m nitro_e.cli train CONFIG
+On a CPU it starts one process per core by itself. GPUs:  torchrun --nproc_per_node 8 -m nitro_e.cli train CONFIG
 To resume, run the same command again. Checkpoints, metrics and sample grids are in the run directory.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
+import sys
 from pathlib import Path
 
 from nitro_e.cli import common as cli
+from nitro_e.cli import processes
 from nitro_e.config import environment_number, load
 
 log = logging.getLogger(__name__)
@@ -33,11 +36,30 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY",
         help="tell the keys of a recipe, all or those below KEY; exit",
     )
+    processes.flag(parser)
     options = parser.parse_intermixed_args(arguments)  # overrides may follow --dry-run
     if options.config is None and options.explain is None:
         parser.error("the following arguments are required: config")
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    return cli.run(lambda: train(options) if options.explain is None else tell(options.explain))
+    if options.explain is not None:
+        return cli.run(lambda: tell(options.explain))
+    if options.dry_run:
+        return cli.run(lambda: preview(options))
+    number = 0
+
+    def choose() -> None:
+        nonlocal number
+        number = processes.chosen(options.processes, lambda world: can_share(options, world))
+        if number > 1:  # said once
+            can_share(options, number)
+
+    if code := cli.run(choose):
+        return code
+    if number > 1:
+        given = sys.argv[1:] if arguments is None else arguments
+        return processes.launch(["-m", "nitro_e.cli", "train", *given], number)
+    processes.end_with_parent()
+    return cli.run(lambda: train(options))
 
 
 def tell(key: str) -> None:
@@ -58,14 +80,36 @@ def make_page(folder: Path) -> None:
         log.warning("no report.html: %s", error)
 
 
-def train(options: argparse.Namespace) -> None:
-    from nitro_e.record import run_folder  # after the arguments: --help needs no torch
-    from nitro_e.stages.recipe import RunConfig, build, summary
+def preview(options: argparse.Namespace) -> None:
+    """Print what would be trained."""
+    from nitro_e.stages.recipe import RunConfig, summary
+
+    print(summary(load(RunConfig, options.config, options.overrides), options.overrides))
+
+
+def can_share(options: argparse.Namespace, world: int) -> bool:
+    """Tell whether so many processes of this machine can share the recipe's batch, with the same results as one."""
+    from nitro_e.config import ConfigError
+    from nitro_e.model import describe
+    from nitro_e.stages.recipe import RunConfig
 
     config = load(RunConfig, options.config, options.overrides)
-    if options.dry_run:
-        print(summary(config, options.overrides))
-        return
+    if config.data is not None and config.data.reader == "stream":
+        return False
+    try:
+        config.stage_kind.split(config, world)
+    except ConfigError:
+        return False
+    # weights, gradients and two moments
+    needed = world * 16 * describe.total(config.model).parameters
+    return needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def train(options: argparse.Namespace) -> None:
+    from nitro_e.record import run_folder  # after the arguments: --help needs no torch
+    from nitro_e.stages.recipe import RunConfig, build
+
+    config = load(RunConfig, options.config, options.overrides)
     first = environment_number("RANK", 0) == 0
     with run_folder.lock(config.folder) if first else contextlib.nullcontext():
         engine = build(config)

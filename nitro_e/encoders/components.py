@@ -17,9 +17,11 @@ import torch
 from nitro_e import files
 from nitro_e.config import Config, ConfigError, Ge, Le, did_you_mean
 from nitro_e.encoders import codec, text, vision
+from nitro_e.encoders.random_weights import MAKERS
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
 
 Kind = Literal["codec", "text", "vision"]
+RANDOM = ("random", "random-small")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,16 @@ class ComponentConfig(Config):
     SHORTHAND: ClassVar[str] = "name"
 
     name: str  # a name of the table of encoders (docs/data.md)
-    path: str | None = None  # hub id or local folder; None = the default hub id
+    # hub id or local folder; None = the default hub id; random, random-small: see random_weights.py
+    path: str | None = None
     revision: str | None = None  # of the hub repository
     # of the weights; null: bfloat16 on a GPU, float32 elsewhere. Results are always float32
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # text only: tokens per prompt; None = 128 (llama-3.2-1b), 16 (others)
     length: Annotated[int, Ge(2), Le(8192)] | None = None
     clean_caption: bool = False  # llama only: the released weights' caption cleaner
+    # llama only: the last hidden state, or the mean over layers of their normalised ones
+    layers: text.TextLayers = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +78,11 @@ def build_text_encoder(config: ComponentConfig, device: torch.device | str = "cp
 def build_vision_encoder(config: ComponentConfig, device: torch.device | str = "cpu") -> VisionEncoder:
     """Build the vision encoder; raise ConfigError for an unknown name or weights that cannot be loaded."""
     return _builder("vision", config, VISION_ENCODERS)(config, device)
+
+
+def is_random(config: ComponentConfig) -> bool:
+    """Tell whether weights of the released shape are drawn instead of read, for rehearsals."""
+    return config.path in RANDOM and config.name in MAKERS
 
 
 def compile_encoders(*encoders: LatentCodec | TextEncoder | VisionEncoder) -> None:
@@ -114,7 +124,7 @@ def codec_shape(config: ComponentConfig) -> tuple[int, int] | None:
     if config.name in codec.DCT_SIZES:
         stride, luma, chroma = codec.DCT_SIZES[config.name]
         return luma + 2 * chroma, stride
-    return WEIGHTS[config.name].shape if config.path is None else None
+    return WEIGHTS[config.name].shape if config.path is None or is_random(config) else None
 
 
 def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
@@ -124,13 +134,13 @@ def text_shape(config: ComponentConfig) -> tuple[int | None, int]:
         encoder = _hash(config, "cpu")
         return encoder.width, encoder.length
     width, length = WEIGHTS[config.name].shape
-    return (width if config.path is None else None), config.length or length
+    return (width if config.path is None or is_random(config) else None), config.length or length
 
 
 def vision_width(config: ComponentConfig) -> int | None:
     """Return the feature width without loading anything; None when only the files in `path` can tell."""
     _builder("vision", config, VISION_ENCODERS)
-    return WEIGHTS[config.name].shape[0] if config.path is None else None
+    return WEIGHTS[config.name].shape[0] if config.path is None or is_random(config) else None
 
 
 def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
@@ -144,6 +154,8 @@ def weights_source(kind: Kind, config: ComponentConfig) -> str | None:
     default = WEIGHTS[config.name].source
     if config.path is None and Path(default).is_dir():
         return "the package"
+    if is_random(config):
+        return "random numbers"
     source = files.resolve(
         f"{kind} '{config.name}'", f"components.{kind}.path", config.path or default, config.revision
     )
@@ -218,7 +230,7 @@ def _llama(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
         text.check_caption_cleaner()
     model, tokenizer = _load("text", config, text.load_llama, device)
     _, length = text_shape(config)
-    return text.LlamaText(model, tokenizer, device, length=length, clean_caption=config.clean_caption)
+    return text.LlamaText(model, tokenizer, device, length, config.clean_caption, config.layers)
 
 
 def _hash(config: ComponentConfig, device: torch.device | str) -> TextEncoder:
@@ -258,6 +270,7 @@ def _builder(kind: str, config: ComponentConfig, table: Mapping[str, Builder]) -
     options = {"name", "path", "revision", "dtype"} if config.name in WEIGHTS else {"name"}
     options |= {"length"} if kind == "text" else set()
     options |= {"clean_caption"} if config.name == "llama-3.2-1b" else set()
+    options |= {"layers"} if table.get(config.name) is _llama else set()
     for field in fields(config):
         if field.name not in options and getattr(config, field.name) != field.default:
             raise ConfigError(
@@ -270,6 +283,8 @@ def _load(kind: str, config: ComponentConfig, loader: Callable[..., Any], device
     """Call the loader on the folder or the hub id; an error there becomes one line with the remedy."""
     default, key = WEIGHTS[config.name].source, f"components.{kind}.path"
     dtype = config.dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
+    if is_random(config):
+        return MAKERS[config.name](getattr(torch, dtype), small=config.path == RANDOM[1])
     return files.load(
         f"{kind} '{config.name}'",
         key,

@@ -17,10 +17,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nitro_e.config import ConfigError
@@ -29,16 +30,22 @@ from nitro_e.interfaces import TextEmbedding, as_prompts
 LLAMA_REPOSITORY = "meta-llama/Llama-3.2-1B"
 LLAMA_LENGTH = 128
 
+TextLayers = Literal["last", "normed_mean"]
+
 logger = logging.getLogger(__name__)
 
 
 class LlamaText:
     """A frozen causal language model: its last hidden state after the final norm, always float32.
 
+    With `layers` "normed_mean" instead the mean over layers of their normalised hidden states (`normed_mean`).
     Prompts are padded right to `length` with the end token and cut there; the model gets the attention mask.
     Rows at padded positions are returned as the model computes them: the released weights attend to them.
     `truncated` counts the prompts that were cut.
     """
+
+    # an instance has its own only if it differs, so that what was encoded before keeps its digest
+    layers: TextLayers = "last"
 
     def __init__(
         self,
@@ -47,6 +54,7 @@ class LlamaText:
         device: torch.device | str = "cpu",
         length: int = LLAMA_LENGTH,
         clean_caption: bool = False,  # pass prompts through `clean_pixart_caption` first
+        layers: TextLayers = "last",
     ) -> None:
         if tokenizer.eos_token is None or not tokenizer("")["input_ids"]:
             raise ConfigError(
@@ -61,6 +69,8 @@ class LlamaText:
         self.length = length
         self.width: int = model.config.hidden_size
         self.clean_caption = clean_caption
+        if layers != "last":
+            self.layers = layers
         self.truncated = 0
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -87,8 +97,23 @@ class LlamaText:
         if device.type == "cuda":  # from pinned memory the copy is not waited for
             parts = [part.pin_memory() for part in parts]
         ids, mask = (part.to(device, non_blocking=True) for part in parts)  # (B, L)
-        output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-        return TextEmbedding(output.last_hidden_state.float(), mask.bool())  # (B, L, D), (B, L)
+        if self.layers == "last":
+            output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            tokens = output.last_hidden_state.float()  # (B, L, D)
+        else:
+            output = self.model(
+                input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+            )
+            tokens = normed_mean(output.hidden_states[1:])  # the first are the embeddings of the tokens
+        return TextEmbedding(tokens, mask.bool())
+
+
+def normed_mean(states: Sequence[Tensor]) -> Tensor:
+    """Average hidden states (B, L, D) after dividing each row by its root mean square (arXiv 2506.08210); float32.
+
+    Later layers have larger states: without the division the mean would be nearly the last one.
+    """
+    return torch.stack([F.rms_norm(state.float(), state.shape[-1:]) for state in states]).mean(0)
 
 
 def load_llama(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -79,6 +79,14 @@ def patch_tokens(
     return tokens[:, vit.num_prefix_tokens :]
 
 
+def new_dinov2(depth: int) -> Any:
+    """Make a vision transformer of DINOv2-B's shape with `depth` blocks and random weights, for any image size."""
+    import timm
+
+    name = DINOV2_REPOSITORY.removeprefix("timm/").partition(".")[0]
+    return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, depth=depth)
+
+
 def load_vit(folder: str, dtype: torch.dtype) -> Any:
     """Load a timm vision transformer without head, for any image size, on the CPU, from a folder."""
     import timm

@@ -11,7 +11,6 @@ settings, batch sizes and numbers of prompts. What is there is not drawn or scor
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -107,7 +106,7 @@ def collect(
             chosen = [prompts[index] for index, _ in batch]
             pixels, seconds = _draw(generate, batch, chosen, folder)
             values = scorer(pixels, [p.text for p in chosen], [p.info for p in chosen]).values.tolist()
-            saw = map(describe, benchmark.see(pixels)) if benchmark.see else itertools.repeat("")
+            saw = map(describe, benchmark.see(pixels)) if benchmark.see else scorer.said
             rows = [
                 ScoredImage(*place, prompt.text, dict(zip(scorer.names, row)), words, round(seconds, 5))
                 for place, prompt, row, words in zip(batch, chosen, values, saw)

@@ -67,10 +67,13 @@ class ModelConfig(Architecture):
     # subregion attention: a cycle of patterns, tiled over all blocks; [full] is off
     attention: tuple[str, ...] = ("full", "4x1", "4x4")
     qk_norm: bool = True  # RMS norm of queries and keys
+    # mix the values of the first block of each of the three groups into those of its other blocks
+    value_residual: bool = False
     # real: padded text positions are hidden; the released weights attend to them
     text_mask: Literal["none", "real"] = "none"
     # of the last layer; data: the velocity is (x - data) / t, with t at least prediction_floor
     prediction: Literal["velocity", "data"] = "velocity"
+    # least time that a predicted image is divided by
     prediction_floor: Annotated[float, Gt(0), Le(1)] = 0.05
     # mean of the residual gates at the start; released: random
     gate_init: Literal["random", "zero", "one"] = "random"
@@ -147,6 +150,13 @@ class ModelConfig(Architecture):
         """The attention region of every block."""
         cycle = [Region.parse(name) for name in self.attention]
         return tuple(cycle[index % len(cycle)] for index in range(self.depth))
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values that every block attends to: a key of `layers.VALUES`."""
+        if not self.value_residual:
+            return ("own",) * self.depth
+        return tuple("mixed" if index else "first" for count in self.groups for index in range(count))
 
     @functools.cached_property
     def multiples(self) -> tuple[int, int, int]:
@@ -249,9 +259,9 @@ class EMMDiT(Model):
         last = c.depth - 1
         self.blocks = nn.ModuleList(
             (layers.LastBlock if index == last else layers.Block)(
-                width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region
+                width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region, values
             )
-            for index, region in enumerate(c.regions)
+            for index, (region, values) in enumerate(zip(c.regions, c.values))
         )
         self.norm_out = layers.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, c.latent_channels * c.patch_size**2)
@@ -285,10 +295,12 @@ class EMMDiT(Model):
         for module in self.modules():
             if isinstance(module, layers.TextReconstructor):
                 nn.init.zeros_(module.spread.weight)
-        # a dropped path is zero
+        # a dropped path is zero, and half of mixed values are the block's own
         for module in self.modules():
             if isinstance(module, layers.DropTokens):
                 nn.init.zeros_(module.absent)
+            elif isinstance(module, layers.ValueResidual):
+                nn.init.constant_(module.share, 0.5)
         # modulation tables N(0, 1 / D), as released
         for module in self.modules():
             if isinstance(module, (layers.AffineModulation, layers.SingleModulation)):
@@ -360,13 +372,14 @@ class EMMDiT(Model):
         eager = (
             torch.compiler.set_stance("force_eager") if plain and self.compiled else contextlib.nullcontext()
         )
+        first = None  # values of the group's first block, if the others read them
         with eager:
             for index in indices:
-                block = self.blocks[index]
+                block, inputs = self.blocks[index], (image, words, time, visible, first)
                 if self.gradient_checkpointing and torch.is_grad_enabled() and not plain:
-                    image, words = checkpoint(block, image, words, time, visible, use_reentrant=False)
+                    image, words, first = checkpoint(block, *inputs, use_reentrant=False)
                 else:
-                    image, words = block(image, words, time, visible)
+                    image, words, first = block(*inputs)
                 if index + 1 in tapped:
                     tapped[index + 1] = image
         return image, words

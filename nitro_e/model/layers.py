@@ -332,6 +332,39 @@ class MLP(nn.Sequential):
 
 
 QKV = tuple[Tensor, Tensor, Tensor]
+Values = tuple[Tensor, Tensor]  # of image and text: (B, N, H, K) and (B, L, H, K)
+
+
+class OwnValues(nn.Module):
+    """Let a block attend to its own values alone."""
+
+    def forward(self, image: QKV, text: QKV, first: Values | None) -> tuple[QKV, QKV, Values | None]:
+        return image, text, first
+
+
+class FirstValues(nn.Module):
+    """Pass the values of the first block of a group on to the others."""
+
+    def forward(self, image: QKV, text: QKV, first: Values | None) -> tuple[QKV, QKV, Values | None]:
+        return image, text, (image[2], text[2])
+
+
+class ValueResidual(nn.Module):
+    """Mix the values of the group's first block into a block's own (arXiv 2410.17897); a share for each stream is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.empty(2))
+
+    def forward(self, image: QKV, text: QKV, first: Values) -> tuple[QKV, QKV, Values]:
+        mixed = [
+            (q, k, torch.lerp(v, v_first, share.to(v.dtype)))
+            for (q, k, v), v_first, share in zip((image, text), first, self.share)
+        ]
+        return mixed[0], mixed[1], first
+
+
+VALUES = {"own": OwnValues, "first": FirstValues, "mixed": ValueResidual}
 
 
 class Stream(nn.Module):
@@ -366,48 +399,69 @@ class Block(nn.Module):
     """Joint image-text attention within the groups of a region, then an MLP per stream; residuals are gated."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        modulation: str,
+        qk_norm: bool,
+        region: Region,
+        values: str = "own",
     ) -> None:
         super().__init__()
         self.region = region
         self.image = Stream(width, heads, hidden, modulation, qk_norm)
         self.text = Stream(width, heads, hidden, modulation, qk_norm)
+        self.values = VALUES[values]()
 
     def forward(
-        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask (B, N + L) or None."""
+        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None, first: Values | None = None
+    ) -> tuple[Tensor, Tensor, Values | None]:
+        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask (B, N + L) or None.
+
+        first: values of the group's first block, where blocks mix them into their own.
+        """
         m_image, m_text = self.image.modulation(time), self.text.modulation(time)
 
         # attention: both streams see both, within each group of the region
         image_qkv = self.image.project_qkv(image, m_image)
         text_qkv = self.text.project_qkv(text, m_text)
+        image_qkv, text_qkv, first = self.values(image_qkv, text_qkv, first)
         attended_image, attended_text = joint_attention(image_qkv, text_qkv, self.region, mask)
 
         # gated residuals and MLP: each stream by itself
         image = self.image.update(image, attended_image, m_image)
         text = self.text.update(text, attended_text, m_text)
-        return image, text
+        return image, text, first
 
 
 class LastBlock(nn.Module):
     """A block whose text is read but not updated, because nothing would read the update."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool, region: Region
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        modulation: str,
+        qk_norm: bool,
+        region: Region,
+        values: str = "own",
     ) -> None:
         super().__init__()
         self.region = region
         self.image = Stream(width, heads, hidden, modulation, qk_norm)
         self.text = TextContext(width, heads, qk_norm)
+        self.values = VALUES[values]()
 
     def forward(
-        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None, first: Values | None = None
+    ) -> tuple[Tensor, Tensor, Values | None]:
         m_image = self.image.modulation(time)
         image_qkv = self.image.project_qkv(image, m_image)
-        attended, _ = joint_attention(image_qkv, self.text(text), self.region, mask)
-        return self.image.update(image, attended, m_image), text
+        image_qkv, text_qkv, first = self.values(image_qkv, self.text(text), first)
+        attended, _ = joint_attention(image_qkv, text_qkv, self.region, mask)
+        return self.image.update(image, attended, m_image), text, first
 
 
 def joint_attention(image: QKV, text: QKV, region: Region, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ RELEASED_CHOICES = dict(
     position_reinforcement=True,
     modulation="affine",
     qk_norm=True,
+    value_residual=False,
     text_mask="none",
     prediction="velocity",
 )

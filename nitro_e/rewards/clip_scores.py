@@ -8,6 +8,8 @@ aesthetic   1 to 10, ignores the prompt                              LAION's pre
 
 from __future__ import annotations
 
+import html
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +32,13 @@ from nitro_e.rewards.reuse import reuse
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2, HPSV2_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 HPSV2_FILES = (f"{HPSV2_FILE}|model*.safetensors", "model.safetensors.index.json?", "config.json?")
-# open_clip's tokenizer straightens quotation marks
-STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+# open_clip's tokenizer straightens quotation marks, and takes apart ligatures and characters of full width (ftfy)
+STRAIGHT = {ord(mark): "'" for mark in "ʼ‘’‚‛"} | {ord(mark): '"' for mark in "“”„‟"}
+FOLDED = {
+    code: unicodedata.normalize("NFKC", chr(code))
+    for code in (0x3000, *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0))
+}
+FOLDED |= {ord(pair): unicodedata.normalize("NFKC", pair) for pair in "ŉĲĳǄǅǆǇǈǉǊǋǌǱǲǳ"} | {0xFB05: "ſt"}
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
@@ -113,7 +120,7 @@ class HPSv2(nn.Module):
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         images = fit_long_side(pixels, self.clip.size, self.antialias)
-        return cosines(self.clip, images, [prompt.translate(STRAIGHT) for prompt in prompts])
+        return cosines(self.clip, images, [clean(prompt) for prompt in prompts])
 
 
 class Aesthetic(nn.Module):
@@ -146,6 +153,15 @@ class Aesthetic(nn.Module):
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         features = self.clip.image_features(fit_short_side(pixels, self.clip.size))  # (B, E)
         return self.head(features)[:, 0]
+
+
+def clean(prompt: str) -> str:
+    """Fold a prompt as open_clip does before its tokens: ftfy's folding, twice HTML entities, single spaces.
+
+    Text of a wrongly decoded file, which ftfy repairs too, stays as it is.
+    """
+    prompt = unicodedata.normalize("NFC", prompt.translate(FOLDED).translate(STRAIGHT))
+    return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
 def shared_clip(what: str, key: str, source: str, dtype: torch.dtype, revision: str | None = None) -> CLIP:

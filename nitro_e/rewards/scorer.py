@@ -118,6 +118,11 @@ class Scorer:
         self.weights = torch.tensor([config.weight for config in self.configs])  # (R,); 0 = monitored
 
     @property
+    def said(self) -> list[str]:
+        """What rewards that explain themselves (`reward.said`) said of each image of the last call, in one line."""
+        return ["; ".join(filter(None, words)) for words in zip(*(column.said for column in self._columns))]
+
+    @property
     def seconds(self) -> dict[str, float]:
         """The seconds that each reward has taken so far."""
         return {column.config.title: column.seconds for column in self._columns}
@@ -214,6 +219,7 @@ class _Column:
         self.needs_info = getattr(registry.find(config.name), "needs_info", False)
         self.failed_batches = 0  # in a row
         self.seconds = 0.0
+        self.said: list[str] = []  # of every image of the last call
         self.reward: Callable[..., Tensor] | None = None
         self._source: str | None = None
 
@@ -248,6 +254,7 @@ class _Column:
         self.load()
         started = time.perf_counter()
         values = torch.full((len(pixels),), math.nan)  # (B,)
+        self.said = [""] * len(pixels)
         applicable = [i for i, record in enumerate(info) if self.applies(record)]
         rows = [i for i in applicable if whole[i]]
         if self.config.offload and rows:
@@ -257,6 +264,8 @@ class _Column:
             values[batch] = self._score_batch(
                 pixels[batch].to(self.device), [prompts[i] for i in batch], [info[i] for i in batch]
             )
+            for i, words in zip(batch, getattr(self.reward, "said", [])):
+                self.said[i] = words
         if self.config.offload and rows:
             self._move("cpu")
         self.seconds += time.perf_counter() - started

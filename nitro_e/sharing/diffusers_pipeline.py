@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e.config import ConfigError, class_of_kind, from_dict, to_dict
 from nitro_e.encoders.codec import AutoencoderDCCodec
-from nitro_e.encoders.text import LlamaText
+from nitro_e.encoders.text import LlamaText, TextLayers
 from nitro_e.files import fetch
 from nitro_e.interfaces import Architecture, Model, TextEmbedding
 from nitro_e.sampling.inputs import negative_rows, prompt_rows
@@ -114,8 +114,9 @@ class EmmditPipeline(DiffusionPipeline):
         text_length: int = 128,
         clean_caption: bool = False,
         sampling: dict[str, Any] | None = None,
+        text_layers: TextLayers = "last",
     ) -> None:
-        """text_length: tokens per prompt. clean_caption: as of LlamaText. sampling: SamplingConfig as plain data."""
+        """text_length: tokens per prompt. clean_caption, text_layers: as of LlamaText. sampling: SamplingConfig as plain data."""
         super().__init__()
         self.register_modules(
             transformer=transformer,
@@ -128,6 +129,7 @@ class EmmditPipeline(DiffusionPipeline):
             # its name in transformers 4, which 5 still knows
             self.register_to_config(tokenizer=("transformers", "PreTrainedTokenizerFast"))
         self.register_to_config(text_length=text_length, clean_caption=clean_caption, sampling=sampling)
+        self.register_to_config(text_layers=text_layers)
         self.defaults = from_dict(SamplingConfig, sampling or {}, "sampling")
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_compression_ratio)
         self._interrupt = False
@@ -172,6 +174,7 @@ class EmmditPipeline(DiffusionPipeline):
             text_length=text.length,
             clean_caption=text.clean_caption,
             sampling=to_dict(settings),
+            text_layers=text.layers,
         )
 
     @classmethod
@@ -231,6 +234,7 @@ class EmmditPipeline(DiffusionPipeline):
             self.text_encoder.device,
             length=self.config.text_length,
             clean_caption=self.config.clean_caption,
+            layers=self.config.text_layers,
         )
         distinct = list(dict.fromkeys(rows))
         return encoder.encode(distinct).to(device).take([distinct.index(prompt) for prompt in rows])

@@ -75,7 +75,7 @@ class FlowMatching:
         seed: int,
         device: torch.device,
         forward_flops: float,
-        steps: int,
+        steps: int = 1,
     ) -> None:
         """steps: of the whole run, of which some settings are shares."""
         self.steps = steps

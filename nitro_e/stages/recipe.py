@@ -32,6 +32,7 @@ from nitro_e.encoders.components import (
     codec_shape,
     compile_encoders,
     text_shape,
+    vision_width,
     weights_source,
 )
 from nitro_e.evaluation.evaluator import EvaluationConfig, Evaluator
@@ -315,6 +316,8 @@ def summary(config: RunConfig, given: Sequence[str] = ()) -> str:
         *components_summary(config.components),
         *validation.summary(config.validation),
         *evaluation_summary(config.evaluation),
+        *memory_summary(config, total.parameters),
+        *storage_summary(config),
         f"checkpoints          {kept} kept, about {gigabytes:.2f} GB each",
         f"run directory        {config.folder}",
         *(f"warning              {warning}" for warning in warnings),
@@ -327,6 +330,30 @@ def evaluation_summary(evaluation: EvaluationConfig | None) -> list[str]:
         return []
     prompts, every = load_prompts(evaluation.prompts), evaluation.every
     return [f"evaluation           {len(prompts):,} prompts, every {every:,} steps"]
+
+
+def memory_summary(config: RunConfig, parameters: int) -> list[str]:
+    """Say what weights, gradients, moments and averages take in a process; activations and encoders come on top."""
+    copies = 4 + max(config.stage_kind.further_copies(config), 0)
+    copies += (config.engine.ema is not None) + 2 * (config.engine.posthoc_ema is not None)
+    return [f"memory               {4e-9 * parameters * copies:.2f} GB, activations and encoders come on top"]
+
+
+def storage_summary(config: RunConfig) -> list[str]:
+    """Say what a sample takes on disk, by column, in half precision."""
+    components, columns = config.components, []
+    shape, (text_width, length) = codec_shape(components.codec), text_shape(components.text)
+    if config.data is None or shape is None or text_width is None:
+        return []
+    side = config.data.resolution // shape[1]
+    columns.append(("latents", shape[0] * side**2))
+    columns.append(("text", length * text_width))
+    width = None if components.vision is None else vision_width(components.vision)
+    if width is not None:
+        rows, cells = config.model.latent_grid(side, side)
+        columns.append(("features", rows * cells * width))
+    sizes = ", ".join(f"{name} {2 * numbers / 1e3:,.0f}" for name, numbers in columns)
+    return [f"storage              KB a sample where stored: {sizes}"]
 
 
 def components_summary(components: ComponentsConfig) -> list[str]:

@@ -20,6 +20,8 @@ from nitro_e.interfaces import Grid, Model, TextEmbedding
 
 @dataclass(frozen=True, kw_only=True)
 class RepaConfig(Config):
+    """Says which tokens resemble which features of the image, how much, and until when."""
+
     weight: Annotated[float, Gt(0), "to switch REPA off: stage.repa: null"] = 0.5  # of the alignment loss
     # image tokens after so many blocks; each tap has a projector, and their losses are averaged
     taps: tuple[Annotated[int, Ge(1)], ...] = (4,)

@@ -29,7 +29,7 @@ from nitro_e.record.pages import write_comparison
 from nitro_e.record.templating import write_page
 from nitro_e.stages import validation
 from nitro_e.studies.plan import Equal, Setting, Study, Trial, at_equal_flops, judged, trial
-from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done
+from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done, pair_for_time
 
 
 @dataclass
@@ -64,13 +64,11 @@ class ScoreRow:
 
 def done(plan: Study, name: str, equal: Equal) -> list[Trial]:
     """List the finished trainings of a variant, by seed."""
+    seeds = plan.seeds_of(name)
+    if equal == "seconds":  # of the others the steps are not known yet
+        seeds = tuple(s for s in seeds if all(is_done(each.folder) for each in pair_for_time(plan, name, s)))
     make = {"steps": trial, "flops": at_equal_flops, "seconds": at_equal_time}[equal]
-    if equal == "seconds" and not all(
-        is_done(trial(plan, variant, plan.seeds_of(name)[0]).folder)
-        for variant in (name, plan.reference_variant)
-    ):
-        return []
-    found = [make(plan, name, seed) for seed in plan.seeds_of(name)]
+    found = [make(plan, name, seed) for seed in seeds]
     return [each for each in found if is_done(each.folder)]
 
 

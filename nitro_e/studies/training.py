@@ -6,8 +6,10 @@ attempts, lie in `RUN/cpu_seconds.json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,9 +45,15 @@ def is_done(folder: Path) -> bool:
     return run_folder.read_status(folder).get("state") == "done" and (folder / CPU_SECONDS).is_file()
 
 
+def pair_for_time(plan: Study, name: str, seed: int) -> tuple[Trial, Trial]:
+    """Return the trainings whose speeds decide the steps of equal time: the variant's and the reference's."""
+    seeds = plan.seeds_of(plan.reference_variant)
+    return trial(plan, name, seed), trial(plan, plan.reference_variant, seed if seed in seeds else seeds[0])
+
+
 def at_equal_time(plan: Study, name: str, seed: int) -> Trial:
     """Make the training that takes as long as the reference's, by the speed of both at their recipes' steps."""
-    same, reference = trial(plan, name, seed), trial(plan, plan.reference_variant, seed)
+    same, reference = pair_for_time(plan, name, seed)
     for each in (same, reference):
         if not is_done(each.folder):
             raise ConfigError(
@@ -85,7 +93,8 @@ class Trainer:
         with self._lock:
             self._ended = True
             for process in self._running:
-                process.terminate()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGTERM)  # process.terminate() would wait for it too
 
     def _train(self, each: Trial, recipe: str) -> str:
         """Run or continue one training; returns why it failed, or nothing."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ import numpy as np
 from PIL import Image
 
 from nitro_e.cli import common as cli
+from nitro_e.cli.benchmark.report import finish
+from nitro_e.cli.benchmark.report import flags as report_flags
 from nitro_e.data import DataConfig, open_data
 from nitro_e.data.decode import decode_image
 from nitro_e.data.index import scan_tar, shard_index
@@ -186,13 +187,12 @@ def main(argv: list[str] | None = None) -> int:
         "--shards", type=cli.whole(1, 10_000), default=8, metavar="N", help="of 1,000 samples each"
     )
     parser.add_argument("--repeats", type=cli.whole(1), default=5, metavar="N")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    report_flags(parser)
     args = parser.parse_args(argv)
 
     def command() -> None:
         found = measure(args.shards, args.repeats)
         print(report(found))
-        if args.json is not None:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        finish(found, args)
 
     return cli.run(command)

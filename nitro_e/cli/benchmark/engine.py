@@ -1,30 +1,36 @@
 """Measure what the engine costs per step over a bare training loop, on one batch that is already there.
 
     nitro-e benchmark engine [--presets micro-8 tiny-8] [--batch 32] [--json FILE]
+    nitro-e benchmark engine --recipe configs/nitro_e_512/1_pretrain.yaml --device cuda --compile --recipe-batch 64 256
 
 The bare loop is forward, backward, clip, step. The same model, batch and fused AdamW then train in the engine: once with
 the bare loop's own loss (what the engine itself costs), once with the flow-matching stage (its noise per sample, caption
 drop and loss by timestep too). Measured are windows of `log_every` steps, each with one report; the variants take turns,
 and the best window of each counts. The target is about CPU time, in which other jobs on the machine hardly show. Data,
 trackers, averages and saving are left out.
+
+--recipe measures whole steps of a real recipe instead, on random images and weights (nitro-e rehearse): as they are, and
+split into waiting, encoding, forward, backward and the rest, by what the shards hold and what the step computes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e.cli import common as cli
-from nitro_e.config import from_dict
+from nitro_e.cli.benchmark.report import finish
+from nitro_e.cli.benchmark.report import flags as report_flags
+from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
 from nitro_e.randomness import SampleRandom
@@ -161,6 +167,39 @@ def report(found: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+INPUTS = {"all stored": [], "text computed": ["text"], "text and features computed": ["text", "features"],
+          "all computed": ["latents", "text", "features"]}  # fmt: skip
+
+
+def whole_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure whole steps of a recipe by what the shards hold; prints a table of milliseconds."""
+    from nitro_e.cli.rehearse import run
+
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device not in (None, there):
+        raise ConfigError(
+            f"--device {options.device}: training here runs on {there}; hide GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    rows = []
+    for batch in options.recipe_batch or [None]:
+        for name, computed in INPUTS.items():
+            given = {"config": options.recipe, "overrides": [], "batch": batch, "computed": computed}
+            shared = {key: getattr(options, key) for key in ("steps", "compile", "small_encoders")}
+            found = run(argparse.Namespace(**given, **shared))
+            parts = {part: 1000 * seconds for part, seconds in found.parts.items()}
+            rate = {"samples_per_s": found.batch / found.step, "tflops": found.teraflops, "mfu": found.mfu}
+            row = {"inputs": name, "batch": found.batch, "step_ms": 1000 * found.step, **rate, "ms": parts}
+            rows.append(row)
+            shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
+            mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
+            print(
+                f"batch {found.batch}, {name}: {row['step_ms']:.1f} ms a step, {rate['samples_per_s']:.3g} samples/s, "
+                f"{found.teraflops:.3g} TFLOP/s{mfu}\n  one after the other: {shown}",
+                flush=True,
+            )
+    return {"recipe": options.recipe, "rows": rows}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,17 +215,38 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N")
     parser.add_argument("--threads", type=cli.whole(1, 1024), default=1, metavar="N", help="of torch")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument(
+        "--recipe",
+        metavar="CONFIG",
+        help="instead: whole steps of a recipe at full size, split into parts, with stored and with computed inputs",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="of --recipe; default: cuda if there is one"
+    )
+    parser.add_argument("--steps", type=cli.whole(1, 10_000), default=10, metavar="N", help="of --recipe")
+    parser.add_argument(
+        "--recipe-batch",
+        type=cli.whole(1, 65536),
+        nargs="+",
+        metavar="N",
+        help="of --recipe; default: the recipe's on a GPU, 1 on a CPU",
+    )
+    parser.add_argument("--compile", action="store_true", help="of --recipe: what it compiles")
+    parser.add_argument("--small-encoders", action="store_true", help="of --recipe: with little inside")
+    report_flags(parser)
     options = parser.parse_args(argv)
 
     def command() -> None:
+        if options.recipe is not None:
+            found = whole_steps(options)
+            finish(found, options, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return
         torch.set_num_threads(options.threads)
         found = {
             preset: measure(preset, options.batch, options.windows, options.rounds)
             for preset in options.presets
         }
         print(report(found))
-        if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        finish(found, options)
 
     return cli.run(command)

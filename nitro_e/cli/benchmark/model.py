@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nitro_e.cli import common as cli
 from nitro_e.cli.benchmark.plain_emmdit import PlainEMMDiT
-from nitro_e.cli.benchmark.timing import interleave, machine, relative
+from nitro_e.cli.benchmark.report import finish
+from nitro_e.cli.benchmark.report import flags as report_flags
+from nitro_e.cli.benchmark.timing import interleave, relative
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, describe, released
@@ -223,14 +223,7 @@ def measure(options: argparse.Namespace) -> dict:
         torch.set_num_threads(options.threads)
     config = from_dict(ModelConfig, {"preset": options.preset})
     bench = Bench(config, getattr(torch, options.dtype), device, options.text_length)
-    found = {
-        "machine": machine(device),
-        "preset": options.preset,
-        "dtype": options.dtype,
-        "rows": [],
-        "matmul": [],
-    }
-    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    found = {"preset": options.preset, "dtype": options.dtype, "rows": [], "matmul": []}
     print(f"{options.preset} in {options.dtype}: {bench.flops / 1e9:.2f} GFLOP per latent")
     for train in (False, True) if options.train else (False,):
         variants = bench.variants(options.compile, train)
@@ -272,12 +265,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=cli.real(0), default=0.5, metavar="S", help="for each variant in each round"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    report_flags(parser)
     options = parser.parse_args(arguments)
 
     def command() -> None:
         found = measure(options)
-        if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        finish(found, options, "cuda" if torch.cuda.is_available() else "cpu")
 
     return cli.run(command)

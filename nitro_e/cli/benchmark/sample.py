@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,9 @@ from torch import Tensor
 
 from nitro_e.cli import common as cli
 from nitro_e.cli.benchmark.model import plain_model
-from nitro_e.cli.benchmark.timing import interleave, machine, relative
+from nitro_e.cli.benchmark.report import finish
+from nitro_e.cli.benchmark.report import flags as report_flags
+from nitro_e.cli.benchmark.timing import interleave, relative
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.encoders.random_weights import random_dc_ae, random_llama
 from nitro_e.interfaces import Denoiser, LatentCodec, Model, TextEmbedding, TextEncoder
@@ -263,9 +263,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
     bench = Bench(shapes(options) if options.shapes else released_size(options), options)
     name = "shapes" if options.shapes else options.preset
-    found: dict[str, Any] = {"machine": machine(options.device), "model": name, "rows": []}
+    found: dict[str, Any] = {"model": name, "rows": []}
     found["settings"] = dataclasses.asdict(bench.settings)
-    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
     print(f"{name} in bfloat16: {bench.settings.in_words()}")
     for batch in options.batch:
         rows = bench.measure(batch)
@@ -301,7 +300,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=cli.real(0), default=0.5, metavar="S", help="for each way in each round, at least"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    report_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -312,8 +311,6 @@ def main(arguments: list[str] | None = None) -> int:
         from nitro_e.record.environment import default_device
 
         options.device = options.device or default_device()
-        found = measure(options)
-        if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        finish(measure(options), options, options.device)
 
     return cli.run(command)

@@ -43,13 +43,6 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """Describe the machine that is measured."""
-    cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
-    return {"device": device, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Measure |ours - theirs| / |theirs|."""
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()

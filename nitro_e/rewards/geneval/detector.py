@@ -4,6 +4,7 @@ GenEval runs mmdetection; transformers' own post-processing gives other scores, 
 This one follows mmdetection:
 
 * the best 100 of queries x classes are candidates, and overlapping objects stay;
+* images that are not square are padded with gray, as mmdetection 2 does for this network;
 * masks are upsampled to the network's input, cropped, resized to the image and cut at 0;
 * the score is the class probability times the mean mask probability inside the mask;
 * boxes are tight, right and bottom edges exclusive.
@@ -34,6 +35,7 @@ SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # of the network's input
 MAX_CANDIDATES = 100
 # weights that may be missing: the loss's, unused ones, and those computed on loading
 UNUSED = r"^criterion\.|\.swin\.layernorm\.|\.relative_position_index$"
+GRAY = 128 / 255  # of the padding
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB
 
 
@@ -57,6 +59,7 @@ class Detector(nn.Module):
         self.min_score = min_score
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("padding", torch.full((1, 3, 1, 1), GRAY), persistent=False)
 
     def forward(self, pixels: Tensor) -> list[list[Found]]:
         images, size = self.prepare(pixels)
@@ -74,8 +77,10 @@ class Detector(nn.Module):
         factor = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
         size = (int(height * factor + 0.5), int(width * factor + 0.5))
         images = F.interpolate(pixels.float() / 2 + 0.5, size, mode="bilinear", align_corners=False)
-        images = ((images * 255).round() / 255 - self.mean) / self.std  # mmdetection resizes 8-bit images
-        return F.pad(images, (0, -size[1] % DIVISOR, 0, -size[0] % DIVISOR)), size
+        padded = [side + -side % DIVISOR for side in size]
+        canvas = self.padding.expand(len(pixels), 3, *padded).clone()
+        canvas[..., : size[0], : size[1]] = (images * 255).round() / 255  # mmdetection resizes 8-bit images
+        return (canvas - self.mean) / self.std, size
 
 
 def select(

@@ -1,9 +1,11 @@
 """GenEval's rules (Ghosh et al. 2023, arXiv:2310.11513) over detected objects, and scores built on them.
 
     is_correct   the benchmark's verdict: what is asked for is there; other objects are allowed
+    reasons      what is wrong, in the words of the benchmark's tool; none if and only if correct
     is_strict    the same, and nothing else is there
     fraction     how much of it is there, 0..1; exactly 1 if and only if correct
     graded       the same, less for other objects; exactly 1 if and only if strict
+    flow_grpo    the reward that Flow-GRPO trained on: exact numbers of every class, at most 1, negative for many too many
 
 Pure Python, no images. The caller detects objects, and drops uncertain ones as the benchmark does (`confident`).
 """
@@ -11,6 +13,7 @@ Pure Python, no images. The caller detects objects, and drops uncertain ones as 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,18 +53,38 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def is_correct(found: Sequence[Detection], metadata: dict) -> bool:
-    """GenEval's verdict on an image. `metadata`: `include` (class, count, color?, position?), `exclude`?"""
+    """Give GenEval's verdict on an image. `metadata`: `include` (class, count, color?, position?), `exclude`?"""
+    return not reasons(found, metadata)
+
+
+def reasons(found: Sequence[Detection], metadata: dict) -> list[str]:
+    """Say what is wrong in an image; empty if nothing is."""
+    said: list[str] = []
     groups: list[list[Detection] | None] = []  # what satisfied each requirement, None = nothing did
     for wanted in metadata["include"]:
-        group = _best(found, wanted)
-        ok = len(group) >= wanted["count"]
-        if ok and "color" in wanted:
-            ok = all(thing.color == wanted["color"] for thing in group)
-        if ok and "position" in wanted:
-            ok = _is_placed(group, groups, wanted["position"])
-        groups.append(group if ok else None)
-    excluded = (_count(found, banned["class"]) >= banned["count"] for banned in metadata.get("exclude", ()))
-    return None not in groups and not any(excluded)
+        name, count, color = wanted["class"], wanted["count"], wanted.get("color")
+        group, wrong = _best(found, wanted), ""
+        if len(group) < count:
+            wrong = f"expected {name}>={count}, found {len(group)}"
+        elif color is not None and any(thing.color != color for thing in group):
+            colors = Counter(thing.color or "unclear" for thing in group)
+            others = ", ".join(f"{number} {other}" for other, number in colors.items())
+            wrong = f"expected {color} {name}>={count}, found {colors[color]} {color}; and {others}"
+        elif "position" in wanted and not _is_placed(group, groups, wanted["position"]):
+            relation, target = wanted["position"]
+            others = groups[target]
+            if others is None:
+                wrong = f"no target for {name} to be {relation}"
+            else:
+                seen = sorted({one for a in group for b in others for one in relations(a.box, b.box)})
+                wrong = f"expected {name} {relation} target, found {' and '.join(seen) or 'no relation'}"
+        said += [wrong] if wrong else []
+        groups.append(None if wrong else group)
+    for banned in metadata.get("exclude", ()):
+        number = _count(found, banned["class"])
+        if number >= banned["count"]:
+            said.append(f"expected {banned['class']}<{banned['count']}, found {number}")
+    return said
 
 
 def is_strict(found: Sequence[Detection], metadata: dict) -> bool:
@@ -99,6 +122,42 @@ def graded(found: Sequence[Detection], metadata: dict) -> float:
         for wanted in metadata["include"]
     )
     return fraction(found, metadata) / (1 + len(found) - asked)
+
+
+def flow_grpo(found: Sequence[Detection], metadata: dict) -> float:
+    """Score as the reward server of Flow-GRPO does (arXiv 2505.05470), two oddities included.
+
+    The mean over parts: of every class 1 - |wanted - found| / wanted, which has no lower bound; its color's and place's
+    share, 0 where the number is wrong. A relation that does not hold counts twice, as 0 and as 1.
+    """
+    parts: list[float] = []
+    groups: list[list[Detection] | None] = []
+    for wanted in metadata["include"]:
+        name, count = wanted["class"], wanted["count"]
+        group, number = _best(found, wanted), _count(found, name)
+        parts.append(1 - abs(count - number) / count)
+        holds = number == count
+        if not holds:
+            parts += [0.0] if "color" in wanted or "position" in wanted else []
+        elif "color" in wanted:
+            right = sum(thing.color == wanted["color"] for thing in group)
+            parts.append(right / count)
+            holds = right == count
+        if holds and "position" in wanted:
+            if groups[wanted["position"][1]] is None:
+                parts.append(0.0)
+                holds = False
+            else:
+                holds = _is_placed(group, groups, wanted["position"])
+                parts += [1.0] if holds else [0.0, 1.0]
+        groups.append(group if holds else None)
+    return sum(parts) / len(parts) if parts else 0.0
+
+
+def in_words(found: Sequence[Detection]) -> str:
+    """Count detected objects in words: "2 cup, 1 red dog"."""
+    things = Counter(f"{thing.color} {thing.name}" if thing.color else str(thing.name) for thing in found)
+    return ", ".join(f"{number} {name}" for name, number in things.items()) or "nothing"
 
 
 def _exact(metadata: dict) -> set[str]:

@@ -1,0 +1,133 @@
+"""Rehearsals of recipes, and how benchmarks report: figures of the right things, no timing is judged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nitro_e.cli import rehearse
+from nitro_e.cli.benchmark import engine as benchmark
+from nitro_e.cli.benchmark.report import comparison, numbers
+
+MODEL = "model: {preset: nitro-e-512, width: 64, heads: 2, groups: [1, 1, 1]}\n"
+COMPONENTS = "codec: dc-ae-f32c32, text: {name: llama-3.2-1b, dtype: bfloat16}"
+STAGES = {
+    "pretrain": f"""
+stage: {{kind: flow_matching, repa: {{tap: 1, width: 32}}}}
+data: {{shards: [data/none/*.tar], resolution: 512}}
+batch: {{global: 2048, per_device: 256}}
+components: {{{COMPONENTS}, vision: dinov2-b14}}
+engine: {{steps: 1000}}""",
+    "distill": f"""
+stage: {{kind: distill, preset: ladd_guided, teacher: runs/none@ema}}
+data: {{shards: [data/none/*.tar], resolution: 512}}
+batch: {{global: 1024, per_device: 128}}
+components: {{{COMPONENTS}}}
+engine: {{steps: 500, ema: {{beta: 0.9}}}}
+sampling: {{steps: 4, guidance_scale: 1, sampler: multistep}}""",
+    "grpo": f"""
+stage:
+  kind: grpo
+  prompts: {{source: geneval-train, num: 8}}
+  rewards: [{{name: geneval, weight: 1.0}}]
+  groups: 1
+  group_size: 2
+  updates: 1
+  rollout: {{steps: 2, guidance_scale: 1, window: {{size: 1}}, per_device: 1}}
+batch: {{per_device: 1}}
+components: {{{COMPONENTS}}}
+engine: {{steps: 100, precision: float32}}
+sampling: {{resolution: 512}}""",
+}
+
+
+def recipe(folder: Path, stage: str) -> str:
+    path = folder / f"{stage}.yaml"
+    path.write_text(f"name: {stage}\n{MODEL}{STAGES[stage]}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "computed", "encoded"),
+    [
+        ("pretrain", [], set()),
+        pytest.param(
+            "pretrain", ["latents", "text", "features"], {"codec", "text", "vision"}, marks=pytest.mark.slow
+        ),
+        ("distill", None, {"text"}),
+        pytest.param("grpo", None, set(), marks=pytest.mark.slow),
+    ],
+)
+def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
+    tmp_path, capsys, stage, computed, encoded
+):
+    path, figures = recipe(tmp_path, stage), tmp_path / "figures.json"
+    arguments = [
+        path,
+        "--steps",
+        "1",
+        "--small-encoders",
+        "--gpus",
+        "4",
+        "--price",
+        "2",
+        "--json",
+        str(figures),
+    ]
+    arguments += [] if computed is None else ["--computed", *computed]
+    assert rehearse.main(arguments) == 0
+    found = json.loads(figures.read_text())
+    assert {name.removeprefix("encode: ") for name in found["parts"] if "encode" in name} == encoded
+    assert {"forward", "backward"} < set(found["parts"]) and all(
+        value >= 0 for value in found["parts"].values()
+    )
+    sizes = {"pretrain": 1000 * 2048, "distill": 500 * 1024, "grpo": 100 * 2}
+    assert found["steps"] * found["global_batch"] == sizes[stage]
+    assert found["checkpoint"] > 4 * found["parameters"]  # more than one copy of the weights in float32
+    if stage != "grpo":  # (32, 16, 16) latents in half precision, and for pretraining text and features
+        least = 2 * 32 * 16 * 16 + (
+            2 * 128 * 2048 + 2 * 256 * 768 if stage == "pretrain" and not computed else 0
+        )
+        assert found["sample_bytes"] >= (least if not computed else 2000)
+    out = capsys.readouterr().out
+    hours = found["steps"] * found["global_batch"] * found["step"] / found["batch"] / 3600
+    assert f"{hours / 4:,.1f} hours on 4 such devices" in out and f"{2 * hours:,.0f} in money" in out
+    assert "memory" in out and "torch" in out
+
+
+def test_whole_steps_of_a_recipe_for_every_kind_of_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "INPUTS", {"all stored": []})
+    arguments = [
+        "--recipe",
+        recipe(tmp_path, "pretrain"),
+        "--steps",
+        "1",
+        "--small-encoders",
+        "--device",
+        "cpu",
+    ]
+    assert benchmark.main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["inputs"] == "all stored" and row["ms"]["backward"] > 0
+    assert "batch 1, all stored" in capsys.readouterr().out
+
+
+def test_figures_are_compared_by_name():
+    rows = [{"part": "text", "batch": 1, "seconds": 2.0}, {"part": "text", "batch": 8, "seconds": 3.0}]
+    before = {"machine": {"name": "a", "torch": "2"}, "rows": rows, "memory_gb": 1.0}
+    now = {"machine": {"name": "a", "torch": "3"}, "rows": [dict(rows[1], seconds=6.0)], "memory_gb": 1.5}
+    assert dict(numbers(before)) == {
+        "rows, text, 1, seconds": 2.0,
+        "rows, text, 8, seconds": 3.0,
+        "memory_gb": 1.0,
+    }
+    lines = comparison(now, before).splitlines()
+    assert lines[0] == "not the same: torch was 2, is 3"
+    assert lines[3:] == ["| rows, text, 8, seconds | 3 | 6 | 2.00 |", "| memory_gb | 1 | 1.5 | 1.50 |"]
+
+
+def test_other_files_are_refused(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["--against", str(tmp_path / "other.json")])
+    assert "was not written by --json of this command" in capsys.readouterr().err
