@@ -151,6 +151,7 @@ def open_fitting(
         ("latents", "codec", components.codec),
         ("text", "text", components.text),
         ("features", "vision", components.vision),
+        *((name, "text", components.text) for name in made if name.startswith("text_")),
     ):
         theirs = made[column]["name"] if column in made else None
         if ours is not None and theirs is not None and theirs["name"] != ours.name:
@@ -159,9 +160,9 @@ def open_fitting(
             )
         # embeddings that were stored before there was a choice have none
         layers = "last" if theirs is None else theirs.get("layers", "last")
-        if column == "text" and theirs is not None and layers != ours.layers:
+        if key == "text" and theirs is not None and layers != components.text.layers:
             raise ConfigError(
-                f"components.text.layers is '{ours.layers}', but the stored text was made with '{layers}'; set "
+                f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}'; set "
                 f"components.text.layers={layers}, or encode the text again"
             )
     if opened.text_format == "ragged" and config.model.attends_padding:
