@@ -196,7 +196,6 @@ ALONE = {
 POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads", "discriminator")}
 DIFFUSION = {"kind": "mse", "decay": None}
 FAKE = {"optim": {**FAST, "lr": 1e-3, "warmup": 0}}
-SHARED = {"weight": 0.03, "heads": {"width": 64}, "optim": {**FAST, "lr": 2e-3}}
 PLAIN = {"guidance_scale": 1, "drop_text": 0}
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
@@ -278,48 +277,23 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         None,
     ),
     "tdm": ({"preset": "tdm", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.006, None),
-    "dmd2_gan": (
-        {"preset": "dmd2_gan", "score": {"guidance_scale": 1, "fake": FAKE}, "adversarial": SHARED},
-        0.012,
-        None,
-    ),
-    "f_distill": (
-        {
-            "preset": "f_distill",
-            "every": 5,
-            "score": {"guidance_scale": 1, "fake": FAKE},
-            "adversarial": SHARED,
-        },
-        0.012,
-        None,
-    ),
     "phased_dmd": ({"preset": "phased_dmd", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.012, None),
-    "sid_few": (
-        {"preset": "sid_few", "every": 5, "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN}}},
-        0.012,
-        None,
-    ),
     "sim, one step": ({"preset": "sim", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.02, None),
     "swiftbrush": (
         {"preset": "swiftbrush", "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN, "adapter": None}}},
         0.02,
         None,
     ),
-    "consistency": ({"preset": "consistency", "flow_map": {"guidance_scale": 1}}, 0.06, None),
-    "scm": ({"preset": "scm", "flow_map": {"guidance_scale": 1, "warmup": 200}}, 0.06, None),
-    "mean_flow": ({"preset": "mean_flow", "flow_map": {"guidance_scale": 1, "warmup": 200}}, 0.06, None),
+    "consistency": ({"preset": "consistency", "flow_map": {"guidance_scale": 1}}, 0.02, None),
+    "scm": ({"preset": "scm", "flow_map": {"guidance_scale": 1, "warmup": 200}}, 0.02, None),
+    "mean_flow": ({"preset": "mean_flow", "flow_map": {"guidance_scale": 1, "warmup": 200}}, 0.012, 0.1),
     "sana_sprint": (
         {
             "preset": "sana_sprint",
             "flow_map": {"guidance_scale": 1, "warmup": 200},
             "adversarial": {**ADVERSARIAL, "weight": 0.1},
         },
-        0.06,
-        None,
-    ),
-    "rcm": (
-        {"preset": "rcm", "flow_map": {"guidance_scale": 1}, "score": {"guidance_scale": 1, "fake": FAKE}},
-        0.06,
+        0.02,
         None,
     ),
     "score and imitate": (

@@ -60,19 +60,20 @@ class TimeEmbedding(nn.Module):
     def imitate(self, other: TimeEmbedding) -> None:
         """Fit the embedding to that of another speed, by least squares over t in 0..1.
 
-        Hidden unit j begins to rise at t = j / D. What the other does within less than about 1 / D is smoothed.
+        The hidden units begin to rise one after the other. Their slope and the ridge keep activations and weights small, so
+        that training moves the result little at a step; what the other does within a tenth of t or less is smoothed.
         """
         units, t = len(self.linear_in.weight), torch.linspace(0, 1, 2049, dtype=torch.float64)
         starts = torch.linspace(-0.1, 1, units, dtype=torch.float64)
         self.linear_in.weight.zero_()
-        # the slowest sine but for its name: of angle t where speed is 1 / 1000
-        rising = units / torch.sin(torch.tensor(1.0))
+        # entry 128 is the sine of t itself where speed is 1 / 1000
+        rising = 8.0
         self.linear_in.weight[:, 128] = rising
         self.linear_in.bias.copy_(-rising * torch.sin(starts))
         device = self.linear_in.weight.device
         hidden = F.silu(self.linear_in(timestep_sinusoids((t * self.speed).to(device)))).double()
         basis = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
-        weak = 1e-3 * torch.eye(units + 1, dtype=torch.float64, device=device)
+        weak = 0.3 * torch.eye(units + 1, dtype=torch.float64, device=device)
         target = torch.cat(
             [other.project(t.to(device)).double(), torch.zeros_like(basis[: units + 1, :units])]
         )
