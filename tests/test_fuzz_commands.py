@@ -108,7 +108,8 @@ SAMPLE = """
     --num-images 1000000000   --batch-size 0   --batch-size -3   --batch-size 1e30   --height 0   --height -8   --height 65
     --height 1000000   --height 1e30   --width 65   --width x   --sampler foo   --dtype foo   --codec W   --text W
     --unknown 1   --prompts-file W/none   --prompts-file W/binary.txt   --prompts-file W   --prompt SURROGATE
-    --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x
+    --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x   --guidance-by foo   --guidance-by path
+    --guidance-rescale foo
 """
 SOURCES = """'' @ema W W/none W/run@foo W/binary.txt W/run/checkpoints/step-0000002/model/model.safetensors /dev/null
     shapes@foo W/models/truncated W/models/empty W/models/no_weights W/models/pickle W/models/header W/models/config_binary
@@ -155,6 +156,7 @@ TOOLS = {
         encode {DATA} --out W/o/ed --codec dct-f8c24 --world 0 ; encode {DATA} --out W/o/ee --codec dct-f8c24 --rank -1
         encode {DATA} --out W/o/ef --vision shapes-vit --grid 0 0 ; encode {DATA} --out W/o/eg --text hash --text-length -1
         encode {DATA} --out W/o/eh --text hash --text-length 99999999999 ; encode {DATA} --out W/o/ei --codec dct-f8c24 --resolution 1e9
+        encode {DATA} --out W/o/ej --text hash --text-layers normed_mean ; encode {DATA} --out W/o/ek --text hash --text-layers x
         encode {DATA} --out W/binary.txt --codec dct-f8c24 --resolution 64""",
     "serve": """
         W/none ; W/binary.txt ; shapes W/none ; shapes@foo ; W/models/empty ; shapes --port 0 ; shapes --port -1
@@ -213,7 +215,8 @@ TOOLS = {
         shapes W/o/fd --torch --resolution 7 ; shapes /proc/x --diffusers ; W/models/config_deep W/o/fe --diffusers""",
     "describe": """; nope ; W ; W/binary.txt ; /etc/passwd ; nitro-e-512 --foo ; W/recipes/latin.yaml ; W/recipes/deep.yaml
         nitro-e-512 --grid 0x0 ; nitro-e-512 --grid x ; nitro-e-512 --text-length -1 ; nitro-e-512 --text-length 1e12
-        nitro-e-512 mlp_ratio=.nan ; nitro-e-512 width=010 ; nitro-e-512 groups=[1000000,1,1]""",
+        nitro-e-512 mlp_ratio=.nan ; nitro-e-512 width=010 ; nitro-e-512 groups=[1000000,1,1]
+        nitro-e-512 text_compression=0 ; nitro-e-512 text_compression=3 ; nitro-e-512 path_drop=1.5 ; nitro-e-512 prediction=x""",
     "ema": """; foo ; list W ; list W/none ; synthesize W/none --sigma-rel 0.08 --out W/o/x1
         synthesize W/run --sigma-rel nan --out W/o/x2 ; synthesize W/run --sigma-rel x --out W/o/x3""",
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",

@@ -156,13 +156,14 @@ def open_fitting(
             raise ConfigError(
                 f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
             )
-        # embeddings that were stored before there was a choice have none
-        layers = "last" if theirs is None else theirs.get("layers", "last")
-        if column == "text" and theirs is not None and layers != ours.layers:
-            raise ConfigError(
-                f"components.text.layers is '{ours.layers}', but the stored text was made with '{layers}'; set "
-                f"components.text.layers={layers}, or encode the text again"
-            )
+    # embeddings that were stored before there was a choice have none
+    described = made["text"]["name"] if "text" in made else None
+    layers = "last" if described is None else described.get("layers", "last")
+    if described is not None and layers != components.text.layers:
+        raise ConfigError(
+            f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}'; "
+            f"set components.text.layers={layers}, or encode the text again"
+        )
     if opened.text_format == "ragged" and config.model.attends_padding:
         raise ConfigError(
             "the model attends to padded positions of the text, but the stored text has none (ragged); "
