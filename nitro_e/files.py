@@ -50,6 +50,9 @@ REVISIONS: dict[str, str | None] = {
     "zai-org/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
     "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "facebook/mask2former-swin-small-coco-instance": None,
+    "Salesforce/blip-vqa-capfilt-large": None,
+    "timm/vit_large_patch14_dinov2.lvd142m": None,
+    "openai/clip-vit-large-patch14-336": None,
     "amd/Nitro-E": None,
 }
 

@@ -49,6 +49,8 @@ class TextEmbedding(NamedTuple):
 
     def take(self, rows: Tensor | Sequence[int] | slice) -> TextEmbedding:
         """Pick rows, as indexing does."""
+        if not isinstance(rows, Tensor | slice):  # indexing by a list would wait for the device
+            rows = torch.tensor(rows, dtype=torch.long).to(self.tokens.device, non_blocking=True)
         return TextEmbedding(self.tokens[rows], self.mask[rows])
 
     def where(self, keep: Tensor, other: TextEmbedding) -> TextEmbedding:

@@ -55,6 +55,9 @@ OVERRIDES = """
     data.resolution=0   data.resolution=63   data.shards=foo   data.shards=[]   "data.shards=['']"   data.shards=[/tmp]
     data.shards=[W/none-*.tar]   data.shards=[@W/none]   data.shards=[@W/binary.txt]   "data.shards=['pipe:id']"
     "data.shards=['a-{5..1}.tar']"   data.shards=[W/zero.tar]   data.shards=[W/cut.tar]   data.shards=[W/empty.tar]
+    data.captions={txt: -1}   data.captions={txt: .nan}   data.captions={txt: 0}   data.captions={nope: 1}
+    'data.where={width: 5}'   'data.where={width: "=> 5"}'   'data.where={nope: ">= 5"}'   data.buckets=[64]
+    data.buckets=[0x64]   data.buckets=[63x64]   data.buckets=[64x64,64x64]   resume.allow=[seed]   resume.allow=data
     data=null   'data.sources={a: {shards: []}}'   'data.sources={a: {shards: [W/data-0.tar], weight: .nan}}'
     model.preset=nope   model.preset=[1]   model.latent_channels=5   model.width=49   model.heads=7   model.attention=[]
     "model.attention=['0x0']"   model.compression=[1]   model.compression=[3]   model.compression=[2,2]
@@ -131,6 +134,9 @@ TOOLS = {
         pack folder W/images --captions-from-names --out W/o/p7 --max-bad-fraction nan
         pack folder W/images --captions-from-names --out W/o/p8 --max-bad-fraction 7
         pack folder W/images --captions-from-names --out W/o/p9 --shuffle 1e30
+        pack folder W/images --captions-from-names --out W/o/pc --max-aspect nan
+        pack folder W/images --captions-from-names --out W/o/pd --max-aspect 0.5
+        pack table W/columns.csv --out W/o/pe --keep none
         pack folder W/images --captions-from-names --out W/o/pa --name ../x
         pack folder W/images --captions W/latin.csv --out W/o/pb ; pack table W/latin.csv --out W/o/t1
         pack table W/lists.jsonl --out W/o/t2 ; pack table W/numbers.jsonl --out W/o/t3 ; pack table W/deep.jsonl --out W/o/t4
@@ -274,6 +280,11 @@ FEW = {  # at once, in this process
             "name=../../evil",
             "model.preset=[1]",
             "data.shards=[W/zero.tar]",
+            "'data.where={width: \"=> 5\"}'",
+            "'data.where={nope: \">= 5\"}'",
+            "'data.captions={txt: 0}'",
+            "data.buckets=[64x72]",
+            "resume.allow=[seed]",
         )
     ]
     + ["W/recipes/latin.yaml", "W/recipes/deep.yaml", "W/recipes/section_twice.yaml"],
@@ -295,6 +306,12 @@ FEW = {  # at once, in this process
         "stats W/no_image.tar",
         "which W/tiny.yaml --step -1",
         "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o",
+        "encode W/data-0.tar --codec dct-f8c24 --buckets 8x --out W/o",
+        "encode W/data-0.tar --codec dct-f8c24 --buckets 9x9 --workers 0 --out W/o/bucket",
+        "encode W/data-0.tar --text hash --caption a.b --out W/o",
+        "encode W/data-0.tar --text hash --caption none --workers 0 --out W/o/caption",
+        "pack table W/columns.csv --keep none --out W/o",
+        "pack folder W/images --captions-from-names --max-aspect nan --out W/o",
         "verify W/damaged/data-0.tar",
         "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
     ],

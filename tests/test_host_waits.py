@@ -26,9 +26,12 @@ def flow_matching(repa=True):
     data = SimpleNamespace(
         config=SimpleNamespace(batch_size=2), fingerprint=dict, bad=(), null_text=lambda: null
     )
-    config = from_dict(FlowMatchingConfig, {"repa": {"tap": 1, "width": 8}} if repa else {})
+    config = from_dict(
+        FlowMatchingConfig,
+        {"repa": {"taps": [1], "width": 8}} if repa else {"guidance": {"scale": 3.0, "start": 0}},
+    )
     vision = SimpleNamespace(width=6)
-    stage = FlowMatching(config, model, data, None, None, vision, 0, torch.device("cpu"), 1.0)
+    stage = FlowMatching(config, model, data, None, None, vision, 0, torch.device("cpu"), 1.0, STEPS)
     batch = random_batch(0, 2)
     latents = Batch(
         batch.latents, batch.text, batch.prompts, batch.keys, torch.randn(2, SHAPE[1] * SHAPE[2], 6)
@@ -42,14 +45,14 @@ def flow_matching(repa=True):
     return stage
 
 
-def distill(preset):
-    stage = tiny_stage(distill_config(preset))
-    stage.name, stage.batch_size, stage.forward_flops, stage.fingerprint = "distill", 2, 1.0, {}
+def distill(preset, **overrides):
+    stage = tiny_stage(distill_config(preset, **overrides))
+    stage.name, stage.batch_size, stage.forward_flops, stage.fingerprint = "distill", 4, 1.0, {}
     stage.bad_samples = 0
 
     def batches(step, *_):
         while True:
-            yield random_batch(step, 2)
+            yield random_batch(step, 4)
             step += 1
 
     stage.batches = batches
@@ -105,9 +108,12 @@ def test_stage_3_waits_once_per_report_and_in_its_rollouts(tmp_path):
     assert len(found) == STEPS // LOG_EVERY, "\n".join(found)
 
 
-@pytest.mark.parametrize("preset", ["ladd_guided"])
-def test_stage_4_waits_once_per_report(tmp_path, preset):
-    found = waits_of(distill(preset), tmp_path / "run", ema=EMAConfig())
+EVERYTHING = {"adversarial": {"start": 0, "misaligned": {"start": 0}}, "guards": {"start": 0}}
+
+
+@pytest.mark.parametrize(("preset", "overrides"), [("ladd_guided", EVERYTHING), ("score_imitate", {})])
+def test_stage_4_waits_once_per_report(tmp_path, preset, overrides):
+    found = waits_of(distill(preset, **overrides), tmp_path / "run", ema=EMAConfig())
     assert len(found) == STEPS // LOG_EVERY, "\n".join(found)
 
 

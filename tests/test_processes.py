@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_distributed import SCRIPT, assert_same_losses
 
-from nitro_e.cli import processes, train
+from nitro_e.cli import processes, synthesize, train
 from nitro_e.record import run_folder
 
 START = (
@@ -49,6 +49,7 @@ def test_two_processes_without_a_launcher_train_as_one(tmp_path):
     assert_same_losses(run, one)
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_that_of_the_first_that_failed(tmp_path):
     run = tmp_path / "run"
     process = start(run, fault="dies")
@@ -126,3 +127,14 @@ def test_training_starts_its_processes(monkeypatch):
     assert train.main([recipe, "batch=32", "model.widht=3"]) == 2
     assert train.main([recipe, "data.reader=stream", "--dry-run"]) == 0
     assert len(launched) == 1 and "NITRO_E_WORKER" not in os.environ
+
+
+def test_synthesis_starts_no_more_processes_than_shards(monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr(processes, "launch", lambda command, count: launched.append(count) or 0)
+    monkeypatch.setattr(processes, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    (tmp_path / "prompts.txt").write_text("a red circle\n" * 10)
+    arguments = ["shapes", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    assert synthesize.main([*arguments, "--samples-per-shard", "4"]) == 0
+    assert launched == [3]

@@ -54,7 +54,7 @@ def recipe(folder: Path, stage: str) -> str:
         pytest.param(
             "pretrain", ["latents", "text", "features"], {"codec", "text", "vision"}, marks=pytest.mark.slow
         ),
-        ("distill", None, {"text"}),
+        pytest.param("distill", None, {"text"}, marks=pytest.mark.slow),
         pytest.param("grpo", None, set(), marks=pytest.mark.slow),
     ],
 )
@@ -96,20 +96,26 @@ def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
 
 
 def test_whole_steps_of_a_recipe_for_every_kind_of_input(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "INPUTS", {"all stored": []})
+    def run(options):
+        assert options.steps == 3 and options.config == "recipe.yaml"
+        parts = {"wait": 0.1, "forward": 0.2, "backward": 0.4, "clip, optimiser, averages": 0.1}
+        return rehearse.Rehearsal("a", "b", 10, 4, options.computed, 0.5, parts, 2.0, None, 1, 1, 1, 1)
+
+    monkeypatch.setattr(rehearse, "run", run)
     arguments = [
         "--recipe",
-        recipe(tmp_path, "pretrain"),
+        "recipe.yaml",
         "--steps",
-        "1",
-        "--small-encoders",
+        "3",
         "--device",
         "cpu",
+        "--json",
+        str(tmp_path / "a.json"),
     ]
-    assert benchmark.main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
-    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert row["inputs"] == "all stored" and row["ms"]["backward"] > 0
-    assert "batch 1, all stored" in capsys.readouterr().out
+    assert benchmark.main(arguments) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["inputs"] for row in rows] == list(benchmark.INPUTS) and rows[0]["ms"]["backward"] == 400
+    assert "batch 4, text computed: 500.0 ms a step, 8 samples/s, 2 TFLOP/s" in capsys.readouterr().out
 
 
 def test_figures_are_compared_by_name():

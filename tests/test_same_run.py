@@ -23,7 +23,6 @@ from nitro_e.interfaces import Phase
 from nitro_e.record import metrics, run_folder
 from nitro_e.stages.recipe import RunConfig, build
 
-PAIR = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -59,8 +58,8 @@ def options(shards: Path, run: Path, *more: str, columns: str = "latents text fe
     ]
 
 
-def start(recipe: str, arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), str(ROOT / "configs" / recipe), *arguments]
+def start(recipe: str, arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / recipe), *arguments]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
 
@@ -100,7 +99,8 @@ def test_repa_in_two_interpreters_and_on_two_processes(shards, tmp_path):
     finish(
         start(recipe, options(shards, one, *more)),
         start(recipe, options(shards, again, *more)),
-        start(recipe, options(shards, two, *more), PAIR),
+        # without a launcher
+        start(recipe, [*options(shards, two, *more), "--processes", "2"]),
     )
     assert_same_bits(one, again)
     rows = zip(metrics.read(one), metrics.read(two), strict=True)

@@ -67,6 +67,28 @@ def chosen(given: int | str, fits: Callable[[int], bool] = lambda processes: Tru
     )
 
 
+def start(
+    command: str, given: int | str, arguments: Sequence[str] | None, fits: Callable[[int], bool]
+) -> int | None:
+    """Start the processes of a command and return their exit code; None: the work is this process's."""
+    number = 1
+
+    def choose() -> None:
+        nonlocal number
+        number = chosen(given, fits)
+        if number > 1:
+            fits(number)  # a mistake in the arguments is said here, once
+
+    if code := cli.run(choose):
+        return code
+    if number > 1:
+        return launch(
+            ["-m", "nitro_e.cli", command, *(sys.argv[1:] if arguments is None else arguments)], number
+        )
+    end_with_parent()
+    return None
+
+
 def launch(command: Sequence[str], processes: int) -> int:
     """Run `python COMMAND` in so many processes; returns the exit code of the first that failed, or 0."""
     with tempfile.TemporaryDirectory(prefix="nitro-e-") as folder:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from nitro_e.cli import common as cli
+from nitro_e.cli import processes
 from nitro_e.cli.data import from_flags, job_arguments, rank_device
 from nitro_e.config import ConfigError
 from nitro_e.data.making.jobs import JobConfig
@@ -110,11 +111,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
+    processes.flag(parser)
     args = parser.parse_args(argv)
-    return cli.run(lambda: run(args))
+    if args.world > 1:  # divided already
+        processes.end_with_parent()
+        return cli.run(lambda: run(args))
+    started = processes.start("synthesize", args.processes, argv, lambda count: shards_of(args) >= count)
+    return cli.run(lambda: run(args)) if started is None else started
+
+
+def shards_of(args: argparse.Namespace) -> int:
+    """Count the shards, which processes share."""
+    images = len(read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit))
+    return -(-images // args.samples_per_shard)
 
 
 def run(args: argparse.Namespace) -> None:
+    args.processes = 1  # of this rank
     job = from_flags(JobConfig, args)
     if args.std is not None and (len(args.std) != 2 or args.std[0] >= args.std[1]):
         raise ConfigError(f"--std {args.std}: expected two numbers, for example .6,1.6")

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import logging
 import os
-import sys
 from pathlib import Path
 
 from nitro_e.cli import common as cli
@@ -45,21 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.run(lambda: tell(options.explain))
     if options.dry_run:
         return cli.run(lambda: preview(options))
-    number = 0
-
-    def choose() -> None:
-        nonlocal number
-        number = processes.chosen(options.processes, lambda world: can_share(options, world))
-        if number > 1:  # said once
-            can_share(options, number)
-
-    if code := cli.run(choose):
-        return code
-    if number > 1:
-        given = sys.argv[1:] if arguments is None else arguments
-        return processes.launch(["-m", "nitro_e.cli", "train", *given], number)
-    processes.end_with_parent()
-    return cli.run(lambda: train(options))
+    started = processes.start("train", options.processes, arguments, lambda world: can_share(options, world))
+    return cli.run(lambda: train(options)) if started is None else started
 
 
 def tell(key: str) -> None:

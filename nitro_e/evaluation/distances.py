@@ -30,6 +30,8 @@ from nitro_e.evaluation.reference import Reference, read_images
 from nitro_e.record import progress
 
 Extractor = Callable[[Tensor], Tensor]  # (B, 3, H, W) uint8 -> (B, D) float
+DINOV2_LARGE = "timm/vit_large_patch14_dinov2.lvd142m"
+CLIP_336 = "openai/clip-vit-large-patch14-336"
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -127,9 +129,8 @@ def load_dinov2(path: str | None, device: str) -> Extractor:
     def load(folder: str) -> Any:
         return vision.load_vit(folder, torch.float32)
 
-    repository = "timm/vit_large_patch14_dinov2.lvd142m"
     vit = files.load(
-        "fd-dinov2", "--reward-path", path or repository, load, ("model.safetensors", "config.json")
+        "fd-dinov2", "--reward-path", path or DINOV2_LARGE, load, ("model.safetensors", "config.json")
     )
     vit = vit.eval().requires_grad_(False).to(device)
     mean, std = (
@@ -152,9 +153,8 @@ def load_clip(path: str | None, device: str) -> Extractor:
     def load(folder: str) -> clip.CLIP:
         return clip.load_clip(folder, torch.float32)
 
-    repository = "openai/clip-vit-large-patch14-336"
     wanted = (*files.TRANSFORMER, *files.TOKENIZER)
-    network = files.load("cmmd", "--reward-path", path or repository, load, wanted).to(device)
+    network = files.load("cmmd", "--reward-path", path or CLIP_336, load, wanted).to(device)
 
     def extract(images: Tensor) -> Tensor:
         pixels = images.to(device).float() / 127.5 - 1

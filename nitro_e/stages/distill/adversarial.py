@@ -225,7 +225,7 @@ class Adversarial:
         if config.misaligned is not None and "misaligned" in sides:
             against = losses.discriminator_loss(config.loss, sides["real"], sides["misaligned"])
             _, other = losses.misaligned(batch.prompts)
-            share = config.misaligned.share * torch.tensor(other, device=values.device)
+            share = config.misaligned.share * torch.tensor(other).to(values.device, non_blocking=True)
             values = (1 - share) * values + share * against
         logs: dict[str, Tensor] = {}
         if config.r1 is not None and "perturbed" in sides:

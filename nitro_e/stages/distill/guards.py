@@ -72,7 +72,8 @@ def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: Di
     ratio = ((square - mean**2) / (square_there - mean_there**2)).sqrt()
     # without held-out samples the gap is NaN
     values = torch.stack([gap / count, (ratio - 1).abs(), (mean - mean_there).abs()])
-    limits = values.new_tensor([config.gap, config.std_ratio, config.mean_drift])
+    limits = torch.tensor([config.gap, config.std_ratio, config.mean_drift], dtype=values.dtype)
+    limits = limits.to(values.device, non_blocking=True)
     longer = torch.where(values > limits, alarms + 1, torch.zeros_like(alarms))
     alarms.copy_(torch.where(values.isnan(), alarms, longer))
     if batch.step % 50 == 49:  # reading the values makes a GPU wait

@@ -210,8 +210,11 @@ class DistillBatch:
         self.text = self.text.take(rows)
         self.prompts, self.keys = [self.prompts[row] for row in rows], [self.keys[row] for row in rows]
         self.info = [self.info[row] for row in rows] if self.info else []
-        self.latents = None if self.latents is None else self.latents[rows]
-        self.noise = None if self.noise is None else self.noise[rows]
+        # without a list of rows, which would make the host wait
+        if self.latents is not None:
+            self.latents = self.latents[::count].repeat_interleave(count, dim=0)[: len(rows)]
+        if self.noise is not None:
+            self.noise = self.noise[::count].repeat_interleave(count, dim=0)[: len(rows)]
 
 
 class Scored(NamedTuple):
@@ -292,10 +295,10 @@ class Predictor:
         count = list(counts)[int(torch.multinomial(torch.tensor(list(counts.values())), 1, generator=steps))]
         batch.share_prompts(count * self.config.group)
         noise = rng.normal(*batch.shape).unflatten(0, (-1, count))  # (B / K, K, C, h, w)
-        times = torch.tensor([*self.config.times_of(count), 0.0], device=noise.device)
+        times = torch.tensor([*self.config.times_of(count), 0.0]).to(noise.device, non_blocking=True)
         if self.config.scatter:
             drawn = torch.rand(count - 1, generator=steps).clamp(min=0.02).sort(descending=True).values
-            times[1:-1] = drawn.to(times)
+            times[1:-1] = drawn.to(times, non_blocking=True)
         states, predicted, x = [], [], noise[:, 0]
         for step, (t, t_next) in enumerate(pairwise(times.unsqueeze(1).expand(-1, len(noise)))):
             with torch.set_grad_enabled(graph):
