@@ -219,6 +219,7 @@ def test_equal_steps_flops_and_seconds(fresh, capsys):
     assert len(planned) == 15
     base, deep, fewer = planned[:3]
     assert [each.config.seed for each in planned[::5]] == [0, 1, 2]
+    assert {each.config.name for each in planned} == {"fresh"}  # on which the order of the data depends
     flops = [each.config.flops_per_step for each in (base, deep)]
     assert flops == [4 * 3 * describe.total(each.config.model, (8, 8), 16).flops for each in (base, deep)]
     assert fewer.config.engine.steps == round(12 * flops[0] / flops[1]) < 12
@@ -230,7 +231,7 @@ def test_equal_steps_flops_and_seconds(fresh, capsys):
     assert training.at_equal_time(plan, "deep", 0).config.engine.steps == round(12 * 40 / 100)
 
 
-def test_losses_are_compared_in_pairs(fresh, capsys, monkeypatch):
+def test_losses_are_compared_in_pairs(fresh, capsys):
     """Tables and JSON of made-up trainings, against formulas written out here."""
     variants = {"base": {}, "deep": {"set": ["model.groups=[1, 6, 1]"], "equal": ["steps", "flops"]}}
     Path("study.yaml").write_text(yaml.safe_dump(fresh | {"grid": {}, "variants": variants}))
@@ -249,8 +250,8 @@ def test_losses_are_compared_in_pairs(fresh, capsys, monkeypatch):
     for each in plans.trials(plan, list(plan.variants)):
         if each.folder.name in shift:
             pretend(each, images + shift[each.folder.name] + noise[each.folder.name], 50.0)
-    monkeypatch.setattr(training.Trainer, "run", lambda *_: [])  # the others are left open
-    assert tool.main(["study.yaml"]) == 0
+    Path("page.md").write_text("before\n<!-- begin fresh -->\nold\n<!-- end fresh -->\nafter\n")
+    assert tool.main(["study.yaml", "--tables", "--into", "page.md"]) == 0  # the others are left open
     table = capsys.readouterr().out
     record = json.loads(Path("outputs/fresh/results.json").read_text())
     base, deep, fewer = record["losses"]
@@ -284,6 +285,10 @@ def test_losses_are_compared_in_pairs(fresh, capsys, monkeypatch):
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == ["variant", "---", "base", "deep", "deep"]
     assert f"{means['deep-0']:.4f} {means['deep-1']:.4f}" in lines[3] and "10 images" not in table
+    assert (
+        Path("page.md").read_text()
+        == f"before\n<!-- begin fresh -->\n{Path('outputs/fresh/table.md').read_text()}<!-- end fresh -->\nafter\n"
+    )
     svg = Path("outputs/fresh/differences.svg").read_text()
     assert svg.count("<circle") == 2 and "deep, equal flops" in svg and "<script" not in svg
     assert "validation loss" in Path("outputs/fresh/curves.html").read_text()
@@ -319,7 +324,7 @@ def test_an_interrupted_study_goes_on(fresh, tmp_path):
     plan = fresh | {
         "grid": {},
         "variants": {"base": {"seeds": [0]}},
-        "set": ["engine.ema=null", "engine.steps=60", "engine.save_every=1000"],
+        "set": ["engine.ema=null", "engine.steps=30", "engine.save_every=1000"],
     }
     del plan["variants"]["base"]["seeds"]
     Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [0, 1]}))
@@ -334,11 +339,11 @@ def test_an_interrupted_study_goes_on(fresh, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 130 and b"run the same command again" in process.stderr.read()
     status = run_folder.read_status(tmp_path / "runs/fresh/base-0")
-    assert status["state"] == "preempted" and 0 < status["step"] < 60
+    assert status["state"] == "preempted" and 0 < status["step"] < 30
     assert tool.main(["study.yaml", "--jobs", "2"]) == 0
-    assert train.main(["recipe.yaml", "run=alone", *plan["set"], "seed=0"]) == 0
+    assert train.main(["recipe.yaml", "run=alone", "name=fresh", *plan["set"], "seed=0"]) == 0
     one, other = (
         run_folder.model_folder(run) / "model.safetensors" for run in ("alone", "runs/fresh/base-0")
     )
     assert one.read_bytes() == other.read_bytes()
-    assert re.search(r"\| base \| steps \| 60 \|", Path("outputs/fresh/table.md").read_text())
+    assert re.search(r"\| base \| steps \| 30 \|", Path("outputs/fresh/table.md").read_text())

@@ -4,6 +4,7 @@
     nitro-e study STUDY.yaml --only full lora --jobs 2       some variants, two trainings at a time
     nitro-e study STUDY.yaml seeds=[0]                       with another value of a key of the study
     nitro-e study STUDY.yaml --list                          the trainings, numbered, with their compute; nothing is run
+    nitro-e study STUDY.yaml --tables                        compare what is done, training nothing
     nitro-e study STUDY.yaml --run 3                         number 3 of them alone, for an array job (tools/study_array.sh)
 
 A study names variants (a recipe and overrides) or a grid of values, seeds, and what they are compared by: the
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--list", action="store_true", help="print the trainings with their numbers, then exit"
     )
+    parser.add_argument("--tables", action="store_true", help="train nothing: compare what is done")
     parser.add_argument("--run", type=cli.whole(0, 10**6), metavar="NUMBER", help="train this one alone")
     options = parser.parse_intermixed_args(arguments)
     return cli.run(lambda: study(options))
@@ -74,6 +76,10 @@ def study(options: argparse.Namespace) -> None:
         )
     if options.into is not None:
         results.check_page(options.into, plan.name)
+    out = options.out or Path("outputs") / plan.name
+    if options.tables:
+        print(results.write(plan, chosen, out, options.into))
+        return
     plans.check(plan, needed, planned)
     trainer = Trainer(1 if options.run is not None else options.jobs or usual_jobs(), plan.name)
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -91,7 +97,7 @@ def study(options: argparse.Namespace) -> None:
             signal.signal(number, handler)
     if failures and not any(results.done(plan, name, "steps") for name in chosen if plan.is_trained(name)):
         failed(failures)
-    print(results.write(plan, chosen, options.out or Path("outputs") / plan.name, options.into))
+    print(results.write(plan, chosen, out, options.into))
     failed(failures)
 
 

@@ -11,6 +11,7 @@ image lies in `RUN/validation.npz`, by which runs are compared in pairs (`nitro-
 from __future__ import annotations
 
 import contextlib
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -118,7 +119,7 @@ def read(run: Path) -> Losses:
     try:
         with np.load(run / FILE, allow_pickle=False) as file:
             return Losses(file["keys"].tolist(), file["times"].tolist(), file["values"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{run / FILE} cannot be read ({error}); train the run with `validation`") from None
 
 

@@ -149,7 +149,9 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
     variant = plan.variants[name]
     assert variant.recipe is not None
     folder = Path("runs") / plan.name / (f"{name}-{seed}" if steps is None else f"{name}.{equal}-{seed}")
-    overrides = [f"run={folder}", f"name={plan.name}-{name}", f"seed={seed}"]
+    # the name decides the order of the data: from scratch all variants of a seed see the same samples in the same order
+    title = plan.name if plan.base is None else f"{plan.name}-{name}"
+    overrides = [f"run={folder}", f"name={title}", f"seed={seed}"]
     if plan.base is not None:
         overrides.append(f"init_from={plan.base}")
     if plan.validation is not None:
