@@ -61,6 +61,9 @@ ALONE = [
     dict(mlp_ratio=2.7),
     dict(patch_size=2, base_grid=4, attention=["full"]),
     dict(position_table=8),
+    dict(norm="rms"),
+    dict(mlp="swiglu"),
+    dict(init="released"),
     dict(value_residual=True, groups=[2, 2, 2]),
     dict(path_drop=0.1),
     dict(prediction="data"),
@@ -118,7 +121,8 @@ def test_builds_trains_saves_loads_and_samples(choices, tmp_path):
     x, t, text = inputs(model.config)
     # the last layer gives zero at first
     expected = model.prediction.velocity(torch.zeros_like(x), x, t)
-    assert torch.equal(model(x, t, text), expected) and expected.any() == (model.config.prediction == "data")
+    zero = torch.equal(model(x, t, text), expected) and expected.any() == (model.config.prediction == "data")
+    assert zero == (model.config.init == "dit")
 
     perturb(model)(x, t, text).square().mean().backward()
     for parameter_name, parameter in model.named_parameters():

@@ -106,7 +106,7 @@ def test_dpg_counts_a_question_only_where_its_parents_are_right(tmp_path, answer
         given = answers.split()
         monkeypatch.setattr(dpg, "answer", lambda *_, given=given: given)
         values = scorer(torch.zeros(1, 3, 32, 32), [prompt.text], [prompt.info]).values
-        assert values.item() == right / 4
+        assert values.item() == right / 4 and scorer.said[0].count("no: ") == 4 - right
     with pytest.raises(ConfigError, match="dpg_bench.csv"):
         scorer(torch.zeros(1, 3, 32, 32), ["a cat"], [{}])
 

@@ -229,6 +229,7 @@ def test_every_number_of_a_recipe_is_finite_and_has_bounds():
 
     free = {"TimestepConfig.mean", "RewardConfig.weight", "RewardConfig.options", "InputConfig.probabilities"}
     free |= {"SamplingConfig.sigmas", "InputConfig.sigmas", "PostHocEMAConfig.sigma_rels"}
+    free |= {"FakeScoreConfig.guidance_scale", "ScoreConfig.guidance_scale"}
     classes = config_classes()
     assert len(classes) > 30 and all(issubclass(cls, Config) for cls in classes)
     for cls in classes:

@@ -96,7 +96,7 @@ def test_draw_caption():
 def test_bad_captions_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="captions: all weights are 0"):
         DataConfig(shards=("a.tar",), captions={"txt": 0.0})
-    with pytest.raises(ConfigError, match="stream knows neither captions nor where"):
+    with pytest.raises(ConfigError, match="stream knows neither captions nor buckets nor where"):
         DataConfig(shards=("a.tar",), reader="stream", where={"a": "> 1"})
     write_shard(tmp_path / "a.tar", samples(12))
     with pytest.raises(ConfigError, match="has none of the captions lang"):
@@ -150,7 +150,7 @@ def test_where_leaves_out_counts_and_reports(tmp_path, capsys, monkeypatch):
     other = opened(str(tmp_path / "*.tar"), where=fewer)
     assert [len(s) for s in other.catalog.sizes] == [len(s) for s in data.catalog.sizes]
     assert other.fingerprint() != data.fingerprint()
-    monkeypatch.setattr("nitro_e.data.where._judge", None)  # what was found is kept
+    monkeypatch.setattr("nitro_e.data.where.scan", None)  # what was found is kept
     assert opened(str(tmp_path / "*.tar"), where=where).fingerprint() == data.fingerprint()
 
 

@@ -55,6 +55,8 @@ def counted(config: ModelConfig, grid: tuple[int, int], text_length: int) -> tup
                 text_compression=5,
                 path_drop=0.1,
                 value_residual=True,
+                norm="rms",
+                mlp="swiglu",
                 attention=("full",),
                 groups=(1, 2, 2),
             ),

@@ -1171,6 +1171,23 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "adversarial.weight": 1e-3,
         "adversarial.share_score": True,
     },
+    "dmdr": {
+        "every": 5,
+        "adapter.rank": 32,
+        "reward.start": 1000,
+        "inputs.group": 4,
+        "score.form": "dmd",
+        "optim.lr": 2e-5,
+        "needs_pairs": [],
+    },
+    "pi_flow": {
+        "imitate.reach": 1.0,
+        "imitate.places": 2,
+        "imitate.largest_time": 1.0,
+        "sampler": "euler",
+        "score": None,
+        "needs_pairs": [],
+    },
     "instaflow": {
         "inputs.sigmas": (1.0,),
         "inputs.noise": "pair",
@@ -1253,6 +1270,8 @@ STEPS = {
     "score_imitate": [1, 2, 4],
     "dmd2_gan": [4],
     "f_distill": [4],
+    "dmdr": [4],
+    "pi_flow": [4],
     "instaflow": [1],
     "consistency": [1, 2, 4],
     "scm": [1, 2, 4],
@@ -1271,7 +1290,7 @@ STEPS = {
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_their_published_values(preset):
-    config = distill_config(preset)
+    config = distill_config(preset, **({"reward": {"rewards": ["shapes"]}} if preset == "dmdr" else {}))
     values = {path: attrgetter(path)(config) for path in PUBLISHED[preset]}
     assert values == PUBLISHED[preset]
     assert [len(times) for times in config.schedules] == STEPS[preset]

@@ -13,6 +13,7 @@ from torch import nn
 
 from nitro_e.cli import train
 from nitro_e.config import ConfigError
+from nitro_e.data.prompts import Prompt
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.model import EMMDiT
 from nitro_e.randomness import SampleRandom
@@ -139,7 +140,7 @@ def test_prompts_are_drawn_uniformly_and_by_sample_index():
             tokens = torch.tensor([[[float(len(prompt))]] for prompt in prompts])
             return TextEmbedding(tokens, torch.ones(len(prompts), 1, dtype=torch.bool))
 
-    names = ["a", "bb", "ccc", "bb"]
+    names = [Prompt(text, {"first": text}) for text in ("a", "bb", "ccc", "bb")]
     whole = Prompts(names, Text(), (1, 2, 2), 8, 0, torch.device("cpu"))
     half = Prompts(names, Text(), (1, 2, 2), 4, 0, torch.device("cpu"))
     assert whole.prompts == ["a", "bb", "ccc"] and whole.fingerprint == half.fingerprint
@@ -150,6 +151,7 @@ def test_prompts_are_drawn_uniformly_and_by_sample_index():
         assert batch.step == step and batch.latents is None and batch.shape == (1, 2, 2)
         assert batch.prompts == others[0].prompts + others[1].prompts
         assert batch.text.tokens.flatten().tolist() == [len(prompt) for prompt in batch.prompts]
+        assert [info["first"] for info in batch.info] == batch.prompts
         drawn += batch.prompts
     assert all(drawn.count(name) / 800 == pytest.approx(1 / 3, abs=0.06) for name in whole.prompts)
     # two micro-batches of one process are the two of two processes

@@ -51,6 +51,12 @@ SMALL = {
     "sana_adv": {"adversarial": HEADS},
     "reflow": {},
     "instaflow": {},
+    "dmdr": {
+        "every": 1,
+        "inputs": {"sigmas": [1.0, 0.5], "group": 2},
+        "reward": {"rewards": ["shapes"], "start": 2},
+    },
+    "pi_flow": {},
     "dmd2": {},
     "tdm": {},
     "dmd2_gan": {"every": 1, "adversarial": GAN},
@@ -301,6 +307,7 @@ def test_every_preset_trains(preset):
         overrides["adversarial"] = {**overrides["adversarial"], "optim": fast}
     model = replace(SMALLER, interval=preset == "mean_flow")
     stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=model))
+    stage.shared.judge = lambda latents, prompts, info: latents.mean((1, 2, 3))
     before = [p.detach().clone() for p in stage.student.parameters()]
     steps = 20 if heads else 6
     loop, verdicts, weights = Loop(stage, steps), {"real": [], "fake": []}, []

@@ -55,6 +55,9 @@ OVERRIDES = """
     data.resolution=0   data.resolution=63   data.shards=foo   data.shards=[]   "data.shards=['']"   data.shards=[/tmp]
     data.shards=[W/none-*.tar]   data.shards=[@W/none]   data.shards=[@W/binary.txt]   "data.shards=['pipe:id']"
     "data.shards=['a-{5..1}.tar']"   data.shards=[W/zero.tar]   data.shards=[W/cut.tar]   data.shards=[W/empty.tar]
+    data.captions={txt: -1}   data.captions={txt: .nan}   data.captions={txt: 0}   data.captions={nope: 1}
+    'data.where={width: 5}'   'data.where={width: "=> 5"}'   'data.where={nope: ">= 5"}'   data.buckets=[64]
+    data.buckets=[0x64]   data.buckets=[63x64]   data.buckets=[64x64,64x64]   resume.allow=[seed]   resume.allow=data
     data=null   'data.sources={a: {shards: []}}'   'data.sources={a: {shards: [W/data-0.tar], weight: .nan}}'
     model.preset=nope   model.preset=[1]   model.latent_channels=5   model.width=49   model.heads=7   model.attention=[]
     "model.attention=['0x0']"   model.compression=[1]   model.compression=[3]   model.compression=[2,2]
@@ -108,7 +111,8 @@ SAMPLE = """
     --num-images 1000000000   --batch-size 0   --batch-size -3   --batch-size 1e30   --height 0   --height -8   --height 65
     --height 1000000   --height 1e30   --width 65   --width x   --sampler foo   --dtype foo   --codec W   --text W
     --unknown 1   --prompts-file W/none   --prompts-file W/binary.txt   --prompts-file W   --prompt SURROGATE
-    --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x
+    --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x   --guidance-by foo   --guidance-by path
+    --guidance-rescale foo
 """
 SOURCES = """'' @ema W W/none W/run@foo W/binary.txt W/run/checkpoints/step-0000002/model/model.safetensors /dev/null
     shapes@foo W/models/truncated W/models/empty W/models/no_weights W/models/pickle W/models/header W/models/config_binary
@@ -130,6 +134,9 @@ TOOLS = {
         pack folder W/images --captions-from-names --out W/o/p7 --max-bad-fraction nan
         pack folder W/images --captions-from-names --out W/o/p8 --max-bad-fraction 7
         pack folder W/images --captions-from-names --out W/o/p9 --shuffle 1e30
+        pack folder W/images --captions-from-names --out W/o/pc --max-aspect nan
+        pack folder W/images --captions-from-names --out W/o/pd --max-aspect 0.5
+        pack table W/columns.csv --out W/o/pe --keep none
         pack folder W/images --captions-from-names --out W/o/pa --name ../x
         pack folder W/images --captions W/latin.csv --out W/o/pb ; pack table W/latin.csv --out W/o/t1
         pack table W/lists.jsonl --out W/o/t2 ; pack table W/numbers.jsonl --out W/o/t3 ; pack table W/deep.jsonl --out W/o/t4
@@ -155,6 +162,7 @@ TOOLS = {
         encode {DATA} --out W/o/ed --codec dct-f8c24 --world 0 ; encode {DATA} --out W/o/ee --codec dct-f8c24 --rank -1
         encode {DATA} --out W/o/ef --vision shapes-vit --grid 0 0 ; encode {DATA} --out W/o/eg --text hash --text-length -1
         encode {DATA} --out W/o/eh --text hash --text-length 99999999999 ; encode {DATA} --out W/o/ei --codec dct-f8c24 --resolution 1e9
+        encode {DATA} --out W/o/ej --text hash --text-layers normed_mean ; encode {DATA} --out W/o/ek --text hash --text-layers x
         encode {DATA} --out W/binary.txt --codec dct-f8c24 --resolution 64""",
     "serve": """
         W/none ; W/binary.txt ; shapes W/none ; shapes@foo ; W/models/empty ; shapes --port 0 ; shapes --port -1
@@ -213,7 +221,8 @@ TOOLS = {
         shapes W/o/fd --torch --resolution 7 ; shapes /proc/x --diffusers ; W/models/config_deep W/o/fe --diffusers""",
     "describe": """; nope ; W ; W/binary.txt ; /etc/passwd ; nitro-e-512 --foo ; W/recipes/latin.yaml ; W/recipes/deep.yaml
         nitro-e-512 --grid 0x0 ; nitro-e-512 --grid x ; nitro-e-512 --text-length -1 ; nitro-e-512 --text-length 1e12
-        nitro-e-512 mlp_ratio=.nan ; nitro-e-512 width=010 ; nitro-e-512 groups=[1000000,1,1]""",
+        nitro-e-512 mlp_ratio=.nan ; nitro-e-512 width=010 ; nitro-e-512 groups=[1000000,1,1]
+        nitro-e-512 text_compression=0 ; nitro-e-512 text_compression=3 ; nitro-e-512 path_drop=1.5 ; nitro-e-512 prediction=x""",
     "ema": """; foo ; list W ; list W/none ; synthesize W/none --sigma-rel 0.08 --out W/o/x1
         synthesize W/run --sigma-rel nan --out W/o/x2 ; synthesize W/run --sigma-rel x --out W/o/x3""",
     "report": """; W ; W/none ; W/binary.txt ; W/run W/run --out /etc/passwd/x""",
@@ -271,6 +280,11 @@ FEW = {  # at once, in this process
             "name=../../evil",
             "model.preset=[1]",
             "data.shards=[W/zero.tar]",
+            "'data.where={width: \"=> 5\"}'",
+            "'data.where={nope: \">= 5\"}'",
+            "'data.captions={txt: 0}'",
+            "data.buckets=[64x72]",
+            "resume.allow=[seed]",
         )
     ]
     + ["W/recipes/latin.yaml", "W/recipes/deep.yaml", "W/recipes/section_twice.yaml"],
@@ -292,6 +306,12 @@ FEW = {  # at once, in this process
         "stats W/no_image.tar",
         "which W/tiny.yaml --step -1",
         "encode W/data-0.tar --vision shapes-vit --grid 0 0 --out W/o",
+        "encode W/data-0.tar --codec dct-f8c24 --buckets 8x --out W/o",
+        "encode W/data-0.tar --codec dct-f8c24 --buckets 9x9 --workers 0 --out W/o/bucket",
+        "encode W/data-0.tar --text hash --caption a.b --out W/o",
+        "encode W/data-0.tar --text hash --caption none --workers 0 --out W/o/caption",
+        "pack table W/columns.csv --keep none --out W/o",
+        "pack folder W/images --captions-from-names --max-aspect nan --out W/o",
         "verify W/damaged/data-0.tar",
         "encode W/data-0.tar --codec dct-f8c24 --resolution 64 --max-bad-fraction nan --out W/o",
     ],

@@ -213,3 +213,40 @@ def test_new_keys_of_rollouts_leave_older_checkpoints_alone():
         "rollout"
     ]
     assert branched["branch"] is True
+
+
+# ---- through the reward
+
+
+BRIGHT = {"rewards": [{"name": "grpo_toy:brightness", "label": "bright", "weight": 2.0}], "updates": 1}
+THROUGH = {"kind": "reward_gradient", "kl": {"beta": 0.5}}
+
+
+def test_the_gradient_of_the_reward_is_that_of_the_predicted_image():
+    stage = toy.make_stage(algorithm=THROUGH, rollout={"window": {"size": 2, "start": 5}}, **BRIGHT)
+    (rows,) = micro_batches(stage, 1)
+    with torch.no_grad():
+        stage.model.out.weight += 0.02
+    t = stage.schedule.sde.t[rows.step]
+    velocity = guided(stage, stage.model, rows)
+    pixels = ((rows.x - t[:, None, None, None] * velocity) / 4).clamp(-1, 1)
+    apart = (velocity - guided(stage, stage.policy.reference, rows)).square().mean()
+    expected = -2 * pixels.mean() + 0.5 * apart
+    assert loss_of(stage, rows)[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    theirs = torch.cat([part.flatten() for part in torch.autograd.grad(expected, trained(stage))])
+    assert (gradient(stage, [rows]) - theirs).norm() < 1e-3 * theirs.norm() and theirs.norm() > 0
+
+
+def test_reward_gradients_raise_the_reward_and_need_one(tmp_path):
+    options = {
+        **BRIGHT,
+        "algorithm": THROUGH,
+        "optim": {"lr": 5e-3},
+        "rollout": {"window": {"size": 1, "kind": "random", "start": 4}},
+    }
+    toy.train(tmp_path / "run", options, steps=6, save_every=6)
+    rewards = [row["reward/bright"] for row in metrics.read(tmp_path / "run")]
+    assert rewards[-1] > rewards[0] + 0.03
+    stage = toy.make_stage(algorithm=THROUGH, updates=1)  # signs are counted
+    with pytest.raises(ConfigError, match="reward 'signs' has no gradient"):
+        loss_of(stage, micro_batches(stage, 1)[0])

@@ -16,6 +16,7 @@ from nitro_e.sampling import flow
 from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.flow import time_grid
 from nitro_e.sampling.samplers import euler, guide, scale_time
+from nitro_e.sharing import programs
 
 # one after the other, and what the released format says to it
 CHOICES: list[dict] = [
@@ -23,6 +24,8 @@ CHOICES: list[dict] = [
     dict(path_drop=0.1),
     dict(prediction="data"),
     dict(value_residual=True, groups=[2, 2, 2]),
+    dict(norm="rms"),
+    dict(mlp="swiglu"),
 ]
 
 
@@ -289,6 +292,7 @@ def test_shares_of_zero_are_none_and_of_one_take_the_first_blocks_values():
             assert all(torch.equal(ours, first) for ours, first in zip(seen[index], seen[group[0]]))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_mix_values_alike():
     torch._dynamo.reset()
     model = perturb(build(value_residual=True, groups=[2, 2, 2]))
@@ -296,3 +300,81 @@ def test_compiled_blocks_mix_values_alike():
     model.compile_blocks(backend="aot_eager")
     for key, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-4, msg=key)
+
+
+# ---- norm: rms, mlp: swiglu
+
+
+def test_rms_norm_and_swiglu_by_their_formulas():
+    design = layers.Design(16, 2, 32, "affine", True, "rms", "swiglu")
+    stream = layers.Stream(design)
+    x = torch.randn(2, 8, 16)
+    weight = torch.nn.init.normal_(stream.attention.norm.weight)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(stream.attention.norm(x), expected)
+    torch.testing.assert_close(torch.func.vmap(stream.attention.norm)(x), expected)
+    first, second = stream.mlp[0], stream.mlp[2]
+    gate, value = torch.nn.functional.linear(x, first.weight, first.bias).split(32, dim=-1)
+    expected = torch.nn.functional.linear(gate * gate.sigmoid() * value, second.weight, second.bias)
+    torch.testing.assert_close(stream.mlp(x), expected)
+    assert first.parts == 2  # Muon can take gate and values apart
+
+
+def test_swiglu_costs_what_gelu_does_and_rms_norm_has_no_biases():
+    plain, gated, rms = (describe.total(ModelConfig(**c)) for c in ({}, {"mlp": "swiglu"}, {"norm": "rms"}))
+    assert gated.flops == plain.flops
+    assert plain.parameters - rms.parameters == 48 * 768  # of the 48 norms before attention
+    streams, hidden = 47, 2304
+    assert gated.parameters - plain.parameters == streams * hidden // 3  # biases: 2 x 2/3 instead of 1
+
+
+def test_adapters_name_the_layers_of_a_swiglu():
+    model = build(mlp="swiglu", norm="rms")
+    for layer in model.adapter_layers():
+        assert isinstance(model.get_submodule(layer.path), torch.nn.Linear)
+
+
+# ---- init: released
+
+
+def test_first_weights_as_released_are_torchs_own():
+    """Uniform within 1 / sqrt(inputs), biases too; DiT's are 1.2 to 2.1 times as large."""
+    released_start, dit = (build(width=96, heads=3, init=init) for init in ("released", "dit"))
+    ratios = []
+    for name, module in released_start.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = module.in_features**-0.5
+            for part in (module.weight, module.bias):
+                assert part.abs().max() <= bound and part.any(), name
+            if name.startswith("blocks.0"):
+                assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+                ratios.append((dit.get_submodule(name).weight.std() / module.weight.std()).item())
+    assert 1.15 < min(ratios) and max(ratios) < 2.2
+    table = released_start.blocks[0].image.modulation.scale
+    assert table.std().item() == pytest.approx(96**-0.5, rel=0.15)  # as with the other start
+
+
+# ---- all of them
+
+
+@pytest.mark.slow
+def test_all_of_them_in_one_exported_program():
+    """As `nitro-e export --torch` and `--onnx` trace the model."""
+    model = perturb(
+        build(
+            text_compression=2,
+            path_drop=0.1,
+            prediction="data",
+            value_residual=True,
+            norm="rms",
+            mlp="swiglu",
+            groups=[2, 2, 2],
+        )
+    ).eval()
+    x, t, text = inputs(model.config, batch=2)
+    part = programs.Part("all", programs.Velocity(model, 1.0), {"x": x, "t": t, **text._asdict()}, "velocity")
+    with torch.no_grad():
+        program = programs.trace(part).module()
+        torch.testing.assert_close(
+            program(x[:1], t[:1], *text.take([0])), model(x, t, text)[:1], rtol=1e-4, atol=1e-4
+        )

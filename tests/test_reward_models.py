@@ -136,6 +136,24 @@ def test_clipscore_and_pickscore(folder):
     torch.testing.assert_close(ours, cosine * models["clip"].logit_scale.exp(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["clipscore", "hpsv2.1"])
+def test_scores_have_gradients_for_those_who_want_them(folder, name):
+    """As many as finite differences say, although CLIPScore rounds its images; the value is that of the score."""
+    scorer = build_rewards([from_dict(RewardConfig, at(folder, name))])
+    pixels = pictures(2, 28, 28).clone().requires_grad_()
+    values = scorer.differentiate(pixels, PROMPTS[:2], [{}] * 2)
+    (slope,) = torch.autograd.grad(values.sum(), pixels)
+    torch.testing.assert_close(
+        values, scorer(pixels.detach(), PROMPTS[:2], [{}] * 2).values[:, 0], atol=1e-5, rtol=0
+    )
+    step = 0.03 * slope / slope.abs().max()
+    with torch.no_grad():
+        ends = [
+            scorer._columns[0].reward(pixels + end * step, PROMPTS[:2], [{}] * 2).sum() for end in (1, -1)
+        ]
+    assert (ends[0] - ends[1]).item() / 2 == pytest.approx((slope * step).sum().item(), rel=0.25)
+
+
 @torch.no_grad()
 def test_hps_weights_of_open_clip(folder):
     """T15 without the weights: features of our CLIPModel equal those of a plain open_clip to 1e-4."""

@@ -112,7 +112,7 @@ def test_a_failing_variant_is_named(plan, capsys):
         ({"variants": {"a": {"recipe": "nowhere.yaml"}}}, "variants.a: config file 'nowhere.yaml'"),
         ({"settings": []}, "settings is empty"),
         ({"benchmark": "shape"}, "benchmark: unknown benchmark 'shape', did you mean 'shapes'?"),
-        ({"benchmark": "prompts.txt"}, "benchmark: 'prompts.txt' is a file of prompts"),
+        ({"benchmark": "prompts.txt"}, "benchmark: 'prompts.txt' says not what scores"),
         (
             {"settings": [{"step": 2}]},
             "variants.base: unknown key 'sampling.step', did you mean 'sampling.steps'?",

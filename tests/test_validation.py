@@ -1,9 +1,13 @@
 """The validation loss: a plain loop gives the same, on any number of processes; training does not notice it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from test_train import RECIPE, code_of, run_train, samples
+from test_train import RECIPE, ROOT, code_of, run_train, samples
 
 from nitro_e.cli import train
 from nitro_e.config import load
@@ -159,3 +163,19 @@ def test_a_dry_run_names_it_and_a_stage_without_images_refuses_it(toy, tmp_path,
     grpo = "configs/shapes/3_grpo.yaml"
     assert code_of(train.main, [grpo, "--dry-run", "validation={shards: [a.tar]}"]) == 2
     assert "validation: stage.kind 'grpo' reads no images" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_log_what_one_does(toy, tmp_path):
+    """Through the real launcher: the weights differ by rounding after 6 steps, and so does their loss."""
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    assert run_train(toy / "recipe.yaml", alone, held_out(toy)) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    command = [sys.executable, *launcher, str(toy / "recipe.yaml"), f"run={pair}", held_out(toy)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=environment).returncode == 0
+    one, two = rows_of(alone), rows_of(pair)
+    assert list(one) == list(two)
+    for step, values in one.items():
+        assert two[step] == pytest.approx(values, rel=1e-5)
+    assert validation.read(pair).keys == validation.read(alone).keys

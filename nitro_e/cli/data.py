@@ -139,13 +139,17 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cli.dtype_flag(parser, "of the encoders (default: bfloat16 on a GPU, float32 elsewhere)")
     parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument(
+        "--buckets",
+        nargs="+",
+        default=[],
+        metavar="HxW",
+        help="aspect buckets: each image at the size nearest to its shape, in place of a square",
+    )
     parser.add_argument("--caption-key", default="caption", help="of json members, where there is no txt")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
-        "--workers",
-        type=int,
-        default=encode.usual_workers(),
-        help="processes that decode images; by default the cores of this rank but one",
+        "--workers", type=int, help="processes that decode images; by default the cores of this rank but one"
     )
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
@@ -166,6 +170,8 @@ def run_encode(args: argparse.Namespace) -> None:
             names[column] = config.to_dict(pinned(component))
     grid = tuple(args.grid) if args.grid else None
     encoders = encode.Encoders(**built, grid=grid, names=names, device=device, caption=args.caption)
+    args.buckets = tuple(args.buckets)
+    args.workers = encode.usual_workers() if args.workers is None else args.workers
     options, job = from_flags(encode.EncodeConfig, args), from_flags(jobs.JobConfig, args)
     encode.encode(expand_shards(args.shards, "shards"), encoders, options, job)
 

@@ -75,7 +75,7 @@ def made(options: argparse.Namespace) -> dict[str, Any]:
     from nitro_e.record.environment import default_device, device_name, git_commit
     from nitro_e.record.run_folder import read_status
     from nitro_e.stages.recipe import RunConfig
-    from nitro_e.studies.plan import Trial, check_trial
+    from nitro_e.studies.plan import Trial, check_settings, check_trial
     from nitro_e.studies.training import Trainer, cost_of, failed
 
     folder = Path("runs/speedrun") / options.name
@@ -88,6 +88,7 @@ def made(options: argparse.Namespace) -> dict[str, Any]:
     setting: dict[str, Any] = {}
     for override in options.setting:
         apply_override(setting, override)
+    check_settings([setting], config.published_sampling, config.model, config.components)
     trial = Trial(options.name, config.seed, folder, config, overrides)
     check_trial(trial)
     failed(Trainer(1, "speedrun").run([trial], [options.recipe]))

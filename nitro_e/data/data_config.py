@@ -33,6 +33,10 @@ class DataConfig(Config):
     reader: Literal["indexed", "stream"] = "indexed"
     # samples per process and micro-batch: no key of recipes, it follows from their `batch`
     batch_size: Annotated[int, Ge(1), Le(65536)] = field(default=32, metadata={"key": None})
+    # samples of an optimiser step: no key of recipes either; None: batch_size. Only the order of buckets asks
+    global_batch: Annotated[int, Ge(1)] | None = field(default=None, metadata={"key": None})
+    # aspect buckets, HEIGHTxWIDTH in pixels: a batch has images of one size, the one nearest to their shape
+    buckets: tuple[str, ...] = ()
     # pixels per side
     resolution: Annotated[int, Ge(1), Le(65536)] = 512
     # loader processes per training process; 0 reads in the training process
@@ -69,8 +73,10 @@ class DataConfig(Config):
         if self.captions and not any(self.captions.values()):
             raise ConfigError("data.captions: all weights are 0; give one a weight, or leave captions out")
         conditions = self.conditions  # a wrong one is refused here
-        if self.reader == "stream" and (self.captions or any(conditions)):
-            raise ConfigError("data.reader=stream knows neither captions nor where; use data.reader=indexed")
+        if self.reader == "stream" and (self.captions or self.buckets or any(conditions)):
+            raise ConfigError(
+                "data.reader=stream knows neither captions nor buckets nor where; use data.reader=indexed"
+            )
 
     @property
     def conditions(self) -> list[tuple[Condition, ...]]:

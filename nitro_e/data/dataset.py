@@ -11,7 +11,7 @@ import mmap
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,7 +30,7 @@ from nitro_e.data.decode import (
     draw_caption,
     not_finite,
 )
-from nitro_e.data.order import Order
+from nitro_e.data.order import BucketOrder, Order
 from nitro_e.data.problems import BadDataError, Problem
 from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.data.spec import ArrayLayout, ReadSpec
@@ -84,8 +84,11 @@ class Records:
 class TarDataset(Dataset):
     """Makes Records of positions: `dataset.__getitems__(range)`. Opens files when needed, so it can be pickled."""
 
-    def __init__(self, catalog: Catalog, order: Order, spec: ReadSpec):
-        self.catalog, self.order, self.spec = catalog, order, spec
+    def __init__(
+        self, catalog: Catalog, order: Order | BucketOrder, spec: ReadSpec, specs: Sequence[ReadSpec] = ()
+    ):
+        """specs: what is read of each group of a BucketOrder."""
+        self.catalog, self.order, self.spec, self.specs = catalog, order, spec, specs
         self._files = MappedFiles(catalog.cache)
         self._checked: np.ndarray | None = None  # (N,) bool: compared with its CRC in this process
 
@@ -100,6 +103,8 @@ class TarDataset(Dataset):
 
     def _read(self, positions: np.ndarray) -> Records:
         draws = self.order.draws(positions) if self.spec.captions else None
+        if isinstance(self.order, BucketOrder):  # a micro-batch is part of one batch
+            self.spec = self.specs[self.order.group(int(positions[0]))]
         records, failed = self.load(self.order.ids(positions), draws)
         for row, problem in failed.items():
             records.bad.append(problem)
@@ -201,12 +206,12 @@ class TarDataset(Dataset):
             wanted = np.any([absent[name] for name in self.spec.images_for], axis=0)
             if not wanted.any():
                 return None
-        pixels = np.zeros((len(ids), 3, self.spec.resolution, self.spec.resolution), np.uint8)
+        pixels = np.zeros((len(ids), 3, *self.spec.size), np.uint8)
         for extension in self.spec.images:
             for row, content in enumerate(self._contents(extension, ids, shards, failed)):
                 if content is not None and wanted[row] and row not in failed:
                     try:
-                        pixels[row] = decode_image(content, self.spec.resolution)
+                        pixels[row] = decode_image(content, self.spec.size)
                     except BadSample as error:
                         failed[row] = str(error)
         return torch.from_numpy(pixels)

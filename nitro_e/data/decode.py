@@ -16,13 +16,17 @@ class BadSample(Exception):
     """This sample cannot be used; the message is the reason, without its name."""
 
 
-def decode_image(content: bytes, resolution: int) -> np.ndarray:
-    """Decode to (3, R, R) uint8: upright, over white, shorter side resized to R (bicubic), centre cropped."""
+def decode_image(content: bytes, size: int | tuple[int, int]) -> np.ndarray:
+    """Decode to (3, H, W) uint8: upright, over white, resized to cover that size (bicubic), centre cropped.
+
+    size: height and width, or the side of a square.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "JPEG":
-                image.draft("RGB", (2 * resolution, 2 * resolution))  # decode large ones at 1/2, 1/4, 1/8
-            image = square(to_rgb(ImageOps.exif_transpose(image)), resolution)
+                image.draft("RGB", (2 * width, 2 * height))  # decode large ones at 1/2, 1/4, 1/8
+            image = cover(to_rgb(ImageOps.exif_transpose(image)), height, width)
     except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
         raise BadSample(image_problem(error)) from None
     return np.asarray(image).transpose(2, 0, 1)
@@ -45,14 +49,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize the shorter side to `resolution` and crop the centre."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=None)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image so that it just covers height x width pixels, and crop the centre."""
+    scale = max(width / image.width, height / image.height)
+    columns, rows = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if (columns, rows) != image.size:
+        image = image.resize((columns, rows), Image.Resampling.BICUBIC, reducing_gap=None)
+    left, top = (columns - width) // 2, (rows - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def decode_info(content: bytes) -> dict:

@@ -155,6 +155,91 @@ class Order:
         return {**self.__dict__, "_tables": {"epoch": {}, "window": {}}}
 
 
+class BucketOrder:
+    """Gives the sample id at every position where a batch holds samples of one group (an aspect bucket) only.
+
+    Every 512 batches hold each group by its share of the samples, shuffled. Within a group the order is that of `Order`:
+    every epoch of the group has each of its samples once. Everything is a function of (seed, stage, position).
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[np.ndarray],
+        weights: Sequence[float] | None,
+        groups: np.ndarray,
+        batch: int,
+        *,
+        seed: int,
+        stage: str,
+    ):
+        """groups: (N,) of each sample, 0 to K - 1, none of them empty. batch: samples of a global batch."""
+        self.batch, self.sources = batch, len(shard_sizes)
+        sizes = np.concatenate(shard_sizes)
+        shards = np.repeat(np.arange(len(sizes)), sizes)
+        edges = np.cumsum([len(source) for source in shard_sizes])[:-1]
+        totals = [max(int(source.sum()), 1) for source in shard_sizes]
+        self.members: list[np.ndarray] = []  # the samples of each group
+        self.orders: list[Order] = []
+        shares = []
+        for group in range(int(groups.max()) + 1):
+            members = np.flatnonzero(groups == group).astype(np.uint32)
+            parts = np.split(np.bincount(shards[members], minlength=len(sizes)), edges)
+            part_weights = None
+            if weights is not None:  # so that all groups together have the weights of the mixture
+                part_weights = [w * part.sum() / n for w, part, n in zip(weights, parts, totals)]
+                least = sum(part_weights) / BLOCK  # no source is lost to rounding
+                part_weights = [w and max(w, least) for w in part_weights]
+            shares.append(len(members) if part_weights is None else sum(part_weights))
+            self.members.append(members)
+            self.orders.append(Order(parts, part_weights, seed=seed, stage=f"{stage}/bucket {group}"))
+        self.choice = Order([np.array([1])] * len(shares), shares, seed=seed, stage=f"{stage}/buckets")
+        self.window = max(order.window for order in self.orders)
+
+    def group(self, position: int) -> int:
+        """Return the group of the batch that holds this position."""
+        return int(self.choice.locate(np.array([position // self.batch]))[0][0])
+
+    def ids(self, positions: range | np.ndarray) -> np.ndarray:
+        """Look up the sample ids (int64) at `positions`."""
+        groups, counters = self._counters(positions)
+        ids = np.empty(len(counters), np.int64)
+        for group in np.unique(groups):
+            chosen = groups == group
+            ids[chosen] = self.members[group][self.orders[group].ids(counters[chosen])]
+        return ids
+
+    def _counters(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the group of each position, and how many positions of it stand before."""
+        batches, places = np.divmod(np.asarray(positions, np.int64), self.batch)
+        groups, before = self.choice.locate(batches)
+        return groups, before * self.batch + places
+
+    def locate(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find, for each position, its part (a source of a group) and how many samples of that stand before it."""
+        groups, counters = self._counters(positions)
+        found = [
+            self.orders[group].locate(np.array([counter]))
+            for group, counter in zip(groups.tolist(), counters.tolist())
+        ]
+        parts = [group * self.sources + int(source[0]) for group, (source, _) in zip(groups.tolist(), found)]
+        return np.array(parts), np.array([int(counter[0]) for _, counter in found])
+
+    def sample(self, part: int, counters: np.ndarray) -> np.ndarray:
+        """Look up the ids that a part gives at `counters` (0, 1, 2, ... over all its epochs)."""
+        group, source = divmod(part, self.sources)
+        return self.members[group][self.orders[group].sample(source, counters)].astype(np.int64)
+
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        """Draw a number in [0, 1) for each position, as `Order.draws` does."""
+        return self.choice.draws(positions)
+
+    def fingerprint(self) -> dict:
+        """List what the order depends on besides the content of the shards."""
+        groups = hashlib.sha256(b"|".join(members.tobytes() for members in self.members)).hexdigest()[:16]
+        quotas = [order.quotas.tolist() for order in self.orders]
+        return {**self.choice.fingerprint(), "batch": self.batch, "buckets": groups, "bucket_quotas": quotas}
+
+
 def philox(*key) -> np.random.Philox:
     """Make a stream of random bits that is a function of the key's parts only."""
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from nitro_e.data.data_config import DataConfig
 from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
 from nitro_e.data.manifests import read_manifests
-from nitro_e.data.order import Order
+from nitro_e.data.order import BucketOrder, Order
 from nitro_e.data.prefetch import Prefetcher
 from nitro_e.data.problems import BadSamples
 from nitro_e.data.spec import ReadSpec
@@ -56,8 +56,16 @@ class Data:
     or None.
     """
 
-    def __init__(self, config: DataConfig, catalog: Catalog, spec: ReadSpec, order: Order | None):
-        self.config, self.catalog, self.spec, self.order = config, catalog, spec, order
+    def __init__(
+        self,
+        config: DataConfig,
+        catalog: Catalog,
+        spec: ReadSpec,
+        order: Order | BucketOrder | None,
+        specs: Sequence[ReadSpec] = (),
+    ):
+        """specs: what is read of each group of a BucketOrder; `spec` is then that of the first."""
+        self.config, self.catalog, self.spec, self.order, self.specs = config, catalog, spec, order, specs
         self.filtered: list[str] = []  # what `where` left out, a line for each source that has conditions
         self.has_latents, self.has_pixels = spec.latents is not None, bool(spec.images)
         self.has_text, self.has_features = spec.text is not None, spec.features is not None
@@ -128,7 +136,7 @@ class Data:
             rank=rank,
             world=world,
         )
-        dataset = TarDataset(self.catalog, self.order, self.spec)
+        dataset = TarDataset(self.catalog, self.order, self.spec, self.specs)
         batches = load(dataset, self.config.workers, batch_sampler=sampler, pin_memory=pin_memory)
         # positions that all ranks use up with one micro-batch each
         stride = self.config.batch_size * world

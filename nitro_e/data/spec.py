@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class ReadSpec:
 
     images: tuple[str, ...]  # extensions to look for, () = no pixels
     info: bool  # the json member
-    resolution: int
+    size: tuple[int, int]  # pixels of decoded images: height, width
     caption_key: str
     captions: tuple[
         tuple[str, float], ...
@@ -93,7 +93,7 @@ def read_spec(
     spec = ReadSpec(
         images=images,
         info=bool({*config.captions} - {"txt"}) or _needs_info(catalog, images, latents > 0),
-        resolution=config.resolution,
+        size=(config.resolution, config.resolution),
         caption_key=config.caption_key,
         captions=tuple(config.captions.items()),
         latents=_latent_layout(catalog, latent_shape) if latents else None,
@@ -109,6 +109,18 @@ def read_spec(
     if not config.captions:
         _check_caption_key(catalog, config.caption_key)
     return spec
+
+
+def spec_of_bucket(
+    spec: ReadSpec, catalog: Catalog, samples: np.ndarray, size: tuple[int, int], shape: tuple | None
+) -> ReadSpec:
+    """Return what is read of the samples (N,) bool of one aspect bucket; shape: that their latents must have."""
+    latents, features = spec.latents, spec.features
+    if latents is not None and (samples & catalog.has("npy")).any():
+        latents = _latent_layout(catalog, shape, samples)
+    if features is not None and (samples & catalog.has("features.npy")).any():
+        features = _layout(catalog, "features.npy", 2, samples)
+    return replace(spec, size=size, latents=latents, features=features)
 
 
 def image_extensions(catalog: Catalog) -> tuple[str, ...]:
@@ -180,9 +192,10 @@ def _needs_info(catalog: Catalog, images: tuple[str, ...], latents: bool) -> boo
     return all(column in read for column in columns)
 
 
-def _first(catalog: Catalog, member: str) -> tuple[int, bytes]:
-    """Find the first sample with this member, and read it."""
-    sample = np.array([int(np.argmax(catalog.has(member)))])
+def _first(catalog: Catalog, member: str, among: np.ndarray | None = None) -> tuple[int, bytes]:
+    """Find the first sample (of those `among`, (N,) bool) with this member, and read it."""
+    has = catalog.has(member) if among is None else catalog.has(member) & among
+    sample = np.array([int(np.argmax(has))])
     (path,), entries = catalog.members(member, sample, catalog.shard_of(sample))
     offset, size, _ = entries[0].tolist()
     with open(catalog.cache.fetch(path) if is_url(path) else path, "rb") as file:
@@ -190,9 +203,11 @@ def _first(catalog: Catalog, member: str) -> tuple[int, bytes]:
         return int(sample[0]), file.read(size)
 
 
-def _layout(catalog: Catalog, member: str, dimensions: int | None = None) -> ArrayLayout:
+def _layout(
+    catalog: Catalog, member: str, dimensions: int | None = None, among: np.ndarray | None = None
+) -> ArrayLayout:
     """Read the layout of the first array of this member."""
-    sample, content = _first(catalog, member)
+    sample, content = _first(catalog, member, among)
     try:
         shape, dtype, start = npy_layout(content)
         if dimensions is not None and len(shape) != dimensions:
@@ -204,8 +219,10 @@ def _layout(catalog: Catalog, member: str, dimensions: int | None = None) -> Arr
     return ArrayLayout(content[:start], shape, dtype.str, len(content))
 
 
-def _latent_layout(catalog: Catalog, expected: tuple[int, int, int] | None) -> ArrayLayout:
-    layout = _layout(catalog, "npy", 3)
+def _latent_layout(
+    catalog: Catalog, expected: tuple[int, int, int] | None, among: np.ndarray | None = None
+) -> ArrayLayout:
+    layout = _layout(catalog, "npy", 3, among)
     if np.dtype(layout.dtype).kind != "f" or expected is not None and layout.shape != tuple(expected):
         raise ConfigError(
             f"{catalog.name_of(0)}: latents are {np.dtype(layout.dtype)} {layout.shape}, the model needs"

@@ -237,7 +237,7 @@ def decode_sample(sample: dict[str, Any], spec: ReadSpec) -> tuple:
         content = next((sample[name] for name in spec.images if name in sample), None)
         if content is None:
             raise BadSample("no image")
-        pixels = decode_image(content, spec.resolution)
+        pixels = decode_image(content, spec.size)
     latents = _array(sample, "npy", spec.latents)
     features = _array(sample, "features.npy", spec.features)
     mask = _array(sample, "mask.npy", spec.mask)

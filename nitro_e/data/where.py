@@ -7,7 +7,7 @@ process of a machine does it. A sample without the key of a condition is left ou
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +33,11 @@ def apply(catalog: Catalog, conditions: Sequence[tuple[Condition, ...]], names: 
     if not any(conditions):
         return []
     kind = digest(catalog.digest, len(catalog), [[str(c) for c in part] for part in conditions])[:32]
-    path = cache_folder() / "where" / f"{kind}.npy"
-    with one_process(f"where-{kind}"):
-        if path.is_file():
-            verdicts = np.load(path, allow_pickle=False)
-        else:
-            verdicts = _judge(catalog, conditions)
-            _keep(path, verdicts)
+    wanted = [bool(part) for part in conditions]
+    verdicts = remembered(
+        f"where-{kind}",
+        lambda: scan(catalog, wanted, lambda source, info: _verdict(info, conditions[source]), "where"),
+    )
     lines, start = [], 0
     for name, sizes, part in zip(names, catalog.sizes, conditions):
         end = start + int(sizes.sum())
@@ -53,16 +51,29 @@ def apply(catalog: Catalog, conditions: Sequence[tuple[Condition, ...]], names: 
     return lines
 
 
-def _judge(catalog: Catalog, conditions: Sequence[tuple[Condition, ...]]) -> np.ndarray:
-    """Read every json: (N,) 0 for what is kept, 2k + 1 for what fails condition k, 2k + 2 for what lacks its key."""
-    verdicts, files = np.zeros(len(catalog), np.uint8), MappedFiles(catalog.cache)
+def remembered(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return the array of this name from the user's cache, or make it and keep it there; one process does it."""
+    path = cache_folder() / "values" / f"{name}.npy"
+    with one_process(name):
+        if path.is_file():
+            return np.load(path, allow_pickle=False)
+        values = make()
+        _keep(path, values)
+        return values
+
+
+def scan(
+    catalog: Catalog, wanted: Sequence[bool], value: Callable[[int, dict], int], desc: str
+) -> np.ndarray:
+    """Compute `value(source, json)` of every sample of the wanted sources: (N,) uint8; of others it is 0."""
+    values, files = np.zeros(len(catalog), np.uint8), MappedFiles(catalog.cache)
     edges = np.cumsum([0, *(int(sizes.sum()) for sizes in catalog.sizes)]).tolist()
     ranges = [
-        (part, at, min(at + CHUNK, end))
-        for part, start, end in zip(conditions, edges[:-1], edges[1:])
-        for at in range(start if part else end, end, CHUNK)
+        (source, at, min(at + CHUNK, end))
+        for source, (start, end) in enumerate(zip(edges[:-1], edges[1:]))
+        for at in range(start if wanted[source] else end, end, CHUNK)
     ]
-    for part, start, end in bar(ranges, desc="where", unit="x 10,000 samples"):
+    for source, start, end in bar(ranges, desc=desc, unit="x 10,000 samples", brief=True):
         samples = np.arange(start, end)
         paths, entries = catalog.members("json", samples, catalog.shard_of(samples))
         for sample, path, (offset, size, _) in zip(samples.tolist(), paths, entries.tolist()):
@@ -70,11 +81,12 @@ def _judge(catalog: Catalog, conditions: Sequence[tuple[Condition, ...]]) -> np.
                 info = decode_info(files[path][offset : offset + size]) if offset else {}
             except BadSample:  # reported when it is read
                 info = {}
-            verdicts[sample] = _verdict(info, part)
-    return verdicts
+            values[sample] = value(source, info)
+    return values
 
 
 def _verdict(info: dict, conditions: Sequence[Condition]) -> int:
+    """Return 0 for a sample that is kept, 2k + 1 if it fails condition k, 2k + 2 if it lacks the key of it."""
     for number, condition in enumerate(conditions):
         holds = condition.holds(info)
         if not holds:
@@ -102,6 +114,6 @@ def _keep(path: Path, verdicts: np.ndarray) -> None:
             np.save(file, verdicts, allow_pickle=False)
     except OSError as error:
         print(
-            f"what `where` found is not kept ({error}); set NITRO_E_CACHE to a writable folder",
+            f"what was read from json is not kept ({error}); set NITRO_E_CACHE to a writable folder",
             file=sys.stderr,
         )

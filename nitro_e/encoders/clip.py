@@ -61,7 +61,10 @@ def fit_short_side(pixels: Tensor, size: int) -> Tensor:
     new = [size if side == short else int(size * side / short) for side in (height, width)]
     images = pixels.float() / 2 + 0.5
     for step in ((height, new[1]), new):  # PIL goes along rows, rounds, then along columns
-        images = (_resize(images, step, antialias=True).clamp(0, 1) * 255).round() / 255
+        resized = _resize(images, step, antialias=True).clamp(0, 1)
+        images = (resized * 255).round() / 255
+        if resized.requires_grad:  # rounding has no gradient: that of the unrounded images
+            images = resized + (images - resized).detach()
     top, left = (round((side - size) / 2) for side in new)
     return images[..., top : top + size, left : left + size]
 

@@ -92,7 +92,6 @@ class AutoencoderDCCodec:
     def normalize(self, raw: Tensor) -> Tensor:
         return raw.float() * self.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         with self._tiles():
             raw = self._input(self._denormalize(latents))
@@ -217,7 +216,6 @@ class DCTCodec:
     def normalize(self, raw: Tensor) -> Tensor:
         return raw.to(self.scale) / self.scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = latents.to(self.scale) * self.scale
         blocks = rearrange(raw, "B C h w -> B h w C") @ self.decoder  # (B, h, w, 3 * stride * stride)

@@ -30,7 +30,7 @@ class ComponentConfig(Config):
 
     SHORTHAND: ClassVar[str] = "name"
 
-    name: str  # a name of the table of encoders (docs/model.md)
+    name: str  # a name of the table of encoders (docs/data.md)
     # hub id or local folder; None = the default hub id; random, random-small: see random_weights.py
     path: str | None = None
     revision: str | None = None  # of the hub repository

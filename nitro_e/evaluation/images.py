@@ -106,7 +106,7 @@ def collect(
             chosen = [prompts[index] for index, _ in batch]
             pixels, seconds = _draw(generate, batch, chosen, folder)
             values = scorer(pixels, [p.text for p in chosen], [p.info for p in chosen]).values.tolist()
-            saw = map(describe, benchmark.see(pixels)) if benchmark.see else scorer.said
+            saw = map(describe, benchmark.see(pixels)) if benchmark.see else scorer.said or [""] * len(batch)
             rows = [
                 ScoredImage(*place, prompt.text, dict(zip(scorer.names, row)), words, round(seconds, 5))
                 for place, prompt, row, words in zip(batch, chosen, values, saw)

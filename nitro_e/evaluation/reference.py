@@ -57,7 +57,8 @@ class Reference:
         yield from read_images(self.files, resolution)
 
     def _records(self, images: Sequence[str], resolution: int, caption_key: str) -> Iterator[Any]:
-        spec = ReadSpec(tuple(images), self.catalog.find("json") is not None, resolution, caption_key)
+        info = bool(self.catalog.holders("json")[0])
+        spec = ReadSpec(tuple(images), info, resolution, caption_key)
         dataset = TarDataset(self.catalog, Order(self.catalog.sizes, seed=0, stage="reference"), spec)
         for start in range(0, len(self), BATCH):
             records, failed = dataset.load(np.arange(start, min(start + BATCH, len(self))))

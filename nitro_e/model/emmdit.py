@@ -32,7 +32,7 @@ from nitro_e.model.transforms import transformed
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Architecture):
-    """The architecture of an E-MMDiT. Defaults are the released 512 px model (302,449,952 parameters)."""
+    """Describes the architecture of an E-MMDiT. Defaults are the released 512 px model (302,449,952 parameters)."""
 
     PRESETS: ClassVar[dict[str, dict]] = {
         "nitro-e-512": {},
@@ -43,7 +43,7 @@ class ModelConfig(Architecture):
         "micro-8": dict(width=48, heads=2, groups=(1, 2, 1), base_grid=8, attention=("full", "4x1", "2x2")),
     }
 
-    FREE: ClassVar[tuple[str, ...]] = ("gate_init", "base_grid", "attention")
+    FREE: ClassVar[tuple[str, ...]] = ("init", "gate_init", "base_grid", "attention")
     ADOPTED: ClassVar[Mapping[str, Any]] = {"time_input": "1000t", "interval": False}
 
     kind: Literal["emmdit"] = "emmdit"  # the class of the model
@@ -67,13 +67,19 @@ class ModelConfig(Architecture):
     # subregion attention: a cycle of patterns, tiled over all blocks; [full] is off
     attention: tuple[str, ...] = ("full", "4x1", "4x4")
     qk_norm: bool = True  # RMS norm of queries and keys
+    norm: Literal["layer", "rms"] = "layer"  # of tokens: layer norm, or RMS norm without biases
+    # gelu: two linear layers; swiglu: a gated one, with two thirds of the hidden width
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     # mix the values of the first block of each of the three groups into those of its other blocks
     value_residual: bool = False
     # real: padded text positions are hidden; the released weights attend to them
     text_mask: Literal["none", "real"] = "none"
     # of the last layer; data: the velocity is (x - data) / t, with t at least prediction_floor
     prediction: Literal["velocity", "data"] = "velocity"
+    # least time that a predicted image is divided by
     prediction_floor: Annotated[float, Gt(0), Le(1)] = 0.05
+    # first weights: those of DiT, or torch's own, as the released code has them
+    init: Literal["dit", "released"] = "dit"
     # mean of the residual gates at the start; released: random
     gate_init: Literal["random", "zero", "one"] = "random"
     # of the time embedding's sinusoids: as released, or slow ones, for objectives that take derivatives in t
@@ -110,6 +116,10 @@ class ModelConfig(Architecture):
             raise ConfigError(
                 "path_drop needs compression and blocks inside it: there is nothing else to drop"
             )
+        if self.interval and self.prediction == "data":
+            raise ConfigError(
+                "interval needs prediction: velocity; an average velocity is no x minus the data"
+            )
         if not self.attention:
             raise ConfigError("attention must name at least one pattern, for example [full]")
         for name in self.attention:
@@ -142,24 +152,24 @@ class ModelConfig(Architecture):
 
     @property
     def mlp_hidden(self) -> int:
-        return round(self.width * self.mlp_ratio)
+        return round(self.width * self.mlp_ratio * {"gelu": 1, "swiglu": 2 / 3}[self.mlp])
 
     @functools.cached_property
     def regions(self) -> tuple[Region, ...]:
-        """The attention region of every block."""
+        """Return the attention region of every block."""
         cycle = [Region.parse(name) for name in self.attention]
         return tuple(cycle[index % len(cycle)] for index in range(self.depth))
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The values that every block attends to: a key of `layers.VALUES`."""
+        """Name the values that every block attends to: a key of `layers.VALUES` each."""
         if not self.value_residual:
             return ("own",) * self.depth
         return tuple("mixed" if index else "first" for count in self.groups for index in range(count))
 
     @functools.cached_property
     def multiples(self) -> tuple[int, int, int]:
-        """The number that the tokens of each of the three groups must be a multiple of."""
+        """Return the number that the tokens of each of the three groups must be a multiple of."""
         start, end = self.groups[0], self.groups[0] + self.groups[1]
         before, inside, after = (
             math.lcm(*(region.multiple for region in part))
@@ -169,7 +179,7 @@ class ModelConfig(Architecture):
 
     @property
     def interpolation(self) -> int:
-        """The factor that spreads positions as for a 512 px image, whatever the training grid."""
+        """Return the factor that spreads positions as for a 512 px image, whatever the training grid."""
         return max(self.base_grid * self.patch_size // 16, 1)
 
     def image_tokens(self, height: int, width: int) -> tuple[int, int, int]:
@@ -190,7 +200,7 @@ class ModelConfig(Architecture):
 
     @property
     def default_taps(self) -> tuple[int, ...]:
-        """The taps at both ends of the compressed part, three in it, and the last block (512 px: 4, 10, 16, 19, 24)."""
+        """Return the taps at both ends of the compressed part, three in it, and the last block (512 px: 4, 10, 16, 19, 24)."""
         first, inside, _ = self.groups
         middle = [first + round(inside * share) for share in (6 / 16, 12 / 16, 15 / 16)]
         return tuple(sorted({max(first, 1), *middle, self.depth} - {0}))
@@ -225,7 +235,7 @@ GATE_ROWS = [2, 5]  # of the six modulation rows
 
 
 class EMMDiT(Model):
-    """The velocity of latents at time t given text. See `ModelConfig` for what can be switched."""
+    """Predicts the velocity of latents at time t given text. See `ModelConfig` for what can be switched."""
 
     # set in nitro_e/model/__init__.py: files know the models, so models cannot know the files
     from_pretrained: ClassVar[Callable[..., Model]]
@@ -256,13 +266,12 @@ class EMMDiT(Model):
         self.drop_update = layers.DropUpdate() if c.path_drop else layers.Skip()
 
         last = c.depth - 1
+        design = layers.Design(width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, c.norm, c.mlp)
         self.blocks = nn.ModuleList(
-            (layers.LastBlock if index == last else layers.Block)(
-                width, c.heads, c.mlp_hidden, c.modulation, c.qk_norm, region, values
-            )
+            (layers.LastBlock if index == last else layers.Block)(design, region, values)
             for index, (region, values) in enumerate(zip(c.regions, c.values))
         )
-        self.norm_out = layers.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_out = layers.NORMS[c.norm](width, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, c.latent_channels * c.patch_size**2)
         self.prediction: Prediction = (
             PredictData(c.prediction_floor) if c.prediction == "data" else PredictVelocity()
@@ -274,20 +283,13 @@ class EMMDiT(Model):
     def initialize(self) -> None:
         """Set all initial values, one rule per line; nothing else in the model sets any."""
         for module in self.modules():
-            # Xavier-uniform weights and zero biases, as in DiT
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                # weights of one and no biases
+                module.reset_parameters()
             elif isinstance(module, layers.HeadNorm):
                 nn.init.ones_(module.weight)
-        # a small time embedding, as in DiT
-        for linear in (self.time.linear_in, self.time.linear_out):
-            nn.init.normal_(linear.weight, std=0.02)
-        # the first prediction is zero, and the average velocity is the velocity
-        nn.init.zeros_(self.out.weight)
+        {"dit": self._initialize_as_dit, "released": self._initialize_as_released}[self.config.init]()
+        # the average velocity is the velocity
         if isinstance(self.time, layers.IntervalEmbedding):
             nn.init.zeros_(self.time.elapsed.linear_out.weight)
         # text leaves the compressed part as it came
@@ -307,6 +309,22 @@ class EMMDiT(Model):
                     nn.init.normal_(table, std=self.config.width**-0.5)
         if self.config.gate_init != "random":
             self._initialize_gates()
+
+    def _initialize_as_dit(self) -> None:
+        """Set linear layers: Xavier-uniform weights, zero biases, a small time embedding, and a last layer of zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (self.time.linear_in, self.time.linear_out):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.out.weight)
+
+    def _initialize_as_released(self) -> None:
+        """Set linear layers as torch does: weights and biases uniform within 1 / sqrt(inputs), the last layer too."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
 
     def _initialize_gates(self) -> None:
         """Close every residual branch (zero: AdaLN-zero, arXiv 2212.09748), or open it (one)."""
@@ -332,7 +350,7 @@ class EMMDiT(Model):
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Model`. With path_drop: drop, (B,) bool, names rows to drop; weak drops all, and skips the blocks."""
         self.config.check_taps(taps)
-        drop = torch.full_like(t, weak, dtype=torch.bool) if drop is None else drop
+        drop = torch.full(x.shape[:1], weak, device=x.device) if drop is None else drop
         grid = self.config.latent_grid(*x.shape[-2:])
         self.config.check_grid(*grid, text.tokens.shape[1])
 
@@ -419,7 +437,7 @@ class EMMDiT(Model):
         return self.time(t).float(), (words * real).sum(1) / real.sum(1).clamp(min=1)
 
     def adapter_layers(self) -> list[AdapterLayer]:
-        """The linear layers inside blocks, except modulation, by their names in the released format."""
+        """List the linear layers inside blocks, except modulation, by their names in the released format."""
         return [
             AdapterLayer(ours, tuple(theirs), attention=".attn." in theirs[0])
             for ours, theirs in names.block_linears(self.config.groups).items()

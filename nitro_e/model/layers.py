@@ -82,7 +82,7 @@ class TimeEmbedding(nn.Module):
 
 
 class IntervalEmbedding(TimeEmbedding):
-    """A time embedding of t, and of how far it is to an earlier time r: of average velocities from t to r.
+    """Embeds t, and how far it is to an earlier time r, for average velocities from t to r.
 
     t: (B, 2) columns t and r; or (B,), with r = 0. The second part is zero at first.
     """
@@ -204,7 +204,7 @@ MODULATIONS = {"affine": AffineModulation, "single": SingleModulation, "full": F
 
 
 class Region(NamedTuple):
-    """A pattern of subregion attention (ASA, Section 3.5): s groups of tokens, each attending alone.
+    """Describes a pattern of subregion attention (ASA, Section 3.5): s groups of tokens, each attending alone.
 
     A region sees tokens as one list, in which the image's run row by row; it knows no rows and columns. The
     list is viewed as (l s n), and group i has the entries (:, i, :): of `4x1` (s = 4, n = 1) every 4th token,
@@ -229,7 +229,7 @@ class Region(NamedTuple):
 
     @property
     def multiple(self) -> int:
-        """The number that token counts must be a multiple of."""
+        """Return the number that token counts must be a multiple of."""
         return self.groups * self.run
 
     def split(self, x: Tensor) -> Tensor:
@@ -273,8 +273,22 @@ class LayerNorm(nn.LayerNorm):
         return x if self.weight is None else torch.addcmul(self.bias, x, self.weight)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMS norm, replaced by plain operators under forward-mode AD and torch.func, as `LayerNorm` is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not transformed():
+            return super().forward(x)
+        assert self.eps is not None
+        x = rms_norm(x, self.eps)
+        return x if self.weight is None else x * self.weight
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
+
+
 class HeadNorm(nn.Module):
-    """The weight of an RMSNorm over each head's K channels, which `normalise_qk` applies."""
+    """Holds the weight of an RMSNorm over each head's K channels, which `normalise_qk` applies."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -301,17 +315,30 @@ class FusedLinear(nn.Linear):
         self.parts = parts
 
 
+class Design(NamedTuple):
+    """Holds what all blocks of a model have alike: sizes, and the kinds of their parts."""
+
+    width: int
+    heads: int
+    hidden: int  # of the MLPs
+    modulation: str  # a key of MODULATIONS
+    qk_norm: bool
+    norm: str  # a key of NORMS
+    mlp: str  # a key of MLPS
+
+
 class AttentionInput(nn.Module):
     """Project the tokens of one stream to queries, keys and values."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, design: Design) -> None:
         super().__init__()
+        width, heads = design.width, design.heads
         self.heads = heads
-        self.norm = LayerNorm(width, eps=1e-5)
+        self.norm = NORMS[design.norm](width, eps=1e-5)
         self.qkv = FusedLinear(width, width, parts=3)
-        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.normalise: Callable[..., Tensor] = normalise_qk if qk_norm else keep_qk
+        self.q_norm = HeadNorm(width // heads) if design.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width // heads) if design.qk_norm else nn.Identity()
+        self.normalise: Callable[..., Tensor] = normalise_qk if design.qk_norm else keep_qk
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: normalised and modulated tokens (B, N, D). Returns q, k and v, each (B, N, H, K)."""
@@ -326,6 +353,24 @@ class MLP(nn.Sequential):
 
     def __init__(self, features: int, hidden: int, out: int) -> None:
         super().__init__(nn.Linear(features, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
+
+
+class Gate(nn.Module):
+    """Multiply the second half of the channels by the SiLU of the first: (..., 2 H) -> (..., H)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class SwiGLU(nn.Sequential):
+    """Two linear layers with a gate between them (arXiv 2002.05202); the first gives gate and values."""
+
+    def __init__(self, features: int, hidden: int, out: int) -> None:
+        super().__init__(FusedLinear(features, hidden, parts=2), Gate(), nn.Linear(hidden, out))
+
+
+MLPS: dict[str, Callable[[int, int, int], nn.Module]] = {"gelu": MLP, "swiglu": SwiGLU}
 
 
 # ----------------------------------------------------------------------------------------------------- block
@@ -370,13 +415,14 @@ VALUES = {"own": OwnValues, "first": FirstValues, "mixed": ValueResidual}
 class Stream(nn.Module):
     """One stream (image or text) of a block: modulation, the layers around joint attention, and MLP."""
 
-    def __init__(self, width: int, heads: int, hidden: int, modulation: str, qk_norm: bool) -> None:
+    def __init__(self, design: Design) -> None:
         super().__init__()
-        self.modulation = MODULATIONS[modulation](width)
-        self.attention = AttentionInput(width, heads, qk_norm)
+        width = design.width
+        self.modulation = MODULATIONS[design.modulation](width)
+        self.attention = AttentionInput(design)
         self.attention_out = nn.Linear(width, width)
-        self.norm_mlp = LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(width, hidden, width)
+        self.norm_mlp = NORMS[design.norm](width, eps=1e-6, elementwise_affine=False)
+        self.mlp = MLPS[design.mlp](width, design.hidden, width)
 
     def project_qkv(self, x: Tensor, m: Modulation) -> QKV:
         """x (B, N, D) -> q, k and v, each (B, N, H, K)."""
@@ -398,20 +444,11 @@ class TextContext(AttentionInput):
 class Block(nn.Module):
     """Joint image-text attention within the groups of a region, then an MLP per stream; residuals are gated."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        modulation: str,
-        qk_norm: bool,
-        region: Region,
-        values: str = "own",
-    ) -> None:
+    def __init__(self, design: Design, region: Region, values: str) -> None:
         super().__init__()
         self.region = region
-        self.image = Stream(width, heads, hidden, modulation, qk_norm)
-        self.text = Stream(width, heads, hidden, modulation, qk_norm)
+        self.image = Stream(design)
+        self.text = Stream(design)
         self.values = VALUES[values]()
 
     def forward(
@@ -438,20 +475,11 @@ class Block(nn.Module):
 class LastBlock(nn.Module):
     """A block whose text is read but not updated, because nothing would read the update."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        modulation: str,
-        qk_norm: bool,
-        region: Region,
-        values: str = "own",
-    ) -> None:
+    def __init__(self, design: Design, region: Region, values: str) -> None:
         super().__init__()
         self.region = region
-        self.image = Stream(width, heads, hidden, modulation, qk_norm)
-        self.text = TextContext(width, heads, qk_norm)
+        self.image = Stream(design)
+        self.text = TextContext(design)
         self.values = VALUES[values]()
 
     def forward(

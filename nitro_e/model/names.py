@@ -78,5 +78,5 @@ def _streams(groups: Sequence[int]) -> Iterator[tuple[str, str, Stream, bool]]:
 
 
 def _attention(ours: str, updated: bool) -> str:
-    """The path of a stream's attention; the last block's text is nothing else."""
+    """Return the path of a stream's attention; the last block's text is nothing else."""
     return f"{ours}.attention" if updated else ours

@@ -32,6 +32,8 @@ RELEASED_CHOICES = dict(
     position_reinforcement=True,
     modulation="affine",
     qk_norm=True,
+    norm="layer",
+    mlp="gelu",
     value_residual=False,
     text_mask="none",
     prediction="velocity",
@@ -156,7 +158,7 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _released_shape(name: str, tensor: Tensor, config: ModelConfig) -> tuple[int, ...]:
-    """The shape of a released tensor: linear layers on patches and folded tokens are convolutions there."""
+    """Return the shape of a released tensor: linear layers on patches and folded tokens are convolutions there."""
     if name == "pos_embed.proj.weight":
         return (config.width, config.latent_channels, config.patch_size, config.patch_size)
     if re.fullmatch(r"token(compressor|reconstructor)\.0\.0\.body\d+x\.\d\.weight", name):

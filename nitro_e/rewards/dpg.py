@@ -35,14 +35,21 @@ class DPG(nn.Module):
     ) -> None:
         super().__init__()
         self.batch_questions = batch_questions
+        self.said: list[str] = []  # of each image of the last call: the questions that do not count
         self.model, self.processor = files.load(
             "reward 'dpg'", "path", path or REPOSITORY, lambda folder: _load(folder, dtype), WANTED, revision
         )
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
-        return torch.tensor([self._score(*each) for each in zip(pixels, info)])  # (B,)
+        right = [self._right(*each) for each in zip(pixels, info)]
+        self.said = [
+            "; ".join(f"no: {q['text']}" for q, good in zip(record["questions"], found) if not good)
+            for record, found in zip(info, right)
+        ]
+        return torch.tensor([sum(found) / len(found) for found in right])  # (B,)
 
-    def _score(self, pixels: Tensor, info: dict) -> float:
+    def _right(self, pixels: Tensor, info: dict) -> list[bool]:
+        """Tell for each question whether it counts."""
         questions = info.get("questions")
         if not questions:
             raise ConfigError(
@@ -50,11 +57,10 @@ class DPG(nn.Module):
             )
         answers = self.answer(pixels, [question["text"] for question in questions])
         yes = {question["id"]: answer == "yes" for question, answer in zip(questions, answers)}
-        right = [
+        return [
             yes[question["id"]] and all(yes.get(parent, True) for parent in question["parents"])
             for question in questions
         ]
-        return sum(right) / len(right)
 
     def answer(self, pixels: Tensor, questions: Sequence[str]) -> list[str]:
         """Answer questions on one image (3, H, W) in -1..1, in lower case."""

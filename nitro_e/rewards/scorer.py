@@ -175,6 +175,17 @@ class Scorer:
         values = torch.stack(columns, dim=1) if columns else pixels.new_zeros(len(pixels), 0)  # (B, R)
         return Scores(values, values.isfinite())
 
+    def differentiate(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        """Return the weighted sum (B,) of the trained scores with its gradient; pixels (B, 3, H, W) are not rounded.
+
+        A reward counts as 0 where it has no score. ConfigError for one that has no gradient.
+        """
+        total = pixels.new_zeros(len(pixels))
+        for column in self._columns:
+            if not column.config.monitored:
+                total = total + column.config.weight * column.differentiate(pixels, prompts, info)
+        return total
+
     def transform(self, scores: Scores, groups: Tensor) -> Scores:
         """Scores after each reward's transform; groups (B,): ints, one per prompt."""
         columns = [
@@ -274,6 +285,27 @@ class _Column:
         self.tally.unscored += len(applicable) - scored
         self.tally.skipped += len(pixels) - len(applicable)
         return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
+
+    def differentiate(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
+        """Return (B,) with gradients, 0 where there is no score."""
+        self.load()
+        assert self.reward is not None
+        rows = [i for i, record in enumerate(info) if self.applies(record)]
+        total = pixels.new_zeros(len(pixels))
+        if not rows:
+            return total
+        values = self.reward(
+            pixels[rows].to(self.device), [prompts[i] for i in rows], [info[i] for i in rows]
+        )
+        if not values.requires_grad:
+            raise ConfigError(
+                f"reward '{self.config.title}' has no gradient, which stage.algorithm.kind reward_gradient follows; train "
+                "on it with another algorithm, or give it the weight 0"
+            )
+        values = values.float().to(pixels.device)
+        return total.index_add(
+            0, torch.tensor(rows, device=pixels.device), torch.where(values.isfinite(), values, 0.0)
+        )
 
     def _score_batch(self, pixels: Tensor, prompts: list[str], info: list[dict]) -> Tensor:
         """Return (B,) on the CPU, NaN where there is no score; TrainingError after too many batches without any."""

@@ -39,7 +39,7 @@ def keep(step: int, x: Tensor, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
-    """The settings of a sampler; they are stored with the weights, and every value can be overridden when sampling."""
+    """Holds the settings of a sampler; they are stored with the weights, and every value can be overridden when sampling."""
 
     ALIASES: ClassVar[Mapping[str, Mapping[str, str]]] = SAMPLER_ALIASES
 
@@ -83,7 +83,7 @@ class SamplingConfig(Config):
 
     @property
     def size(self) -> tuple[int, int]:
-        """The image's (height, width) in pixels."""
+        """Return the image's (height, width) in pixels."""
         return self.height or self.resolution, self.width or self.resolution
 
     def in_words(self) -> str:
@@ -103,7 +103,7 @@ class SamplingConfig(Config):
         return words
 
     def times(self) -> Tensor:
-        """The (steps + 1,) falling times, the last one 0."""
+        """Return the (steps + 1,) falling times, the last one 0."""
         for times in self.sigmas:
             if len(times) == self.steps:
                 return torch.tensor([*times, 0.0])
@@ -164,7 +164,7 @@ def scale_time(model: Denoiser, scale: float) -> Denoiser:
 
 
 class ScaledTime(NamedTuple):
-    """A model whose input is `scale * t`."""
+    """Calls a model with `scale * t`."""
 
     model: Denoiser
     scale: float

@@ -113,9 +113,10 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
     """
     assert config.data is not None  # RunConfig refuses a recipe without
     vision = config.components.vision is not None
+    data = replace(config.data, global_batch=config.batch.global_)
     if parts is None:
-        return open_fitting(config, config.data, config.seed, config.name, None, vision, extra)
-    data = replace(config.data, batch_size=parts.split.micro_batch)
+        return open_fitting(config, data, config.seed, config.name, None, vision, extra)
+    data = replace(data, batch_size=parts.split.micro_batch)
     opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
     opened.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
     return opened
@@ -150,6 +151,7 @@ def open_fitting(
         ("latents", "codec", components.codec),
         ("text", "text", components.text),
         ("features", "vision", components.vision),
+        *((name, "text", components.text) for name in made if name.startswith("text_")),
     ):
         theirs = made[column]["name"] if column in made else None
         if ours is not None and theirs is not None and theirs["name"] != ours.name:
@@ -158,9 +160,9 @@ def open_fitting(
             )
         # embeddings that were stored before there was a choice have none
         layers = "last" if theirs is None else theirs.get("layers", "last")
-        if column == "text" and theirs is not None and layers != ours.layers:
+        if key == "text" and theirs is not None and layers != components.text.layers:
             raise ConfigError(
-                f"components.text.layers is '{ours.layers}', but the stored text was made with '{layers}'; set "
+                f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}'; set "
                 f"components.text.layers={layers}, or encode the text again"
             )
     if opened.text_format == "ragged" and config.model.attends_padding:
@@ -183,7 +185,7 @@ def data_summary(config: Run, data: Data | None, world: int, flops: float) -> li
     if data is not None:
         lines += [
             f"samples              {len(data):,} in the data, {samples / len(data):.2f} epochs",
-            *(f"where                {line}" for line in data.filtered),
+            *(f"data                 {line}" for line in data.filtered),
             f"first sample         {first_sample(data)}",
         ]
     return lines

@@ -41,7 +41,7 @@ class ModelGuidanceConfig(Config):
 
     @property
     def weight(self) -> float:
-        """Of the difference that is added to the target: the fixed point is v_0 + scale (v - v_0) then."""
+        """Return the weight of the difference that is added to the target; its fixed point is v_0 + scale (v - v_0)."""
         return 1 - 1 / self.scale
 
 
@@ -99,7 +99,7 @@ class FlowMatching:
         return model
 
     def batches(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[Batch]:
-        """Endless micro-batches from optimiser step `step` on."""
+        """Yield endless micro-batches from optimiser step `step` on."""
         grid = self.model.config.latent_grid
 
         def make(records: Records, step: int) -> Batch:

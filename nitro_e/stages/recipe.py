@@ -23,6 +23,7 @@ from nitro_e.config import (
     to_dict,
 )
 from nitro_e.data import DataConfig, MissingShards
+from nitro_e.data.buckets import parse_sizes
 from nitro_e.data.prompts import load_prompts
 from nitro_e.encoders.components import (
     ComponentsConfig,
@@ -59,6 +60,7 @@ from nitro_e.training.parallel import dist_context
 from nitro_e.training.saving import ResumeConfig
 from nitro_e.training.selection import Selection
 
+BUCKET_SHEETS = 4  # aspect buckets of which the first prompts are drawn too
 # told apart by `kind`; KINDS has an entry for each
 StageConfig = FlowMatchingConfig | GRPOConfig | DistillConfig
 KINDS: dict[str, StageKind[Any]] = {
@@ -115,6 +117,9 @@ class RunConfig(Config):
                 given["model"].setdefault("latent_channels", shape[0])
             if text_width is not None:
                 given["model"].setdefault("text_width", text_width)
+            if given.get("data", {}).get("buckets") == "auto" and shape is not None:
+                model = from_dict(Architecture, given["model"], "model")
+                given["data"]["buckets"] = list(usual_buckets(model, shape[1], resolution or 512))
         return {**data, **given}
 
     def __post_init__(self) -> None:
@@ -140,6 +145,10 @@ class RunConfig(Config):
             raise ConfigError(
                 f"validation: stage.kind '{self.stage.kind}' reads no images; leave validation out"
             )
+        if self.bucket_sizes and self.stage.kind != "flow_matching":
+            raise ConfigError(
+                f"data.buckets: stage.kind '{self.stage.kind}' trains on one size; leave them out"
+            )
         kind.check(self)
         self._check_selection(kind.period(self))
         self._check_shapes()
@@ -157,6 +166,12 @@ class RunConfig(Config):
     def resolution(self) -> int:
         """Pixels per side that the model is trained at."""
         return self.sampling.resolution
+
+    @property
+    def bucket_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return the aspect buckets, as written and in pixels (height, width)."""
+        texts = () if self.data is None else self.data.buckets
+        return dict(zip(texts, parse_sizes(texts)))
 
     @property
     def folder(self) -> Path:
@@ -214,6 +229,8 @@ class RunConfig(Config):
         sizes["sampling"] = self.published_sampling.size
         if self.evaluation is not None and self.evaluation.sampling is not None:
             sizes["evaluation.sampling"] = self.evaluation.sampling.size
+        if self.data is not None:
+            sizes |= {f"data.buckets: {text}": size for text, size in self.bucket_sizes.items()}
         for key, size in sizes.items():  # a size that cannot be drawn would end the run at its first image
             try:
                 latent_size(self.model, stride, text_length, *size)
@@ -224,6 +241,14 @@ class RunConfig(Config):
         """Return the (rows, columns) of tokens of a training image."""
         side = self.resolution // stride
         return self.model.latent_grid(side, side)
+
+
+def usual_buckets(model: Architecture, stride: int, resolution: int) -> tuple[str, ...]:
+    """List the sizes of about the area of a square that the model works on, up to an aspect of 4 to 1."""
+    unit = stride * model.patch_size
+    side = max(resolution // unit, 1)
+    grids = [grid for grid in model.similar_grids(side, side, 0.85, 1.15) if max(grid) <= 4 * min(grid)]
+    return tuple(f"{rows * unit}x{columns * unit}" for rows, columns in grids)
 
 
 def refuse_old_keys(data: Mapping[str, Any]) -> None:
@@ -420,10 +445,21 @@ def sample_grid_hook(
 
     def run(model: Model) -> dict[str, Image.Image]:
         training = model.training
-        images = TextToImage(model.eval(), codec, text, config.published_sampling)(prompts).images
+        pipeline = TextToImage(model.eval(), codec, text, config.published_sampling)
+        images = pipeline(prompts).images
+        sheets = {}
+        for name, (height, width) in list(config.bucket_sizes.items())[:BUCKET_SHEETS]:
+            if (height, width) != images[0].size[::-1]:
+                drawn = pipeline(prompts[:4], height=height, width=width).images
+                sheet = image_grid(drawn, len(drawn))
+                sheets[f"samples-{name}"] = caption(sheet, prompts[:4], len(drawn), drawn[0].size)
         model.train(training)
         columns = min(8, len(images))
         own: dict[str, Image.Image] = getattr(stage, "images", dict)()
-        return {"samples": caption(image_grid(images, columns), prompts, columns, images[0].size), **own}
+        return {
+            "samples": caption(image_grid(images, columns), prompts, columns, images[0].size),
+            **sheets,
+            **own,
+        }
 
     return Hook(config.engine.sample_every, run)

@@ -20,6 +20,8 @@ from nitro_e.interfaces import Grid, Model, TextEmbedding
 
 @dataclass(frozen=True, kw_only=True)
 class RepaConfig(Config):
+    """Says which tokens resemble which features of the image, how much, and until when."""
+
     weight: Annotated[float, Gt(0), "to switch REPA off: stage.repa: null"] = 0.5  # of the alignment loss
     # image tokens after so many blocks; each tap has a projector, and their losses are averaged
     taps: tuple[Annotated[int, Ge(1)], ...] = (4,)
@@ -49,7 +51,7 @@ class RepaConfig(Config):
 
 
 class MLPProjector(nn.Sequential):
-    """Three linear layers on each token by itself: (B, N, D) -> (B, N, F)."""
+    """Applies three linear layers to each token by itself: (B, N, D) -> (B, N, F)."""
 
     def __init__(self, width: int, hidden: int, features: int) -> None:
         super().__init__(
@@ -65,7 +67,7 @@ class MLPProjector(nn.Sequential):
 
 
 class ConvProjector(nn.Module):
-    """A convolution over 3 x 3 tokens of the grid: (B, N, D) -> (B, N, F)."""
+    """Applies a convolution over 3 x 3 tokens of the grid: (B, N, D) -> (B, N, F)."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()

@@ -145,6 +145,7 @@ def open_validator(config: Run, validation: ValidationConfig, parts: Parts, dist
         shards=validation.shards,
         sources={},
         reader="indexed",
+        buckets=(),
         workers=0,
         batch_size=validation.batch_size,
     )

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nitro_e.config import Config, ConfigError, Ge, Le
+from nitro_e.config import Config, ConfigError, Ge, Le, environment_number
+from nitro_e.data.buckets import NO_SIZE, Size, assign, parse_sizes
 from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
 from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
@@ -55,6 +56,9 @@ class EncodeConfig(Config):
     OPTIONS: ClassVar[bool] = True
 
     resolution: Annotated[int, Ge(1), Le(65536)] = 512
+    buckets: tuple[
+        str, ...
+    ] = ()  # HEIGHTxWIDTH: each image at the one nearest to its shape, in place of a square
     text_format: Literal["padded", "ragged"] = "padded"
     text_dtype: Literal["float16", "int8"] = "float16"
     caption: str | None = None  # key of the json whose text is encoded, in place of txt
@@ -97,7 +101,8 @@ class Encoders:
         if kind == "text":
             dtype = {"dtype": config.text_dtype} if config.text_dtype != "float16" else {}
             return {**described, "format": config.text_format, "length": self.text.length, **dtype}
-        return {**described, "resolution": config.resolution}
+        buckets = {"buckets": list(config.buckets)} if config.buckets else {}
+        return {**described, "resolution": config.resolution, **buckets}
 
 
 @dataclass
@@ -107,12 +112,19 @@ class EncodeUnit:
     name: str
     paths: list[str]
     options: str  # digest of config and encoders
+    buckets: tuple[Size, ...] = ()
 
     def fingerprint(self) -> str:
-        return digest(self.options, self.open().digest)
+        return digest(self.options, open_catalog([self.paths]).digest)
 
-    def open(self) -> Catalog:
-        return open_catalog([self.paths])
+    def open(self) -> tuple[Catalog, np.ndarray]:
+        """Index the shard: its samples, and (N,) the bucket of each, 0 without buckets."""
+        catalog = open_catalog([self.paths])
+        if not self.buckets:
+            return catalog, np.zeros(len(catalog), np.uint8)
+        groups = assign(catalog, self.buckets, keep=False)
+        catalog.keep(groups != NO_SIZE, "json has no width and height, which buckets need")
+        return catalog, groups[groups != NO_SIZE]
 
 
 def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job: JobConfig) -> list[dict]:
@@ -122,7 +134,7 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
     fails.
     """
     chosen = replace(config, batch_size=1, workers=0).__dict__
-    for name in ("text_dtype", "caption"):  # newer than shards that were made with their defaults
+    for name in ("text_dtype", "caption", "buckets"):  # newer than shards that were made with their defaults
         if chosen[name] == getattr(EncodeConfig, name):
             del chosen[name]
     options = digest(chosen, encoders.identity, encoders.grid)
@@ -130,7 +142,10 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
     for columns in group_columns(shards).values():
         path = Path(columns.get("images") or columns.get("") or next(iter(columns.values())))
         match = COLUMN.fullmatch(path.stem)
-        units.append(EncodeUnit(match.group(2) if match else path.stem, list(columns.values()), options))
+        name = match.group(2) if match else path.stem
+        units.append(
+            EncodeUnit(name, list(columns.values()), options, parse_sizes(config.buckets, "--buckets"))
+        )
     names = [unit.name for unit in units]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
     if twice:
@@ -159,30 +174,33 @@ def weights_digest(encoder: Any) -> str:
 def usual_workers() -> int:
     """Return a number of processes that decode images: this rank's cores but one, from 2 to 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 2), 16)
+    return min(max(cores // max(environment_number("LOCAL_WORLD_SIZE", 1), 1) - 1, 2), 16)
 
 
 # --- one unit after the other; one loader reads the images of all ----------------------------------
 
 
 class UnitImages(Dataset):
-    """Reads batches of (unit number, sample ids) without replacement: records, and the problem of each bad row."""
+    """Reads batches of (unit, bucket, sample ids) without replacement: records, and the problem of each bad row."""
 
     def __init__(self, units: Sequence[EncodeUnit], config: EncodeConfig, pixels: bool):
         self.units, self.config, self.pixels = units, config, pixels
-        self._current: tuple[int, TarDataset] | None = None
+        self._current: tuple[tuple[int, int], TarDataset] | None = None
 
-    def __getitems__(self, batch: tuple[int, range]) -> tuple[Records, dict[int, Problem]]:
-        number, ids = batch
-        if self._current is None or self._current[0] != number:
-            self._current = number, self._dataset(self.units[number].open())
-        return self._current[1].load(np.asarray(ids))
+    def __getitems__(self, batch: tuple[int, int, np.ndarray]) -> tuple[Records, dict[int, Problem]]:
+        number, bucket, ids = batch
+        if self._current is None or self._current[0] != (number, bucket):
+            unit = self.units[number]
+            side = self.config.resolution
+            size = unit.buckets[bucket] if unit.buckets else (side, side)
+            self._current = (number, bucket), self._dataset(unit.open()[0], size)
+        return self._current[1].load(ids)
 
-    def _dataset(self, catalog: Catalog) -> TarDataset:
+    def _dataset(self, catalog: Catalog, size: Size) -> TarDataset:
         images = image_extensions(catalog) if self.pixels else ()
         info = bool(catalog.holders("json")[0])
         captions = ((self.config.caption, 1.0),) if self.config.caption else ()
-        spec = ReadSpec(images, info, self.config.resolution, self.config.caption_key, captions)
+        spec = ReadSpec(images, info, size, self.config.caption_key, captions)
         return TarDataset(catalog, Order(catalog.sizes, seed=0, stage="encode"), spec)
 
 
@@ -191,9 +209,11 @@ def _work(
 ) -> Iterator[tuple[EncodeUnit, Result]]:
     def batches():  # runs ahead of the encoder by the loader's prefetching
         for number, unit in enumerate(units):
-            size = len(unit.open())
-            for start in range(0, size, config.batch_size):
-                yield number, range(start, min(start + config.batch_size, size))
+            _, groups = unit.open()
+            for bucket in np.unique(groups).tolist():
+                ids = np.flatnonzero(groups == bucket)
+                for start in range(0, len(ids), config.batch_size):
+                    yield number, bucket, ids[start : start + config.batch_size]
 
     pixels = encoders.codec is not None or encoders.vision is not None
     images = UnitImages(units, config, pixels)
@@ -203,7 +223,7 @@ def _work(
         before: tuple[EncodeUnit, Future[Result]] | None = None
         for unit in units:
             queue: Queue[Encoded | BaseException | None] = Queue(AHEAD)
-            catalog = unit.open()
+            catalog, _ = unit.open()
             written = writer.submit(_write_unit, unit, catalog.problems, queue, encoders, config, out)
             try:
                 for batch in _encoded(len(catalog), loaded, encoders, config):
@@ -267,7 +287,9 @@ def _write_unit(
     paths = {name: out / f"{name}-{unit.name}.tar" for name in encoders.columns}
     with ExitStack() as stack:
         add = {
-            name: stack.enter_context(open_shard(path, partial(check_written, keys, path)))
+            name: stack.enter_context(
+                open_shard(path, partial(check_written, keys, path, several=bool(config.buckets)))
+            )
             for name, path in paths.items()
         }
         while (batch := queue.get()) is not None:

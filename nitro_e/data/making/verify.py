@@ -36,6 +36,7 @@ class Checked:
     nbytes: int = 0
     shapes: dict[str, list] = field(default_factory=dict)  # array member -> [[*shape, dtype], first key]
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, "S1"))
+    several: bool = False  # arrays of aspect buckets: of one number of dimensions, but not of one shape
     parts: set[str] = field(default_factory=set)  # "image", "caption", array members
     problems: list[Problem] = field(default_factory=list)
 
@@ -101,6 +102,8 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
             if entry[name] != value:
                 reason = f"{name} is {value}, {entry['manifest']} says {entry[name]}"
                 checked.problems.append(problem("*", reason))
+        encoder = entry.get("encoder")
+        checked.several = isinstance(encoder, dict) and bool(encoder.get("buckets"))
     checked.problems += _missing(path, index, checked)
     _check_members(path, index, checked, deep, caption_key)
     return checked
@@ -159,7 +162,8 @@ def _check_member(
         decode_image(content, 8)
     elif name.endswith("npy"):
         array = decode_array(content)
-        shape = [*array.shape[name.startswith(RAGGED) :], array.dtype.str]
+        sides = [array.ndim] if checked.several else array.shape[name.startswith(RAGGED) :]
+        shape = [*sides, array.dtype.str]
         first = checked.shapes.setdefault(name, [shape, key])
         if first[0] != shape:
             raise BadSample(f"{shape}, but sample {first[1]} has {first[0]}")

@@ -84,10 +84,10 @@ def write_shards(
     return paths
 
 
-def check_written(keys: list[str], final: Path, path: Path) -> None:
+def check_written(keys: list[str], final: Path, path: Path, several: bool = False) -> None:
     """Open the shard at `path` again, before it becomes `final`: every key in order, arrays finite, of one shape.
 
-    Only the first axis of ragged text may differ. Raises ConfigError.
+    Only the first axis of ragged text may differ; with `several`, of aspect buckets, shapes may. Raises ConfigError.
     """
     index, layouts = scan_tar(path), {}
     found = []
@@ -96,7 +96,8 @@ def check_written(keys: list[str], final: Path, path: Path) -> None:
         found.append(key)
         for name, content in members.items():
             array = decode_array(content)
-            layout = array.shape[name.startswith(RAGGED) :], array.dtype.str
+            shape = (array.ndim,) if several else array.shape[name.startswith(RAGGED) :]
+            layout = shape, array.dtype.str
             if layout != layouts.setdefault(name, layout):
                 raise ConfigError(
                     f"{final}: {name} of {key} is {layout}, of the first sample {layouts[name]}; this is a"

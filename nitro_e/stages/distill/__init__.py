@@ -2,7 +2,7 @@
 
 inputs       student times, noised inputs, the one x0 prediction per step
 sources      batches: stored pairs of the teacher, or prompts alone
-objective    interface of an objective; regression, adversarial, score, imitate, flow_map: the objectives there are
+objective    interface of an objective; regression, adversarial, score, imitate, flow_map, reward: those there are
 heads, pool  the discriminator: frozen features with a head per feature map, or NitroFusion's pool of heads
 gan_losses   losses of logits
 guards       monitors of the student, and the limits at which training stops by itself

@@ -13,6 +13,7 @@ from nitro_e.files import sha256_of
 from nitro_e.interfaces import Stage
 from nitro_e.model.pretrained import load_pretrained, read_config, weights_file
 from nitro_e.record import run_folder
+from nitro_e.rewards import build_rewards
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.stages.assembly import (
     Parts,
@@ -23,6 +24,7 @@ from nitro_e.stages.assembly import (
     open_run_data,
     split_of_data,
 )
+from nitro_e.stages.distill.reward import Judge
 from nitro_e.stages.distill.sources import Pairs, Prompts, Source
 from nitro_e.stages.distill.stage import DistillConfig, DistillRun
 
@@ -86,6 +88,12 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
         if theirs not in (None, ours):
             raise ConfigError(f"components.{name} is '{ours}', but stage.teacher was trained with '{theirs}'")
     source, shown = open_source(config, parts)
+    scorer = None
+    if config.stage.reward is not None:
+        scorer = build_rewards(config.stage.reward.rewards, parts.device)
+        if config.stage.prompts is not None:
+            scorer.check([prompt.info for prompt in load_prompts(config.stage.prompts)])
+        scorer.load()
     teacher = load_pretrained(folder).to(parts.device, getattr(torch, config.engine.precision))
     teacher.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.engine.compile:
@@ -99,6 +107,7 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
         parts.device,
         parts.flops,
         identity=sha256_of(weights_file(folder))[:16],
+        judge=None if scorer is None else Judge(parts.codec, scorer),
     )
     return stage, config.prompts or shown
 
@@ -107,16 +116,18 @@ def open_source(config: Run[DistillConfig], parts: Parts) -> tuple[Source, Seque
     """Open the batches, and choose prompts to show."""
     stage, size = config.stage, parts.split.micro_batch
     for count in stage.inputs.chain_counts:
-        if size % count:
+        needed = count * stage.inputs.group
+        if size % needed:
+            times = f", {stage.inputs.group} of each prompt" if stage.inputs.group > 1 else ""
             raise ConfigError(
-                f"batch: {size} samples of a process at a time cannot be chains of {count} steps; set "
-                f"batch.per_device to a multiple of {count}"
+                f"batch: {size} samples of a process at a time cannot be chains of {count} steps{times}; set "
+                f"batch.per_device to a multiple of {needed}"
             )
     if stage.prompts is None:
         data = open_pairs(config, parts)
         pairs = Pairs(data, parts.codec, parts.text, stage.inputs.needs_noise, parts.device)
         return pairs, first_records(data).prompts[:8]
-    pool = [prompt.text for prompt in load_prompts(stage.prompts)]
+    pool = load_prompts(stage.prompts)
     prompts = Prompts(pool, parts.text, parts.latent_shape, size, config.seed, parts.device)
     return prompts, prompts.prompts[:8]
 

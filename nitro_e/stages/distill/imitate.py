@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from nitro_e.config import Config, Fraction, Ge, Gt, Le
@@ -28,6 +29,7 @@ class ImitateConfig(Config):
     largest_time: Annotated[float, Gt(0), Le(1)] = 0.8
     # share of the step to the sampler's next time, from its start, in which the teacher is asked; 0: at the state alone
     reach: Fraction = 0.0
+    places: Annotated[int, Ge(1), Le(64)] = 1  # on that line, at which the teacher is asked
 
 
 class Imitate:
@@ -47,11 +49,14 @@ class Imitate:
     def loss(
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute (B,) |v_student - v_teacher(x_s, s)|^2, where x_s lies on the student's line at a time s <= t."""
+        """Compute (B,) |v_student - v_teacher(x_s, s)|^2, where x_s lies on the student's line at times s <= t."""
         assert prediction.t_next is not None, "DistillConfig refuses it without chains"
         config, x, t = self.config, prediction.x, prediction.t
         velocity = (x - prediction.data) / expand(t, x)
-        elapsed = config.reach * rng.uniform() * (t - prediction.t_next)  # (B,)
-        place = x - expand(elapsed, x) * velocity.detach()
-        target = self.shared.guided(place, t - elapsed, batch.text, config.guidance_scale)
-        return per_sample((velocity - target).square()) * (t <= config.largest_time), {}
+        values = torch.zeros_like(t)
+        for _ in range(config.places):
+            elapsed = config.reach * rng.uniform() * (t - prediction.t_next)  # (B,)
+            place = x - expand(elapsed, x) * velocity.detach()
+            target = self.shared.guided(place, t - elapsed, batch.text, config.guidance_scale)
+            values = values + per_sample((velocity - target).square()) / config.places
+        return values * (t <= config.largest_time), {}

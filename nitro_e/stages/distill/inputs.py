@@ -78,6 +78,7 @@ class InputConfig(Config):
     scatter: bool = False
     # of chains: {number of sampler steps: its weight}, drawn once per step; empty: as many steps as sigmas
     counts: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
+    group: Annotated[int, Ge(1)] = 1  # of chains: so many of each prompt, for rewards that compare them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,8 +95,8 @@ class InputConfig(Config):
 
     def _check_counts(self) -> None:
         if self.noise != "chain":
-            for name in ("counts", "scatter"):
-                if getattr(self, name):
+            for name in ("counts", "scatter", "group"):
+                if getattr(self, name) not in ({}, False, 1):
                     raise ConfigError(f"{name}: only for noise 'chain', not '{self.noise}'; leave it out")
             return
         for name in ("probabilities", "continuous_times", "rollout", "intervals"):
@@ -186,6 +187,7 @@ class DistillBatch:
     # the teacher's velocity and the heads' features there, with a graph to the student's data, if objectives share them
     taught: tuple[Tensor, Any] | None = None
     latent_shape: tuple[int, ...] = ()  # (C, h, w), given where there are no latents
+    info: list[dict] = field(default_factory=list)  # of the prompts, for rewards
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -207,10 +209,12 @@ class DistillBatch:
         rows = [row - row % count for row in range(len(self.prompts))]
         self.text = self.text.take(rows)
         self.prompts, self.keys = [self.prompts[row] for row in rows], [self.keys[row] for row in rows]
+        self.info = [self.info[row] for row in rows] if self.info else []
+        # without a list of rows, which would make the host wait
         if self.latents is not None:
-            self.latents = self.latents[::count].repeat_interleave(count, dim=0)
+            self.latents = self.latents[::count].repeat_interleave(count, dim=0)[: len(rows)]
         if self.noise is not None:
-            self.noise = self.noise[::count].repeat_interleave(count, dim=0)
+            self.noise = self.noise[::count].repeat_interleave(count, dim=0)[: len(rows)]
 
 
 class Scored(NamedTuple):
@@ -281,15 +285,15 @@ class Predictor:
     def chain(self, student: Denoiser, batch: DistillBatch, rng: SampleRandom, graph: bool) -> Prediction:
         """Follow the student's sampler from noise to data; each of its K steps is a sample of the batch.
 
-        Of every K samples in a row the first gives the prompt, and sample k is the chain's step k. K is drawn once per
-        step. States are detached: gradients stay within a step.
+        Of every K samples in a row (times `group`) the first gives the prompt, and sample k is the chain's step k. K is
+        drawn once per step. States are detached: gradients stay within a step.
         """
         counts = self.config.chain_counts
         steps = torch.Generator().manual_seed(
             seed_of(self.seed, "chain", batch.step)
         )  # the same on all ranks
         count = list(counts)[int(torch.multinomial(torch.tensor(list(counts.values())), 1, generator=steps))]
-        batch.share_prompts(count)
+        batch.share_prompts(count * self.config.group)
         noise = rng.normal(*batch.shape).unflatten(0, (-1, count))  # (B / K, K, C, h, w)
         times = torch.tensor([*self.config.times_of(count), 0.0]).to(noise.device, non_blocking=True)
         if self.config.scatter:

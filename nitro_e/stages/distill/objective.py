@@ -34,9 +34,10 @@ class Shared:
     heldout: float  # share of the prompts that nothing is trained on
     seed: int
     device: torch.device
-    discriminator: Any = (
-        None  # the adversarial objective, if others share its pass of the teacher (`share_score`)
-    )
+    # (latents, prompts, info) -> weighted sums of rewards (B,), NaN where there is none; None: the recipe has no rewards
+    judge: Callable[[Tensor, Sequence[str], Sequence[dict]], Tensor] | None = None
+    # the adversarial objective, if others share its pass of the teacher (`share_score`)
+    discriminator: Any = None
 
     def training(self, batch: DistillBatch) -> Tensor:
         """Return (B,): 1 for prompts that are trained on, 0 for held-out ones; a function of the prompt alone."""

@@ -227,6 +227,26 @@ PRESETS: dict[str, dict] = {
         "guards": None,
         "optim": {"lr": 1e-6, **SLOW},
     },
+    # DMDR (arXiv 2511.13649): DMD2 from a cold start, then with the policy gradient of rewards; a LoRA of rank 32. A recipe
+    # names the rewards: stage.reward.rewards.
+    "dmdr": {
+        "inputs": {**CHAIN, "group": 4},
+        "sampler": "multistep",
+        "every": 5,
+        "adapter": {"rank": 32, "targets": "blocks"},
+        "score": {"fake": {"optim": {"lr": 2e-5, **SLOW, "warmup": 0}}},
+        "reward": {"weight": 0.1, "start": 1000},
+        "guards": None,
+        "optim": {"lr": 2e-5, **SLOW},
+    },
+    # pi-Flow (arXiv 2510.14974) with a policy of one velocity per step: the teacher is asked along the student's own path.
+    "pi_flow": {
+        "inputs": CHAIN,
+        "sampler": "euler",
+        "imitate": {"largest_time": 1.0, "reach": 1.0, "places": 2},
+        "guards": None,
+        "optim": {"lr": 1e-5, **SLOW},
+    },
     # Ours: distribution matching, and the teacher's guided velocity on the student's own states (as in pi-Flow, arXiv
     # 2510.14974); no pairs, and one set of weights for 4, 2 and 1 steps.
     "score_imitate": {

@@ -77,9 +77,8 @@ class FakeScoreConfig(Config):
     weighting: Literal["velocity", "snr", "transition"] = "velocity"
     # in the student's slope; 1: none, 0: without prompt, below: away from it (SiD's Anti-CFG); teacher: as the teacher
     guidance_scale: float | Literal["teacher"] = 1.0
-    drop_text: Fraction = (
-        0.0  # share of samples that it learns without their prompt, for a guidance of its own
-    )
+    # share of samples that it learns without their prompt, for a guidance of its own
+    drop_text: Fraction = 0.0
     adapter: AdapterConfig | None = None  # LoRA over the teacher's weights; null: a whole copy
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from nitro_e.data import Data, Records
+from nitro_e.data.prompts import Prompt
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.randomness import seed_of
 from nitro_e.stages.batches import ahead, batches_ahead, encode, null_prompt, to_device
@@ -61,7 +62,9 @@ class Pairs:
         """Encode records on the device. The noise in half precision is exactly what the teacher began with."""
         batch = encode(record, self.codec, self.text, self.device)
         noise = to_device(record.extra["noise.npy"], self.device) if self.needs_noise else None
-        return DistillBatch(step, batch.latents, noise, batch.text, batch.prompts, batch.keys, alone)
+        return DistillBatch(
+            step, batch.latents, noise, batch.text, batch.prompts, batch.keys, alone, info=batch.info
+        )
 
 
 class Prompts:
@@ -74,14 +77,17 @@ class Prompts:
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         text: TextEncoder,
         latent_shape: tuple[int, int, int],
         batch_size: int,
         seed: int,
         device: torch.device,
     ) -> None:
-        self.prompts, self.text, self.device = list(dict.fromkeys(prompts)), text, device
+        info = {prompt.text: prompt.info for prompt in reversed(prompts)}  # of the first of its text
+        self.prompts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        self.info = [info[prompt] for prompt in self.prompts]
+        self.text, self.device = text, device
         self.latent_shape, self.batch_size, self.seed = latent_shape, batch_size, seed
         digest = hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=8).hexdigest()
         self.fingerprint = {"prompts": f"{len(self.prompts)} {digest}"}
@@ -109,4 +115,7 @@ class Prompts:
         text = self.text.encode(prompts) if self.kept is None else self.kept.take(rows)
         text = text.to(self.device, torch.float32)
         keys = [f"prompt '{prompt}'" for prompt in prompts]
-        return DistillBatch(step, None, None, text, prompts, keys, alone, latent_shape=self.latent_shape)
+        info = [self.info[row] for row in rows]
+        return DistillBatch(
+            step, None, None, text, prompts, keys, alone, latent_shape=self.latent_shape, info=info
+        )

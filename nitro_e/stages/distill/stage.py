@@ -35,6 +35,7 @@ from nitro_e.stages.distill.inputs import DistillBatch, InputConfig, Prediction,
 from nitro_e.stages.distill.objective import Balance, Objective, Shared
 from nitro_e.stages.distill.presets import PRESETS
 from nitro_e.stages.distill.regression import Diffusion, DiffusionConfig, Reflow, ReflowConfig
+from nitro_e.stages.distill.reward import Judge, PolicyGradientConfig, Reward
 from nitro_e.stages.distill.score import Score, ScoreConfig
 from nitro_e.stages.distill.sources import Source
 from nitro_e.training.optim import OptimConfig
@@ -46,6 +47,7 @@ OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of Disti
     "score": Score,
     "imitate": Imitate,
     "flow_map": FlowMap,
+    "reward": Reward,
     "adversarial": Adversarial,
 }
 MEASUREMENTS = 16  # steps over which the weight `auto` is measured
@@ -70,6 +72,7 @@ class DistillConfig(Config):
     score: ScoreConfig | None = None  # distribution matching with a fake score; null: off
     imitate: ImitateConfig | None = None  # the teacher's velocity on the student's own states; null: off
     flow_map: FlowMapConfig | None = None  # the teacher's path in one jump (consistency, MeanFlow); null: off
+    reward: PolicyGradientConfig | None = None  # the policy gradient of rewards (stage 3's); null: off
     # prompts alone instead of pairs, for objectives that need no images; leave `data` out then
     prompts: PromptsConfig | None = None
     guards: GuardConfig | None = field(default_factory=GuardConfig)
@@ -126,6 +129,11 @@ class DistillConfig(Config):
                 )
         if inputs.noise == "chain" and self.sample_steps:
             raise ConfigError("sample_steps: inputs.counts says the steps of chains; leave it out")
+        if self.reward and (inputs.noise != "chain" or self.sampler != "multistep" or inputs.group == 1):
+            raise ConfigError(
+                "reward compares images of one prompt that the sampler's noise tells apart: it needs inputs: {noise: chain, "
+                "group: 2} or more, and sampler: multistep"
+            )
         if inputs.noise != "chain":
             if self.imitate:
                 raise ConfigError("imitate follows the student's own states: it needs inputs.noise: chain")
@@ -245,6 +253,7 @@ class Distill:
         null_text: TextEmbedding,
         seed: int,
         device: torch.device,
+        judge: Judge | None = None,
     ) -> None:
         """student: trained in place; teacher: frozen; backbone(taps): the teacher's features for the discriminator."""
         if config.adapter is not None:
@@ -266,6 +275,7 @@ class Distill:
             config.heldout,
             seed,
             device,
+            judge,
         )
         self.objectives: list[Objective] = [
             build(getattr(config, name), self.shared)
@@ -376,11 +386,13 @@ class DistillRun(Distill):
         device: torch.device,
         forward_flops: float,
         identity: str,
+        judge: Judge | None = None,
     ) -> None:
         """identity: a hash of the teacher's weights; a resume with another teacher is refused."""
         self.source, self.batch_size, self.forward_flops = source, source.batch_size, forward_flops
         self.fingerprint = {**source.fingerprint, "teacher": identity}
-        super().__init__(config, model, teacher, partial(Backbone, teacher), source.null_text, seed, device)
+        backbone = partial(Backbone, teacher)
+        super().__init__(config, model, teacher, backbone, source.null_text, seed, device, judge)
 
     @property
     def bad_samples(self) -> int:

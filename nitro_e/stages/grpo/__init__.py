@@ -5,7 +5,7 @@ rollout    drawing images and keeping their trajectories
 advantage  scores -> advantages
 groups     the prompts and images of every process and update
 policy     the trained model beside its frozen copies
-algorithm  interface of an objective; clipped, nft: the objectives there are; kl: their penalty
+algorithm  interface of an objective; clipped, nft, awm, reward_gradient: the objectives there are; kl: their penalty
 stage      the rollouts on the engine
 """
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nitro_e.config import Config, ConfigError, Ge
 from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import SampleRandom
+from nitro_e.rewards import Scorer
 from nitro_e.sampling.samplers import Guided, guided_velocity
 from nitro_e.stages.grpo.kl import KLConfig, KLPenalty
 from nitro_e.stages.grpo.policy import Policy
@@ -38,6 +39,8 @@ class Shared:
     updates: int  # optimiser steps per rollout
     max_advantage: float
     latent_numbers: int  # D
+    decode: Callable[[Tensor], Tensor]  # latents -> pixels, with gradients
+    scorer: Scorer  # of the rollouts
     autocast: Callable[[], AbstractContextManager]
     device: torch.device
 

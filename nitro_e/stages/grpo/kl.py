@@ -23,10 +23,10 @@ class KLConfig(Config):
     beta: Annotated[float, Ge(0)] = 1e-3  # 0: no reference is kept
     # the kind that beta is given for, which is converted to `kind`; None: the same
     units: KLKind | None = None
-    # Both after GARDO (arXiv 2512.24138). refresh_every: rollouts after which the policy becomes its own reference; null:
-    # the first weights stay. gate: share of the images that the penalty acts on, those whose trained rewards rank them
-    # highest above what the monitored rewards do (`doubt`); null: all
+    # rollouts after which the policy becomes its own reference (GARDO, arXiv 2512.24138); null: the first weights stay
     refresh_every: Annotated[int, Ge(1)] | None = None
+    # share of the images that the penalty acts on, those whose trained rewards rank them highest above what the monitored
+    # rewards do (GARDO); null: all
     gate: Annotated[float, Gt(0), Lt(1)] | None = None
 
     def weight(self, schedule: Schedule) -> float:

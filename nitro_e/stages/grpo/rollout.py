@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
+from nitro_e.data.prompts import Prompt
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.sampling.flow import TimeGrid, time_grid
 from nitro_e.sampling.samplers import SAMPLERS, Velocity
@@ -139,6 +140,7 @@ class Experience:
     group: Tensor  # (S,) row of `text`
     advantages: Tensor  # (S,) float32
     gate: Tensor  # (S,) 1 where the KL penalty acts, else 0
+    asked: list[Prompt]  # (S,)
     noise: Callable[[], Tensor]  # (S, T, C, h, w) of every row, drawn at the first call
     keys: list[str]  # (S,) for reports
 
@@ -158,6 +160,7 @@ class Rows:
     x_next: Tensor  # (R, C, h, w): where it ended
     log_prob: Tensor  # (R,)
     gate: Tensor  # (R,) 1 where the KL penalty acts, else 0
+    asked: list[Prompt]  # (R,)
     noise: Callable[[], Tensor]  # (R, C, h, w): of the row's own, the same at every call
     # (R, C, h, w): velocity before the rollout's first update; None: this is the first
     old: Tensor | None = None

@@ -4,7 +4,7 @@ At every `updates`-th step the stream draws images with the weights as they are,
 (an image and a step of the sampler) until the updates are done. The text is encoded as for sampling, once per group.
 What is minimised over the rows is an algorithm's (algorithm.py); to add one, add its config to `Algorithms` below.
 
-Left out: training on the best and worst of a group only, gradients through rewards.
+Left out: training on the best and worst of a group only.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from nitro_e.stages.grpo.groups import Layout, group_prompts
 from nitro_e.stages.grpo.kl import KLPenalty, doubtful
 from nitro_e.stages.grpo.nft import NFTConfig
 from nitro_e.stages.grpo.policy import Policy
+from nitro_e.stages.grpo.reward_gradient import RewardGradientConfig
 from nitro_e.stages.grpo.rollout import (
     Experience,
     RolloutConfig,
@@ -56,7 +57,7 @@ from nitro_e.training.optim import OptimConfig
 from nitro_e.training.parallel import gather_over_processes
 
 # the objectives there are; `kind` says which one a recipe means (see algorithm.AlgorithmConfig)
-Algorithms = ClippedConfig | NFTConfig | AWMConfig
+Algorithms = ClippedConfig | NFTConfig | AWMConfig | RewardGradientConfig
 # over this many rollouts a reward may leave this share of its images unscored
 MONITORED_ROLLOUTS, MAX_UNSCORED = 10, 0.05
 CONSTANT_ROLLOUTS = 5  # in a row, until a reward that never differs is warned of
@@ -155,6 +156,8 @@ class GRPO:
             updates=config.updates,
             max_advantage=config.advantage.clip,
             latent_numbers=math.prod(latent_shape),
+            decode=codec.decode,
+            scorer=scorer,
             autocast=autocast,
             device=device,
         )
@@ -309,6 +312,7 @@ class GRPO:
             group=torch.tensor([image // size - first for image in images], device=self.device),
             advantages=advantage.flatten()[images.start : images.stop].float().to(self.device),
             gate=self.gate(everything).flatten()[images.start : images.stop].to(self.device),
+            asked=mine,
             noise=functools.cache(lambda: self.noise_of_rows(rollout, images)),
             keys=[f"rollout {rollout} '{prompts[image // size].text}' #{image % size}" for image in images],
         )
@@ -416,6 +420,7 @@ class GRPO:
                 keys=[experience.keys[index] for index in image.tolist()],
                 latents=latents[image],
                 gate=experience.gate[image],
+                asked=[experience.asked[index] for index in image.tolist()],
                 noise=functools.partial(_rows_of, experience.noise, image, step),
                 x=states[step, image] if window else states,
                 x_next=states[step + 1, image] if window else states,

@@ -1,0 +1,56 @@
+"""Aspect buckets: images keep about their shape instead of being cropped to a square.
+
+Every image belongs to the size of the list whose aspect is nearest to its own, by the width and height in its json
+(`pack` writes them). It is resized to cover that size, and the centre is cropped. A batch holds images of one size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from nitro_e.config import ConfigError
+from nitro_e.data.catalog import Catalog
+from nitro_e.data.conditions import as_number
+from nitro_e.data.manifests import digest
+from nitro_e.data.where import remembered, scan
+
+Size = tuple[int, int]  # pixels: height, width
+NO_SIZE = 255  # in place of the number of a bucket
+
+
+def parse_sizes(texts: Sequence[str], name: str = "data.buckets") -> tuple[Size, ...]:
+    """Read sizes written as HEIGHTxWIDTH; raises ConfigError for what is none, and for repeated ones."""
+    sizes = []
+    for text in texts:
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+        if match is None:
+            raise ConfigError(f"{name}: '{text}' is no size; write HEIGHTxWIDTH in pixels, such as 448x576")
+        sizes.append((int(match[1]), int(match[2])))
+    if len(set(sizes)) < len(sizes) or len(sizes) > 200:
+        raise ConfigError(f"{name}: give up to 200 sizes, each once")
+    return tuple(sizes)
+
+
+def nearest(sizes: Sequence[Size], info: dict) -> int:
+    """Find the size with the aspect nearest to that of the image; NO_SIZE if its json has no width and height."""
+    width, height = as_number(info.get("width")), as_number(info.get("height"))
+    if not width or not height or min(width, height) <= 0:
+        return NO_SIZE
+    aspects = np.log([w / h for h, w in sizes])
+    return int(np.argmin(np.abs(aspects - np.log(width / height))))
+
+
+def assign(catalog: Catalog, sizes: Sequence[Size], keep: bool = True) -> np.ndarray:
+    """Find the bucket of every sample: (N,) uint8. With `keep` the result is kept in the user's cache."""
+
+    def make() -> np.ndarray:
+        return scan(catalog, [True] * len(catalog.sizes), lambda _, info: nearest(sizes, info), "buckets")
+
+    if not keep:
+        return make()
+    rows = hashlib.sha256(catalog.left_out.tobytes()).hexdigest()
+    return remembered(f"buckets-{digest(catalog.digest, rows, sizes)[:32]}", make)
