@@ -58,7 +58,7 @@ class Reference:
 
     def _records(self, images: Sequence[str], resolution: int, caption_key: str) -> Iterator[Any]:
         info = bool(self.catalog.holders("json")[0])
-        spec = ReadSpec(tuple(images), info, resolution, caption_key)
+        spec = ReadSpec(tuple(images), info, (resolution, resolution), caption_key)
         dataset = TarDataset(self.catalog, Order(self.catalog.sizes, seed=0, stage="reference"), spec)
         for start in range(0, len(self), BATCH):
             records, failed = dataset.load(np.arange(start, min(start + BATCH, len(self))))
