@@ -116,7 +116,11 @@ def rehearse(
     if getattr(config.stage, "teacher", None) is not None:
         use = Use(codec=tried.components.codec, text=tried.components.text, sampling=tried.sampling)
         with seeded(tried.seed, "teacher"):
-            save_pretrained(tried.model.build(), folder / "teacher", to_dict(use))
+            teacher = tried.model.build()
+            for parameter in teacher.parameters():  # a last layer of zeros would teach nothing
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.02)
+            save_pretrained(teacher, folder / "teacher", to_dict(use))
     engine = recipe.build(tried)
     clock = Clock(engine.accelerator.device)
     whole, parts = measure(engine, clock, steps)
