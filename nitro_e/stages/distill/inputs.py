@@ -95,8 +95,9 @@ class InputConfig(Config):
 
     def _check_counts(self) -> None:
         if self.noise != "chain":
-            for name in ("counts", "scatter", "group"):
-                if getattr(self, name) not in ({}, False, 1):
+            given = {"counts": self.counts != {}, "scatter": self.scatter, "group": self.group != 1}
+            for name, wrong in given.items():
+                if wrong:
                     raise ConfigError(f"{name}: only for noise 'chain', not '{self.noise}'; leave it out")
             return
         for name in ("probabilities", "continuous_times", "rollout", "intervals"):
