@@ -86,3 +86,13 @@ def reference_model(released_state) -> EMMDiT:
 
 def as_text(tokens: torch.Tensor) -> TextEmbedding:
     return TextEmbedding(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+
+
+@pytest.fixture
+def fresh_state():
+    """For tests that train in this process: accelerate remembers the precision of its first Accelerator."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()

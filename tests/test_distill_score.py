@@ -562,7 +562,7 @@ def test_a_fake_score_that_is_a_lora_leaves_the_teacher_as_it_is():
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_a_student_that_is_a_lora_resumes_and_publishes_merged_weights(pairs, tmp_path):
+def test_a_student_that_is_a_lora_resumes_and_publishes_merged_weights(fresh_state, pairs, tmp_path):
     path, prompts = prompts_recipe(pairs, tmp_path, "swiftbrush", engine=ENGINE)
     options = [prompts, "stage.adapter={rank: 4, targets: blocks}", "sampling.steps=1"]
     assert train.main([str(path), *options, f"run={tmp_path / 'whole'}"]) == 0

@@ -518,14 +518,6 @@ def test_the_engine_trains_what_a_bare_loop_trains(monkeypatch, tmp_path, capsys
 
 
 @pytest.fixture
-def fresh_state():
-    """accelerate remembers the precision of its first Accelerator."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
-@pytest.fixture
 def fp16(fresh_state, run):
     """Train in fp16 with a real loss scaler, which accelerate makes on GPUs only."""
 

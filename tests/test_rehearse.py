@@ -59,7 +59,7 @@ def recipe(folder: Path, stage: str) -> str:
     ],
 )
 def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
-    tmp_path, capsys, stage, computed, encoded
+    fresh_state, tmp_path, capsys, stage, computed, encoded
 ):
     path, figures = recipe(tmp_path, stage), tmp_path / "figures.json"
     arguments = [
