@@ -208,7 +208,13 @@ def test_signals_save_and_end_well(recipe, tmp_path, number, whole_group):
     ]
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=tmp_path,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # a shell's background job ignores some, and so would its children
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         )
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
