@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.encoders.vision import patch_tokens
+from nitro_e.data.catalog import expand_shards
 from nitro_e.files import SHIPPED, atomic_path, save_object
 from nitro_e.record import progress
+from emoji_components import PicturesCodec, PicturesJudge, PicturesVision
 from nitro_e.shapes.judge import judge
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import (
@@ -377,26 +379,56 @@ def vision_transformer() -> nn.Module:
 
 
 COMPONENTS = {"codec": CodecTask, "text": TextTask, "vision": VisionTask}
+PICTURES = {"emoji-codec": PicturesCodec, "emoji-vision": PicturesVision, "emoji-judge": PicturesJudge}
 
 
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("component", choices=sorted(COMPONENTS))
+    parser.add_argument("component", choices=sorted(COMPONENTS | PICTURES))
+    parser.add_argument("--shards", nargs="+", help="emoji-*: the tars to train on")
+    parser.add_argument("--test-shards", nargs="+", help="emoji-*: the held-out tars to measure on")
     parser.add_argument("--out", type=Path, help="folder of the result; default: the one in the package")
     parser.add_argument("--steps", type=int, help="default: as shipped")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
     args = parser.parse_args(argv)
-    return cli.run(lambda: train(args.component, args.out or SHIPPED / args.component, args.steps, args.seed))
+    return cli.run(
+        lambda: train(
+            args.component,
+            args.out or SHIPPED / args.component,
+            args.steps,
+            args.seed,
+            shards=args.shards,
+            test_shards=args.test_shards,
+        )
+    )
 
 
-def train(component: str, out: Path, steps: int | None = None, seed: int = 0) -> dict:
+def make_task(component: str, seed: int, shards: list[str] | None, test_shards: list[str] | None):
+    """Build the task; those on pictures need shards of pictures."""
+    if component in COMPONENTS:
+        return COMPONENTS[component](seed)
+    if not shards or not test_shards:
+        raise ConfigError(f"{component} learns from pictures; give --shards and --test-shards")
+    return PICTURES[component](
+        seed, expand_shards(shards, "--shards"), expand_shards(test_shards, "--test-shards")
+    )
+
+
+def train(
+    component: str,
+    out: Path,
+    steps: int | None = None,
+    seed: int = 0,
+    shards: list[str] | None = None,
+    test_shards: list[str] | None = None,
+) -> dict:
     """Train, measure, export; returns what metrics.json says."""
     torch.manual_seed(seed)
-    steps = COMPONENTS[component].steps if steps is None else steps
+    steps = (COMPONENTS | PICTURES)[component].steps if steps is None else steps
     if steps < 1:
         raise ConfigError(f"--steps {steps}: must be at least 1")
-    task = COMPONENTS[component](seed)
+    task = make_task(component, seed, shards, test_shards)
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=task.lr, betas=(0.9, 0.99), weight_decay=0.01)
     state = out.parent / f"{out.name}.training.pt"
     done, seconds, asked = 0, 0.0, {"seed": seed, "steps": steps}
