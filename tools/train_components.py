@@ -32,15 +32,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from emoji_components import PicturesCodec, PicturesJudge, PicturesVision
 from torch import Tensor, nn
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
-from nitro_e.encoders.vision import patch_tokens
 from nitro_e.data.catalog import expand_shards
+from nitro_e.encoders.vision import patch_tokens
 from nitro_e.files import SHIPPED, atomic_path, save_object
 from nitro_e.record import progress
-from emoji_components import PicturesCodec, PicturesJudge, PicturesVision
 from nitro_e.shapes.judge import judge
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import (

@@ -145,7 +145,7 @@ def read_dpg(path: Path) -> list[Prompt]:
 
 def read_pictures(path: Path) -> list[Prompt]:
     """Read captions with "concept" and "style" from a shard or a .jsonl; the task of a prompt is its "split"."""
-    found = Reference(str(path)).described() if path.suffix == ".tar" else read_prompts(path)
+    found = read_prompts(path)
     for prompt in found:
         if not {"concept", "style"} <= set(prompt.info):
             raise ConfigError(

@@ -15,7 +15,6 @@ from nitro_e.data.catalog import IMAGES, expand_shards, open_catalog
 from nitro_e.data.dataset import TarDataset
 from nitro_e.data.decode import BadSample, decode_image
 from nitro_e.data.order import Order
-from nitro_e.data.prompts import Prompt
 from nitro_e.data.spec import ReadSpec, image_extensions
 
 BATCH = 32
@@ -48,12 +47,6 @@ class Reference:
                 f"--prompts: folder '{self.source}' has no captions; name a file of prompts, --prompts FILE"
             )
         return [prompt for batch in self._records((), 64, caption_key) for prompt in batch.prompts]
-
-    def described(self) -> list[Prompt]:
-        """Read the captions of shards with their json members, in order."""
-        assert self.catalog is not None
-        batches = self._records((), 64, "caption")
-        return [Prompt(*pair) for batch in batches for pair in zip(batch.prompts, batch.info)]
 
     def images(self, resolution: int) -> Iterator[Tensor]:
         """Read all images in batches (B, 3, R, R) uint8: the shorter side resized to R, the centre cropped."""
