@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nitro_e.config import ConfigError
+from nitro_e.encoders.codec import AutoencoderDCCodec, load_autoencoder_dc
 from nitro_e.encoders.vision import patch_tokens
+from nitro_e.record import progress
 from nitro_e.rewards.retrieval import GALLERY, JUDGE, Retrieval, embed
 
 RESOLUTION = 128
@@ -127,8 +129,6 @@ class PicturesCodec:
 
     @torch.no_grad()
     def measure(self, folder: Path) -> dict:
-        from nitro_e.encoders.codec import AutoencoderDCCodec, load_autoencoder_dc
-
         codec = AutoencoderDCCodec(load_autoencoder_dc(str(folder), torch.float32))
         results = {}
         for name, data in (("train", self.data), ("test", Pictures(self.test_shards))):
@@ -259,12 +259,30 @@ class PicturesVision(ConceptTask):
         return self.measure_heads()
 
 
+@torch.no_grad()
+def reconstructions(folder: str, data: Pictures) -> Tensor:
+    """(N, 3, H, W) uint8: the pictures encoded and decoded."""
+    codec = AutoencoderDCCodec(load_autoencoder_dc(folder, torch.bfloat16))
+    parts = [
+        codec.decode(codec.normalize(codec.encode_pixels(data.pixels(rows))))
+        for rows in progress.bar(torch.arange(len(data)).split(64), desc="reconstructions")
+    ]
+    return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
+
+
 class PicturesJudge(ConceptTask):
     """The judge of generated pictures. The concepts and styles it learns are those of the training shards; the gallery
     it is shipped with holds all real pictures, held-out ones too, which it has not learnt from."""
 
     steps, lr, batch = 1600, 2e-3, 64
     size, width = 80, 128  # pixels a side it sees; of the embedding
+
+    def __init__(
+        self, seed: int, shards: list[str], test_shards: list[str], codec: str | None = None
+    ) -> None:
+        super().__init__(seed, shards, test_shards)
+        # with a codec half of the pictures are seen as it renders them, as all drawn ones are
+        self.rendered = None if codec is None else reconstructions(codec, self.data)
 
     def network(self) -> tuple[nn.Module, int]:
         import timm
@@ -276,7 +294,11 @@ class PicturesJudge(ConceptTask):
     def loss(self, step: int) -> Tensor:
         """Cross entropy of the concept (cosine classifier) and of the style, from one network's outputs."""
         rows, generator = self.data.draw(self.seed, step, self.batch)
-        pixels = augment(self.data.pixels(rows), generator)
+        pixels = self.data.pixels(rows)
+        if self.rendered is not None:
+            half = torch.rand(self.batch, generator=generator) < 0.5
+            pixels[half] = self.rendered[rows[half]].float() / 127.5 - 1
+        pixels = augment(pixels, generator)
         with torch.autocast("cpu", torch.bfloat16):
             embedding, styles = embed(self.shipped, pixels, self.size, self.width)
         cosine = embedding.float() @ F.normalize(self.module["concept"].weight, dim=-1).T

@@ -388,6 +388,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("component", choices=sorted(COMPONENTS | PICTURES))
     parser.add_argument("--shards", nargs="+", help="emoji-*: the tars to train on")
     parser.add_argument("--test-shards", nargs="+", help="emoji-*: the held-out tars to measure on")
+    parser.add_argument(
+        "--codec", metavar="FOLDER", help="emoji-judge: see half of the pictures through this codec"
+    )
     parser.add_argument("--out", type=Path, help="folder of the result; default: the one in the package")
     parser.add_argument("--steps", type=int, help="default: as shipped")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
@@ -400,19 +403,23 @@ def main(argv: list[str] | None = None) -> int:
             args.seed,
             shards=args.shards,
             test_shards=args.test_shards,
+            codec=args.codec,
         )
     )
 
 
-def make_task(component: str, seed: int, shards: list[str] | None, test_shards: list[str] | None):
+def make_task(
+    component: str, seed: int, shards: list[str] | None, test_shards: list[str] | None, codec: str | None
+):
     """Build the task; those on pictures need shards of pictures."""
+    if codec is not None and component != "emoji-judge":
+        raise ConfigError(f"--codec: {component} takes none; leave it out")
     if component in COMPONENTS:
         return COMPONENTS[component](seed)
     if not shards or not test_shards:
         raise ConfigError(f"{component} learns from pictures; give --shards and --test-shards")
-    return PICTURES[component](
-        seed, expand_shards(shards, "--shards"), expand_shards(test_shards, "--test-shards")
-    )
+    files = expand_shards(shards, "--shards"), expand_shards(test_shards, "--test-shards")
+    return PICTURES[component](seed, *files, **({} if codec is None else {"codec": codec}))
 
 
 def train(
@@ -422,13 +429,14 @@ def train(
     seed: int = 0,
     shards: list[str] | None = None,
     test_shards: list[str] | None = None,
+    codec: str | None = None,
 ) -> dict:
     """Train, measure, export; returns what metrics.json says."""
     torch.manual_seed(seed)
     steps = (COMPONENTS | PICTURES)[component].steps if steps is None else steps
     if steps < 1:
         raise ConfigError(f"--steps {steps}: must be at least 1")
-    task = make_task(component, seed, shards, test_shards)
+    task = make_task(component, seed, shards, test_shards, codec)
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=task.lr, betas=(0.9, 0.99), weight_decay=0.01)
     state = out.parent / f"{out.name}.training.pt"
     done, seconds, asked = 0, 0.0, {"seed": seed, "steps": steps}
