@@ -15,8 +15,7 @@ writes a folder that the library class of the real component loads. Stopped, the
 * `VisionTask`: a timm vision transformer whose tokens tell, for each cell, which object covers it and where its centre
   is. A supervised stand-in for DINOv2.
 
-A task has a `module` with everything that is trained, in it the one that is `shipped`, `loss(step)` of one batch,
-`export(folder)`, and `measure(folder)` through the component as users load it. Images are of the train split only. Captions are of both, as a real language
+Images are of the train split only. Captions are of both, as a real language
 model has read of things no image of the training set shows: trained on those of the train split alone, the reader
 misread a quarter of the held-out captions.
 """
@@ -26,21 +25,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from emoji_components import PicturesCodec, PicturesJudge, PicturesVision
 from torch import Tensor, nn
 
 from nitro_e.cli import common as cli
-from nitro_e.config import ConfigError
-from nitro_e.data.catalog import expand_shards
 from nitro_e.encoders.vision import patch_tokens
-from nitro_e.files import SHIPPED, atomic_path, save_object
-from nitro_e.record import progress
+from nitro_e.files import SHIPPED
 from nitro_e.shapes.judge import judge
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import (
@@ -58,8 +52,8 @@ from nitro_e.shapes.scenes import (
     metadata,
     scene,
 )
+from nitro_e.training.components import train_component
 
-SAVE_EVERY = 30  # seconds
 RESOLUTION = 64
 GRID = 8  # cells per side
 TRAIN_SCENES, TEST_SCENES = 32768, 1200
@@ -379,116 +373,25 @@ def vision_transformer() -> nn.Module:
 
 
 COMPONENTS = {"codec": CodecTask, "text": TextTask, "vision": VisionTask}
-PICTURES = {"emoji-codec": PicturesCodec, "emoji-vision": PicturesVision, "emoji-judge": PicturesJudge}
 
 
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("component", choices=sorted(COMPONENTS | PICTURES))
-    parser.add_argument("--shards", nargs="+", help="emoji-*: the tars to train on")
-    parser.add_argument("--test-shards", nargs="+", help="emoji-*: the held-out tars to measure on")
-    parser.add_argument(
-        "--codec", metavar="FOLDER", help="emoji-judge: see half of the pictures through this codec"
-    )
+    parser.add_argument("component", choices=sorted(COMPONENTS))
     parser.add_argument("--out", type=Path, help="folder of the result; default: the one in the package")
     parser.add_argument("--steps", type=int, help="default: as shipped")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
     args = parser.parse_args(argv)
-    return cli.run(
-        lambda: train(
-            args.component,
-            args.out or SHIPPED / args.component,
-            args.steps,
-            args.seed,
-            shards=args.shards,
-            test_shards=args.test_shards,
-            codec=args.codec,
-        )
-    )
+    return cli.run(lambda: train(args.component, args.out or SHIPPED / args.component, args.steps, args.seed))
 
 
-def make_task(
-    component: str, seed: int, shards: list[str] | None, test_shards: list[str] | None, codec: str | None
-):
-    """Build the task; those on pictures need shards of pictures."""
-    if codec is not None and component != "emoji-judge":
-        raise ConfigError(f"--codec: {component} takes none; leave it out")
-    if component in COMPONENTS:
-        return COMPONENTS[component](seed)
-    if not shards or not test_shards:
-        raise ConfigError(f"{component} learns from pictures; give --shards and --test-shards")
-    files = expand_shards(shards, "--shards"), expand_shards(test_shards, "--test-shards")
-    return PICTURES[component](seed, *files, **({} if codec is None else {"codec": codec}))
-
-
-def train(
-    component: str,
-    out: Path,
-    steps: int | None = None,
-    seed: int = 0,
-    shards: list[str] | None = None,
-    test_shards: list[str] | None = None,
-    codec: str | None = None,
-) -> dict:
+def train(component: str, out: Path, steps: int | None = None, seed: int = 0) -> dict:
     """Train, measure, export; returns what metrics.json says."""
     torch.manual_seed(seed)
-    steps = (COMPONENTS | PICTURES)[component].steps if steps is None else steps
-    if steps < 1:
-        raise ConfigError(f"--steps {steps}: must be at least 1")
-    task = make_task(component, seed, shards, test_shards, codec)
-    optimizer = torch.optim.AdamW(task.module.parameters(), lr=task.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    state = out.parent / f"{out.name}.training.pt"
-    done, seconds, asked = 0, 0.0, {"seed": seed, "steps": steps}
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        if saved["asked"] != asked:
-            raise ConfigError(
-                f"{state} was begun with {saved['asked']}, not {asked}; give the same, or delete it to start anew"
-            )
-        task.module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done, seconds = saved["step"], saved["seconds"]
-    started = saved_at = time.monotonic()
-    with progress.bar(total=steps, initial=done, desc=component, mininterval=1) as bar:
-        while done < steps:
-            for group in optimizer.param_groups:
-                group["lr"] = task.lr * min(1, (done + 1) / 100, 2 * (1 - done / steps))
-            loss = task.loss(done)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(task.module.parameters(), 1.0)
-            optimizer.step()
-            done += 1
-            bar.update()
-            if done % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-            if time.monotonic() - saved_at > SAVE_EVERY or done == steps:
-                saved_at = time.monotonic()
-                out.parent.mkdir(parents=True, exist_ok=True)
-                reached = {
-                    "module": task.module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": done,
-                    "asked": asked,
-                    "seconds": seconds + saved_at - started,
-                }
-                with atomic_path(state) as temporary:
-                    save_object(reached, temporary)
-    out.mkdir(parents=True, exist_ok=True)
-    task.export(out)
-    metrics = {
-        "command": f"python tools/train_components.py {component} --seed {seed} --steps {steps}",
-        "seconds": round(seconds + saved_at - started),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "parameters": sum(parameter.numel() for parameter in task.shipped.parameters()),
-        **task.measure(out),
-    }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    state.unlink()
-    print(json.dumps(metrics, indent=1))
-    return metrics
+    steps = COMPONENTS[component].steps if steps is None else steps
+    command = f"python tools/train_components.py {component} --seed {seed} --steps {steps}"
+    return train_component(lambda: COMPONENTS[component](seed), out, steps, command)
 
 
 if __name__ == "__main__":
