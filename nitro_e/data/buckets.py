@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog
 from nitro_e.data.conditions import as_number
 from nitro_e.data.manifests import digest
+from nitro_e.data.order import permutation
 from nitro_e.data.where import remembered, scan
 
 Size = tuple[int, int]  # pixels: height, width
+Chosen = TypeVar("Chosen")
 NO_SIZE = 255  # in place of the number of a bucket
 
 
@@ -33,6 +36,15 @@ def parse_sizes(texts: Sequence[str], name: str = "data.buckets") -> tuple[Size,
     if len(set(sizes)) < len(sizes) or len(sizes) > 200:
         raise ConfigError(f"{name}: give up to 200 sizes, each once")
     return tuple(sizes)
+
+
+def size_of_step(sizes: Sequence[Chosen], step: int, *purpose: object) -> Chosen:
+    """Choose the size of a step, for stages that read no images: each has one of as many steps as there are sizes.
+
+    Their order is drawn anew each time, and follows from the purpose, such as the seed of the run.
+    """
+    turn, place = divmod(step, len(sizes))
+    return sizes[int(permutation(len(sizes), *purpose, "sizes", turn)[place])]
 
 
 def nearest(sizes: Sequence[Size], info: dict) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from nitro_e.config import ConfigError
 from nitro_e.data import Data, DataConfig, Records, open_data
+from nitro_e.data.buckets import parse_sizes
 from nitro_e.encoders.components import ComponentsConfig, text_shape
 from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
 from nitro_e.sampling.samplers import SamplingConfig
@@ -99,6 +100,15 @@ class StageKind(Generic[Settings]):
     period: Callable[[Run[Settings]], int] = every_step  # steps between which a run can be saved
 
 
+def latent_shapes(parts: Parts, buckets: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+    """Return (C, h, w) of the latents that a stage without images draws: of each bucket, or of the square."""
+    stride = parts.codec.stride
+    shapes = [
+        (parts.latent_shape[0], height // stride, width // stride) for height, width in parse_sizes(buckets)
+    ]
+    return tuple(shapes) or (parts.latent_shape,)
+
+
 # ---- stages that read data
 
 
@@ -115,6 +125,8 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
     vision = config.components.vision is not None
     data = replace(config.data, global_batch=config.batch.global_)
     if parts is None:
+        # of aspect buckets, more samples would be of several sizes
+        data = replace(data, batch_size=min(data.batch_size, data.global_batch or data.batch_size))
         return open_fitting(config, data, config.seed, config.name, None, vision, extra)
     data = replace(data, batch_size=parts.split.micro_batch)
     opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
@@ -130,10 +142,12 @@ def open_fitting(
     latent_shape: tuple[int, int, int] | None,
     vision: bool = False,
     extra: tuple[str, ...] = (),
+    once: int | None = None,
 ) -> Data:
     """Open any data with the components of a run; ConfigError for stored columns that others have made.
 
-    order: names the order, together with the seed; vision: whether its features, or images for them, are read too.
+    order: names the order, together with the seed; vision: whether its features, or images for them, are read too;
+    once: see `open_data`.
     """
     opened = open_data(
         data,
@@ -145,6 +159,7 @@ def open_fitting(
         latent_shape=latent_shape,
         text_length=text_shape(config.components.text)[1],
         extra=extra,
+        once=once,
     )
     components, made = config.components, opened.encoders()
     for column, key, ours in (
