@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from nitro_e.cli import data as tool
-from nitro_e.cli import synthesize, train
+from nitro_e.cli import sample, synthesize, train
 from nitro_e.config import ConfigError, load, to_dict
 from nitro_e.data import DataConfig, SourceConfig, open_data
-from nitro_e.data.buckets import NO_SIZE, nearest, parse_sizes
+from nitro_e.data.buckets import NO_SIZE, nearest
 from nitro_e.data.decode import decode_image
 from nitro_e.data.making import write_shard
 from nitro_e.data.order import BucketOrder, quotas
@@ -25,6 +25,7 @@ from nitro_e.randomness import SampleRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sampling.sources import Use
+from nitro_e.sizes import parse_sizes
 from nitro_e.stages import validation
 from nitro_e.stages.assembly import Parts
 from nitro_e.stages.recipe import RunConfig
@@ -266,6 +267,12 @@ def test_training_on_buckets_resumes_exactly_and_draws_them(tmp_path, capsys):
     assert len(losses[0]) == 6 and losses[0] == losses[1]
     sheet = Image.open(tmp_path / "whole/samples/step-0000006-samples-32x128.png")
     assert sheet.width >= 4 * 128
+    assert "samples-32x128" in (tmp_path / "whole/report.html").read_text()
+    draw = [str(tmp_path / "whole"), "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "drawn")]
+    assert sample.main([*draw, "--aspect", "16:5"]) == 0
+    assert Image.open(tmp_path / "drawn/grid.png").size[0] >= 128
+    assert "128x32 px" not in (told := capsys.readouterr().out) and "32x128 px" in told
+    assert sample.main([*draw, "--aspect", "1:1", "--height", "64"]) == 2
     assert run("bad", "data.buckets=[64x64, 40x96]") == 2
     error = capsys.readouterr().err
     assert "data.buckets: 40x96: " in error and "the nearest that work: " in error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nitro_e.config import ConfigError
-from nitro_e.data.buckets import NO_SIZE, assign, parse_sizes
+from nitro_e.data.buckets import NO_SIZE, assign
 from nitro_e.data.catalog import Catalog, open_catalog
 from nitro_e.data.data_config import DataConfig
 from nitro_e.data.order import AnyOrder, BucketOrder, OnceOrder, Order
@@ -15,6 +15,7 @@ from nitro_e.data.reader import Data
 from nitro_e.data.remote import ShardCache
 from nitro_e.data.spec import ReadSpec, read_spec, spec_of_bucket
 from nitro_e.data.where import apply
+from nitro_e.sizes import parse_sizes
 
 
 def open_data(

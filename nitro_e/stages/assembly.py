@@ -12,10 +12,10 @@ import torch
 
 from nitro_e.config import ConfigError
 from nitro_e.data import Data, DataConfig, Records, open_data
-from nitro_e.data.buckets import parse_sizes
 from nitro_e.encoders.components import ComponentsConfig, text_shape
 from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
 from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sizes import parse_sizes
 from nitro_e.training.batch import BatchConfig, Split
 from nitro_e.training.engine import EngineConfig
 

@@ -23,7 +23,6 @@ from nitro_e.config import (
     to_dict,
 )
 from nitro_e.data import DataConfig, MissingShards
-from nitro_e.data.buckets import parse_sizes
 from nitro_e.data.prompts import load_prompts
 from nitro_e.encoders.components import (
     ComponentsConfig,
@@ -45,6 +44,7 @@ from nitro_e.sampling.pipeline import TextToImage, latent_size
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sampling.sheets import image_grid
 from nitro_e.sampling.sources import Use
+from nitro_e.sizes import parse_sizes
 from nitro_e.stages import flow_matching, validation
 from nitro_e.stages.assembly import Parts, StageKind
 from nitro_e.stages.distill import DistillConfig
@@ -401,7 +401,12 @@ def build(config: RunConfig) -> Engine:
         latent_shape=(codec.channels, side, side),
     )
     stage, prompts = kind.build(config, parts)
-    use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
+    use = Use(
+        codec=config.components.codec,
+        text=config.components.text,
+        sampling=config.published_sampling,
+        sizes=tuple(config.bucket_sizes),
+    )
     hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts), stage)]
     dist = dist_context(accelerator)
     if config.validation is not None:
