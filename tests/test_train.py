@@ -291,7 +291,7 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
 
     columns = str(tmp_path / "columns")
     shards = str(tmp_path / "toy-*.tar")
-    pack = ["pack", "webdataset", shards, "--out", columns, "--name", "toy", "--min-side", "1"]
+    pack = ["pack", "webdataset", shards, "--out", columns, "--name", "toy", "--samples-per-shard", "12"]
     assert tool.main(pack) == 0
     images = f"{columns}/images-*.tar"
     encode = [
@@ -320,6 +320,13 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
     assert run_train(recipe, tmp_path / "layers", stored) == 2
     message = "components.text.layers is 'last', but the stored text was made with 'normed_mean'"
     assert message in capsys.readouterr().err
+    # of one shard of a column, not the first
+    first, *others = (line for line in written.splitlines() if '"text-' in line)
+    assert others, "one shard of text: nothing to tell apart"
+    last = others[-1].replace('"layers": "last"', '"layers": "normed_mean"')
+    manifest.write_text(written.replace(others[-1], last))
+    assert run_train(recipe, tmp_path / "mixed", stored) == 2
+    assert f"{message} ({json.loads(last)['shard']})" in capsys.readouterr().err
     manifest.write_text(written.replace("dct-f8c24", "dct-of-old"))
     assert run_train(recipe, tmp_path / "other", stored) == 2
     assert "'dct-f8c24', but the stored latents were made with 'dct-of-old'" in capsys.readouterr().err

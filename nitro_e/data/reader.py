@@ -24,7 +24,7 @@ from nitro_e.data.catalog import Catalog, Column
 from nitro_e.data.data_config import DataConfig
 from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
-from nitro_e.data.manifests import read_manifests
+from nitro_e.data.manifests import digest, read_manifests
 from nitro_e.data.order import AnyOrder
 from nitro_e.data.prefetch import Prefetcher
 from nitro_e.data.problems import BadSamples
@@ -93,15 +93,24 @@ class Data:
                 " (nitro-e data encode --text ... --overwrite)"
             ) from None
 
-    def encoders(self) -> dict[str, dict]:
-        """Read what made each column from the manifest beside its first shard: {"latents": {"name": ...}}."""
-        made = {}
+    def encoders(self) -> dict[str, dict[str, dict]]:
+        """Read what made each column from the manifests beside its shards: {"latents": {"x-000.tar": {"name": ...}}}.
+
+        Of shards that were made alike the first stands for all.
+        """
+        made: dict[str, dict[str, dict]] = {}
+        folders = {Path(path).parent for column in self.catalog.columns for path in column.paths if path}
+        manifests = {
+            folder: {entry["shard"]: entry for entry in read_manifests({folder}).values()}
+            for folder in folders
+        }
         for column in self.catalog.columns:
-            if first := next(filter(None, column.paths), None):
-                path = Path(first)
-                entry = read_manifests({path.parent}).get(path.resolve(), {})
-                if "encoder" in entry:
-                    made[column.name] = entry["encoder"]
+            seen, found = set(), made.setdefault(column.name, {})
+            for path in map(Path, filter(None, column.paths)):
+                encoder = manifests[path.parent].get(path.name, {}).get("encoder")
+                if encoder is not None and (identity := digest(encoder)) not in seen:
+                    seen.add(identity)
+                    found[path.name] = encoder
         return made
 
     def fingerprint(self) -> dict:

@@ -168,18 +168,22 @@ def open_fitting(
         ("features", "vision", components.vision),
         *((name, "text", components.text) for name in made if name.startswith("text_")),
     ):
-        theirs = made[column]["name"] if column in made else None
-        if ours is not None and theirs is not None and theirs["name"] != ours.name:
-            raise ConfigError(
-                f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
-            )
-        # embeddings that were stored before there was a choice have none
-        layers = "last" if theirs is None else theirs.get("layers", "last")
-        if key == "text" and theirs is not None and layers != components.text.layers:
-            raise ConfigError(
-                f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}'; set "
-                f"components.text.layers={layers}, or encode the text again"
-            )
+        for shard, encoder in made.get(column, {}).items():
+            theirs = encoder["name"]
+            if ours is None or theirs is None:
+                continue
+            if theirs["name"] != ours.name:
+                raise ConfigError(
+                    f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}' "
+                    f"({shard})"
+                )
+            # embeddings that were stored before there was a choice have none
+            layers = theirs.get("layers", "last")
+            if key == "text" and layers != components.text.layers:
+                raise ConfigError(
+                    f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}' "
+                    f"({shard}); set components.text.layers={layers}, or encode the text again"
+                )
     if opened.text_format == "ragged" and config.model.attends_padding:
         raise ConfigError(
             "the model attends to padded positions of the text, but the stored text has none (ragged); "
