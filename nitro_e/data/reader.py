@@ -105,12 +105,12 @@ class Data:
             for folder in folders
         }
         for column in self.catalog.columns:
-            seen, found = set(), made.setdefault(column.name, {})
+            seen = set()
             for path in map(Path, filter(None, column.paths)):
                 encoder = manifests[path.parent].get(path.name, {}).get("encoder")
                 if encoder is not None and (identity := digest(encoder)) not in seen:
                     seen.add(identity)
-                    found[path.name] = encoder
+                    made.setdefault(column.name, {})[path.name] = encoder
         return made
 
     def fingerprint(self) -> dict:
