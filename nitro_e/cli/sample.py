@@ -75,6 +75,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument(
+        "--aspect",
+        type=aspect,
+        metavar="W:H",
+        help="the size nearest to this shape that the weights were trained at, such as 3:2",
+    )
+    parser.add_argument(
         "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
     )
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
@@ -128,6 +134,7 @@ def draw(options: argparse.Namespace) -> None:
     from nitro_e.sampling.folder import draw_folder
     from nitro_e.sampling.layouts import LAYOUTS, write_metadata
     from nitro_e.sampling.pipeline import TextToImage
+    from nitro_e.sizes import nearest_size
 
     drawings = LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
     pipeline = TextToImage.from_pretrained(
@@ -139,6 +146,11 @@ def draw(options: argparse.Namespace) -> None:
     names = ("steps", "guidance_scale", "guidance_interval", "guidance", "guidance_rescale", "sampler")
     names += ("height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
+    if options.aspect is not None:
+        if options.height or options.width:
+            raise ConfigError("--aspect: --height and --width say the size already; give one or the other")
+        sizes = pipeline.sizes()
+        overrides |= zip(("height", "width"), sizes[nearest_size(sizes, options.aspect)])
     settings = pipeline.settings(**overrides)
     about = settings_of(pipeline, options, settings)
     if rank == 0:
@@ -162,6 +174,12 @@ def draw(options: argparse.Namespace) -> None:
     total = sum(len(item.seeds) for item in drawings)
     kept = f", {total - drawn} were there" if world == 1 and drawn < total else ""
     print(f"{drawn} images drawn{kept}; they are in {options.out}/, listed in manifest.jsonl")
+
+
+def aspect(given: str) -> float:
+    """Read W:H, width over height."""
+    width, _, height = given.partition(":")
+    return cli.real(1e-3, 1e3)(width) / cli.real(1e-3, 1e3)(height)
 
 
 def settings_of(

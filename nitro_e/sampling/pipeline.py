@@ -23,6 +23,7 @@ from nitro_e.sampling.editing import ImageInput
 from nitro_e.sampling.inputs import Noise, count, embedded, negative_rows, noise_rows, prompt_rows
 from nitro_e.sampling.samplers import SamplingConfig, sample, with_overrides
 from nitro_e.sampling.sources import Loaded, Use, load
+from nitro_e.sizes import parse_sizes
 
 # embeddings that are kept, the last used ones; 1 MB each for Llama
 CACHED_PROMPTS = 64
@@ -108,6 +109,7 @@ class TextToImage:
             codec=chosen_component("codec", codec, loaded.use.codec, precision),
             text=chosen_component("text", text, loaded.use.text, precision),
             sampling=loaded.use.sampling,
+            sizes=loaded.use.sizes,
         )
         parts = build_codec(use.codec, device), build_text_encoder(use.text, device)
         model = loaded.model.to(device, dtype or torch.float32)
@@ -287,6 +289,20 @@ class TextToImage:
         """Return (C, h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
         size = latent_size(self.model.config, self.codec.stride, self.text.length, height, width)
         return self.codec.channels, *size
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """List the sizes (height, width) in pixels that the weights were trained at, the usual one first.
+
+        Of weights that know no aspect buckets: the sizes of 0.7 to 1.35 times as many pixels that the model works on.
+        """
+        usual, trained = self.defaults.size, () if self.use is None else self.use.sizes
+        if trained:
+            others = list(parse_sizes(trained, "sizes"))
+        else:
+            unit = self.codec.stride * self.model.config.patch_size
+            grids = self.model.config.similar_grids(usual[0] // unit, usual[1] // unit)
+            others = [(rows * unit, columns * unit) for rows, columns in grids]
+        return list(dict.fromkeys([usual, *others]))
 
     def _sample(
         self,

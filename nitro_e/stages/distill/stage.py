@@ -75,6 +75,8 @@ class DistillConfig(Config):
     reward: PolicyGradientConfig | None = None  # the policy gradient of rewards (stage 3's); null: off
     # prompts alone instead of pairs, for objectives that need no images; leave `data` out then
     prompts: PromptsConfig | None = None
+    # with prompts: sizes of the images, HEIGHTxWIDTH in pixels, of which a step has one; empty: the square of the recipe
+    buckets: tuple[str, ...] = ()
     guards: GuardConfig | None = field(default_factory=GuardConfig)
     heldout: Annotated[float, Ge(0), Lt(1)] = (
         0.02  # share of the prompts that are monitored and never trained on
@@ -117,6 +119,8 @@ class DistillConfig(Config):
                 "adversarial.weight 'auto' is measured against another objective, and there is none; set a number"
             )
 
+        if self.buckets and not self.prompts:
+            raise ConfigError("buckets: stored pairs have their sizes; name them in data.buckets")
         if self.prompts and self.needs_pairs:
             raise ConfigError(
                 f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
