@@ -112,7 +112,7 @@ SAMPLE = """
     --height 1000000   --height 1e30   --width 65   --width x   --sampler foo   --dtype foo   --codec W   --text W
     --unknown 1   --prompts-file W/none   --prompts-file W/binary.txt   --prompts-file W   --prompt SURROGATE
     --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x   --guidance-by foo   --guidance-by path
-    --guidance-rescale foo
+    --guidance-rescale foo   --processes 0   --processes x   --processes 1e9
 """
 SOURCES = """'' @ema W W/none W/run@foo W/binary.txt W/run/checkpoints/step-0000002/model/model.safetensors /dev/null
     shapes@foo W/models/truncated W/models/empty W/models/no_weights W/models/pickle W/models/header W/models/config_binary
@@ -189,7 +189,7 @@ TOOLS = {
         W/ok.txt shapes --reward shapes --reward-option k=[1] ; W/ok.txt shapes --reward shapes --reward-option k=.nan
         W/binary.txt shapes --reward shapes --out W/o/vb ; W/deep.jsonl shapes --reward shapes --out W/o/vc
         W/lists.jsonl shapes --reward shapes --out W/o/vd ; W/none.txt shapes --reward shapes ; W/blank.txt shapes --reward shapes
-        W/surrogate.jsonl shapes --reward shapes --out W/o/ve""",
+        W/surrogate.jsonl shapes --reward shapes --out W/o/ve ; shapes shapes --num 2 --processes 0 ; shapes shapes --processes x""",
     "synthesize": """
         ; shapes --out W/o ; W/none --prompts W/ok.txt --out W/o/y1 ; shapes --prompts W/none.txt --out W/o/y2
         shapes --prompts W/binary.txt --out W/o/y3 ; shapes --prompts W/lists.jsonl --out W/o/y4 ; shapes --prompts W --out W/o/y5
