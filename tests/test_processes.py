@@ -176,7 +176,7 @@ def test_processes_that_are_worth_their_start_and_memory(monkeypatch, images, ba
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 * 2**20}.get)
     monkeypatch.setattr(processes, "cores", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert processes.chosen("auto", processes.Drawing(images, batches, weights).fits) == expected
+    assert processes.chosen("auto", processes.Workload(images, batches, weights).fits) == expected
 
 
 def test_sampling_and_evaluation_start_processes_for_many_images(monkeypatch, tmp_path, capsys):

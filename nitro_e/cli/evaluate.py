@@ -92,19 +92,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def workload(options: argparse.Namespace) -> processes.Drawing:
+def workload(options: argparse.Namespace) -> processes.Workload:
     """Count what is to be drawn, as processes share it; nothing is shared if networks score, or score again."""
     from nitro_e.sampling.sources import bytes_on_disk
 
     chosen = benchmark_of(options)
     networks = any(reward.name != "shapes" for reward in chosen.rewards)
     if options.rejudge or (networks and not options.draw_only):
-        return processes.Drawing(0, 0, None)
+        return processes.Workload(0, 0, None)
     images = len(chosen.load_prompts()) * chosen.per_prompt
     sources = [options.checkpoint, *options.against]
     sizes = [bytes_on_disk(source, codec=options.codec, text=options.text) for source in sources]
     known = [size for size in sizes if size is not None]
-    return processes.Drawing(
+    return processes.Workload(
         images=images * len(sources) * math.prod(map(len, grid_of(options).values())),
         batches=-(-images // max(options.batch_size, 1)),
         weights=max(known) if len(known) == len(sizes) else None,

@@ -53,7 +53,7 @@ def memory_holds(size: float) -> bool:
     return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
-class Drawing(NamedTuple):
+class Workload(NamedTuple):
     """The images that a command is to draw, which processes share batch by batch."""
 
     images: int

@@ -113,15 +113,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def workload(options: argparse.Namespace) -> processes.Drawing:
+def workload(options: argparse.Namespace) -> processes.Workload:
     """Count what is to be drawn, as processes share it."""
     from nitro_e.sampling.folder import batched
     from nitro_e.sampling.sources import bytes_on_disk
 
     if options.prompts_file == "-":  # one process can read it
-        return processes.Drawing(0, 0, None)
+        return processes.Workload(0, 0, None)
     drawings = drawings_of(options)
-    return processes.Drawing(
+    return processes.Workload(
         images=sum(len(item.seeds) for item in drawings),
         batches=len(list(batched(drawings, options.batch_size))),
         weights=bytes_on_disk(options.source, options.file, options.codec, options.text),
