@@ -74,6 +74,23 @@ def test_what_only_another_process_says_is_shown(tmp_path, capfd):
     assert capfd.readouterr().err == "rank 1 cannot\n"
 
 
+def test_a_killed_process_is_named_and_what_all_say_is_shown_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    )
+    assert processes.launch([str(script)], 2) == 128 + signal.SIGKILL
+    line = "error: SIGKILL ended process 1 of 2; run the same command again to continue\n"
+    assert capfd.readouterr().err == line
+    for code, said in ((130, 1), (2, 1), (1, 2)):  # the first process ends last
+        wait = f"import os, sys, time\ntime.sleep(1 - int(os.environ['RANK']))\nprint('said', file=sys.stderr)\nsys.exit({code})"
+        script.write_text(wait)
+        monkeypatch.setattr(processes, "PATIENCE", 60)
+        assert processes.launch([str(script)], 2) == code
+        assert capfd.readouterr().err.count("said") == said
+
+
 def test_workers_end_with_the_one_that_started_them(tmp_path):
     """Even if that was killed, they save and end."""
     run = tmp_path / "run"
@@ -89,8 +106,8 @@ def test_workers_end_with_the_one_that_started_them(tmp_path):
     wait_until(run.exists)
 
 
-def wait_until(true) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(true, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -141,14 +158,15 @@ def test_training_starts_no_more_processes_than_chains_allow(monkeypatch):
 
 
 def test_synthesis_starts_no_more_processes_than_shards(monkeypatch, tmp_path):
-    launched = []
-    monkeypatch.setattr(processes, "launch", lambda command, count: launched.append(count) or 0)
-    monkeypatch.setattr(processes, "cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    (tmp_path / "prompts.txt").write_text("a red circle\n" * 10)
-    arguments = ["shapes", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
-    assert synthesize.main([*arguments, "--samples-per-shard", "4"]) == 0
+    launched = launches(monkeypatch, 8)
+    (tmp_path / "prompts.txt").write_text("a red circle\n" * 1000)
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    assert synthesize.main(["shapes", *arguments, "--samples-per-shard", "400"]) == 1
     assert launched == [3]
+    monkeypatch.setattr(synthesize, "run", lambda args: launched.append(1))
+    assert synthesize.main(["shapes", *arguments, "--limit", "100", "--samples-per-shard", "4"]) == 0
+    assert synthesize.main(["--pipeline", "somebody/large", *arguments, "--samples-per-shard", "4"]) == 0
+    assert launched == [3, 1, 1]
 
 
 def launches(monkeypatch, cores: int) -> list[int]:
@@ -241,8 +259,8 @@ def test_two_processes_draw_as_one(monkeypatch, tmp_path, capfd):
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_interrupted_and_killed_processes_are_gone_on_from(tmp_path, command):
     """Ctrl-C, then a killed child, then the rest: said once each, and the images of one process."""
-    (tmp_path / "prompts.txt").write_text("".join(f"a photo of {n} red circles\n" for n in range(150)))
-    chosen = ["--prompts-file", str(tmp_path / "prompts.txt")] if command == "sample" else ["--num", "150"]
+    (tmp_path / "prompts.txt").write_text("".join(f"a photo of {n} red circles\n" for n in range(240)))
+    chosen = ["--prompts-file", str(tmp_path / "prompts.txt")] if command == "sample" else ["--num", "240"]
     start = [
         sys.executable,
         "-m",
@@ -251,7 +269,7 @@ def test_interrupted_and_killed_processes_are_gone_on_from(tmp_path, command):
         *(["shapes"] if command == "evaluate" else []),
         "shapes",
     ]
-    start += [*chosen, "--steps", "3", "--batch-size", "4", "--processes"]
+    start += [*chosen, "--steps", "10", "--batch-size", "4", "--processes"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     environment.pop("RANK", None)
 
@@ -261,21 +279,21 @@ def test_interrupted_and_killed_processes_are_gone_on_from(tmp_path, command):
 
     out = tmp_path / "two"
     process = begin(2, out)
-    wait_until(lambda: len(list(out.rglob("*.png"))) > 20)
+    wait_until(lambda: len(list(out.rglob("*.png"))) > 20, 600)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130 and errors.count("interrupted") == 1
     process = begin(2, out)
     there = len(list(out.rglob("*.png")))
-    wait_until(lambda: len(list(out.rglob("*.png"))) > there + 8)
+    wait_until(lambda: len(list(out.rglob("*.png"))) > there + 8, 600)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGKILL
     assert errors.count("SIGKILL ended process 1 of 2; run the same command again to continue") == 1
     for count, folder in ((2, out), (1, tmp_path / "one")):
         process = begin(count, folder)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     images = [{p.name: p.read_bytes() for p in f.rglob("*.png")} for f in (out, tmp_path / "one")]
-    assert images[0] == images[1] and len(images[0]) == 150
+    assert images[0] == images[1] and len(images[0]) == 240

@@ -54,7 +54,7 @@ def memory_holds(size: float) -> bool:
 
 
 class Workload(NamedTuple):
-    """The images that a command is to draw, which processes share batch by batch."""
+    """The images that a command is to draw, which processes share by whole batches, or shards."""
 
     images: int
     batches: int
