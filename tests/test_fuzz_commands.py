@@ -110,9 +110,10 @@ SAMPLE = """
     --guidance inf   --guidance -5   --guidance x   --guidance 1e400   --num-images 0   --num-images -1   --num-images 1e8
     --num-images 1000000000   --batch-size 0   --batch-size -3   --batch-size 1e30   --height 0   --height -8   --height 65
     --height 1000000   --height 1e30   --width 65   --width x   --sampler foo   --dtype foo   --codec W   --text W
+    --processes 0   --processes x   --processes 1e9
     --unknown 1   --prompts-file W/none   --prompts-file W/binary.txt   --prompts-file W   --prompt SURROGATE
     --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x   --guidance-by foo   --guidance-by path
-    --guidance-rescale foo   --processes 0   --processes x   --processes 1e9
+    --guidance-rescale foo
 """
 SOURCES = """'' @ema W W/none W/run@foo W/binary.txt W/run/checkpoints/step-0000002/model/model.safetensors /dev/null
     shapes@foo W/models/truncated W/models/empty W/models/no_weights W/models/pickle W/models/header W/models/config_binary

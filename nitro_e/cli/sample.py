@@ -6,7 +6,7 @@ Every PNG carries its prompt and settings as text entries; `grid.png` shows up t
 
     nitro-e sample RUN --prompts-file prompts.txt --out DIR      a prompt per line; also .jsonl, .tsv (PartiPrompts), - for stdin
     nitro-e sample RUN --prompts-file geneval_metadata.jsonl --num-images 4 --layout geneval --out DIR
-    torchrun --nproc_per_node 8 -m nitro_e.cli sample RUN --prompts-file ... --out DIR      GPUs; on a CPU see --processes
+    torchrun --nproc_per_node 8 -m nitro_e.cli sample RUN --prompts-file ... --out DIR
 
 `DIR/manifest.jsonl` names every file with its prompt and seeds. The same command goes on where it was stopped and draws
 nothing twice. Lines of a .jsonl file have "prompt", and may have "negative_prompt", "seed" and "id".
@@ -146,6 +146,19 @@ def drawings_of(options: argparse.Namespace) -> list[Drawing]:
     return LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
 
 
+def finish(options: argparse.Namespace) -> None:
+    """Do what is left when the processes that this one has started have drawn everything."""
+    from nitro_e.config import parse_json, read_text
+    from nitro_e.sampling.folder import read_manifest
+
+    drawings = drawings_of(options)
+    key = read_manifest(options.out)[drawings[0].file]["key"]
+    path = options.out / f"settings-{key}.json"
+    write_sheet(drawings, options, parse_json(read_text(path), str(path))["sampling"])
+    total = sum(len(item.seeds) for item in drawings)
+    print(f"{total} images are in {options.out}/, listed in manifest.jsonl")
+
+
 def draw(options: argparse.Namespace) -> None:
     """Draw what is not there yet, and say with which settings and where."""
     drawings = drawings_of(options)
@@ -192,19 +205,6 @@ def draw(options: argparse.Namespace) -> None:
     total = sum(len(item.seeds) for item in drawings)
     kept = f", {total - drawn} were there" if world == 1 and drawn < total else ""
     print(f"{drawn} images drawn{kept}; they are in {options.out}/, listed in manifest.jsonl")
-
-
-def finish(options: argparse.Namespace) -> None:
-    """Do what is left when the processes that this one has started have drawn everything."""
-    from nitro_e.config import parse_json, read_text
-    from nitro_e.sampling.folder import read_manifest
-
-    drawings = drawings_of(options)
-    key = read_manifest(options.out)[drawings[0].file]["key"]
-    path = options.out / f"settings-{key}.json"
-    write_sheet(drawings, options, parse_json(read_text(path), str(path))["sampling"])
-    total = sum(len(item.seeds) for item in drawings)
-    print(f"{total} images are in {options.out}/, listed in manifest.jsonl")
 
 
 def settings_of(
