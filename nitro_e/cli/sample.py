@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nitro_e.cli import common as cli
+from nitro_e.cli import processes
 from nitro_e.config import ConfigError, environment_number
 
 if TYPE_CHECKING:
@@ -32,7 +35,11 @@ MAX_ON_SHEET = 64  # images on grid.png; of more there is none
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    return cli.run(lambda: draw(options))
+    work = functools.cache(lambda: workload(options))
+    started = processes.start("sample", options.processes, arguments, lambda count: work().fits(count))
+    if started is None:
+        return cli.run(lambda: draw(options))
+    return started or cli.run(lambda: finish(options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,17 +115,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the files: as the scripts of these benchmarks expect them (docs/evaluation.md)",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    processes.flag(parser)
     return parser.parse_args(arguments)
 
 
-def draw(options: argparse.Namespace) -> None:
-    """Draw what is not there yet, and say with which settings and where."""
-    from nitro_e.data.prompts import (
-        read_records,  # torch comes with it: after the arguments are known to be right
+def workload(options: argparse.Namespace) -> processes.Workload:
+    """Count what is to be drawn, as processes share it."""
+    from nitro_e.sampling.folder import batched
+    from nitro_e.sampling.sources import bytes_on_disk
+
+    if options.prompts_file == "-":  # one process can read it
+        return processes.Workload(0, 0, None)
+    drawings = drawings_of(options)
+    return processes.Workload(
+        images=sum(len(item.seeds) for item in drawings),
+        batches=len(list(batched(drawings, options.batch_size))),
+        weights=bytes_on_disk(options.source, options.file, options.codec, options.text),
     )
 
+
+def drawings_of(options: argparse.Namespace) -> list[Drawing]:
+    """List the files to be, of all processes; ConfigError if there is nothing to draw."""
+    from nitro_e.data.prompts import read_records
+    from nitro_e.sampling.layouts import LAYOUTS
+
     records: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompt]
-    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    world = environment_number("WORLD_SIZE", 1)
     if options.prompts_file == "-" and world > 1:
         raise ConfigError(
             f"--prompts-file -: standard input reaches one of {world} processes only; give a file instead"
@@ -127,16 +149,35 @@ def draw(options: argparse.Namespace) -> None:
         records += read_records(options.prompts_file, "--prompts-file")
     if not records:
         raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')
+    return LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
 
-    import torch
+
+def finish(options: argparse.Namespace) -> None:
+    """Do what is left when the processes that this one has started have drawn everything."""
+    from nitro_e.config import parse_json, read_text
+    from nitro_e.sampling.folder import read_manifest
+
+    drawings = drawings_of(options)
+    key = read_manifest(options.out)[drawings[0].file]["key"]
+    path = options.out / f"settings-{key}.json"
+    write_sheet(drawings, options, parse_json(read_text(path), str(path))["sampling"])
+    total = sum(len(item.seeds) for item in drawings)
+    print(f"{total} images are in {options.out}/, listed in manifest.jsonl")
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw what is not there yet, and say with which settings and where."""
+    drawings = drawings_of(options)
+
+    import torch  # after the arguments are known to be right
 
     from nitro_e.record.environment import default_device
     from nitro_e.sampling.folder import draw_folder
-    from nitro_e.sampling.layouts import LAYOUTS, write_metadata
+    from nitro_e.sampling.layouts import write_metadata
     from nitro_e.sampling.pipeline import TextToImage
     from nitro_e.sizes import nearest_size
 
-    drawings = LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     pipeline = TextToImage.from_pretrained(
         options.source,
         options.device or default_device(),
@@ -169,8 +210,10 @@ def draw(options: argparse.Namespace) -> None:
         rank=rank,
         world=world,
     )
-    if world == 1 and len(drawings) <= MAX_ON_SHEET and options.layout == "flat":
-        write_sheet(drawings, options, about)
+    if processes.PARENT in os.environ:
+        return  # the process that started this one tells the end
+    if world == 1:
+        write_sheet(drawings, options, about["sampling"])
     total = sum(len(item.seeds) for item in drawings)
     kept = f", {total - drawn} were there" if world == 1 and drawn < total else ""
     print(f"{drawn} images drawn{kept}; they are in {options.out}/, listed in manifest.jsonl")
@@ -205,8 +248,11 @@ def settings_of(
     }
 
 
-def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dict[str, Any]) -> None:
-    """`grid.png`: the images of a prompt in a row, at least 256 px wide each, with the prompt under them."""
+def write_sheet(drawings: list[Drawing], options: argparse.Namespace, sampling: dict[str, Any]) -> None:
+    """Write `grid.png` of not too many images: those of a prompt in a row, at least 256 px wide each, with the prompt."""
+    if len(drawings) > MAX_ON_SHEET or options.layout != "flat":
+        return
+
     from PIL import Image
 
     from nitro_e.files import save_png
@@ -217,4 +263,4 @@ def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dic
     columns = min(8, options.num_images if options.num_images > 1 else len(images))
     prompts = [item.prompt for item in drawings]
     whole = sheet(images, prompts, columns)
-    save_png(whole, options.out / "grid.png", png_text("\n".join(dict.fromkeys(prompts)), about["sampling"]))
+    save_png(whole, options.out / "grid.png", png_text("\n".join(dict.fromkeys(prompts)), sampling))
