@@ -114,7 +114,8 @@ SAMPLE = """
     --unknown 1   --prompts-file W/none   --prompts-file W/binary.txt   --prompts-file W   --prompt SURROGATE
     --aspect x   --aspect 4   --aspect 0:1   --aspect nan:1   '--aspect 1:1 --height 64'
     --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x   --guidance-by foo   --guidance-by path
-    --guidance-rescale foo
+    --guidance-rescale foo   --optimize-noise foo   --optimize-noise shapes   --noise-steps 3   --noise-candidates 4
+    --noise-candidates 1   --noise-steps -1   --noise-steps x
 """
 SOURCES = """'' @ema W W/none W/run@foo W/binary.txt W/run/checkpoints/step-0000002/model/model.safetensors /dev/null
     shapes@foo W/models/truncated W/models/empty W/models/no_weights W/models/pickle W/models/header W/models/config_binary

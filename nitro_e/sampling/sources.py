@@ -99,7 +99,7 @@ def released_use(name: str, model: Model) -> Use:
         sampler="euler",
         grid="released",
     )
-    return Use(**RELEASED, sampling=sampling)
+    return Use(codec=RELEASED["codec"], text=RELEASED["text"], sampling=sampling)
 
 
 def bytes_on_disk(
