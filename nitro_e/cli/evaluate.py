@@ -45,8 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "benchmark",
-        help="shapes, geneval, hpsv2, imagereward, pickscore, clipscore, dpg, parti, fid, fd-dinov2, cmmd, or a file "
-        "of prompts (.txt, .jsonl)",
+        help="shapes, geneval, hpsv2, imagereward, pickscore, clipscore, dpg, parti, emoji, fid, fd-dinov2, cmmd, or a "
+        "file of prompts (.txt, .jsonl)",
     )
     parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
     parser.add_argument(

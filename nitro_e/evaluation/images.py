@@ -48,6 +48,8 @@ class ScoredImage(NamedTuple):
     scores: dict[str, float]
     saw: str  # the objects detected in it, in words
     seconds: float  # that drawing it took
+    # title of a score -> kind of category -> category -> (right, all), where a reward counts so
+    counts: dict[str, dict[str, dict[str, tuple[int, int]]]] | None = None
 
     @property
     def file(self) -> str:
@@ -125,9 +127,12 @@ def collect(
             pixels, seconds = _draw(generate, batch, chosen, folder)
             values = scorer(pixels, [p.text for p in chosen], [p.info for p in chosen]).values.tolist()
             saw = map(describe, benchmark.see(pixels)) if benchmark.see else scorer.said or [""] * len(batch)
+            counts = scorer.counts or [{}] * len(batch)
             rows = [
-                ScoredImage(*place, prompt.text, dict(zip(scorer.names, row)), words, round(seconds, 5))
-                for place, prompt, row, words in zip(batch, chosen, values, saw)
+                ScoredImage(
+                    *place, prompt.text, dict(zip(scorer.names, row)), words, round(seconds, 5), count or None
+                )
+                for place, prompt, row, words, count in zip(batch, chosen, values, saw, counts)
             ]
             append_rows(mine, rows)
             done |= {(row.index, row.number): row for row in rows}

@@ -14,6 +14,7 @@ from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config
 from nitro_e.record.run_folder import NAMED, model_folder
 from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sizes import parse_sizes
 
 # the encoders of the released weights
 RELEASED = {
@@ -32,10 +33,12 @@ class Use:
     codec: ComponentConfig
     text: ComponentConfig
     sampling: SamplingConfig
+    sizes: tuple[str, ...] = ()  # aspect buckets that the weights were trained at, HEIGHTxWIDTH in pixels
 
     def __post_init__(self) -> None:
         for part in ("codec", "text"):
             object.__setattr__(self, part, pinned(getattr(self, part)))
+        parse_sizes(self.sizes, "sizes")
 
 
 class Loaded(NamedTuple):
@@ -96,7 +99,7 @@ def released_use(name: str, model: Model) -> Use:
         sampler="euler",
         grid="released",
     )
-    return Use(**RELEASED, sampling=sampling)
+    return Use(codec=RELEASED["codec"], text=RELEASED["text"], sampling=sampling)
 
 
 def bytes_on_disk(

@@ -196,12 +196,16 @@ def whole_steps(options: argparse.Namespace) -> dict[str, Any]:
                 "waits": found.waits,
             }
             row = {"inputs": name, "batch": found.batch, "step_ms": 1000 * found.step, **rate, "ms": parts}
+            stored = (
+                row if not computed else next(r for r in reversed(rows) if r["inputs"] == next(iter(INPUTS)))
+            )
+            row["times_all_stored"] = row["step_ms"] / stored["step_ms"]
             rows.append(row)
             shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
             mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
             mfu += "" if found.waits is None else f", the host waited {found.waits:g} times"
             print(
-                f"batch {found.batch}, {name}: {row['step_ms']:.1f} ms a step, {rate['samples_per_s']:.3g} samples/s, "
+                f"batch {found.batch}, {name}: {row['step_ms']:.1f} ms a step ({row['times_all_stored']:.2f} times all stored), {rate['samples_per_s']:.3g} samples/s, "
                 f"{found.teraflops:.3g} TFLOP/s{mfu}\n  one after the other: {shown}",
                 flush=True,
             )

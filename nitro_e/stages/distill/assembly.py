@@ -21,6 +21,7 @@ from nitro_e.stages.assembly import (
     StageKind,
     data_summary,
     first_records,
+    latent_shapes,
     open_run_data,
     split_of_data,
 )
@@ -135,7 +136,8 @@ def open_source(config: Run[DistillConfig], parts: Parts) -> tuple[Source, Seque
         pairs = Pairs(data, parts.codec, parts.text, stage.inputs.needs_noise, parts.device)
         return pairs, first_records(data).prompts[:8]
     pool = load_prompts(stage.prompts)
-    prompts = Prompts(pool, parts.text, parts.latent_shape, size, config.seed, parts.device)
+    shapes = latent_shapes(parts, stage.buckets)
+    prompts = Prompts(pool, parts.text, shapes, size, config.seed, parts.device)
     return prompts, prompts.prompts[:8]
 
 
@@ -145,6 +147,8 @@ def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: fl
     if config.stage.prompts is not None:
         distinct = {prompt.text for prompt in load_prompts(config.stage.prompts)}
         lines.append(f"prompts              {len(distinct):,} distinct ones, no images")
+    if config.stage.buckets:
+        lines.append(f"sizes                {', '.join(config.stage.buckets)}; a step has one")
     offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
     return [*lines, f"student              {offered} steps of {config.stage.sampler}"]
 
