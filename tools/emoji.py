@@ -17,7 +17,7 @@ the codec makes of them; a training picture of the same concept in another style
 words in common); the training picture of the same style whose concept has most words in common; and the training
 picture nearest to the true one by the judge, the best that copying could do.
 
-`grid` draws the first concepts with a held-out style, in all styles from the same noise. Cells that training never
+`grid` draws the first concepts with a held-out style, a column each, in all styles from the same noise. Cells that training never
 showed have a red frame.
 """
 
@@ -42,11 +42,12 @@ from nitro_e.encoders.vision import patch_tokens
 from nitro_e.record import progress
 from nitro_e.rewards.retrieval import GALLERY, JUDGE, Retrieval, embed
 from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.sheets import wrap
 from nitro_e.training.components import train_component
 
 RESOLUTION = 128
 STYLES = ("glossy", "flat", "noto", "twemoji", "outlined")
-CELL, ROWS, FRAME = 128, 8, "#d62728"
+CELL, CONCEPTS, FRAME = 128, 8, "#d62728"
 
 
 class Pictures:
@@ -387,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     parsers["grid"].add_argument("weights", help="as for nitro-e sample")
     parsers["grid"].add_argument("--steps", type=int, default=20)
     parsers["grid"].add_argument("--guidance", type=float, default=3.0)
-    parsers["grid"].add_argument("--rows", type=int, default=ROWS)
+    parsers["grid"].add_argument("--concepts", type=int, default=CONCEPTS)
     options = parser.parse_args(argv)
     work = {"baselines": write_baselines, "grid": write_grid}.get(options.command, train)
     return cli.run(lambda: work(options))
@@ -484,31 +485,31 @@ def write_grid(options: argparse.Namespace) -> None:
     concepts = list(
         dict.fromkeys(c for c, split in zip(test.concepts, test.splits) if split == "unseen pair")
     )
-    concepts = concepts[: options.rows]
+    concepts = concepts[: options.concepts]
     pipeline = TextToImage.from_pretrained(options.weights)
-    label = 150
-    sheet = Image.new("RGB", (label + len(STYLES) * (CELL + 8), 24 + len(concepts) * (CELL + 8)), "white")
+    left, top, cell = 80, 40, CELL + 8
+    sheet = Image.new("RGB", (left + len(concepts) * cell, top + len(STYLES) * cell), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for column, style in enumerate(STYLES):
-        draw.text((label + column * (CELL + 8) + 4, 4), style, "black", font)
-    for row, concept in enumerate(concepts):
+    for row, style in enumerate(STYLES):
+        draw.text((4, top + row * cell + CELL // 2 - 8), style, "black", font)
+    for column, concept in enumerate(concepts):
         prompts = [f"an emoji of {concept}, {style} style" for style in STYLES]
         images = pipeline(
             prompts,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
-            generator=[torch.Generator().manual_seed(row) for _ in prompts],
+            generator=[torch.Generator().manual_seed(column) for _ in prompts],
         ).images
-        top = 24 + row * (CELL + 8)
-        draw.text((4, top + CELL // 2 - 8), concept.replace(" with ", "\nwith "), "black", font)
-        for column, (style, image) in enumerate(zip(STYLES, images)):
-            left = label + column * (CELL + 8)
-            sheet.paste(image, (left + 4, top + 4))
+        x = left + column * cell
+        draw.text((x + 4, 4), wrap(concept, font, CELL, 2), "black", font)
+        for row, (style, image) in enumerate(zip(STYLES, images)):
+            y = top + row * cell
+            sheet.paste(image, (x + 4, y + 4))
             if (concept, style) not in shown:
-                draw.rectangle((left + 1, top + 1, left + CELL + 6, top + CELL + 6), outline=FRAME, width=3)
+                draw.rectangle((x + 1, y + 1, x + CELL + 6, y + CELL + 6), outline=FRAME, width=3)
     out = options.out or Path("outputs/emoji.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out, optimize=True)
+    sheet.quantize(256).save(out, optimize=True)
     print(out)
 
 
