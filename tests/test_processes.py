@@ -275,7 +275,9 @@ def test_interrupted_and_killed_processes_are_gone_on_from(tmp_path, command):
 
     def begin(count: int, out: Path) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*start, str(count), "--out", str(out)], env=environment, **pipes)
+        # a shell's background job ignores Ctrl-C, and so would its children
+        default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        return subprocess.Popen([*start, str(count), "--out", str(out)], env=environment, **pipes, **default)
 
     out = tmp_path / "two"
     process = begin(2, out)
