@@ -108,28 +108,40 @@ def test_shards_and_a_folder_give_the_same_images(tmp_path):
         folder.prompts()
 
 
-@pytest.fixture
-def networks(tmp_path) -> dict[str, Path]:
-    """Tiny random instances of the classes behind cmmd and fd-dinov2."""
+def networks(folder: Path) -> dict[str, Path]:
+    """Save tiny random instances of the classes behind cmmd and fd-dinov2."""
     import timm
 
-    tiny_rewards.save_clip(tmp_path / "clip")
+    tiny_rewards.save_clip(folder / "clip")
     torch.manual_seed(0)
     vit = timm.create_model(
         "vit_base_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=1, num_heads=1
     )
     arguments = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 1}
-    timm.models.save_for_hf(vit, tmp_path / "dino", model_args=arguments, safe_serialization=True)
-    return {"cmmd": tmp_path / "clip", "fd-dinov2": tmp_path / "dino"}
+    timm.models.save_for_hf(vit, folder / "dino", model_args=arguments, safe_serialization=True)
+    return {"cmmd": folder / "clip", "fd-dinov2": folder / "dino"}
 
 
-def test_distances_by_the_command(tmp_path, networks, capsys):
+def random_inception(folder: Path) -> Path:
+    """Save random weights of Inception, which has one size (90 MB), in the file that torch-fidelity releases."""
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    cls, weights = inception.FeatureExtractorInceptionV3, folder / distances.INCEPTION
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(cls, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        torch.save(cls("inception-v3-compat", ["2048"]).state_dict(), weights)
+    return weights
+
+
+def test_distances_by_the_command(tmp_path, capsys):
     model, prompts = tiny_model(tmp_path / "model"), tmp_path / "mine.txt"
     other = tiny_model(tmp_path / "other", seed=1)
     prompts.write_text("\n".join(f"a thing of kind {i}" for i in range(6)))
     write_images(tmp_path / "real", 8)
     out = tmp_path / "out"
-    for name, weights in networks.items():
+    for name, weights in networks(tmp_path).items():
         command = [name, str(model), "--prompts", str(prompts), "--reference", str(tmp_path / "real")]
         command += ["--reward-path", str(weights), "--out", str(out / name), "--dtype", "float32"]
         assert tool.main([*command, "--draw-only"]) == 0
@@ -152,16 +164,8 @@ def test_distances_by_the_command(tmp_path, networks, capsys):
 
 
 @pytest.mark.slow
-def test_fid_by_the_command(tmp_path, monkeypatch):
-    """Inception has one size: random weights of the real one (90 MB), 2,048 features."""
-    from torch_fidelity import feature_extractor_inceptionv3 as inception
-
-    cls, weights = inception.FeatureExtractorInceptionV3, tmp_path / distances.INCEPTION
-    with monkeypatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(cls, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        torch.save(cls("inception-v3-compat", ["2048"]).state_dict(), weights)
+def test_fid_by_the_command(tmp_path):
+    weights = random_inception(tmp_path)
     write_images(tmp_path / "real", 4)
     prompts, out = tmp_path / "mine.txt", tmp_path / "out"
     prompts.write_text("a\nb\nc\n")

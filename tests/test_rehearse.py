@@ -1,6 +1,8 @@
 """Rehearsals of recipes, and how benchmarks report: figures of the right things, no timing is judged."""
 
+import importlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def recipe(folder: Path, stage: str) -> str:
             "pretrain", ["latents", "text", "features"], {"codec", "text", "vision"}, marks=pytest.mark.slow
         ),
         pytest.param("distill", None, {"text"}, marks=pytest.mark.slow),
-        pytest.param("grpo", None, set(), marks=pytest.mark.slow),
+        pytest.param("grpo", None, {"text"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
@@ -90,7 +92,7 @@ def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
         )
         assert found["sample_bytes"] >= (least if not computed else 2000)
     out = capsys.readouterr().out
-    hours = found["steps"] * found["global_batch"] * found["step"] / found["batch"] / 3600
+    hours = found["steps"] * found["global_batch"] * found["step"] / found["samples"] / 3600
     assert f"{hours / 4:,.1f} hours on 4 such devices" in out and f"{2 * hours:,.0f} in money" in out
     assert "memory" in out and "torch" in out
 
@@ -99,7 +101,9 @@ def test_whole_steps_of_a_recipe_for_every_kind_of_input(tmp_path, capsys, monke
     def run(options):
         assert options.steps == 3 and options.config == "recipe.yaml"
         parts = {"wait": 0.1, "forward": 0.2, "backward": 0.4, "clip, optimiser, averages": 0.1}
-        return rehearse.Rehearsal("a", "b", 10, 4, options.computed, 0.5, parts, 2.0, None, 1, 1, 1, 1)
+        return rehearse.Rehearsal(
+            "a", "b", 10, 4, 4, options.computed, 0.5, parts, 2.0, None, None, 1, 1, 1, 1
+        )
 
     monkeypatch.setattr(rehearse, "run", run)
     arguments = [
@@ -115,7 +119,10 @@ def test_whole_steps_of_a_recipe_for_every_kind_of_input(tmp_path, capsys, monke
     assert benchmark.main(arguments) == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["inputs"] for row in rows] == list(benchmark.INPUTS) and rows[0]["ms"]["backward"] == 400
-    assert "batch 4, text computed: 500.0 ms a step, 8 samples/s, 2 TFLOP/s" in capsys.readouterr().out
+    assert (
+        "batch 4, text computed: 500.0 ms a step (1.00 times all stored), 8 samples/s, 2 TFLOP/s"
+        in capsys.readouterr().out
+    )
 
 
 def test_figures_are_compared_by_name():
@@ -129,7 +136,54 @@ def test_figures_are_compared_by_name():
     }
     lines = comparison(now, before).splitlines()
     assert lines[0] == "not the same: torch was 2, is 3"
-    assert lines[3:] == ["| rows, text, 8, seconds | 3 | 6 | 2.00 |", "| memory_gb | 1 | 1.5 | 1.50 |"]
+    assert lines[3:] == [
+        "| rows, text, 8, seconds | 3 | 6 | 2.00 |",
+        "| memory_gb | 1 | 1.5 | 1.50 |",
+        "not compared: 1 figures that only the earlier file has, 0 that are new",
+    ]
+
+
+# what each kind measures, made up: the rest of the command is the real one
+FIGURES = {
+    "model": {
+        "preset": "tiny-8",
+        "rows": [{"task": "forward", "batch": 1, "milliseconds": 2.0}],
+        "matmul": [1.0],
+    },
+    "sample": {
+        "rows": [{"part": "text", "batch": 1, "way": "plain", "seconds": 2.0}],
+        "settings": {"steps": 2},
+    },
+    "data": {"stream": 5.0, "stream / webdataset .decode()": 1.0},
+    "engine": {name: {"wall": 1.0, "cpu": 2.0} for name in benchmark.VARIANTS},
+}
+
+
+@pytest.mark.parametrize("kind", list(FIGURES))
+def test_every_benchmark_ends_with_machine_versions_memory_and_comparison(
+    tmp_path, capsys, monkeypatch, kind
+):
+    module, file = importlib.import_module(f"nitro_e.cli.benchmark.{kind}"), tmp_path / "a.json"
+    monkeypatch.setattr(module, "measure", lambda *_: FIGURES[kind])
+    arguments = ["--presets", "micro-8"] if kind == "engine" else []
+    assert module.main([*arguments, "--json", str(file)]) == 0
+    said, record = capsys.readouterr().out, json.loads(file.read_text())
+    assert record["machine"]["name"] in said and f"torch {version('torch')}" in said
+    assert record["memory_gb"] > 0 and f"memory {record['memory_gb']:.2f} GB at most" in said
+    assert module.main([*arguments, "--against", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "the same machine, versions and settings" in said and "memory_gb |" in said
+    assert said.count("| 1.00 |\n") >= len(list(numbers(FIGURES[kind]))) and "not compared" not in said
+
+
+def test_other_settings_are_named(tmp_path, capsys, monkeypatch):
+    from nitro_e.cli.benchmark import model
+
+    monkeypatch.setattr(model, "measure", lambda _: FIGURES["model"])
+    file = str(tmp_path / "a.json")
+    assert model.main(["--json", file]) == 0
+    assert model.main(["--text-length", "7", "--batch", "1", "2", "--against", file]) == 0
+    assert "not the same: batch was None, is [1, 2]; text_length was 128, is 7" in capsys.readouterr().out
 
 
 def test_other_files_are_refused(tmp_path, capsys):

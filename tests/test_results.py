@@ -11,6 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FIGURE = re.compile(r"(?<![\d.])[+-]?0\.\d{3}(?!\d)")
+# with a unit, so that it says something measured or counted: "1 min", "3.2M", "8 minutes", "34.6 dB", "4e-07", "2,400"
+QUANTITY = re.compile(
+    r"(?<![\w.])(?:\d[\d.,]* ?(?:s|min|minutes|hours|dB|GB|MB|%|times|M)|0\.\d\d|\d[\d.]*e-\d+|\d+,\d{3})(?!\w)"
+)
+NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?:e-?\d+)?")
+WORDS = dict(zip("one two three four five six seven eight nine ten".split(), range(1, 11)))
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,43 @@ def test_figures_of_the_readme_stand_in_a_record(tool):
     readme = (ROOT / "README.md").read_text()
     missing = [figure for figure in FIGURE.findall(readme) if figure.lstrip("+") not in known]
     assert len(FIGURE.findall(readme)) > 10 and not missing
+
+
+def test_other_quantities_of_the_readme_stand_on_the_page(tool):
+    """Times, sizes, counts, published scores: each with its unit as a record has it, numbers in words too."""
+    readme = re.sub(r"\(https?:[^)]*\)", "", (ROOT / "README.md").read_text())
+    spelled = re.sub(rf"\b({'|'.join(WORDS)}) (?=s |min|hours)", lambda m: f"{WORDS[m[1]]} ", readme)
+    page = tool.page()
+    found = [quantity.group().replace("−", "-") for quantity in QUANTITY.finditer(spelled)]
+    missing = [each for each in found if not re.search(rf"(?<![\d.,]){re.escape(each)}(?!\w)", page)]
+    assert len(found) > 8 and not missing, missing
+
+
+def test_records_say_where_and_how_they_were_measured(tool):
+    for name, record in tool.records().items():
+        assert name == "unverified" or record.get("measured"), f"{name}: on what?"
+        assert name == "unverified" or record.get("commands") or record.get("source"), f"{name}: how?"
+        assert ("date" in record) == ("commit" in record), name
+
+
+def test_figures_of_a_record_stand_in_the_file_that_explains_them(tool):
+    """One truth: who measures anew changes both."""
+    checked = 0
+    for name, record in tool.records().items():
+        if "source" not in record:
+            continue
+        text = "\n".join((ROOT / "docs" / file).read_text() for file in record["source"])
+        known = set(NUMBER.findall(text.replace("e-0", "e-"))) | set(re.findall(r"\d+", text))
+        cells = [
+            number
+            for row in record["rows"]
+            for cell in row
+            for number in NUMBER.findall(cell.replace("e-0", "e-"))
+        ]
+        missing = [number for number in cells if number not in known]
+        assert not missing, f"{name}: {missing} are not in {record['source']}"
+        checked += len(cells)
+    assert checked > 300
 
 
 def test_figures_of_the_pictures_stand_in_a_record(tool):

@@ -4,10 +4,11 @@
     python tools/results.py --add stages outputs/evaluate/*/results.json     take scores of `nitro-e evaluate`
     python tools/results.py --add parity parity.xml                          take figures of tests (pytest --junitxml)
 
-A record is one table: title, about, command, head, rows, and where it was measured. `--add` fills in rows, command and
-measured, and keeps title and about. Other records (studies, benchmarks) are written by hand in the same form, from the
-files that their commands write. The first section is counted anew each time. Figures in README.md and in
-docs/img/figures.json must stand in a record: tests/test_results.py.
+A record is one table: title, about, head, rows; where it was measured (`measured`), when and at which revision it was
+written down (`date`, `commit`), in which files of docs/ it is explained (`source`), and by which `commands`. `--add` fills in
+rows, commands, measured, date and commit. Other records (studies, benchmarks) are written by hand in the same form, from
+the files that their commands write. The first section is counted anew each time. Figures in README.md and in
+docs/img/figures.json must stand in a record, and those of a record in its source: tests/test_results.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from xml.etree import ElementTree
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.model import ModelConfig
 from nitro_e.model.describe import parts, total, usual_grid
+from nitro_e.record.environment import git_commit
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = DOCS / "results", DOCS / "results.md"
@@ -30,16 +33,26 @@ RECORDS, PAGE = DOCS / "results", DOCS / "results.md"
 ORDER = (
     "stages",
     "few_steps",
-    "ablations",
-    "learning",
-    "speedrun",
-    "grpo",
     "distill",
+    "grpo",
+    "learning",
+    "demo",
+    "speedrun",
+    "ablations",
+    "gpu",
     "sampling",
+    "approximations",
+    "model_speed",
+    "attention_speed",
+    "rehearsal",
     "training",
     "data",
+    "stored_text",
+    "encoders",
+    "export",
+    "first_use",
 )
-LAST = ("reliability", "parity", "unverified")
+LAST = ("reliability", "parity", "precision", "unverified")
 PRESETS = ("nitro-e-512", "nitro-e-1024", "tiny-8")
 TEXT_LENGTH = 128
 
@@ -81,8 +94,10 @@ def take(files: Sequence[Path]) -> Record:
     """Make rows of evaluations (.json) or of recorded test figures (.xml)."""
     if not files:
         raise SystemExit("--add: name the files to take rows from")
+    date = time.strftime("%Y-%m-%d", time.gmtime(max(file.stat().st_mtime for file in files)))
     if files[0].suffix == ".xml":
-        return {"head": ["figure", "measured"], "rows": [row for file in files for row in test_figures(file)]}
+        rows = [row for file in files for row in test_figures(file)]
+        return {"head": ["figure", "measured"], "rows": rows, "date": date, "commit": git_commit()}
     found = [json.loads(file.read_text()) for file in files]
     settings = [each["environment"] for each in found]
     rows = {tuple(row): list(row) for each in found for row in evaluation_rows(each)}
@@ -94,12 +109,14 @@ def take(files: Sequence[Path]) -> Record:
             re.sub(r"'(nitro-e \w+)' \w+|( --out \S+)", r"\1", each["command"]) for each in settings
         ],
         "measured": measured(settings[0]),
+        "date": date,
+        "commit": settings[0]["git"],
     }
 
 
 def measured(environment: dict[str, Any]) -> str:
     packages = environment["packages"]
-    return f"{environment['device']}; torch {packages['torch']}, Python {environment['python']}; commit {environment['git']}"
+    return f"{environment['device']}; torch {packages['torch']}, Python {environment['python']}"
 
 
 def evaluation_rows(record: dict[str, Any]) -> Iterator[list[str]]:
@@ -163,7 +180,13 @@ def section(record: Record) -> str:
         lines += [record["about"], ""]
     lines += table(record["head"], record["rows"])
     if record.get("measured"):
-        lines += ["", f"Measured on: {record['measured']}."]
+        where = [f"Measured on: {record['measured']}."]
+        where += (
+            [f"Written down on {record['date']} at commit {record['commit']}."] if "date" in record else []
+        )
+        links = ", ".join(f"[{Path(file).name}]({file})" for file in record.get("source", ()))
+        where += [f"Explained in {links}."] if links else []
+        lines += ["", " ".join(where)]
     if record.get("commands"):
         lines += ["", "```bash", *record["commands"], "```"]
     return "\n".join([*lines, ""])
@@ -188,12 +211,14 @@ def architecture() -> Record:
         )
         full, fewer, _ = config.image_tokens(*grid)
         share = inside["blocks inside"].flops / whole.flops
-        numbers = [f"{whole.parameters:,}", f"{whole.flops / 1e9:.3g}", f"{full} to {fewer}", f"{share:.0%}"]
+        tokens = f"{full} to {fewer}, {1 - fewer / full:.1%} fewer"
+        numbers = [f"{whole.parameters:,}", f"{whole.flops / 1e9:.3g}", tokens, f"{share:.0%}"]
         rows.append([preset, f"{grid[0]} x {grid[1]}", *numbers])
+    rows.append(["the paper, 512 px", "16 x 16", "304M", "–", "68.5% fewer", "–"])
     return {
         "title": "The architecture",
-        "about": f"Counted for one latent and {TEXT_LENGTH} text tokens. The paper (arXiv 2510.27135) says 304M parameters "
-        "and 68.5 % fewer image tokens in the compressed blocks; the count here leaves out the 2M of REPA's projector.",
+        "about": f"Counted for one latent and {TEXT_LENGTH} text tokens. The last row is what the paper (arXiv 2510.27135) says "
+        "of the 512 px model; the count here leaves out the 2M of REPA's projector.",
         "head": [
             "preset",
             "tokens",

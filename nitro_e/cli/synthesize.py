@@ -22,6 +22,7 @@ distillation give --grid linear: the released grid spends its last step on almos
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from nitro_e.data.making.synthesis import (
 from nitro_e.data.prompts import GENERATORS
 from nitro_e.encoders.components import build_codec, chosen_component
 from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.sources import bytes_on_disk
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,14 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.world > 1:  # divided already
         processes.end_with_parent()
         return cli.run(lambda: run(args))
-    started = processes.start("synthesize", args.processes, argv, lambda count: shards_of(args) >= count)
+    work = functools.cache(lambda: workload(args))
+    started = processes.start("synthesize", args.processes, argv, lambda count: work().fits(count))
     return cli.run(lambda: run(args)) if started is None else started
 
 
-def shards_of(args: argparse.Namespace) -> int:
-    """Count the shards, which processes share."""
+def workload(args: argparse.Namespace) -> processes.Workload:
+    """Count what is to be drawn, as processes share it: shard by shard; pipelines of diffusers are too large to share."""
     images = len(read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit))
-    return -(-images // args.samples_per_shard)
+    size = None if args.source is None else bytes_on_disk(args.source, codec=args.codec, text=args.text)
+    return processes.Workload(images, -(-images // args.samples_per_shard), size)
 
 
 def run(args: argparse.Namespace) -> None:

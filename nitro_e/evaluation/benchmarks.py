@@ -6,8 +6,10 @@ hpsv2        HPSv2's four styles of 800 prompts; HPSv2.1
 imagereward  ImageReward's 100 prompts, 10 images each; ImageReward
 pickscore    a file of prompts; PickScore
 clipscore    a file of prompts; CLIPScore
-dpg          DPG-Bench's 1,065 long prompts, 4 images each; a visual question answering model on its questions
-parti        PartiPrompts by category; the rewards that are named
+dpg          DPG-Bench's 1,065 long prompts, 4 images each; a visual question answering model on its questions, also by
+             category of question
+parti        PartiPrompts by category and by challenge; the rewards that are named
+emoji        the captions of pictures of concepts in styles; style, and rank of the true picture (rewards.retrieval)
 fid, fd-dinov2, cmmd    the captions of real images; the distance to those images (evaluation.distances)
 
 Prompts that the package does not hold are files that the reader names; `Benchmark.needs` says which.
@@ -46,6 +48,8 @@ class Benchmark:
     # where the prompts are a file of the benchmark's own: what it is, and how it is read
     needs: str = ""
     read: Callable[[Path], list[Prompt]] | None = None
+    whole: int | None = None  # prompts of the published benchmark
+    group_by: tuple[str, ...] = ()  # keys of the prompts' records, for tables besides the one by task
     file: Path | None = None
     num: int | None = None  # of the file's prompts, the first ones
     reference: str | None = None  # real images, for a distance
@@ -69,6 +73,15 @@ class Benchmark:
         if self.lower_is_better:  # a distance has no tasks: it belongs to the whole set
             found = [Prompt(prompt.text, {}) for prompt in found]
         return found[: self.num]
+
+    def shortfall(self, prompts: int) -> str:
+        """Say what is missing to the published benchmark; empty if nothing is."""
+        if self.whole is None:
+            return ""
+        images = BENCHMARKS[self.name].per_prompt
+        parts = [f"{prompts:,} of its {self.whole:,} prompts"] if prompts != self.whole else []
+        parts += [f"{self.per_prompt} of its {images} images each"] if self.per_prompt != images else []
+        return f"not the whole benchmark: {', '.join(parts)}" if parts else ""
 
     def record(self) -> dict:
         """Make the entry of results.json."""
@@ -119,7 +132,7 @@ def read_dpg(path: Path) -> list[Prompt]:
     """Read dpg_bench.csv, a row per question: prompts with their "questions", each with id, text and parents."""
     with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
-        wanted = {"item_id", "text", "proposition_id", "dependency", "question_natural_language"}
+        wanted = {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"}
         if not wanted <= set(table.fieldnames or ()):
             raise ConfigError(
                 f"--prompts: {path} has no columns {', '.join(sorted(wanted))}; give {_DPG_FILE}"
@@ -132,6 +145,8 @@ def read_dpg(path: Path) -> list[Prompt]:
                     "id": int(row["proposition_id"]),
                     "text": row["question_natural_language"].strip(),
                     "parents": parents,
+                    # "attribute - color (cat, red)"
+                    "category": row["tuple"].split("(")[0].strip(),
                 }
             except (ValueError, AttributeError, TypeError):
                 raise ConfigError(
@@ -142,6 +157,18 @@ def read_dpg(path: Path) -> list[Prompt]:
     return list(items.values())
 
 
+def read_pictures(path: Path) -> list[Prompt]:
+    """Read captions with "concept" and "style" from a shard or a .jsonl; the task of a prompt is its "split"."""
+    found = read_prompts(path)
+    for prompt in found:
+        if not {"concept", "style"} <= set(prompt.info):
+            raise ConfigError(
+                f"--prompts: {path}: '{prompt.text}' has no concept and style; give {_PICTURES}"
+            )
+    return [Prompt(prompt.text, {**prompt.info, "tag": prompt.info.get("split", "all")}) for prompt in found]
+
+
+_PICTURES = "a shard of captioned pictures with concept and style in their json, or a .jsonl of such prompts"
 _HPSV2_FOLDER = "the folder of anime.json, concept-art.json, paintings.json, photo.json (hub: zhwang/HPDv2)"
 _PARTI_FILE = "PartiPrompts.tsv (github.com/google-research/parti)"
 _DPG_FILE = "dpg_bench.csv (github.com/TencentQQGYLab/ELLA, folder dpg_bench)"
@@ -166,23 +193,49 @@ BENCHMARKS = {
             name="geneval",
             prompts=PromptsConfig(source="geneval"),
             per_prompt=4,
+            whole=553,
             rewards=(RewardConfig(name="geneval", label="GenEval", options={"mode": "official"}),),
         ),
         Benchmark(
-            name="hpsv2", needs=_HPSV2_FOLDER, read=read_hpsv2, rewards=(RewardConfig(name="hpsv2.1"),)
+            name="hpsv2",
+            needs=_HPSV2_FOLDER,
+            read=read_hpsv2,
+            whole=3200,
+            rewards=(RewardConfig(name="hpsv2.1"),),
         ),
         Benchmark(
             name="imagereward",
             needs="ImageReward's benchmark-prompts.json",
             per_prompt=10,
+            whole=100,
             rewards=(RewardConfig(name="imagereward"),),
         ),
         Benchmark(name="pickscore", needs=_ANY_FILE, rewards=(RewardConfig(name="pickscore"),)),
         Benchmark(name="clipscore", needs=_ANY_FILE, rewards=(RewardConfig(name="clipscore"),)),
         Benchmark(
-            name="dpg", needs=_DPG_FILE, read=read_dpg, per_prompt=4, rewards=(RewardConfig(name="dpg"),)
+            name="dpg",
+            needs=_DPG_FILE,
+            read=read_dpg,
+            per_prompt=4,
+            whole=1065,
+            rewards=(RewardConfig(name="dpg"),),
         ),
-        Benchmark(name="parti", needs=_PARTI_FILE, read=read_parti),
+        Benchmark(
+            name="emoji",
+            needs=_PICTURES,
+            read=read_pictures,
+            rewards=tuple(
+                RewardConfig(name="retrieval", label=label, options={"score": score}, batch_size=64)
+                for label, score in (
+                    ("style and first 10", "both"),
+                    ("style", "style"),
+                    ("first 10", "top10"),
+                    ("1/rank", "reciprocal_rank"),
+                    ("novelty", "novelty"),
+                )
+            ),
+        ),
+        Benchmark(name="parti", needs=_PARTI_FILE, read=read_parti, whole=1632, group_by=("challenge",)),
         *(Benchmark(name=name, needs=_ANY_FILE) for name in DISTANCES),
     )
 }

@@ -13,7 +13,7 @@ numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,32 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from nitro_e import files
 from nitro_e.config import ConfigError
 from nitro_e.evaluation.reference import Reference, read_images
 from nitro_e.record import progress
 
-Extractor = Callable[[Tensor], Tensor]  # (B, 3, H, W) uint8 -> (B, D) float
+CHUNK = 512  # images whose features are kept in one file
 DINOV2_LARGE = "timm/vit_large_patch14_dinov2.lvd142m"
 CLIP_336 = "openai/clip-vit-large-patch14-336"
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+
+
+class Extractor(nn.Module):
+    """A network, and what it makes of images (B, 3, H, W) uint8 on any device: features (B, D)."""
+
+    def __init__(
+        self, network: nn.Module, features: Callable[[nn.Module, Tensor], Tensor], device: str
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.features, self.device = features, device
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(self.network, images.to(self.device))
 
 
 @dataclass(frozen=True)
@@ -118,8 +133,7 @@ def load_inception(path: str | None, device: str) -> Extractor:
         raise ConfigError(
             f"--reward-path: '{path}' is no {INCEPTION} ({reason}); download it again"
         ) from error
-    network = network.eval().to(device)
-    return lambda images: network(images.to(device))[0]
+    return Extractor(network, lambda network, images: network(images)[0], device)
 
 
 def load_dinov2(path: str | None, device: str) -> Extractor:
@@ -132,18 +146,17 @@ def load_dinov2(path: str | None, device: str) -> Extractor:
     vit = files.load(
         "fd-dinov2", "--reward-path", path or DINOV2_LARGE, load, ("model.safetensors", "config.json")
     )
-    vit = vit.eval().requires_grad_(False).to(device)
     mean, std = (
         torch.tensor(values, device=device).reshape(1, 3, 1, 1)
         for values in (vision.IMAGENET_MEAN, vision.IMAGENET_STD)
     )
 
-    def extract(images: Tensor) -> Tensor:
-        pixels = images.to(device).float() / 255
+    def class_token(vit: Any, images: Tensor) -> Tensor:
+        pixels = images.float() / 255
         pixels = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True, align_corners=False)
         return vit.forward_features((pixels.clamp(0, 1) - mean) / std)[:, 0]
 
-    return extract
+    return Extractor(vit, class_token, device)
 
 
 def load_clip(path: str | None, device: str) -> Extractor:
@@ -154,13 +167,13 @@ def load_clip(path: str | None, device: str) -> Extractor:
         return clip.load_clip(folder, torch.float32)
 
     wanted = (*files.TRANSFORMER, *files.TOKENIZER)
-    network = files.load("cmmd", "--reward-path", path or CLIP_336, load, wanted).to(device)
+    network = files.load("cmmd", "--reward-path", path or CLIP_336, load, wanted)
 
-    def extract(images: Tensor) -> Tensor:
-        pixels = images.to(device).float() / 127.5 - 1
+    def embedding(network: Any, images: Tensor) -> Tensor:
+        pixels = images.float() / 127.5 - 1
         return network.image_features(clip.fit_short_side(pixels, network.size))
 
-    return extract
+    return Extractor(network, embedding, device)
 
 
 DISTANCES = {
@@ -171,37 +184,71 @@ DISTANCES = {
 
 
 @torch.no_grad()
-def features(extract: Extractor, batches: Iterable[Tensor], total: int, title: str) -> np.ndarray:
-    """Compute the features of batches of (B, 3, H, W) uint8 images: (N, D) float64."""
+def features(
+    extract: Extractor,
+    identities: Sequence[Any],
+    read: Callable[[int, int], Iterator[Tensor]],
+    folder: Path,
+    key: Any,
+    title: str,
+    renew: bool = False,
+) -> np.ndarray:
+    """Compute the features (N, D) float32 of N images, CHUNK by CHUNK, and keep them in files of `folder`.
+
+    identities: plain data that tells N images apart; read(start, stop): their batches (B, 3, H, W) uint8; key: what
+    else the features depend on; renew: compute anew what is there. A chunk is one file, which is there or not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     found = []
-    with progress.bar(total=total, desc=title, unit="img") as bar:
-        for batch in batches:
-            found.append(extract(batch).double().cpu())
-            bar.update(len(batch))
+    with progress.bar(total=len(identities), desc=title, unit="img") as bar:
+        for start in range(0, len(identities), CHUNK):
+            these = identities[start : start + CHUNK]
+            file = folder / f"features-{files.short_hash([key, list(these)])}.safetensors"
+            if renew or not file.exists():
+                rows = torch.cat([extract(batch).float().cpu() for batch in read(start, start + len(these))])
+                with files.atomic_path(file) as temporary:
+                    files.save_tensors({"features": rows}, temporary)
+            found.append(load_file(file)["features"])
+            bar.update(len(these))
     return torch.cat(found).numpy()
 
 
 class DistanceScorer:
-    """`scorer(paths, resolution)` gives drawn images their values of a distance to the images of a reference."""
+    """`scorer(folder, names, resolution)` gives drawn images their values of a distance to the images of a reference.
 
-    def __init__(self, name: str, reference: Reference, weights: str | None, device: str) -> None:
-        self.name, self.reference, self.weights = name, reference, weights
+    Features are kept, those of drawn images beside them and those of real ones in `folder`, and not computed twice.
+    """
+
+    def __init__(
+        self, name: str, reference: Reference, weights: str | None, device: str, folder: Path, rejudge: bool
+    ) -> None:
+        self.name, self.reference, self.folder, self.rejudge = name, reference, folder, rejudge
         self.distance = DISTANCES[name]
         self.extract = self.distance.load(weights, device)
+        self.source = f"{weights or 'the default weights'} {files.weights_hash(self.extract)[:12]}"
         self._real: dict[int, np.ndarray] = {}  # resolution -> features (M, D)
 
-    def __call__(self, paths: Sequence[Path], resolution: int) -> list[float]:
-        if len(paths) < 2:
-            raise ConfigError(f"--num: {self.name} needs 2 images or more, got {len(paths)}")
+    def __call__(self, folder: Path, names: Sequence[str], resolution: int) -> list[float]:
+        """Return the value of every image; `names` are files of `folder`."""
+        if len(names) < 2:
+            raise ConfigError(f"--num: {self.name} needs 2 images or more, got {len(names)}")
+        key = [self.source, resolution]
         if resolution not in self._real:
-            images, title = self.reference.images(resolution), f"{self.name}: real images"
-            self._real[resolution] = features(self.extract, images, len(self.reference), title)
+            read, title = partial(self.reference.images, resolution), f"{self.name}: real images"
+            self._real[resolution] = features(
+                self.extract, self.reference.identities(), read, self.folder, key, title, self.rejudge
+            )
         drawn = features(
-            self.extract, read_images(paths, resolution), len(paths), f"{self.name}: drawn images"
+            self.extract,
+            names,
+            lambda start, stop: read_images([folder / name for name in names[start:stop]], resolution),
+            folder,
+            key,
+            f"{self.name}: drawn images",
+            self.rejudge,
         )
         return self.distance.values(drawn, self._real[resolution]).tolist()
 
     def sources(self) -> dict[str, str]:
         """Name what the distance is to, and by which weights."""
-        weights = self.weights or "the default weights"
-        return {self.name: f"{weights}, to {len(self.reference)} images of {self.reference.source}"}
+        return {self.name: f"{self.source}, to {len(self.reference)} images of {self.reference.source}"}

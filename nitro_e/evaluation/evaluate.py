@@ -3,6 +3,7 @@
 OUT/results.json    scores with intervals, settings, hashes
 OUT/report.html     the same with images
 OUT/NAME-HASH/      the images of one checkpoint and setting (evaluation.images)
+OUT/real/           features of real images, for a distance
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
 from nitro_e.evaluation.distances import DistanceScorer
-from nitro_e.evaluation.images import Autocast, ImageGenerator, ScoredImage, collect
+from nitro_e.evaluation.images import ALONE, Autocast, ImageGenerator, ScoredImage, collect
 from nitro_e.evaluation.reference import Reference
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
+from nitro_e.interfaces import DistContext
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import weights_file
 from nitro_e.record.environment import environment
@@ -70,8 +72,10 @@ class Result:
         return f"{self.checkpoint['source']}, {setting_name(self.sampling)}"
 
     @property
-    def images_per_second(self) -> float:
-        return len(self.rows) / max(sum(row.seconds for row in self.rows), 1e-9)
+    def images_per_second(self) -> float | None:
+        """The rate of drawing; None if no image was drawn by a command that also scored it."""
+        seconds = [row.seconds for row in self.rows if row.seconds > 0]
+        return len(seconds) / sum(seconds) if seconds else None
 
 
 @dataclass
@@ -111,7 +115,9 @@ def evaluate(
     measure = None
     if benchmark.reference is not None:
         reference = Reference(benchmark.reference)
-        measure = DistanceScorer(benchmark.name, reference, benchmark.weights, options.device)
+        measure = DistanceScorer(
+            benchmark.name, reference, benchmark.weights, options.device, out / "real", options.rejudge
+        )
     found = [
         [
             _summarize(drawn, benchmark, prompts, scorer, measure)
@@ -134,15 +140,25 @@ def evaluate(
 
 
 def draw(
-    benchmark: Benchmark, sources: Sequence[str], grid: dict[str, Sequence[Any]], options: Options, out: Path
+    benchmark: Benchmark,
+    sources: Sequence[str],
+    grid: dict[str, Sequence[Any]],
+    options: Options,
+    out: Path,
+    *,
+    score: bool = False,
+    share: DistContext = ALONE,
 ) -> list[Path]:
-    """Draw the images of `evaluate` without scoring them; returns their folders."""
+    """Draw this process's share of the images of `evaluate`, and `score` them if so; returns their folders."""
     benchmark = _seeded(benchmark, options.seed)
-    prompts, nothing = benchmark.load_prompts(), build_rewards(())
+    if score:
+        prompts, scorer = prepare(benchmark, options.device)
+    else:
+        prompts, scorer = benchmark.load_prompts(), build_rewards(())
     return [
         drawn.folder
         for source in sources
-        for drawn in _draw_all(benchmark, prompts, nothing, source, grid, options, out)
+        for drawn in _draw_all(benchmark, prompts, scorer, source, grid, options, out, share)
     ]
 
 
@@ -179,6 +195,7 @@ def _draw_all(
     grid: dict[str, Sequence[Any]],
     options: Options,
     out: Path,
+    share: DistContext = ALONE,
 ) -> Iterator[Drawn]:
     """Draw with one checkpoint at every setting."""
     pipeline = TextToImage.from_pretrained(
@@ -200,12 +217,14 @@ def _draw_all(
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name} {setting_name(sampling)}").strip("-")
         folder = out / f"{name}-{short_hash(settings)}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(
-            json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
+        write_text(
+            folder / "settings.json", json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
         )
         generate = ImageGenerator(pipeline, sampling, options.seed, options.batch_size, autocast)
         title = setting_name(sampling)
-        rows = collect(generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title)
+        rows = collect(
+            generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title, share=share
+        )
         yield Drawn(checkpoint, sampling, folder, rows)
 
 
@@ -215,10 +234,10 @@ def _summarize(
     """Summarize the scores of the images, or their distance to real ones."""
     rows, titles = drawn.rows, scorer.names
     if measure is not None:
-        values = measure([drawn.folder / row.file for row in rows], drawn.sampling.resolution)
+        values = measure(drawn.folder, [row.file for row in rows], drawn.sampling.resolution)
         rows = [row._replace(scores={measure.name: value}) for row, value in zip(rows, values)]
         titles = (measure.name,)
-    scores = {title: results.summarize(prompts, rows, title) for title in titles}
+    scores = {title: results.summarize(prompts, rows, title, benchmark.group_by) for title in titles}
     return Result(drawn.checkpoint, drawn.sampling, drawn.folder, rows, scores)
 
 
@@ -263,7 +282,7 @@ def setting_name(sampling: SamplingConfig) -> str:
 
 
 def tables(evaluation: Evaluation) -> list[results.Table]:
-    """A row per task for a single result, else a row per result; then the differences."""
+    """A row per task for a single result, else a row per result; then the best one by category, and the differences."""
     found = evaluation.results
     if len(found) == 1:
         shown = [results.task_table(found[0].name, found[0].scores)]
@@ -272,6 +291,7 @@ def tables(evaluation: Evaluation) -> list[results.Table]:
         names = [result.name if len(sources) > 1 else setting_name(result.sampling) for result in found]
         title = f"{' and '.join(sources)}, {len(found)} settings"
         shown = [results.setting_table(title, dict(zip(names, (result.scores for result in found))))]
+    shown += results.breakdown_tables(evaluation.best.name, evaluation.best.scores)
     for comparison in evaluation.comparisons:
         title = f"{comparison.ours.name} minus {comparison.theirs.checkpoint['source']}, the same prompts and noise"
         shown.append(results.difference_table(title, comparison.differences))
@@ -281,18 +301,20 @@ def tables(evaluation: Evaluation) -> list[results.Table]:
 def as_text(evaluation: Evaluation) -> str:
     """The tables, for a terminal."""
     parts = [table.as_text() for table in tables(evaluation)]
-    speeds = sorted({f"{result.images_per_second:.3g}" for result in evaluation.results}, key=float)
-    drawn = " to ".join(speeds[:: max(len(speeds) - 1, 1)])
-    return "\n\n".join([*parts, f"{summary(evaluation)}; drawn at {drawn} per second"])
+    rates = [result.images_per_second for result in evaluation.results]
+    speeds = sorted({f"{rate:.3g}" for rate in rates if rate is not None}, key=float)
+    drawn = f"; drawn at {' to '.join(speeds[:: max(len(speeds) - 1, 1)])} per second" if speeds else ""
+    return "\n\n".join([*parts, summary(evaluation) + drawn])
 
 
 def summary(evaluation: Evaluation) -> str:
     """The benchmark, the options and what scored the images, in one line."""
     benchmark, options = evaluation.benchmark, evaluation.options
     judges = "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
+    missing = "; ".join(["", *filter(None, [benchmark.shortfall(len(evaluation.prompts))])])
     return (
         f"{benchmark.name}: {len(evaluation.prompts)} prompts, images of each: {benchmark.per_prompt}, "
-        f"seed {options.seed}, {options.dtype}{judges}"
+        f"seed {options.seed}, {options.dtype}{judges}{missing}"
     )
 
 
@@ -304,6 +326,7 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
         "options": dataclasses.asdict(evaluation.options),
         "judges": evaluation.judges,
         "prompts": len(evaluation.prompts),
+        "missing": benchmark.shortfall(len(evaluation.prompts)) or None,
         "intervals": (intervals.__doc__ or "").strip(),
         "environment": environment(),
         "results": [
@@ -311,7 +334,7 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
                 "checkpoint": result.checkpoint,
                 "sampling": to_dict(result.sampling),
                 "images": len(result.rows),
-                "images_per_second": round(result.images_per_second, 3),
+                "images_per_second": result.images_per_second and round(result.images_per_second, 3),
                 "folder": result.folder.name,
                 "scores": {title: plain(score) for title, score in result.scores.items()},
             }

@@ -4,6 +4,7 @@
                 0/1 scores, else the bootstrap: prompts are drawn anew within each task
     difference  of two models, prompt by prompt: the bootstrap of the paired differences
     ratio       of two scores over different prompts: the bootstrap of both
+    share       of questions, several per prompt, that are answered right: the bootstrap over prompts
 
 The bootstrap (percentiles of 10,000 resamples) has a fixed seed: the same scores always give the same interval. A task
 whose prompts all score alike still has a spread: every resample draws from the task's prompts and from a quarter of
@@ -82,6 +83,22 @@ def ratio(top: Tasks, bottom: Tasks) -> Estimate:
     resamples = np.full(RESAMPLES, math.inf)
     np.divide(numerators, denominators, out=resamples, where=denominators > 0)
     return _estimate(mean(top) / mean(bottom), resamples, num)
+
+
+def share(right: Sequence[float], total: Sequence[float]) -> Estimate:
+    """sum(right) / sum(total), of which every prompt has its part; prompts with a total of 0 are left out."""
+    pairs = np.column_stack([right, total])
+    pairs = pairs[pairs[:, 1] > 0]
+    if not len(pairs):
+        return UNKNOWN
+    size = pairs[:, 1].mean()
+    ends = [(0.0, size), (size, size)]
+    distinct, place = np.unique([*pairs, *ends], axis=0, return_inverse=True)
+    weights = np.bincount(place.ravel(), [1.0] * len(pairs) + [EXTRA] * len(ends))
+    rng = np.random.default_rng(SEED)
+    # (RESAMPLES, distinct) @ (distinct, 2)
+    sums = rng.multinomial(len(pairs), weights / weights.sum(), size=RESAMPLES) @ distinct
+    return _estimate(pairs[:, 0].sum() / pairs[:, 1].sum(), sums[:, 0] / sums[:, 1], len(pairs))
 
 
 def _known(tasks: Tasks) -> list[np.ndarray] | None:

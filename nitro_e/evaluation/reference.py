@@ -48,20 +48,38 @@ class Reference:
             )
         return [prompt for batch in self._records((), 64, caption_key) for prompt in batch.prompts]
 
-    def images(self, resolution: int) -> Iterator[Tensor]:
-        """Read all images in batches (B, 3, R, R) uint8: the shorter side resized to R, the centre cropped."""
+    def identities(self) -> list[list]:
+        """Identify every image: another file or other content has another identity."""
         if self.catalog is not None:
-            for batch in self._records(image_extensions(self.catalog), resolution, "caption"):
+            return [[self.catalog.digest, index] for index in range(len(self))]
+        stats = [(path, path.stat()) for path in self.files]
+        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    def images(self, resolution: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Read images in batches (B, 3, R, R) uint8: the shorter side resized to R, the centre cropped.
+
+        start, stop: numbers of images, all by default.
+        """
+        if self.catalog is not None:
+            for batch in self._records(image_extensions(self.catalog), resolution, "caption", start, stop):
                 yield batch.pixels
             return
-        yield from read_images(self.files, resolution)
+        yield from read_images(self.files[start:stop], resolution)
 
-    def _records(self, images: Sequence[str], resolution: int, caption_key: str) -> Iterator[Any]:
+    def _records(
+        self,
+        images: Sequence[str],
+        resolution: int,
+        caption_key: str,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[Any]:
         info = bool(self.catalog.holders("json")[0])
         spec = ReadSpec(tuple(images), info, (resolution, resolution), caption_key)
         dataset = TarDataset(self.catalog, Order(self.catalog.sizes, seed=0, stage="reference"), spec)
-        for start in range(0, len(self), BATCH):
-            records, failed = dataset.load(np.arange(start, min(start + BATCH, len(self))))
+        end = len(self) if stop is None else min(stop, len(self))
+        for first in range(start, end, BATCH):
+            records, failed = dataset.load(np.arange(first, min(first + BATCH, end)))
             if failed:
                 raise ConfigError(
                     f"--reference: {next(iter(failed.values()))}; mend it, a distance needs the same images each time"

@@ -32,14 +32,20 @@ class Score:
     seen_tasks: dict[str, Estimate] | None = None
     unseen_tasks: dict[str, Estimate] | None = None
     unscored: int = 0  # images whose score is not known
+    breakdowns: dict[str, dict[str, Estimate]] | None = None  # such as "challenge" -> each challenge's score
 
 
 def task_of(prompt: Prompt) -> str:
     return str(prompt.info.get("tag", "all"))
 
 
-def summarize(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], title: str) -> Score:
-    """The score called `title` of all images `rows` of these prompts."""
+def summarize(
+    prompts: Sequence[Prompt], rows: Sequence[ScoredImage], title: str, group_by: Sequence[str] = ()
+) -> Score:
+    """Summarize the score called `title` of all images `rows` of these prompts.
+
+    group_by: keys of the prompts' records, by whose values there are scores besides those by task.
+    """
     values = prompt_means(len(prompts), rows, title)
     found = parts(prompts, values)
     tasks = _by_task(prompts, values)
@@ -47,6 +53,7 @@ def summarize(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], title: str
         "overall": intervals.score(found["overall"]),
         "tasks": {task: intervals.score([v]) for task, v in tasks.items()},
         "unscored": sum(math.isnan(row.scores[title]) for row in rows),
+        "breakdowns": _by_value(prompts, values, group_by) | _by_count(len(prompts), rows, title) or None,
     }
     if "seen" not in found:
         return Score(**every)
@@ -59,6 +66,33 @@ def summarize(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], title: str
         seen_tasks={task: intervals.score([v]) for task, v in seen_tasks.items()},
         unseen_tasks={task: intervals.score([v]) for task, v in unseen_tasks.items()},
     )
+
+
+def _by_value(
+    prompts: Sequence[Prompt], values: np.ndarray, keys: Sequence[str]
+) -> dict[str, dict[str, Estimate]]:
+    """Score the prompts by the values that their records have for each of the keys."""
+    found: dict[str, dict[str, list[float]]] = {key: {} for key in keys}
+    for prompt, value in zip(prompts, values):
+        for key in keys:
+            found[key].setdefault(str(prompt.info.get(key, "none")), []).append(float(value))
+    return {
+        key: {name: intervals.score([group]) for name, group in sorted(groups.items())}
+        for key, groups in found.items()
+    }
+
+
+def _by_count(num: int, rows: Sequence[ScoredImage], title: str) -> dict[str, dict[str, Estimate]]:
+    """Share what was right among all that a reward counted, by category; the images of a prompt are added up."""
+    sums: dict[str, dict[str, np.ndarray]] = {}  # (num, 2)
+    for row in rows:
+        for kind, groups in (row.counts or {}).get(title, {}).items():
+            for name, pair in groups.items():
+                sums.setdefault(kind, {}).setdefault(name, np.zeros((num, 2)))[row.index] += pair
+    return {
+        kind: {name: intervals.share(*table.T) for name, table in sorted(groups.items())}
+        for kind, groups in sums.items()
+    }
 
 
 def parts(prompts: Sequence[Prompt], values: np.ndarray) -> dict[str, list[list[float]]]:
@@ -186,6 +220,22 @@ def setting_table(title: str, settings: Mapping[str, Mapping[str, Score]]) -> Ta
     return Table(
         title, ["setting", *some, *split, *first.tasks], rows, f"{note(some, ratios=False)}; parts: {main}"
     )
+
+
+def breakdown_tables(title: str, scores: Mapping[str, Score]) -> list[Table]:
+    """Make a table for everything that scores are broken down by besides tasks; a column per score that is."""
+    kinds = dict.fromkeys(kind for score in scores.values() for kind in score.breakdowns or {})
+    tables = []
+    for kind in kinds:
+        found = {name: (score.breakdowns or {}).get(kind, {}) for name, score in scores.items()}
+        found = {name: groups for name, groups in found.items() if groups}
+        first = next(iter(found.values()))
+        rows = [
+            [group, str(estimate.num), *(shown(groups.get(group)) for groups in found.values())]
+            for group, estimate in first.items()
+        ]
+        tables.append(Table(f"{title}, by {kind}", [kind, "prompts", *found], rows))
+    return tables
 
 
 def difference_table(title: str, differences: Mapping[str, dict[str, Any]]) -> Table:

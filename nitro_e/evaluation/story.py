@@ -228,8 +228,9 @@ class Story:
         for known in (self.shipped, *self.unguided.values(), *self.student.values()):
             guided = known.result.sampling.guidance_scale != 1
             calls = known.result.sampling.steps * (2 if guided else 1)
-            per_image = 1000 / known.result.images_per_second
-            rows.append([known.name, str(calls), shown(known.score), f"{per_image:.0f} ms"])
+            rate = known.result.images_per_second
+            per_image = "–" if rate is None else f"{1000 / rate:.0f} ms"
+            rows.append([known.name, str(calls), shown(known.score), per_image])
         return Table("20, 4 and 1 steps", ["model", "network evaluations", STRICT, "time per image"], rows)
 
     def as_text(self) -> str:

@@ -1,10 +1,12 @@
 """DPG-Bench's score (Hu et al. 2024, arXiv:2403.05135): a model answers yes/no questions about the image.
 
-A question counts when its answer is yes and so are those of its parents ("is there a cat?" before "is the cat black?").
-The score of an image is the share of its questions that count. The published numbers come from mPLUG-large, which
-transformers does not have; this is BLIP, so compare with figures of the same answering model only.
+A question counts when its answer is yes and its parents count ("is there a cat?" before "is the cat black?"). The score
+of an image is the share of its questions that count. By category of question, such as "attribute" and "attribute -
+color", every yes counts, whatever the parents, as in the authors' table. The published numbers come from mPLUG-large,
+which transformers does not have; this is BLIP, so compare with figures of the same answering model only.
 
-Left out: the table by category of question.
+Different from the authors' script: it leaves out the first question of the file, and its table by category takes the
+last image of a prompt alone.
 """
 
 from __future__ import annotations
@@ -35,32 +37,29 @@ class DPG(nn.Module):
     ) -> None:
         super().__init__()
         self.batch_questions = batch_questions
-        self.said: list[str] = []  # of each image of the last call: the questions that do not count
+        # of each image of the last call: the questions that do not count, and (yes, questions) by kind of category
+        self.said: list[str] = []
+        self.counts: list[dict[str, dict[str, tuple[int, int]]]] = []
         self.model, self.processor = files.load(
             "reward 'dpg'", "path", path or REPOSITORY, lambda folder: _load(folder, dtype), WANTED, revision
         )
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
-        right = [self._right(*each) for each in zip(pixels, info)]
-        self.said = [
-            "; ".join(f"no: {q['text']}" for q, good in zip(record["questions"], found) if not good)
-            for record, found in zip(info, right)
-        ]
-        return torch.tensor([sum(found) / len(found) for found in right])  # (B,)
-
-    def _right(self, pixels: Tensor, info: dict) -> list[bool]:
-        """Tell for each question whether it counts."""
-        questions = info.get("questions")
-        if not questions:
-            raise ConfigError(
-                "reward 'dpg': a prompt has no \"questions\"; give dpg_bench.csv with `nitro-e evaluate dpg --prompts`"
-            )
-        answers = self.answer(pixels, [question["text"] for question in questions])
-        yes = {question["id"]: answer == "yes" for question, answer in zip(questions, answers)}
-        return [
-            yes[question["id"]] and all(yes.get(parent, True) for parent in question["parents"])
-            for question in questions
-        ]
+        self.said, self.counts, scores = [], [], []
+        for image, record in zip(pixels, info):
+            questions = record.get("questions")
+            if not questions:
+                raise ConfigError(
+                    "reward 'dpg': a prompt has no \"questions\"; give dpg_bench.csv with `nitro-e evaluate dpg --prompts`"
+                )
+            yes = [
+                answer == "yes" for answer in self.answer(image, [question["text"] for question in questions])
+            ]
+            right = counting(questions, yes)
+            self.said.append("; ".join(f"no: {q['text']}" for q, good in zip(questions, right) if not good))
+            self.counts.append(by_category(questions, yes))
+            scores.append(sum(right) / len(right))
+        return torch.tensor(scores)  # (B,)
 
     def answer(self, pixels: Tensor, questions: Sequence[str]) -> list[str]:
         """Answer questions on one image (3, H, W) in -1..1, in lower case."""
@@ -75,6 +74,25 @@ class DPG(nn.Module):
             tokens = self.model.generate(**batch, max_new_tokens=ANSWER_TOKENS)
             answers += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [answer.strip().lower() for answer in answers]
+
+
+def counting(questions: Sequence[dict], yes: Sequence[bool]) -> list[bool]:
+    """Tell for each question whether it counts; in their order, and a parent that is not there forbids nothing."""
+    counts = {question["id"]: answer for question, answer in zip(questions, yes)}
+    for question in questions:
+        counts[question["id"]] &= all(counts.get(parent, True) for parent in question["parents"])
+    return [counts[question["id"]] for question in questions]
+
+
+def by_category(questions: Sequence[dict], yes: Sequence[bool]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Count the answers yes, and the questions, by category ("attribute") and detailed one ("attribute - color")."""
+    found: dict[str, dict[str, tuple[int, int]]] = {"category": {}, "detailed category": {}}
+    for question, answer in zip(questions, yes):
+        detailed = question["category"]
+        for kind, name in (("category", detailed.split("-")[0].strip()), ("detailed category", detailed)):
+            number, total = found[kind].get(name, (0, 0))
+            found[kind][name] = (number + answer, total + 1)
+    return found
 
 
 def _load(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -123,6 +123,15 @@ class Scorer:
         return ["; ".join(filter(None, words)) for words in zip(*(column.said for column in self._columns))]
 
     @property
+    def counts(self) -> list[dict[str, dict]]:
+        """What rewards that count something (`reward.counts`) counted in each image of the last call, by title."""
+        titled = [
+            [{column.config.title: each} if each else {} for each in column.counts]
+            for column in self._columns
+        ]
+        return [{title: each for part in parts for title, each in part.items()} for parts in zip(*titled)]
+
+    @property
     def seconds(self) -> dict[str, float]:
         """The seconds that each reward has taken so far."""
         return {column.config.title: column.seconds for column in self._columns}
@@ -231,6 +240,7 @@ class _Column:
         self.failed_batches = 0  # in a row
         self.seconds = 0.0
         self.said: list[str] = []  # of every image of the last call
+        self.counts: list[dict] = []  # likewise
         self.reward: Callable[..., Tensor] | None = None
         self._source: str | None = None
 
@@ -265,7 +275,7 @@ class _Column:
         self.load()
         started = time.perf_counter()
         values = torch.full((len(pixels),), math.nan)  # (B,)
-        self.said = [""] * len(pixels)
+        self.said, self.counts = [""] * len(pixels), [{}] * len(pixels)
         applicable = [i for i, record in enumerate(info) if self.applies(record)]
         rows = [i for i in applicable if whole[i]]
         if self.config.offload and rows:
@@ -277,6 +287,8 @@ class _Column:
             )
             for i, words in zip(batch, getattr(self.reward, "said", [])):
                 self.said[i] = words
+            for i, counts in zip(batch, getattr(self.reward, "counts", [])):
+                self.counts[i] = counts
         if self.config.offload and rows:
             self._move("cpu")
         self.seconds += time.perf_counter() - started
@@ -299,8 +311,8 @@ class _Column:
         )
         if not values.requires_grad:
             raise ConfigError(
-                f"reward '{self.config.title}' has no gradient, which stage.algorithm.kind reward_gradient follows; train "
-                "on it with another algorithm, or give it the weight 0"
+                f"reward '{self.config.title}' has no gradient to follow; train on it with another stage.algorithm.kind "
+                "than reward_gradient, or give it the weight 0; search noise with --noise-candidates"
             )
         values = values.float().to(pixels.device)
         return total.index_add(

@@ -21,6 +21,7 @@ from nitro_e.sampling import editing
 from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.editing import ImageInput
 from nitro_e.sampling.inputs import Noise, count, embedded, negative_rows, noise_rows, prompt_rows
+from nitro_e.sampling.noise_search import NoiseSearch
 from nitro_e.sampling.samplers import SamplingConfig, sample, with_overrides
 from nitro_e.sampling.sources import Loaded, Use, load
 from nitro_e.sizes import parse_sizes
@@ -213,6 +214,7 @@ class TextToImage:
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         reuse_blocks: int = 1,
+        noise_search: NoiseSearch | None = None,
         batch_size: int = 16,
         progress: bool = False,
         **settings: Any,
@@ -230,6 +232,7 @@ class TextToImage:
         output_type: "pil", "pt" (N, 3, H, W) or "np" (N, H, W, 3) in 0..1, "pixels" (N, 3, H, W) in -1..1, "latent".
         callback_on_step_end(pipeline, step, t, {"latents": x}) may return other latents; t falls from 1 to 0.
         reuse_blocks: compute the compressed blocks at every n-th step only, an approximation (`caching.ReusedBlocks`).
+        noise_search: draw from the start noise that it finds; the images of a batch are drawn many times, with gradients.
         batch_size: images at a time; one image depends on no other. ConfigError for what cannot be drawn.
         """
         if batch_size < 1:
@@ -253,6 +256,21 @@ class TextToImage:
             edit = editing.edit_rows(image, mask_image, strength, chosen.size, total, repeat)
         elif mask_image is not None or strength is not None:
             raise ConfigError("mask_image and strength belong to an image; give image=, or leave them out")
+        prompts: list[str] = []
+        if noise_search is not None:
+            if image is not None:
+                raise ConfigError(
+                    "noise_search: an image to start from leaves no noise to search; give one of them"
+                )
+            if not isinstance(text, list):
+                raise ConfigError(
+                    "noise_search: rewards read prompts; give strings in place of prompt_embeds"
+                )
+            if noise.generators is not None:
+                raise ConfigError(
+                    "noise_search draws an image many times: give seeds in place of a generator"
+                )
+            noise, prompts = noise._replace(start=noise.start.clone()), text
 
         parts = []
         for start in range(0, total, batch_size):
@@ -263,6 +281,10 @@ class TextToImage:
             pair = embeds.expand(rows.stop - start), other
             own = None if edit is None else edit.take(rows)
             model = self.model if reuse_blocks == 1 else ReusedBlocks(self.model, reuse_blocks)
+            if noise_search is not None:
+                noise.start[rows] = self._search(
+                    noise_search, model, *pair, chosen, noise, rows, prompts[rows]
+                )
             x = self._sample(model, *pair, chosen, noise, rows, own, callback_on_step_end, progress)
             parts.append(x.cpu() if output_type == "latent" else self._decode(x, own))
         return Images(self._output(torch.cat(parts), output_type))
@@ -342,6 +364,31 @@ class TextToImage:
             with self._at_work(self.model):
                 fresh = noise.fresh(rows, x)
                 return sample(model, text, negative, settings, x, fresh, times, after_step)
+
+    def _search(
+        self,
+        search: NoiseSearch,
+        model: Denoiser,
+        text: TextEmbedding,
+        negative: TextEmbedding,
+        settings: SamplingConfig,
+        noise: Noise,
+        rows: slice,
+        prompts: Sequence[str],
+    ) -> Tensor:
+        """Search the start noise of one batch; returns it on the CPU, (B, C, h, w)."""
+        if self._offload is not None:
+            raise ConfigError(
+                "noise_search needs model and codec together on the device; draw without CPU offload"
+            )
+        x = noise.start[rows].to(self.device)
+        seeds = noise.seeds[rows]
+
+        def draw(x: Tensor) -> Tensor:
+            latents = sample(model, text, negative, settings, x, noise.fresh(rows, x))
+            return self.codec.decode(latents).float()
+
+        return search(x, seeds, draw, prompts).cpu()
 
     def _decode(self, latents: Tensor, edit: editing.Edit | None) -> Tensor:
         with self._at_work(self.codec):

@@ -187,13 +187,17 @@ def whole_steps(options: argparse.Namespace) -> dict[str, Any]:
             shared = {key: getattr(options, key) for key in ("steps", "compile", "small_encoders")}
             found = run(argparse.Namespace(**given, **shared))
             parts = {part: 1000 * seconds for part, seconds in found.parts.items()}
-            rate = {"samples_per_s": found.batch / found.step, "tflops": found.teraflops, "mfu": found.mfu}
+            rate = {"samples_per_s": found.samples / found.step, "tflops": found.teraflops, "mfu": found.mfu}
             row = {"inputs": name, "batch": found.batch, "step_ms": 1000 * found.step, **rate, "ms": parts}
+            stored = (
+                row if not computed else next(r for r in reversed(rows) if r["inputs"] == next(iter(INPUTS)))
+            )
+            row["times_all_stored"] = row["step_ms"] / stored["step_ms"]
             rows.append(row)
             shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
             mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
             print(
-                f"batch {found.batch}, {name}: {row['step_ms']:.1f} ms a step, {rate['samples_per_s']:.3g} samples/s, "
+                f"batch {found.batch}, {name}: {row['step_ms']:.1f} ms a step ({row['times_all_stored']:.2f} times all stored), {rate['samples_per_s']:.3g} samples/s, "
                 f"{found.teraflops:.3g} TFLOP/s{mfu}\n  one after the other: {shown}",
                 flush=True,
             )

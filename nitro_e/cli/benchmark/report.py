@@ -54,7 +54,9 @@ def machine(device: str) -> dict[str, str | int]:
 
 def finish(found: Mapping[str, Any], options: argparse.Namespace, device: str = "cpu") -> None:
     """Print the machine and the largest use of memory; write and compare as the flags say."""
+    given = {key: value for key, value in vars(options).items() if key not in ("json", "against")}
     figures = {"machine": machine(device), **found, "memory_gb": round(memory_gb(torch.device(device)), 3)}
+    figures["settings"] = given | found.get("settings", {})
     print("\n" + ", ".join(f"{key} {value}" for key, value in figures["machine"].items()))
     print(f"memory {figures['memory_gb']:.2f} GB at most")
     if options.against is not None:
@@ -64,15 +66,24 @@ def finish(found: Mapping[str, Any], options: argparse.Namespace, device: str = 
 
 
 def comparison(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Write every figure that both have, before and now, and what is different of the machine."""
-    ours, theirs = dict(now["machine"]), dict(before["machine"])
+    """Write every figure that both have, before and now, and what is different of machine, versions and settings."""
+    # as JSON has them: a file knows lists and no tuples
+    now = parse_json(json.dumps(now), "these figures")
+    ours, theirs = ({**each["machine"], **each.get("settings", {})} for each in (now, before))
     changed = [f"{key} was {theirs.get(key)}, is {ours[key]}" for key in ours if ours[key] != theirs.get(key)]
-    there = dict(numbers(before))
-    lines = [f"not the same: {'; '.join(changed)}"] if changed else ["the same machine and versions"]
+    here, there = dict(numbers(now)), dict(numbers(before))
+    lines = (
+        [f"not the same: {'; '.join(changed)}"] if changed else ["the same machine, versions and settings"]
+    )
     lines += ["| figure | before | now | now / before |", "|---|---|---|---|"]
-    for name, value in numbers(now):
+    for name, value in here.items():
         if there.get(name):
             lines.append(f"| {name} | {there[name]:.4g} | {value:.4g} | {value / there[name]:.2f} |")
+    alone = [len(set(one) - set(other)) for one, other in ((there, here), (here, there))]
+    if any(alone):
+        lines.append(
+            f"not compared: {alone[0]} figures that only the earlier file has, {alone[1]} that are new"
+        )
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from nitro_e.stages.assembly import (
 from nitro_e.stages.distill.reward import Judge
 from nitro_e.stages.distill.sources import Pairs, Prompts, Source
 from nitro_e.stages.distill.stage import DistillConfig, DistillRun
+from nitro_e.training.batch import Split
 
 
 def check(config: Run[DistillConfig]) -> None:
@@ -113,17 +114,23 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
     return stage, config.prompts or shown
 
 
+def split(config: Run[DistillConfig], world: int) -> Split:
+    """Split the global batch over `world` processes; ConfigError if their samples at a time cannot be whole chains."""
+    shares, inputs = split_of_data(config, world), config.stage.inputs
+    for count in inputs.chain_counts:
+        needed = count * inputs.group
+        if shares.micro_batch % needed:
+            times = f", {inputs.group} of each prompt" if inputs.group > 1 else ""
+            raise ConfigError(
+                f"batch: {shares.micro_batch} samples of a process at a time cannot be chains of {count} steps{times}; "
+                f"set batch.per_device to a multiple of {needed}"
+            )
+    return shares
+
+
 def open_source(config: Run[DistillConfig], parts: Parts) -> tuple[Source, Sequence[str]]:
     """Open the batches, and choose prompts to show."""
     stage, size = config.stage, parts.split.micro_batch
-    for count in stage.inputs.chain_counts:
-        needed = count * stage.inputs.group
-        if size % needed:
-            times = f", {stage.inputs.group} of each prompt" if stage.inputs.group > 1 else ""
-            raise ConfigError(
-                f"batch: {size} samples of a process at a time cannot be chains of {count} steps{times}; set "
-                f"batch.per_device to a multiple of {needed}"
-            )
     if stage.prompts is None:
         data = open_pairs(config, parts)
         pairs = Pairs(data, parts.codec, parts.text, stage.inputs.needs_noise, parts.device)
@@ -135,6 +142,7 @@ def open_source(config: Run[DistillConfig], parts: Parts) -> tuple[Source, Seque
 
 
 def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: float) -> list[str]:
+    split(config, world)  # refuses what training would refuse
     lines = data_summary(config, data, world, flops)
     if config.stage.prompts is not None:
         distinct = {prompt.text for prompt in load_prompts(config.stage.prompts)}
@@ -151,6 +159,4 @@ def further_copies(config: Run[DistillConfig]) -> int:
     return 0 if score is None else 3 if score.fake.adapter is None else 1
 
 
-KIND = StageKind(
-    check, split_of_data, build, summary, open_pairs, sampling, further_copies, reads_data=reads_data
-)
+KIND = StageKind(check, split, build, summary, open_pairs, sampling, further_copies, reads_data=reads_data)

@@ -371,6 +371,12 @@ class Distill:
     def export(self, model: Any) -> nn.Module:
         return dense(model) if has_adapter(model) else model
 
+    def notes(self) -> dict[str, Any]:
+        """Count what is trained beside the student, for the run's record."""
+        beside = [phase.module for phase in self.phases if phase is not self.generator]
+        weights = [weight for module in beside for weight in module.parameters() if weight.requires_grad]
+        return {"trained_beside": sum(weight.numel() for weight in weights)}
+
     def write_extras(self, model: Model, folder: Path) -> None:
         """Write the adapter beside the merged weights, as a PEFT folder under the released names."""
         if has_adapter(model):
