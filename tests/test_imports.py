@@ -40,7 +40,7 @@ stages: config interfaces record model encoders sampling training data evaluatio
 studies: config files model encoders sampling evaluation record stages stages.validation stages.first_weights
 serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
-    evaluation serving stages stages.first_weights stages.flow_matching studies sizes
+    evaluation serving stages stages.first_weights stages.flow_matching stages.grpo studies sizes
 __init__: model sampling
 """
 ALLOWED = {
