@@ -370,18 +370,17 @@ def test_distillation_on_pairs_and_on_prompts_of_several_sizes(tmp_path, capsys)
         def run(part, *more, options=options, name=name):
             return train.main([str(recipe), f"run={tmp_path / name / part}", *options, *more])
 
-        assert run("dry", "--dry-run") == 0
-        told = capsys.readouterr().out
-        assert "64x64 12, 32x128 12" in told if name == "pairs" else "64x64, 32x128; a step has one" in told
         assert run("parts", "engine.steps=1") == 0
         if name == "pairs":  # those of prompts alone: tests/test_distill_score.py
             assert run("parts") == 0 and run("whole") == 0
             losses = [
                 [row["loss"] for row in metrics.read(tmp_path / name / part)] for part in ("whole", "parts")
             ]
-            assert len(losses[0]) == 3 and losses[0] == losses[1]
+            assert len(losses[0]) == 2 and losses[0] == losses[1]
         sheet = Image.open(tmp_path / name / "parts/samples/step-0000001-samples-32x128.png")
-        assert sheet.width >= 4 * 128
+        assert sheet.width >= 2 * 128
+        capsys.readouterr()
+    assert run("dry", "--dry-run") == 0 and "64x64, 32x128; a step has one" in capsys.readouterr().out
     assert train.main([str(recipe), "stage.buckets=[64x64]"]) == 2
     assert "stored pairs have their sizes; name them in data.buckets" in capsys.readouterr().err
     assert train.main([str(recipe), *alone, "stage.buckets=[64x64, 40x96]"]) == 2
@@ -400,6 +399,7 @@ stage:
 data: {shards: ["FOLDER/*/synth-*.tar"], resolution: 64, workers: 0, buckets: [64x64, 32x128]}
 batch: 4
 components: {codec: dct-f8c24, text: hash}
-engine: {steps: 3, save_every: 1, sample_every: 3, log_every: 1, precision: float32, tracker: none}
+engine: {steps: 2, save_every: 1, sample_every: 2, log_every: 1, precision: float32, tracker: none}
 sampling: {steps: 4, guidance_scale: 1}
+prompts: [a red circle, a blue square]
 """

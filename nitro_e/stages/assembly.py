@@ -125,8 +125,8 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
     vision = config.components.vision is not None
     data = replace(config.data, global_batch=config.batch.global_)
     if parts is None:
-        # of aspect buckets, more samples would be of several sizes
-        data = replace(data, batch_size=min(data.batch_size, data.global_batch or data.batch_size))
+        if data.buckets and data.global_batch is not None:  # more samples would be of several sizes
+            data = replace(data, batch_size=min(data.batch_size, data.global_batch))
         return open_fitting(config, data, config.seed, config.name, None, vision, extra)
     data = replace(data, batch_size=parts.split.micro_batch)
     opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
