@@ -28,6 +28,7 @@ from nitro_e.config import ConfigError
 T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "shapes" / "pretrained"  # weights that the package brings along
+EMOJI = Path(__file__).parent / "pretrained" / "emoji"  # likewise, of configs/emoji
 
 # Every hub repository that the project uses unasked -> the commit it is read at. None: no public record of a commit was
 # found, so it is the newest one at the time of the first download, which is printed then and recorded by `commit_of`.

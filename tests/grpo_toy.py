@@ -192,6 +192,7 @@ def make_stage(
     seed=0,
     max_failures=3,
     cls=ToyGRPO,
+    shapes=((DIM, 1, 1),),
     autocast=contextlib.nullcontext,
     **options,
 ):
@@ -204,7 +205,7 @@ def make_stage(
         build_rewards(config.rewards, "cpu", retries=0, max_failures=max_failures),
         Identity(),
         OneHot(),
-        latent_shape=(DIM, 1, 1),
+        latent_shapes=shapes,
         seed=seed,
         layout=config.layout(world, accumulate),
         device=torch.device("cpu"),

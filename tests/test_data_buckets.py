@@ -10,15 +10,26 @@ import torch
 from PIL import Image
 
 from nitro_e.cli import data as tool
-from nitro_e.cli import train
-from nitro_e.config import ConfigError
+from nitro_e.cli import sample, synthesize, train
+from nitro_e.config import ConfigError, load, to_dict
 from nitro_e.data import DataConfig, SourceConfig, open_data
-from nitro_e.data.buckets import NO_SIZE, nearest, parse_sizes
+from nitro_e.data.buckets import NO_SIZE, nearest
 from nitro_e.data.decode import decode_image
 from nitro_e.data.making import write_shard
 from nitro_e.data.order import BucketOrder, quotas
-from nitro_e.encoders.components import ComponentConfig, build_codec
-from nitro_e.record import metrics
+from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder
+from nitro_e.interfaces import DistContext
+from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.model.pretrained import load_pretrained, save_pretrained
+from nitro_e.randomness import SampleRandom
+from nitro_e.record import metrics, run_folder
+from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sampling.sources import Use
+from nitro_e.sizes import parse_sizes
+from nitro_e.stages import validation
+from nitro_e.stages.assembly import Parts
+from nitro_e.stages.recipe import RunConfig
+from nitro_e.training.batch import Split
 
 BUCKETS = ("16x16", "8x24", "24x8")
 SHAPES = [(20, 20), (12, 30), (33, 11), (40, 37)]  # width, height
@@ -256,10 +267,139 @@ def test_training_on_buckets_resumes_exactly_and_draws_them(tmp_path, capsys):
     assert len(losses[0]) == 6 and losses[0] == losses[1]
     sheet = Image.open(tmp_path / "whole/samples/step-0000006-samples-32x128.png")
     assert sheet.width >= 4 * 128
+    assert "samples-32x128" in (tmp_path / "whole/report.html").read_text()
+    draw = [str(tmp_path / "whole"), "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "drawn")]
+    assert sample.main([*draw, "--aspect", "16:5"]) == 0
+    assert Image.open(tmp_path / "drawn/grid.png").size[0] >= 128
+    assert "128x32 px" not in (told := capsys.readouterr().out) and "32x128 px" in told
+    assert sample.main([*draw, "--aspect", "1:1", "--height", "64"]) == 2
     assert run("bad", "data.buckets=[64x64, 40x96]") == 2
     error = capsys.readouterr().err
     assert "data.buckets: 40x96: " in error and "the nearest that work: " in error
-    assert run("bad", "stage={kind: grpo}", "data.buckets=[64x64]") == 2
     assert run("auto", "data.buckets=auto", "--dry-run") == 0
     found = capsys.readouterr().out.split("buckets:")[1]
     assert "64x64" in found and "32x128" in found
+
+
+# ---- validation
+
+
+def held_out(folder, **more):
+    values = {"shards": [f"{folder}/held-*.tar"], "times": [0.25, 0.75], "samples": 9, "batch_size": 4}
+    return f"validation={ {**values, 'every': 3, **more} }".replace("None", "null")
+
+
+def validator_of(recipe, *options, rank=0, world=1):
+    config = load(RunConfig, recipe, options)
+    codec, text = build_codec(config.components.codec), build_text_encoder(config.components.text)
+    parts = Parts(
+        torch.device("cpu"), rank, world, Split(4, 1), torch.no_grad, codec, text, None, 0.0, (24, 8, 8)
+    )
+    return validation.open_validator(config, config.validation, parts, DistContext(rank, world))
+
+
+def test_validation_sees_every_image_once_at_its_size(tmp_path):
+    """The published weights, one image after the other; the same bits on any number of processes."""
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE.replace("SHARDS", write(tmp_path, 24, scale=4)))
+    write(tmp_path, 17, 6, "held", scale=4)
+    assert train.main([str(recipe), f"run={run}", "engine.steps=3", held_out(tmp_path)]) == 0
+    model = load_pretrained(run_folder.model_folder(run)).float().eval()
+    found = validation.read(run)
+    assert found.values.shape == (9, 2) and len(set(found.keys)) == 9
+    validator = validator_of(recipe, held_out(tmp_path))
+    codec, text, order = validator.parts.codec, validator.parts.text, validator.data.order
+    assert (order.counted.sum(), len(order.counted) % 4) == (9, 0)
+    rows = iter(range(9))
+    for position in np.flatnonzero(order.counted).tolist():
+        key = validator.data.keys(range(position, position + 1))[0]
+        number, row = int(key[-3:]), next(rows)
+        size = parse_sizes(["64x64", "32x128", "128x32"])[bucket_of(key)]
+        pixels = torch.from_numpy(decode_image(image(number, 4)["png"], size)[None] / 127.5 - 1).float()
+        x0 = codec.normalize(codec.encode_pixels(pixels))
+        rng = SampleRandom(0, "validation", first=position, count=1)
+        for column, time in enumerate((0.25, 0.75)):
+            noise = rng.normal(*x0.shape[1:])
+            with torch.no_grad():
+                velocity = model(
+                    (1 - time) * x0 + time * noise, torch.tensor([time]), text.encode([f"caption {number}"])
+                )
+            expected = (velocity - (noise - x0)).square().mean().item()
+            assert found.keys[row] == key and found.values[row, column] == pytest.approx(expected, rel=2e-5)
+    alone = validator_of(recipe, held_out(tmp_path, samples=None))
+    losses = alone.losses(model)
+    names = alone.data.keys(np.flatnonzero(alone.counted))
+    assert losses.shape == (17, 2) and len(set(names)) == 17
+    for world in (2, 3):
+        shares = [
+            validator_of(recipe, held_out(tmp_path, samples=None), rank=rank, world=world).losses(model)
+            for rank in range(world)
+        ]
+        assert torch.equal(sum(shares), losses)
+
+
+# ---- stage 4
+
+
+def test_distillation_on_pairs_and_on_prompts_of_several_sizes(tmp_path, capsys):
+    """Pairs are drawn size by size; training on them resumes exactly; the student's images are drawn at every size."""
+    torch.manual_seed(0)
+    teacher = EMMDiT(ModelConfig(**ModelConfig.PRESETS["micro-8"], latent_channels=24, text_width=128))
+    torch.nn.init.normal_(teacher.out.weight, std=0.1)
+    parts = {"codec": ComponentConfig(name="dct-f8c24"), "text": ComponentConfig(name="hash")}
+    use = Use(**parts, sampling=SamplingConfig(resolution=64, steps=2))
+    save_pretrained(teacher, tmp_path / "teacher", to_dict(use))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red circle number {number}" for number in range(12)))
+    for size in ("64x64", "32x128"):
+        height, width = size.split("x")
+        command = [str(tmp_path / "teacher"), "--prompts", str(prompts), "--height", height, "--width", width]
+        command += ["--grid", "linear", "--out", str(tmp_path / size), "--processes", "1"]
+        assert synthesize.main(command) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DISTILL.replace("TEACHER", str(tmp_path / "teacher")).replace("FOLDER", str(tmp_path)))
+    alone = [
+        "data=null",
+        "stage.preset=pi_flow",
+        f"stage.prompts={prompts}",
+        "stage.buckets=[64x64, 32x128]",
+        "sampling.resolution=64",
+    ]
+    for name, options in (("pairs", []), ("prompts", alone)):
+
+        def run(part, *more, options=options, name=name):
+            return train.main([str(recipe), f"run={tmp_path / name / part}", *options, *more])
+
+        assert run("dry", "--dry-run") == 0
+        told = capsys.readouterr().out
+        assert "64x64 12, 32x128 12" in told if name == "pairs" else "64x64, 32x128; a step has one" in told
+        assert run("parts", "engine.steps=1") == 0
+        if name == "pairs":  # those of prompts alone: tests/test_distill_score.py
+            assert run("parts") == 0 and run("whole") == 0
+            losses = [
+                [row["loss"] for row in metrics.read(tmp_path / name / part)] for part in ("whole", "parts")
+            ]
+            assert len(losses[0]) == 3 and losses[0] == losses[1]
+        sheet = Image.open(tmp_path / name / "parts/samples/step-0000001-samples-32x128.png")
+        assert sheet.width >= 4 * 128
+    assert train.main([str(recipe), "stage.buckets=[64x64]"]) == 2
+    assert "stored pairs have their sizes; name them in data.buckets" in capsys.readouterr().err
+    assert train.main([str(recipe), *alone, "stage.buckets=[64x64, 40x96]"]) == 2
+    assert "stage.buckets: 40x96: " in capsys.readouterr().err
+
+
+DISTILL = """
+name: toy
+model: {preset: micro-8}
+stage:
+  kind: distill
+  preset: ladd4
+  teacher: TEACHER
+  guards: null
+  optim: {lr: 1e-3, betas: [0, 0.99], warmup: 2}
+data: {shards: ["FOLDER/*/synth-*.tar"], resolution: 64, workers: 0, buckets: [64x64, 32x128]}
+batch: 4
+components: {codec: dct-f8c24, text: hash}
+engine: {steps: 3, save_every: 1, sample_every: 3, log_every: 1, precision: float32, tracker: none}
+sampling: {steps: 4, guidance_scale: 1}
+"""

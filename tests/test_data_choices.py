@@ -206,7 +206,8 @@ def test_stored_text_of_several_captions(tmp_path, text_format, dtype):
         workers=0,
     )
     data = open_data(config, need_pixels=False, use_text=True, text_length=text.length, seed=0, stage="s")
-    assert data.text_format == text_format and data.encoders()["text_long"]["name"] is None
+    (made,) = data.encoders()["text_long"].values()
+    assert data.text_format == text_format and made["name"] is None
     seen = set()
     for records in islice(data.records(), 6):
         tokens, mask = text.encode(records.prompts)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nitro_e.config import ConfigError
 from nitro_e.data import DataConfig, open_data
@@ -394,6 +394,19 @@ def test_images_are_copied_or_converted():
     assert prepare_image(jpeg(1, (40, 10)), None, 1, 4.0)[2] == (40, 10)
     with pytest.raises(BadSample, match="41x10 is longer than --max-aspect 4 allows"):
         prepare_image(jpeg(1, (41, 10)), None, 1, 4.0)
+
+
+def test_width_and_height_are_those_that_are_seen():
+    """A camera held upright stores rows that EXIF turns by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("TIFF", "png")):
+        buffer = io.BytesIO()
+        Image.effect_noise((40, 20), 90).save(buffer, kind, exif=exif)
+        for resize, expected in ((None, (20, 40)), (10, (10, 20))):
+            kept, content, size = prepare_image(buffer.getvalue(), resize, 1)
+            assert size == expected and kept == ("jpg" if resize else extension), kind
+            assert ImageOps.exif_transpose(Image.open(io.BytesIO(content))).size == expected, kind
 
 
 def test_large_json_values_are_dropped():

@@ -83,7 +83,7 @@ def test_which_names_the_samples_of_a_step(tmp_path, capsys):
     from nitro_e.stages.recipe import RunConfig
 
     recipe, overrides = (
-        ROOT / "configs/emoji/pretrain.yaml",
+        ROOT / "configs/own_images/pretrain.yaml",
         [f"data.shards=[{tmp_path}/*.tar]", "batch=4", *OPTIMIZER],
     )
     assert tool.main(["which", str(recipe), *overrides, "--step", "3"]) == 0

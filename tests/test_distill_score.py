@@ -141,8 +141,8 @@ def test_prompts_are_drawn_uniformly_and_by_sample_index():
             return TextEmbedding(tokens, torch.ones(len(prompts), 1, dtype=torch.bool))
 
     names = [Prompt(text, {"first": text}) for text in ("a", "bb", "ccc", "bb")]
-    whole = Prompts(names, Text(), (1, 2, 2), 8, 0, torch.device("cpu"))
-    half = Prompts(names, Text(), (1, 2, 2), 4, 0, torch.device("cpu"))
+    whole = Prompts(names, Text(), [(1, 2, 2)], 8, 0, torch.device("cpu"))
+    half = Prompts(names, Text(), [(1, 2, 2)], 4, 0, torch.device("cpu"))
     assert whole.prompts == ["a", "bb", "ccc"] and whole.fingerprint == half.fingerprint
     stream, drawn = whole.batches(3, 0, 1, 1), []
     parts = [half.batches(3, rank, 2, 1) for rank in range(2)]
@@ -154,6 +154,18 @@ def test_prompts_are_drawn_uniformly_and_by_sample_index():
         assert [info["first"] for info in batch.info] == batch.prompts
         drawn += batch.prompts
     assert all(drawn.count(name) / 800 == pytest.approx(1 / 3, abs=0.06) for name in whole.prompts)
+    # of several sizes each step has one, the same on all processes and after a resume; each comes as often
+    shapes = [(1, 2, 2), (1, 1, 4), (1, 4, 1)]
+    sized = [Prompts(names, Text(), shapes, 4, 0, torch.device("cpu")) for _ in range(3)]
+    assert sized[0].fingerprint != whole.fingerprint
+    streams = [sized[rank].batches(0, rank, 2, 2) for rank in range(2)]
+    resumed, seen = sized[2].batches(3, 1, 2, 2), []
+    for step in range(9):
+        batches = [next(stream) for stream in streams for _ in range(2)]
+        batches += [next(resumed) for _ in range(2) if step >= 3]
+        (shape,) = {batch.shape for batch in batches}
+        seen.append(shape)
+    assert all(set(seen[first : first + 3]) == set(shapes) for first in (0, 3, 6)) and seen[:3] != seen[3:6]
     # two micro-batches of one process are the two of two processes
     accumulated = half.batches(3, 0, 1, 2)
     assert next(accumulated).prompts + next(accumulated).prompts == drawn[:8]

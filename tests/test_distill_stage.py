@@ -193,6 +193,24 @@ def test_two_processes_train_as_one(pairs, tmp_path):
     assert one[-1]["adversarial_weight"] > 0
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_settings_of_the_sampler_go_with_the_weights(preset):
+    """Through the JSON that is stored: sampler, time scale, and the times of every number of steps."""
+    config = distill_config(preset, **({"reward": {"rewards": ["shapes"]}} if preset == "dmdr" else {}))
+    steps = len(config.schedules[-1]) if config.schedules else 4
+    stored = config.sampling(SamplingConfig(steps=steps, guidance_scale=1, sampler=config.sampler))
+    read = from_dict(SamplingConfig, json.loads(json.dumps(to_dict(stored))), "sampling")
+    assert read == stored and read.guidance_scale == 1
+    assert (read.sampler, read.time_scale) == (config.sampler, config.time_scale)
+    assert [len(times) for times in read.sigmas] == [len(times) for times in config.schedules]
+    for times in config.schedules:
+        chosen = with_overrides(read, {"steps": len(times)}).times()
+        torch.testing.assert_close(chosen, torch.tensor([*times, 0.0]))
+    if config.schedules:
+        with pytest.raises(ConfigError, match="these weights were distilled for"):
+            with_overrides(read, {"steps": 7})
+
+
 def test_from_pairs_to_images(pairs, tmp_path, capsys):
     path, run = recipe(pairs, tmp_path), tmp_path / "run"
     assert train.main([str(path)]) == 0

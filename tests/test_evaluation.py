@@ -219,6 +219,41 @@ def test_an_interrupted_evaluation_goes_on_and_draws_nothing_twice(tmp_path):
     assert painter.drawn.total() == 120 and len(read_rows(record)) == 120
 
 
+def test_processes_share_an_evaluation_that_one_then_finds(tmp_path):
+    """Two with a part each, of which one is interrupted, and a single one for the rest: the rows of one alone."""
+    whole = run(Painter(), tmp_path / "whole", batch_size=16)[1]
+    painters = [Painter(), Painter(stop_after=32)]
+    options = {"folder": tmp_path / "shared", "batch_size": 16}
+    first = run(painters[0], **options, share=DistContext(0, 2))[1]
+    assert [row.index // 16 % 2 for row in first] == [0] * 64
+    with pytest.raises(KeyboardInterrupt):
+        run(painters[1], **options, share=DistContext(1, 2))
+    painters.append(Painter())
+    assert [row[:5] for row in run(painters[2], **options)[1]] == [row[:5] for row in whole]
+    assert [len(painter.drawn) for painter in painters] == [64, 32, 24]
+    files = [sorted(folder.glob("scores-*")) for folder in (tmp_path / "whole", tmp_path / "shared")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    kept = [[row[:5] for row in read_rows(path).values()] for (path,) in files]
+    assert sorted(kept[0]) == sorted(kept[1])
+
+
+def test_the_command_as_one_of_several_processes(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["shapes", str(tiny_model(tmp_path / "m")), "--num", "12", "--steps", "1", "--batch-size", "4"]
+    command += ["--out", str(out), "--dtype", "float32"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert tool.main(command) == 0
+    assert capsys.readouterr().out.count("drawn, a part: ") == 2 and not (out / "results.json").exists()
+    assert tool.main([*command, "--rejudge"]) == 2
+    assert "--rejudge: one process scores again" in capsys.readouterr().err
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    monkeypatch.delenv("WORLD_SIZE")
+    assert tool.main(command) == 0 and "strict" in capsys.readouterr().out
+    assert len(stamps) == 12 and stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
 def test_other_words_at_the_same_place_are_drawn_anew(tmp_path):
     chosen, painter = benchmark("shapes", 4), Painter()
     prompts, scorer = load_prompts(chosen.prompts), build_rewards(chosen.rewards)

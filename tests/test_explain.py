@@ -11,7 +11,7 @@ from nitro_e.cli.explain import keys_of
 from nitro_e.config import flatten, load, to_dict
 from nitro_e.stages.recipe import RunConfig
 
-RECIPES = ["shapes/1_pretrain", "nitro_e_512/3_grpo", "nitro_e_512/4_distill", "emoji/pretrain"]
+RECIPES = ["shapes/1_pretrain", "nitro_e_512/3_grpo", "nitro_e_512/4_distill", "own_images/pretrain"]
 
 
 def test_every_key_is_told_with_its_meaning():
@@ -25,7 +25,7 @@ def test_every_key_is_told_with_its_meaning():
 def test_every_key_of_a_recipe_is_known(recipe):
     """The keys of resolved recipes, lists and names of mappings taken for what they hold."""
     known = {key.name for key in keys_of(RunConfig)}
-    optimizer = OPTIMIZER if recipe in ("shapes/1_pretrain", "emoji/pretrain") else ()  # those with Muon
+    optimizer = OPTIMIZER if recipe in ("shapes/1_pretrain", "own_images/pretrain") else ()  # those with Muon
     config = load(RunConfig, f"configs/{recipe}.yaml", optimizer)
     for name, value in flatten(to_dict(config)).items():
         name = re.sub(r"^data\.sources\.\w+", "data.sources.NAME", name)

@@ -110,9 +110,12 @@ SAMPLE = """
     --guidance inf   --guidance -5   --guidance x   --guidance 1e400   --num-images 0   --num-images -1   --num-images 1e8
     --num-images 1000000000   --batch-size 0   --batch-size -3   --batch-size 1e30   --height 0   --height -8   --height 65
     --height 1000000   --height 1e30   --width 65   --width x   --sampler foo   --dtype foo   --codec W   --text W
+    --processes 0   --processes x   --processes 1e9
     --unknown 1   --prompts-file W/none   --prompts-file W/binary.txt   --prompts-file W   --prompt SURROGATE
+    --aspect x   --aspect 4   --aspect 0:1   --aspect nan:1   '--aspect 1:1 --height 64'
     --negative-prompt SURROGATE   --out W/binary.txt   --out /proc/x   --guidance-by foo   --guidance-by path
-    --guidance-rescale foo
+    --guidance-rescale foo   --optimize-noise foo   --optimize-noise shapes   --noise-steps 3   --noise-candidates 4
+    --noise-candidates 1   --noise-steps -1   --noise-steps x
 """
 SOURCES = """'' @ema W W/none W/run@foo W/binary.txt W/run/checkpoints/step-0000002/model/model.safetensors /dev/null
     shapes@foo W/models/truncated W/models/empty W/models/no_weights W/models/pickle W/models/header W/models/config_binary
@@ -189,7 +192,7 @@ TOOLS = {
         W/ok.txt shapes --reward shapes --reward-option k=[1] ; W/ok.txt shapes --reward shapes --reward-option k=.nan
         W/binary.txt shapes --reward shapes --out W/o/vb ; W/deep.jsonl shapes --reward shapes --out W/o/vc
         W/lists.jsonl shapes --reward shapes --out W/o/vd ; W/none.txt shapes --reward shapes ; W/blank.txt shapes --reward shapes
-        W/surrogate.jsonl shapes --reward shapes --out W/o/ve""",
+        W/surrogate.jsonl shapes --reward shapes --out W/o/ve ; shapes shapes --num 2 --processes 0 ; shapes shapes --processes x""",
     "synthesize": """
         ; shapes --out W/o ; W/none --prompts W/ok.txt --out W/o/y1 ; shapes --prompts W/none.txt --out W/o/y2
         shapes --prompts W/binary.txt --out W/o/y3 ; shapes --prompts W/lists.jsonl --out W/o/y4 ; shapes --prompts W --out W/o/y5
@@ -201,6 +204,7 @@ TOOLS = {
         shapes --prompts W/ok.txt --std a,b --out W/o/yg ; shapes --prompts W/ok.txt --std nan,1 --out W/o/yh
         shapes --prompts W/ok.txt --max-abs nan --out W/o/yi ; shapes --prompts W/ok.txt --max-abs -1 --out W/o/yj
         shapes --prompts W/ok.txt --trajectory foo --out W/o/yk ; shapes --prompts W/ok.txt --trajectory nan --out W/o/yl
+        shapes --prompts W/ok.txt --height 65 --out W/o/yz ; shapes --prompts W/ok.txt --width 0 --out W/o/yzz
         shapes --prompts W/ok.txt --rank 5 --out W/o/ym ; shapes --prompts W/ok.txt --max-bad-fraction nan --out W/o/yn
         shapes --prompts W/ok.txt --seed 1e30 --out W/o/yo ; shapes --prompts W/ok.txt --device foo --out W/o/yp
         shapes --prompts W/ok.txt --samples-per-shard 0 --out W/o/yq ; shapes --prompts W/ok.txt --steps 1 --out W/binary.txt

@@ -24,7 +24,7 @@ from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import win_rates
 from nitro_e.sampling import flow
 from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
-from nitro_e.stages.grpo.clipped import clipped_objective, log_ratio, step_weights
+from nitro_e.stages.grpo.clipped import ClippedConfig, clipped_objective, log_ratio, step_weights
 from nitro_e.stages.grpo.groups import Layout, group_prompts
 from nitro_e.stages.grpo.kl import KLConfig, convert_beta, kl_coefficients
 from nitro_e.stages.grpo.policy import without_adapter
@@ -393,6 +393,35 @@ def test_images_advantages_and_gradients_do_not_depend_on_processes(options, wor
             loss_of(stage, rows[rank], rank)[0].backward()
             gradients.append(torch.cat([p.grad.flatten() for p in trained(stage)]))
         assert torch.allclose(sum(gradients) / world, expected[update], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{}, {"algorithm": {"kind": "awm", "times": 4}}])
+def test_a_rollout_has_one_size_the_same_on_all_processes_and_after_a_resume(more, monkeypatch):
+    shapes = [(32, 1, 1), (16, 2, 1), (8, 1, 4)]
+    options = {"shapes": shapes, "updates": 1, "groups": 2, "group_size": 4, **more}
+    whole = micro_batches(toy.make_stage(**options), 6)
+    seen = [tuple(rows.latents.shape[1:]) for rows in whole]
+    assert set(seen[:3]) == set(seen[3:]) == set(shapes)
+    threads = Threads(2)
+    monkeypatch.setattr("nitro_e.stages.grpo.stage.gather_over_processes", threads.gather)
+    stages = [toy.make_stage(world=2, **options) for _ in range(2)]
+    streams = threads.run(lambda rank: micro_batches(stages[rank], 4, step=2, rank=rank, world=2))
+    for step in range(2, 6):
+        parts = [stream[step - 2] for stream in streams]
+        for name in ("latents", "advantage"):
+            ours = torch.cat([getattr(rows, name) for rows in parts])
+            assert torch.allclose(ours, getattr(whole[step], name), atol=1e-5), name
+        assert loss_of(stages[0], parts[0])[0].isfinite()
+
+
+def test_the_clip_follows_the_size():
+    config, one = ClippedConfig(ratio_norm=True), torch.zeros(1)
+    assert config.clip(16_384)[0] == pytest.approx(2 * config.clip(65_536)[0])
+    ratio = one + 1 + 3e-6
+    clipped = [
+        clipped_objective(ratio, one + 1, *config.clip(numbers)).item() for numbers in (16_384, 65_536)
+    ]
+    assert clipped[0] < clipped[1]
 
 
 @pytest.mark.parametrize("options", BRANCHES)

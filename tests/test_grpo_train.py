@@ -128,6 +128,15 @@ def test_train_and_resume(recipe, tmp_path, options):
             assert torch.allclose(tensor, trained.state_dict()[name], atol=1e-6), name
 
 
+def test_rollouts_and_sample_grids_of_several_sizes(recipe, tmp_path, capsys):
+    run, sizes = tmp_path / "run", "stage.buckets=[64x64, 32x128]"
+    assert run_train(recipe, run, sizes, "stage.updates=1", "engine.steps=2", "engine.sample_every=2") == 0
+    assert Image.open(run / "samples/step-0000002-samples-32x128.png").width >= 4 * 128
+    assert len([row for row in metrics.read(run) if "reward/green" in row]) == 2
+    assert run_train(recipe, tmp_path / "bad", "stage.buckets=[40x96]") == 2
+    assert "stage.buckets: 40x96: " in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(recipe, tmp_path, monkeypatch, capsys):
     """What lies in the middle of a run is small and whole all the same; a run that kept everything goes on."""
     clean, old = tmp_path / "clean", tmp_path / "old"

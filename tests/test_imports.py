@@ -10,20 +10,21 @@ PACKAGE = Path(__file__).parent.parent / "nitro_e"
 TABLE = """
 config:
 randomness:
+sizes: config
 files: config
 interfaces: config training.optim randomness
 record: config files
 model: config files interfaces
 encoders: config files interfaces
-sampling: config files interfaces randomness record encoders model
+sampling: config files interfaces randomness record encoders model sizes
 sharing: __init__ config files interfaces encoders sampling
 training: config files interfaces randomness record model
 rewards: config files interfaces encoders
 shapes: config interfaces rewards
-data: config files interfaces randomness record rewards shapes
-data.making: config files interfaces randomness record rewards data sampling
+data: config files interfaces randomness record rewards shapes sizes
+data.making: config files interfaces randomness record rewards data sampling sizes
 evaluation: config files interfaces randomness record model encoders sampling rewards shapes data
-stages.assembly: config interfaces record model encoders sampling training data
+stages.assembly: config interfaces record model encoders sampling training data sizes
 stages.adapter: config files interfaces model randomness
 stages.batches: config interfaces data
 stages.validation: config files interfaces randomness sampling data stages.assembly stages.batches
@@ -35,11 +36,11 @@ stages.grpo: config files interfaces randomness record model sampling training r
 stages.distill: config files interfaces randomness record model sampling training rewards data stages.adapter stages.assembly
     stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights
-    stages.validation stages.flow_matching stages.grpo stages.distill
+    stages.validation stages.flow_matching stages.grpo stages.distill sizes
 studies: config files model encoders sampling evaluation record stages stages.validation stages.first_weights
 serving: config record sampling
 cli: __init__ config files interfaces randomness record model encoders sampling sharing training rewards shapes data data.making
-    evaluation serving stages stages.first_weights stages.flow_matching studies
+    evaluation serving stages stages.first_weights stages.flow_matching studies sizes
 __init__: model sampling
 """
 ALLOWED = {

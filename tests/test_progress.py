@@ -9,6 +9,8 @@ import sys
 import termios
 from pathlib import Path
 
+from nitro_e.training.meters import Progress
+
 ROOT = Path(__file__).parent.parent
 BARS = """
 import sys, time
@@ -80,3 +82,16 @@ def test_a_terminal_shows_a_bar(tmp_path):
         shown += part
     os.close(outer)
     assert process.wait() == 0 and shown.count(b"\r") > 10 and b"inner" in shown and b"100%|" in shown
+
+
+def test_losses_of_other_phases_stand_in_until_the_model_learns(capsys):
+    """Stage 4 with a student that begins later: no "loss nan"."""
+    shown = Progress("distill", 0, 30, True, ("loss", "reward/total"))
+    rate = {"samples_per_second": 1.0}
+    shown.report(10, {"heads/loss": 0.5, "heads/grad_norm": 2.0, **rate})
+    shown.report(20, {"heads/loss": 0.25, "loss": 1.0, "reward/total": 0.123456, **rate})
+    shown.report(30, {"heads/loss": 0.125, **rate})
+    shown.close()
+    lines = capsys.readouterr().err.splitlines()
+    numbers = ["heads/loss 0.5000", "loss 1.0000  total 0.1235", "loss 1.0000  total 0.1235"]
+    assert lines == [f"distill {10 * n}/30  {text}  1.0 samples/s" for n, text in enumerate(numbers, 1)]

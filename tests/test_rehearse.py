@@ -57,7 +57,7 @@ def recipe(folder: Path, stage: str) -> str:
             "pretrain", ["latents", "text", "features"], {"codec", "text", "vision"}, marks=pytest.mark.slow
         ),
         pytest.param("distill", None, {"text"}, marks=pytest.mark.slow),
-        pytest.param("grpo", None, set(), marks=pytest.mark.slow),
+        pytest.param("grpo", None, {"text"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
@@ -92,7 +92,7 @@ def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
         )
         assert found["sample_bytes"] >= (least if not computed else 2000)
     out = capsys.readouterr().out
-    hours = found["steps"] * found["global_batch"] * found["step"] / found["batch"] / 3600
+    hours = found["steps"] * found["global_batch"] * found["step"] / found["samples"] / 3600
     assert f"{hours / 4:,.1f} hours on 4 such devices" in out and f"{2 * hours:,.0f} in money" in out
     assert "memory" in out and "torch" in out
 
@@ -101,7 +101,9 @@ def test_whole_steps_of_a_recipe_for_every_kind_of_input(tmp_path, capsys, monke
     def run(options):
         assert options.steps == 3 and options.config == "recipe.yaml"
         parts = {"wait": 0.1, "forward": 0.2, "backward": 0.4, "clip, optimiser, averages": 0.1}
-        return rehearse.Rehearsal("a", "b", 10, 4, options.computed, 0.5, parts, 2.0, None, 1, 1, 1, 1)
+        return rehearse.Rehearsal(
+            "a", "b", 10, 4, 4, options.computed, 0.5, parts, 2.0, None, None, 1, 1, 1, 1
+        )
 
     monkeypatch.setattr(rehearse, "run", run)
     arguments = [

@@ -149,7 +149,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(train_components, "TRAIN_SCENES", 64)
     monkeypatch.setattr(train_components, "TEST_SCENES", 16)
     monkeypatch.setattr(train_components.TextTask, "repeats", 4)
-    monkeypatch.setattr(train_components, "SAVE_EVERY", 0)
+    monkeypatch.setattr("nitro_e.training.components.SAVE_EVERY", 0)
 
 
 def stop_after(monkeypatch, task, steps):

@@ -89,6 +89,68 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
     assert "runs/tried/grpo-3 is of other keys" in capsys.readouterr().err
 
 
+def test_what_a_variant_needs_comes_first_once_and_is_counted(plan, capsys, monkeypatch):
+    """The order, the first weights and the CPU seconds of a chain of trainings; only the trainings are pretended."""
+    plan["variants"] = {
+        "last": {"recipe": str(ROOT / RECIPE), "set": SMALL, "after": "middle", "needs": ["table", "more"]},
+        "middle": {"recipe": str(ROOT / RECIPE), "set": SMALL, "after": "first", "needs": ["table"]},
+        "first": {"recipe": str(ROOT / RECIPE), "set": SMALL},
+    }
+    plan["prepare"] = {"table": "describe --help", "more": "study --help"}
+    plan |= {
+        "seeds": [3],
+        "settings": [{"guidance_scale": 1.0, "steps": 1}],
+        "diversity": {"num": 2, "per_prompt": 2},
+    }
+    Path("study.yaml").write_text(yaml.safe_dump(plan))
+    ran = []
+
+    def run(trainer, trials, recipes):
+        for each in trials:
+            ran.append(each.folder.name)
+            model = each.folder / "checkpoints/step-0000001"
+            model.mkdir(parents=True)
+            for name in ("model", "ema"):
+                (model / name).symlink_to(plan["base"])
+            (model / "meta.json").write_text("{}")
+            run_folder.write_status(each.folder, "done", 1)
+            (each.folder / "cpu_seconds.json").write_text("7.5")
+            lines = [
+                {"step": 0, "event": "notes", "trained_beside": 1234},
+                {"step": 1, "memory_gb": 2.0, "samples_per_second": 1.0},
+            ]
+            (each.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return []
+
+    monkeypatch.setattr(training.Trainer, "run", run)
+    assert tool.main(["study.yaml", "--only", "last"]) == 0
+    printed = capsys.readouterr().out
+    assert ran == ["first-3", "middle-3", "last-3"]
+    study = load(Study, "study.yaml")
+    assert plans.trial(study, "last", 3).config.init_from == "runs/tried/middle-3@ema"
+    spent = {
+        name: json.loads(Path(f"runs/tried/prepare-{name}.json").read_text()) for name in ("table", "more")
+    }
+    assert all(each["done"] and each["cpu_seconds"] > 0 for each in spent.values())
+    whole = sum(each["cpu_seconds"] for each in spent.values()) + 3 * 7.5
+    assert training.seconds_before(study, plans.trial(study, "last", 3)) == pytest.approx(whole - 7.5)
+    assert f"| last | 1 | 8 | {whole:.0f} | 2.0 | 1,234 | table, more, middle |" in printed
+    # nothing is right, so nothing is known of its spread
+    assert "| – |" in next(
+        line for line in printed.splitlines() if line.startswith("| last | guidance_scale 1")
+    )
+    assert "<circle" in Path("outputs/tried/steps.svg").read_text()
+    assert f"last: 0.000 at {whole:g}"[:13] in Path("outputs/tried/compute.svg").read_text()
+    monkeypatch.setattr(training.subprocess, "Popen", None)  # a command that is done is not run again
+    assert training.make_ready(study, ["table"]) == ""
+
+
+def test_a_failing_command_is_named(plan):
+    study = load(Study, "study.yaml", ['prepare={"x": "describe --no-such-flag"}'])
+    assert training.make_ready(study, ["x"]) == "prepare.x: nitro-e describe --no-such-flag ended with 2"
+    assert not json.loads(Path("runs/tried/prepare-x.json").read_text())["done"]
+
+
 def test_a_failing_variant_is_named(plan, capsys):
     plan["variants"]["grpo"]["set"] = [*SMALL, "engine.precision=float16"]  # which a CPU cannot
     Path("study.yaml").write_text(yaml.safe_dump(plan | {"seeds": [3]}))
@@ -143,6 +205,29 @@ def test_a_failing_variant_is_named(plan, capsys):
                 }
             },
             "variants.a: data.shards: missing shards: data/shapes",
+        ),
+        (
+            {"variants": {"a": {"recipe": str(ROOT / RECIPE), "after": "b"}}},
+            "variants.a.after: 'b' is no other",
+        ),
+        (
+            {"variants": {name: {"recipe": str(ROOT / RECIPE), "after": "ba"[name == "b"]} for name in "ab"}},
+            "variants.a.after: 'a' is no other",
+        ),
+        (
+            {
+                "variants": {
+                    "a": {"recipe": str(ROOT / RECIPE), "seeds": [9]},
+                    "b": {"recipe": str(ROOT / RECIPE), "after": "a"},
+                }
+            },
+            "variants.b.after: 'a' has no training of seed 3",
+        ),
+        ({"variants": {"a": {"recipe": str(ROOT / RECIPE), "needs": ["x"]}}}, "variants.a.needs: 'x' is not"),
+        ({"prepare": {"x": "describe 'a"}}, "prepare.x: "),
+        (
+            {"base": None, "reference": {}, "recipe": str(ROOT / RECIPE), "set": SMALL, "diversity": {}},
+            "diversity: ",
         ),
         ({"reference": {"sampler": "euller"}}, "base: sampling.sampler: 'euller'"),
         ({"seed": [1]}, "seeds"),
@@ -281,6 +366,8 @@ def test_losses_are_compared_in_pairs(fresh, capsys):
         "flops": 0,
         "cpu_seconds": 7.5,
         "samples_per_second": 50.0,
+        "memory_gb": None,
+        "trained_beside": None,
     }
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == ["variant", "---", "base", "deep", "deep"]

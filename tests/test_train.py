@@ -19,11 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nitro_e.cli import sample, train
-from nitro_e.config import TrainingError
+from nitro_e.config import ConfigError, TrainingError, load
 from nitro_e.data.making import write_shard
 from nitro_e.model import EMMDiT
+from nitro_e.model.layers import sincos_table
 from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.stages.first_weights import check_adopted
+from nitro_e.stages.recipe import RunConfig
 from nitro_e.training import checkpoint
 from nitro_e.training.engine import Engine
 
@@ -291,7 +294,7 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
 
     columns = str(tmp_path / "columns")
     shards = str(tmp_path / "toy-*.tar")
-    pack = ["pack", "webdataset", shards, "--out", columns, "--name", "toy", "--min-side", "1"]
+    pack = ["pack", "webdataset", shards, "--out", columns, "--name", "toy", "--samples-per-shard", "12"]
     assert tool.main(pack) == 0
     images = f"{columns}/images-*.tar"
     encode = [
@@ -320,6 +323,13 @@ def test_pack_encode_verify_train(recipe, tmp_path, capsys):
     assert run_train(recipe, tmp_path / "layers", stored) == 2
     message = "components.text.layers is 'last', but the stored text was made with 'normed_mean'"
     assert message in capsys.readouterr().err
+    # of one shard of a column, not the first
+    first, *others = (line for line in written.splitlines() if '"text-' in line)
+    assert others, "one shard of text: nothing to tell apart"
+    last = others[-1].replace('"layers": "last"', '"layers": "normed_mean"')
+    manifest.write_text(written.replace(others[-1], last))
+    assert run_train(recipe, tmp_path / "mixed", stored) == 2
+    assert f"{message} ({json.loads(last)['shard']})" in capsys.readouterr().err
     manifest.write_text(written.replace("dct-f8c24", "dct-of-old"))
     assert run_train(recipe, tmp_path / "other", stored) == 2
     assert "'dct-f8c24', but the stored latents were made with 'dct-of-old'" in capsys.readouterr().err
@@ -337,6 +347,35 @@ def test_init_from_starts_at_the_weights_of_another_run(recipe, tmp_path, capsys
     (tmp_path / "gone").rename(first)
     assert run_train(recipe, tmp_path / "third", f"init_from={first}", "model.heads=4") == 2
     assert "another architecture (model.heads was 2, is 4)" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_at_another_resolution(recipe, tmp_path):
+    """The weights are those of the lower one; the released sizes share positions, and a smaller model is refused."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_train(recipe, first, "data.resolution=32", "model.attention=[full]", "engine.steps=1") == 0
+    higher = [f"init_from={first}@model", "engine.steps=1", "stage.optim.lr=0"]
+    assert run_train(recipe, second, *higher) == 0
+    ours, theirs = (
+        EMMDiT.from_pretrained(run_folder.model_folder(f"{run}@model")) for run in (second, first)
+    )
+    assert ours.config.attention != theirs.config.attention
+    state = theirs.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+    def model(name, *overrides):
+        return load(RunConfig, ROOT / f"configs/{name}.yaml", overrides).model
+
+    at_256 = model("nitro_e_512/1_pretrain", "data.resolution=256", "model.attention=[full]")
+    at_512, at_1024 = model("nitro_e_512/2_finetune"), model("nitro_e_1024/2_finetune")
+    for before, after in ((at_256, at_512), (at_512, at_1024)):
+        check_adopted("before", before, after)
+    tables = [
+        sincos_table(config.position_table, 16, config.base_grid, config.interpolation)
+        for config in (at_256, at_512, at_1024)
+    ]
+    assert torch.equal(tables[0], tables[1]) and torch.equal(tables[1], tables[2])
+    with pytest.raises(ConfigError, match="'small' is of another architecture .model.width was 384, is 768"):
+        check_adopted("small", model("nitro_e_256_small/2_finetune"), at_512)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

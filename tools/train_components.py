@@ -15,8 +15,7 @@ writes a folder that the library class of the real component loads. Stopped, the
 * `VisionTask`: a timm vision transformer whose tokens tell, for each cell, which object covers it and where its centre
   is. A supervised stand-in for DINOv2.
 
-A task has a `module` with everything that is trained, in it the one that is `shipped`, `loss(step)` of one batch,
-`export(folder)`, and `measure(folder)` through the component as users load it. Images are of the train split only. Captions are of both, as a real language
+Images are of the train split only. Captions are of both, as a real language
 model has read of things no image of the training set shows: trained on those of the train split alone, the reader
 misread a quarter of the held-out captions.
 """
@@ -26,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitro_e.cli import common as cli
-from nitro_e.config import ConfigError
 from nitro_e.encoders.vision import patch_tokens
-from nitro_e.files import SHIPPED, atomic_path, save_object
-from nitro_e.record import progress
+from nitro_e.files import SHIPPED
 from nitro_e.shapes.judge import judge
 from nitro_e.shapes.render import render
 from nitro_e.shapes.scenes import (
@@ -56,8 +52,8 @@ from nitro_e.shapes.scenes import (
     metadata,
     scene,
 )
+from nitro_e.training.components import train_component
 
-SAVE_EVERY = 30  # seconds
 RESOLUTION = 64
 GRID = 8  # cells per side
 TRAIN_SCENES, TEST_SCENES = 32768, 1200
@@ -394,61 +390,8 @@ def train(component: str, out: Path, steps: int | None = None, seed: int = 0) ->
     """Train, measure, export; returns what metrics.json says."""
     torch.manual_seed(seed)
     steps = COMPONENTS[component].steps if steps is None else steps
-    if steps < 1:
-        raise ConfigError(f"--steps {steps}: must be at least 1")
-    task = COMPONENTS[component](seed)
-    optimizer = torch.optim.AdamW(task.module.parameters(), lr=task.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    state = out.parent / f"{out.name}.training.pt"
-    done, seconds, asked = 0, 0.0, {"seed": seed, "steps": steps}
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        if saved["asked"] != asked:
-            raise ConfigError(
-                f"{state} was begun with {saved['asked']}, not {asked}; give the same, or delete it to start anew"
-            )
-        task.module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done, seconds = saved["step"], saved["seconds"]
-    started = saved_at = time.monotonic()
-    with progress.bar(total=steps, initial=done, desc=component, mininterval=1) as bar:
-        while done < steps:
-            for group in optimizer.param_groups:
-                group["lr"] = task.lr * min(1, (done + 1) / 100, 2 * (1 - done / steps))
-            loss = task.loss(done)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(task.module.parameters(), 1.0)
-            optimizer.step()
-            done += 1
-            bar.update()
-            if done % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-            if time.monotonic() - saved_at > SAVE_EVERY or done == steps:
-                saved_at = time.monotonic()
-                out.parent.mkdir(parents=True, exist_ok=True)
-                reached = {
-                    "module": task.module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": done,
-                    "asked": asked,
-                    "seconds": seconds + saved_at - started,
-                }
-                with atomic_path(state) as temporary:
-                    save_object(reached, temporary)
-    out.mkdir(parents=True, exist_ok=True)
-    task.export(out)
-    metrics = {
-        "command": f"python tools/train_components.py {component} --seed {seed} --steps {steps}",
-        "seconds": round(seconds + saved_at - started),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "parameters": sum(parameter.numel() for parameter in task.shipped.parameters()),
-        **task.measure(out),
-    }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    state.unlink()
-    print(json.dumps(metrics, indent=1))
-    return metrics
+    command = f"python tools/train_components.py {component} --seed {seed} --steps {steps}"
+    return train_component(lambda: COMPONENTS[component](seed), out, steps, command)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,34 @@
     nitro-e evaluate fid runs/mine --reference 'coco-*.tar'    distance to real images; also fd-dinov2, cmmd
 
 Prints a table and writes OUT/results.json and OUT/report.html, with images and what was detected in them. Images and
-scores are kept under OUT: the same command goes on after an interruption, and draws nothing twice.
+scores are kept under OUT: the same command goes on after an interruption, and draws nothing twice. On a CPU several
+processes share the images (--processes). On several GPUs start it with torchrun, and once more without for the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nitro_e.cli import common as cli
+from nitro_e.cli import processes
+from nitro_e.config import ConfigError, environment_number
+
+if TYPE_CHECKING:
+    from nitro_e.evaluation.benchmarks import Benchmark
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    return cli.run(lambda: command(options))
+    work = functools.cache(lambda: workload(options))
+    started = processes.start("evaluate", options.processes, arguments, lambda count: work().fits(count))
+    # when the processes have drawn and scored everything, this one finds it and makes the table
+    return started or cli.run(lambda: command(options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -32,8 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "benchmark",
-        help="shapes, geneval, hpsv2, imagereward, pickscore, clipscore, dpg, parti, fid, fd-dinov2, cmmd, or a file "
-        "of prompts (.txt, .jsonl)",
+        help="shapes, geneval, hpsv2, imagereward, pickscore, clipscore, dpg, parti, emoji, fid, fd-dinov2, cmmd, or a "
+        "file of prompts (.txt, .jsonl)",
     )
     parser.add_argument("checkpoint", help="a run directory, a checkpoint or a model folder; @ema or @model")
     parser.add_argument(
@@ -75,26 +88,63 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: outputs/evaluate/BENCHMARK-CHECKPOINT"
     )
+    processes.flag(parser)
     return parser.parse_args(arguments)
 
 
-def command(options: argparse.Namespace) -> None:
+def workload(options: argparse.Namespace) -> processes.Workload:
+    """Count what is to be drawn, as processes share it; nothing is shared if networks score, or score again."""
+    from nitro_e.sampling.sources import bytes_on_disk
+
+    chosen = benchmark_of(options)
+    networks = any(reward.name != "shapes" for reward in chosen.rewards)
+    if options.rejudge or (networks and not options.draw_only):
+        return processes.Workload(0, 0, None)
+    images = len(chosen.load_prompts()) * chosen.per_prompt
+    sources = [options.checkpoint, *options.against]
+    sizes = [bytes_on_disk(source, codec=options.codec, text=options.text) for source in sources]
+    known = [size for size in sizes if size is not None]
+    return processes.Workload(
+        images=images * len(sources) * math.prod(map(len, grid_of(options).values())),
+        batches=-(-images // max(options.batch_size, 1)),
+        weights=max(known) if len(known) == len(sizes) else None,
+    )
+
+
+def benchmark_of(options: argparse.Namespace) -> Benchmark:
     from nitro_e.evaluation.benchmarks import benchmark
-    from nitro_e.evaluation.evaluate import Options, as_text, draw, evaluate
-    from nitro_e.record.environment import default_device
 
     prompts = (options.benchmark, options.num, options.per_prompt)
     rewards = (options.reward, options.reward_path, options.reward_option)
-    chosen = benchmark(*prompts, *rewards, prompts=options.prompts, reference=options.reference)
+    return benchmark(*prompts, *rewards, prompts=options.prompts, reference=options.reference)
+
+
+def grid_of(options: argparse.Namespace) -> dict[str, list]:
+    """Return the values of every sampling setting that was given."""
     names = ("guidance_scale", "steps", "sampler", "guidance", "guidance_rescale")
-    grid = {name: getattr(options, name) for name in names if getattr(options, name)}
+    return {name: getattr(options, name) for name in names if getattr(options, name)}
+
+
+def command(options: argparse.Namespace) -> None:
+    from nitro_e.evaluation.evaluate import Options, as_text, draw, evaluate
+    from nitro_e.interfaces import DistContext
+    from nitro_e.record.environment import default_device
+
+    chosen, grid = benchmark_of(options), grid_of(options)
     sources = [options.checkpoint, *options.against]
     out = options.out or Path("outputs/evaluate") / f"{chosen.name}-{Path(options.checkpoint).name}"
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given |= {"device": options.device or default_device(), "allow_download": tuple(options.allow_download)}
-    if options.draw_only:
-        for folder in draw(chosen, sources, grid, Options(**given), out):
-            print(f"drawn: {folder}")
+    share = DistContext(environment_number("RANK", 0), environment_number("WORLD_SIZE", 1))
+    if options.rejudge and share.world_size > 1:
+        raise ConfigError(
+            "--rejudge: one process scores again; give --processes 1, or leave the launcher out"
+        )
+    if options.draw_only or share.world_size > 1:
+        folders = draw(chosen, sources, grid, Options(**given), out, score=not options.draw_only, share=share)
+        if processes.PARENT not in os.environ:
+            for folder in folders:
+                print(f"drawn{'' if share.world_size == 1 else ', a part'}: {folder}")
         return
     evaluation = evaluate(chosen, sources, grid, Options(**given), out)
     print(as_text(evaluation))

@@ -16,11 +16,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
 from nitro_e.cli import common as cli
 
 MOST = 8  # processes that are chosen without being asked for
+IMAGES = 64  # that each process must have to draw, for its start to be worth it
 PATIENCE = 60.0  # seconds that the others get to end, and to say why, when one has failed
 PARENT = "NITRO_E_WORKER"  # set in processes that this file has started
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -45,6 +46,25 @@ def count(text: str) -> int | str:
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_holds(size: float) -> bool:
+    """Tell whether so many bytes are at most half of this machine's memory."""
+    return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+class Workload(NamedTuple):
+    """The images that a command is to draw, which processes share by whole batches, or shards."""
+
+    images: int
+    batches: int
+    weights: int | None  # bytes of their files; None: they are not all on this machine yet
+
+    def fits(self, processes: int) -> bool:
+        """Tell whether so many processes are worth their start, and their memory holds the weights and as much again."""
+        if processes > self.batches or self.images < IMAGES * processes or self.weights is None:
+            return False
+        return memory_holds(2 * self.weights * processes)
 
 
 def chosen(given: int | str, fits: Callable[[int], bool] = lambda processes: True) -> int:
@@ -102,8 +122,10 @@ def launch(command: Sequence[str], processes: int) -> int:
             PARENT: str(os.getpid()),
         }
         workers: list[subprocess.Popen] = []
+        passed_on: set[int] = set()
 
         def forward(number: int, _frame: object) -> None:
+            passed_on.add(number)
             for worker in workers:
                 if worker.poll() is None:
                     worker.send_signal(number)
@@ -122,12 +144,22 @@ def launch(command: Sequence[str], processes: int) -> int:
                 worker.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if failed is not None and (output := outputs[failed]) is not None:
-            output.seek(0)
-            sys.stderr.write(output.read().decode(errors="replace"))
+        codes = [worker.returncode for worker in workers]
+        if failed is not None:
+            output = outputs[failed]
+            # a mistake, or an interruption, that the first process has told of too
+            told = codes[failed] == codes[0] and codes[0] in (2, 130)
+            if output is not None and not told:
+                output.seek(0)
+                sys.stderr.write(output.read().decode(errors="replace"))
+            if codes[failed] < 0 and -codes[failed] not in passed_on:
+                name = signal.Signals(-codes[failed]).name
+                cli.say(
+                    f"error: {name} ended process {failed} of {processes}; run the same command again to continue"
+                )
         for output in filter(None, outputs):
             output.close()
-        code = 0 if failed is None else workers[failed].returncode
+        code = 0 if failed is None else codes[failed]
         return code if code >= 0 else 128 - code
 
 

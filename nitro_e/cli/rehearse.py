@@ -4,8 +4,9 @@
     nitro-e rehearse configs/nitro_e_512/4_distill.yaml --batch 1 --steps 2 --small-encoders      in little memory
     nitro-e rehearse configs/nitro_e_512/1_pretrain.yaml --computed latents text features         nothing is stored
 
-The recipe's own training runs for some steps, checkpoint included, on random images and with random weights of the
-released shapes; only batch and steps are other ones, and the rewards of stage 3 are replaced by the images' brightness.
+The last steps of the recipe's own training run, checkpoint included, on random images and with random weights of the
+released shapes: all schedules are over, so that everything it ever computes is. Only batch and steps are other ones; the
+rewards of stage 3 are replaced by the images' brightness, and with a smaller batch it draws as few images as will do.
 Prints the seconds of a step and of its parts, memory, the checkpoint's size, the bytes per second that the data must
 come with, and what the whole stage takes on --gpus such devices. Parts are measured one after the other, in steps of
 their own: on a GPU the step is shorter than their sum, because copies and encoders run beside it.
@@ -14,11 +15,15 @@ their own: on a GPU the step is shorter than their sum, because copies and encod
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import io
+import math
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,7 @@ from nitro_e.record.environment import device_name
 from nitro_e.rewards import RewardConfig, reward
 from nitro_e.sampling.sources import Use
 from nitro_e.stages import recipe
+from nitro_e.stages.grpo import GRPOConfig
 from nitro_e.stages.recipe import RunConfig
 from nitro_e.training.batch import BatchConfig
 from nitro_e.training.engine import Engine
@@ -62,12 +68,14 @@ class Rehearsal:
     stage: str
     device: str
     parameters: int
-    batch: int  # samples (stage 3: rows) of a micro-batch
+    samples: int  # (stage 3: rows) of an optimiser step
+    batch: int  # of them at a time
     computed: list[str]  # columns that are not stored
-    step: float  # median, as it is
+    step: float  # median, as it is; where steps differ (stages 3 and 4), the mean over those that belong together
     parts: dict[str, float]  # medians, measured one after the other
     teraflops: float  # of the model, forward and backward
     mfu: float | None  # share of the data sheet's rate, where that is known
+    waits: float | None  # times that the host waited for the device in a step; None: there is no GPU
     checkpoint: int
     sample_bytes: int  # stored, of a sample
     steps: int  # of the whole stage
@@ -75,7 +83,7 @@ class Rehearsal:
 
     def hours(self, gpus: int) -> float:
         """Project the whole stage on so many devices like this one, without what they lose by talking."""
-        return self.steps * self.global_batch / gpus * self.step / self.batch / 3600
+        return self.steps * self.global_batch / gpus * self.step / self.samples / 3600
 
 
 class Clock:
@@ -111,8 +119,13 @@ class Clock:
 def rehearse(
     config: RunConfig, batch: int, steps: int, computed: Sequence[str], small: bool, folder: Path
 ) -> Rehearsal:
-    """Train `config` for 1 + 2 `steps` steps in `folder`, of which the first warms up and the last are taken apart."""
-    tried = on_random_numbers(config, batch, 1 + 2 * steps, computed, small, folder)
+    """Train `config` for 1 + 2 `steps` steps in `folder`, of which the first warms up and the last are taken apart.
+
+    Where steps differ and several belong together, so many times as many.
+    """
+    cycle = math.lcm(config.stage_kind.period(config), getattr(config.stage, "every", 1))
+    first = config.engine.steps // cycle * cycle
+    tried = on_random_numbers(config, batch, first + cycle * (1 + 2 * steps), computed, small, folder)
     if getattr(config.stage, "teacher", None) is not None:
         use = Use(codec=tried.components.codec, text=tried.components.text, sampling=tried.sampling)
         with seeded(tried.seed, "teacher"):
@@ -121,11 +134,14 @@ def rehearse(
                 if not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.02)
             save_pretrained(teacher, folder / "teacher", to_dict(use))
+            del teacher
     engine = recipe.build(tried)
+    engine.state.step = first
     clock = Clock(engine.accelerator.device)
-    whole, parts = measure(engine, clock, steps)
-    engine.run()
-    size = engine.stage.batch_size
+    whole, parts, waits = measure(engine, clock, cycle, steps)
+    if not engine.run():
+        raise KeyboardInterrupt  # a signal has ended it early
+    size = engine.global_batch
     seconds = statistics.median(whole)
     teraflops = 3 * engine.stage.forward_flops * size / seconds / 1e12
     peak = peak_teraflops(clock.device)
@@ -139,12 +155,14 @@ def rehearse(
         stage=config.name,
         device=device_name(),
         parameters=describe.total(config.model).parameters,
-        batch=size,
+        samples=size,
+        batch=engine.stage.batch_size,
         computed=list(computed),
         step=seconds,
         parts={name: statistics.median(part[name] for part in parts) for name in parts[0]},
         teraflops=teraflops,
         mfu=None if peak is None else teraflops / peak,
+        waits=statistics.median(waits) if waits else None,
         checkpoint=sum(path.stat().st_size for path in last.rglob("*") if path.is_file()),
         sample_bytes=0 if shard is None else shard.stat().st_size // samples_for(batch),
         steps=config.engine.steps,
@@ -152,11 +170,19 @@ def rehearse(
     )
 
 
-def measure(engine: Engine, clock: Clock, steps: int) -> tuple[list[float], list[dict[str, float]]]:
-    """Put clocks on the parts of an engine; returns lists that its run will fill: whole steps, and parts of others."""
+def measure(
+    engine: Engine, clock: Clock, cycle: int, steps: int
+) -> tuple[list[float], list[dict[str, float]], list[float]]:
+    """Put clocks on the parts of an engine; returns lists that its run will fill.
+
+    They are the seconds of whole steps, of the parts of others, and how often the host waited for a GPU in a whole step.
+    cycle: the number of steps that belong together, whose mean is one entry.
+    """
     whole: list[float] = []
     parts: list[dict[str, float]] = []
+    waits: list[float] = []
     stage: Any = engine.stage
+    first, total = engine.step, 0.0
     for holder in (stage, getattr(stage, "source", None)):
         for name, method in (("codec", "encode_pixels"), ("text", "encode"), ("vision", "features")):
             encoder = getattr(holder, name, None)
@@ -170,24 +196,49 @@ def measure(engine: Engine, clock: Clock, steps: int) -> tuple[list[float], list
 
     def timed_batches(*arguments: Any) -> Iterator[Any]:
         stream = batches(*arguments)
-        following = clock.of("wait", lambda: next(stream))
+        following = clock.of("rollout" if hasattr(stage, "layout") else "wait", lambda: next(stream))
         while True:
             yield following()
 
     def timed_step(stream: Iterator[Any]) -> None:
-        clock.on, clock.seconds = engine.step > steps, {}
+        nonlocal total
+        done = engine.step - first
+        clock.on = done >= cycle * (1 + steps)
+        if done % cycle == 0:
+            total, clock.seconds = 0.0, {}
         start = clock.now()
-        train(stream)
-        seconds = clock.now() - start
+        with host_waits(clock.device) as waited:
+            train(stream)
+        total += clock.now() - start
+        if clock.device.type == "cuda" and cycle <= done and not clock.on:
+            waits.append(sum("synchroniz" in str(warning.message) for warning in waited))
+        if (done + 1) % cycle or done < cycle:  # the first compiled and allocated
+            return
         if clock.on:
-            rest = seconds - sum(clock.seconds.values())
-            parts.append({**clock.seconds, "clip, optimiser, averages": rest})
-        elif engine.step > 1:  # the first compiled and allocated
-            whole.append(seconds)
+            rest = total - sum(clock.seconds.values())
+            each = {**clock.seconds, "clip, optimiser, averages": rest}
+            parts.append({name: seconds / cycle for name, seconds in each.items()})
+        else:
+            whole.append(total / cycle)
 
     stage.batches = timed_batches
     engine._train_step = timed_step  # type: ignore[method-assign]
-    return whole, parts
+    return whole, parts, waits
+
+
+@contextlib.contextmanager
+def host_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+    """List every time that the host waits for a GPU in the block, as torch warns of it; nothing on a CPU."""
+    if device.type != "cuda":
+        yield []
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def on_random_numbers(
@@ -205,6 +256,9 @@ def on_random_numbers(
         stage = dataclasses.replace(stage, teacher=str(folder / "teacher"))
     if hasattr(stage, "rewards"):
         stage = dataclasses.replace(stage, rewards=(RewardConfig(name=f"{__name__}:brightness", weight=1.0),))
+    if isinstance(stage, GRPOConfig) and batch < (config.batch.per_device or batch):
+        images = batch // math.gcd(batch, stage.layout(1, 1).steps)  # of an update, for whole micro-batches
+        stage = dataclasses.replace(stage, groups=1, group_size=max(images, 2) * stage.updates)
     data = None
     if config.data is not None:
         write_random_shard(folder / "random-000000.tar", config, samples_for(batch), computed)
@@ -219,6 +273,7 @@ def on_random_numbers(
         components=dataclasses.replace(config.components, **components),
         stage=stage,
         evaluation=None,
+        validation=None,
         prompts=("a photo of a red circle",),
         engine=dataclasses.replace(
             config.engine,
@@ -278,24 +333,28 @@ def write_random_shard(path: Path, config: RunConfig, count: int, computed: Sequ
 
 def table(found: Rehearsal, gpus: int, price: float | None) -> str:
     """Write a rehearsal as lines for people."""
-    rate = found.batch / found.step
+    rate = found.samples / found.step
     hours = found.hours(gpus)
     lines = [
-        f"{found.stage}: {found.parameters:,} parameters, batch {found.batch} on {found.device}; "
+        f"{found.stage}: {found.parameters:,} parameters, batch {found.samples}, {found.batch} at a time, on {found.device}; "
         f"computed in the step: {', '.join(found.computed) or 'nothing'}",
         f"step                 {found.step:.3f} s, {rate:.3g} samples/s, {found.teraflops:.3g} TFLOP/s"
-        + ("" if found.mfu is None else f", MFU {found.mfu:.0%}"),
+        + ("" if found.mfu is None else f", MFU {found.mfu:.0%}")
+        + ("" if found.waits is None else f"; the host waited {found.waits:g} times in a step"),
     ]
     total = sum(found.parts.values())
     lines += [f"  {name:<27}{seconds:8.3f} s {seconds / total:6.1%}" for name, seconds in found.parts.items()]
-    lines += [
-        f"checkpoint           {found.checkpoint / 1e9:.2f} GB",
-        f"data                 {found.sample_bytes / 1e3:,.0f} KB a sample, {rate * found.sample_bytes / 1e6:,.1f} MB/s "
-        f"for one such device, {gpus * rate * found.sample_bytes / 1e6:,.1f} MB/s for {gpus}",
+    lines.append(f"checkpoint           {found.checkpoint / 1e9:.2f} GB")
+    if found.sample_bytes:
+        lines.append(
+            f"data                 {found.sample_bytes / 1e3:,.0f} KB a sample, {rate * found.sample_bytes / 1e6:,.1f} MB/s "
+            f"for one such device, {gpus * rate * found.sample_bytes / 1e6:,.1f} MB/s for {gpus}"
+        )
+    lines.append(
         f"whole stage          {found.steps:,} steps of {found.global_batch:,}: {hours:,.1f} hours on {gpus} such devices, "
         f"{hours * gpus:,.0f} device hours"
-        + ("" if price is None else f", {hours * gpus * price:,.0f} in money"),
-    ]
+        + ("" if price is None else f", {hours * gpus * price:,.0f} in money")
+    )
     return "\n".join(lines)
 
 
@@ -355,4 +414,6 @@ def run(options: argparse.Namespace) -> Rehearsal:
     if computed is None:
         computed = ["text"] if hasattr(config.stage, "teacher") else []
     with tempfile.TemporaryDirectory(prefix="nitro-e-rehearsal-") as folder:
-        return rehearse(config, batch, options.steps, computed, options.small_encoders, Path(folder))
+        found = rehearse(config, batch, options.steps, computed, options.small_encoders, Path(folder))
+    gc.collect()  # the engine is part of a cycle, and the next one may not fit beside it
+    return found

@@ -7,6 +7,7 @@ Every PNG carries its prompt and settings as text entries; `grid.png` shows up t
     nitro-e sample RUN --prompts-file prompts.txt --out DIR      a prompt per line; also .jsonl, .tsv (PartiPrompts), - for stdin
     nitro-e sample RUN --prompts-file geneval_metadata.jsonl --num-images 4 --layout geneval --out DIR
     torchrun --nproc_per_node 8 -m nitro_e.cli sample RUN --prompts-file ... --out DIR
+    nitro-e sample RUN --prompt "..." --steps 1 --optimize-noise hpsv2.1      a start noise that the reward likes
 
 `DIR/manifest.jsonl` names every file with its prompt and seeds. The same command goes on where it was stopped and draws
 nothing twice. Lines of a .jsonl file have "prompt", and may have "negative_prompt", "seed" and "id".
@@ -16,14 +17,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nitro_e.cli import common as cli
+from nitro_e.cli import processes
 from nitro_e.config import ConfigError, environment_number
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
     from nitro_e.sampling.layouts import Drawing
+    from nitro_e.sampling.noise_search import NoiseSearch
     from nitro_e.sampling.pipeline import TextToImage
     from nitro_e.sampling.samplers import SamplingConfig
 
@@ -32,7 +42,11 @@ MAX_ON_SHEET = 64  # images on grid.png; of more there is none
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    return cli.run(lambda: draw(options))
+    work = functools.cache(lambda: workload(options))
+    started = processes.start("sample", options.processes, arguments, lambda count: work().fits(count))
+    if started is None:
+        return cli.run(lambda: draw(options))
+    return started or cli.run(lambda: finish(options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -72,8 +86,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
     )
+    parser.add_argument(
+        "--optimize-noise",
+        metavar="REWARD",
+        help="search a start noise of high reward (docs/rewards.md names them): for models of few steps",
+    )
+    parser.add_argument(
+        "--noise-steps",
+        type=cli.whole(0, 10_000),
+        metavar="N",
+        help="of that search along the reward's gradient (default 50; 0 with --noise-candidates)",
+    )
+    parser.add_argument(
+        "--noise-candidates",
+        type=cli.whole(2, 10_000),
+        metavar="N",
+        help="try so many noises, for rewards without a gradient too",
+    )
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
+    parser.add_argument(
+        "--aspect",
+        type=aspect,
+        metavar="W:H",
+        help="the size nearest to this shape that the weights were trained at, such as 3:2",
+    )
     parser.add_argument(
         "--batch-size", type=cli.whole(1, 65536), default=16, metavar="N", help="images at a time"
     )
@@ -102,17 +139,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the files: as the scripts of these benchmarks expect them (docs/evaluation.md)",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    processes.flag(parser)
     return parser.parse_args(arguments)
 
 
-def draw(options: argparse.Namespace) -> None:
-    """Draw what is not there yet, and say with which settings and where."""
-    from nitro_e.data.prompts import (
-        read_records,  # torch comes with it: after the arguments are known to be right
+def workload(options: argparse.Namespace) -> processes.Workload:
+    """Count what is to be drawn, as processes share it."""
+    from nitro_e.sampling.folder import batched
+    from nitro_e.sampling.sources import bytes_on_disk
+
+    if options.prompts_file == "-":  # one process can read it
+        return processes.Workload(0, 0, None)
+    drawings = drawings_of(options)
+    return processes.Workload(
+        images=sum(len(item.seeds) for item in drawings),
+        batches=len(list(batched(drawings, options.batch_size))),
+        weights=bytes_on_disk(options.source, options.file, options.codec, options.text),
     )
 
+
+def drawings_of(options: argparse.Namespace) -> list[Drawing]:
+    """List the files to be, of all processes; ConfigError if there is nothing to draw."""
+    from nitro_e.data.prompts import read_records
+    from nitro_e.sampling.layouts import LAYOUTS
+
     records: list[dict[str, Any]] = [{"prompt": prompt} for prompt in options.prompt]
-    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    world = environment_number("WORLD_SIZE", 1)
     if options.prompts_file == "-" and world > 1:
         raise ConfigError(
             f"--prompts-file -: standard input reaches one of {world} processes only; give a file instead"
@@ -121,15 +173,35 @@ def draw(options: argparse.Namespace) -> None:
         records += read_records(options.prompts_file, "--prompts-file")
     if not records:
         raise ConfigError('nothing to draw: give --prompt "..." or --prompts-file FILE')
+    return LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
 
-    import torch
+
+def finish(options: argparse.Namespace) -> None:
+    """Do what is left when the processes that this one has started have drawn everything."""
+    from nitro_e.config import parse_json, read_text
+    from nitro_e.sampling.folder import read_manifest
+
+    drawings = drawings_of(options)
+    key = read_manifest(options.out)[drawings[0].file]["key"]
+    path = options.out / f"settings-{key}.json"
+    write_sheet(drawings, options, parse_json(read_text(path), str(path))["sampling"])
+    total = sum(len(item.seeds) for item in drawings)
+    print(f"{total} images are in {options.out}/, listed in manifest.jsonl")
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw what is not there yet, and say with which settings and where."""
+    drawings = drawings_of(options)
+
+    import torch  # after the arguments are known to be right
 
     from nitro_e.record.environment import default_device
     from nitro_e.sampling.folder import draw_folder
-    from nitro_e.sampling.layouts import LAYOUTS, write_metadata
+    from nitro_e.sampling.layouts import write_metadata
     from nitro_e.sampling.pipeline import TextToImage
+    from nitro_e.sizes import nearest_size
 
-    drawings = LAYOUTS[options.layout](records, options.num_images, options.seed, options.negative_prompt)
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     pipeline = TextToImage.from_pretrained(
         options.source,
         options.device or default_device(),
@@ -139,8 +211,20 @@ def draw(options: argparse.Namespace) -> None:
     names = ("steps", "guidance_scale", "guidance_interval", "guidance", "guidance_rescale", "sampler")
     names += ("height", "width")
     overrides = {name: getattr(options, name) for name in names} | {"force": options.force or None}
+    if options.aspect is not None:
+        if options.height or options.width:
+            raise ConfigError("--aspect: --height and --width say the size already; give one or the other")
+        sizes = pipeline.sizes()
+        overrides |= zip(("height", "width"), sizes[nearest_size(sizes, options.aspect)])
     settings = pipeline.settings(**overrides)
+    if settings.guidance_scale in (0, 1) and any(item.negative_prompt for item in drawings):
+        raise ConfigError(
+            "negative_prompt: without guidance nothing is led away from; give --guidance 1.5 or more, at twice the passes"
+        )
+    search = noise_search(options, drawings, pipeline.device)
     about = settings_of(pipeline, options, settings)
+    if search is not None:
+        about["noise_search"] = {"reward": options.optimize_noise, **dataclasses.asdict(search.config)}
     if rank == 0:
         print(f"{options.source}: {settings.in_words()}, {about['dtype']} on {about['device']}")
     if options.compile or options.int8:
@@ -152,16 +236,56 @@ def draw(options: argparse.Namespace) -> None:
         drawings,
         options.out,
         about,
-        overrides={**overrides, "reuse_blocks": options.reuse_blocks},
+        overrides={**overrides, "reuse_blocks": options.reuse_blocks, "noise_search": search},
         batch_size=options.batch_size,
         rank=rank,
         world=world,
     )
-    if world == 1 and len(drawings) <= MAX_ON_SHEET and options.layout == "flat":
-        write_sheet(drawings, options, about)
+    if processes.PARENT in os.environ:
+        return  # the process that started this one tells the end
+    if world == 1:
+        write_sheet(drawings, options, about["sampling"])
     total = sum(len(item.seeds) for item in drawings)
     kept = f", {total - drawn} were there" if world == 1 and drawn < total else ""
     print(f"{drawn} images drawn{kept}; they are in {options.out}/, listed in manifest.jsonl")
+
+
+def aspect(given: str) -> float:
+    """Read W:H, width over height."""
+    width, _, height = given.partition(":")
+    return cli.real(1e-3, 1e3)(width) / cli.real(1e-3, 1e3)(height)
+
+
+def noise_search(
+    options: argparse.Namespace, drawings: Sequence[Drawing], device: torch.device
+) -> NoiseSearch | None:
+    """Build what `--optimize-noise` asks for, if it does; ConfigError for a reward that cannot score the prompts."""
+    import torch
+
+    from nitro_e.rewards import RewardConfig, build_rewards
+    from nitro_e.sampling.noise_search import NoiseSearch, NoiseSearchConfig
+
+    if options.optimize_noise is None:
+        for name in ("noise_steps", "noise_candidates"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} belongs to --optimize-noise REWARD; give both")
+        return None
+    candidates, steps = options.noise_candidates, options.noise_steps
+    config = NoiseSearchConfig(
+        steps=(50 if candidates is None else 0) if steps is None else steps, candidates=candidates or 1
+    )
+    scorer = build_rewards([RewardConfig(name=options.optimize_noise)], device)
+    known = {item.prompt: item.record for item in drawings}
+    scorer.check(list(known.values()))
+    scorer.load()
+
+    def reward(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        info = [known[prompt] for prompt in prompts]
+        if torch.is_grad_enabled():
+            return scorer.differentiate(pixels, prompts, info)
+        return scorer(pixels, prompts, info).values[:, 0]
+
+    return NoiseSearch(reward, config)
 
 
 def settings_of(
@@ -187,8 +311,11 @@ def settings_of(
     }
 
 
-def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dict[str, Any]) -> None:
-    """`grid.png`: the images of a prompt in a row, at least 256 px wide each, with the prompt under them."""
+def write_sheet(drawings: list[Drawing], options: argparse.Namespace, sampling: dict[str, Any]) -> None:
+    """Write `grid.png` of not too many images: those of a prompt in a row, at least 256 px wide each, with the prompt."""
+    if len(drawings) > MAX_ON_SHEET or options.layout != "flat":
+        return
+
     from PIL import Image
 
     from nitro_e.files import save_png
@@ -199,4 +326,4 @@ def write_sheet(drawings: list[Drawing], options: argparse.Namespace, about: dic
     columns = min(8, options.num_images if options.num_images > 1 else len(images))
     prompts = [item.prompt for item in drawings]
     whole = sheet(images, prompts, columns)
-    save_png(whole, options.out / "grid.png", png_text("\n".join(dict.fromkeys(prompts)), about["sampling"]))
+    save_png(whole, options.out / "grid.png", png_text("\n".join(dict.fromkeys(prompts)), sampling))

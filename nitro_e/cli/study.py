@@ -65,7 +65,7 @@ def study(options: argparse.Namespace) -> None:
         if name not in plan.variants:
             raise ConfigError(f"--only {name}: the study has {', '.join(plan.variants)}")
     # the reference is trained whether it is shown or not
-    needed = list(dict.fromkeys([*([] if plan.base is not None else [plan.reference_variant]), *chosen]))
+    needed = plan.with_origins([*([] if plan.base is not None else [plan.reference_variant]), *chosen])
     planned = plans.trials(plan, needed)
     if options.list:
         print(listing(planned))

@@ -9,7 +9,7 @@ Members of a sample in `synth-*.tar`:
     noise.npy   (C, h, w) float16 noise that the sampler started with (ours only)
     trajectory.npy   with --trajectory T1,T2,... (ours only): (len, C, h, w) float16 states at these times, scaled
                 like the noise; each must be on the sampler's grid (--grid linear --steps 20 has .75, .5 and .25)
-    txt, json   the prompt; its seed, the settings, and what the prompts file says about it
+    txt, json   the prompt; its seed, width, height, the settings, and what the prompts file says about it
     text.npy, mask.npy   with --text-embeddings (ours only)
     jpg         with --images, and always for diffusers pipelines; their latents are those of --codec
 The seed of image k of a prompt is a hash of (prompt, k, --seed), so that neither batches nor ranks matter.
@@ -22,6 +22,7 @@ distillation give --grid linear: the released grid spends its last step on almos
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from nitro_e.data.making.synthesis import (
 from nitro_e.data.prompts import GENERATORS
 from nitro_e.encoders.components import build_codec, chosen_component
 from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.sources import bytes_on_disk
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sampler", help="ours only: euler, heun or multistep")
     parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")
+    parser.add_argument(
+        "--height", type=cli.whole(1, 65536), metavar="PIXELS", help="for aspect buckets: a folder per size"
+    )
+    parser.add_argument("--width", type=cli.whole(1, 65536), metavar="PIXELS")
     cli.component_flags(
         parser,
         codec="the codec's files; --pipeline: a name or NAME=FOLDER, which stores the latents of the images",
@@ -116,14 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.world > 1:  # divided already
         processes.end_with_parent()
         return cli.run(lambda: run(args))
-    started = processes.start("synthesize", args.processes, argv, lambda count: shards_of(args) >= count)
+    work = functools.cache(lambda: workload(args))
+    started = processes.start("synthesize", args.processes, argv, lambda count: work().fits(count))
     return cli.run(lambda: run(args)) if started is None else started
 
 
-def shards_of(args: argparse.Namespace) -> int:
-    """Count the shards, which processes share."""
+def workload(args: argparse.Namespace) -> processes.Workload:
+    """Count what is to be drawn, as processes share it: shard by shard; pipelines of diffusers are too large to share."""
     images = len(read_jobs(args.prompts, args.prompt_column, args.per_prompt, args.seed, args.limit))
-    return -(-images // args.samples_per_shard)
+    size = None if args.source is None else bytes_on_disk(args.source, codec=args.codec, text=args.text)
+    return processes.Workload(images, -(-images // args.samples_per_shard), size)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -168,7 +176,7 @@ def build_generator(args: argparse.Namespace) -> Generator:
         if given := [f"--{name.replace('_', '-')}" for name in ours if getattr(args, name)]:
             raise ConfigError(f"{', '.join(given)}: for our own models only")
         settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-        settings |= {"height": args.resolution, "width": args.resolution}
+        settings |= {"height": args.height or args.resolution, "width": args.width or args.resolution}
         codec = build_codec(chosen_component("codec", args.codec), device) if args.codec else None
         settings = {key: value for key, value in settings.items() if value is not None}
         dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -182,6 +190,8 @@ def build_generator(args: argparse.Namespace) -> Generator:
         guidance_scale=args.guidance,
         sampler=args.sampler,
         resolution=args.resolution,
+        height=args.height,
+        width=args.width,
         grid=args.grid,
     )
     if args.grid and settings.sigmas:

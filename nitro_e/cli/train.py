@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 from pathlib import Path
 
 from nitro_e.cli import common as cli
@@ -87,8 +86,7 @@ def can_share(options: argparse.Namespace, world: int) -> bool:
     except ConfigError:
         return False
     # weights, gradients and two moments
-    needed = world * 16 * describe.total(config.model).parameters
-    return needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return processes.memory_holds(world * 16 * describe.total(config.model).parameters)
 
 
 def train(options: argparse.Namespace) -> None:

@@ -7,32 +7,29 @@ Every image belongs to the size of the list whose aspect is nearest to its own, 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog
 from nitro_e.data.conditions import as_number
 from nitro_e.data.manifests import digest
+from nitro_e.data.order import permutation
 from nitro_e.data.where import remembered, scan
+from nitro_e.sizes import Size, nearest_size
 
-Size = tuple[int, int]  # pixels: height, width
+Chosen = TypeVar("Chosen")
 NO_SIZE = 255  # in place of the number of a bucket
 
 
-def parse_sizes(texts: Sequence[str], name: str = "data.buckets") -> tuple[Size, ...]:
-    """Read sizes written as HEIGHTxWIDTH; raises ConfigError for what is none, and for repeated ones."""
-    sizes = []
-    for text in texts:
-        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-        if match is None:
-            raise ConfigError(f"{name}: '{text}' is no size; write HEIGHTxWIDTH in pixels, such as 448x576")
-        sizes.append((int(match[1]), int(match[2])))
-    if len(set(sizes)) < len(sizes) or len(sizes) > 200:
-        raise ConfigError(f"{name}: give up to 200 sizes, each once")
-    return tuple(sizes)
+def size_of_step(sizes: Sequence[Chosen], step: int, *purpose: object) -> Chosen:
+    """Choose the size of a step, for stages that read no images: each has one of as many steps as there are sizes.
+
+    Their order is drawn anew each time, and follows from the purpose, such as the seed of the run.
+    """
+    turn, place = divmod(step, len(sizes))
+    return sizes[int(permutation(len(sizes), *purpose, "sizes", turn)[place])]
 
 
 def nearest(sizes: Sequence[Size], info: dict) -> int:
@@ -40,8 +37,7 @@ def nearest(sizes: Sequence[Size], info: dict) -> int:
     width, height = as_number(info.get("width")), as_number(info.get("height"))
     if not width or not height or min(width, height) <= 0:
         return NO_SIZE
-    aspects = np.log([w / h for h, w in sizes])
-    return int(np.argmin(np.abs(aspects - np.log(width / height))))
+    return nearest_size(sizes, width / height)
 
 
 def assign(catalog: Catalog, sizes: Sequence[Size], keep: bool = True) -> np.ndarray:

@@ -30,7 +30,7 @@ from nitro_e.data.decode import (
     draw_caption,
     not_finite,
 )
-from nitro_e.data.order import BucketOrder, Order
+from nitro_e.data.order import AnyOrder, Order
 from nitro_e.data.problems import BadDataError, Problem
 from nitro_e.data.remote import ShardCache, is_url
 from nitro_e.data.spec import ArrayLayout, ReadSpec
@@ -84,10 +84,8 @@ class Records:
 class TarDataset(Dataset):
     """Makes Records of positions: `dataset.__getitems__(range)`. Opens files when needed, so it can be pickled."""
 
-    def __init__(
-        self, catalog: Catalog, order: Order | BucketOrder, spec: ReadSpec, specs: Sequence[ReadSpec] = ()
-    ):
-        """specs: what is read of each group of a BucketOrder."""
+    def __init__(self, catalog: Catalog, order: AnyOrder, spec: ReadSpec, specs: Sequence[ReadSpec] = ()):
+        """specs: what is read of each group of an order that has groups."""
         self.catalog, self.order, self.spec, self.specs = catalog, order, spec, specs
         self._files = MappedFiles(catalog.cache)
         self._checked: np.ndarray | None = None  # (N,) bool: compared with its CRC in this process
@@ -103,7 +101,7 @@ class TarDataset(Dataset):
 
     def _read(self, positions: np.ndarray) -> Records:
         draws = self.order.draws(positions) if self.spec.captions else None
-        if isinstance(self.order, BucketOrder):  # a micro-batch is part of one batch
+        if not isinstance(self.order, Order):  # a micro-batch is part of one batch, of one group
             self.spec = self.specs[self.order.group(int(positions[0]))]
         records, failed = self.load(self.order.ids(positions), draws)
         for row, problem in failed.items():

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from nitro_e.config import ConfigError
-from nitro_e.data.buckets import NO_SIZE, assign, parse_sizes
+from nitro_e.data.buckets import NO_SIZE, assign
 from nitro_e.data.catalog import Catalog, open_catalog
 from nitro_e.data.data_config import DataConfig
-from nitro_e.data.order import BucketOrder, Order
+from nitro_e.data.order import AnyOrder, BucketOrder, OnceOrder, Order
 from nitro_e.data.reader import Data
 from nitro_e.data.remote import ShardCache
 from nitro_e.data.spec import ReadSpec, read_spec, spec_of_bucket
 from nitro_e.data.where import apply
+from nitro_e.sizes import parse_sizes
 
 
 def open_data(
@@ -29,6 +30,7 @@ def open_data(
     extra: tuple[str, ...] = (),
     latent_shape: tuple[int, int, int] | None = None,
     text_length: int = 128,
+    once: int | None = None,
 ) -> Data:
     """Index the shards, check that every sample has what is needed, and fix the order.
 
@@ -37,7 +39,8 @@ def open_data(
     there are no latents, or when `need_pixels` (for a vision encoder) and there are no stored features.
     `latent_shape` (C, h, w) is what stored latents must have, if given; `text_length` is L of stored text.
     `extra` names more `.npy` members that every sample must have, all of one shape (`noise.npy` of synthetic
-    pairs); they arrive in `Records.extra`. Raises ConfigError for missing or damaged shards, captions,
+    pairs); they arrive in `Records.extra`. With aspect buckets, `once` reads so many samples (0: all), each once, in
+    place of an order without end. Raises ConfigError for missing or damaged shards, captions,
     images, or arrays of another shape.
     """
     streamed, sources = config.reader == "stream", config.expand()
@@ -66,7 +69,7 @@ def open_data(
         data = Data(config, catalog, spec, Order(catalog.sizes, config.weights, seed=seed, stage=stage))
     else:
         used, groups = np.unique(rows[catalog.rows_of(np.arange(len(catalog)))], return_inverse=True)
-        data = _bucketed(config, catalog, spec, used, groups, latent_shape, seed, stage)
+        data = _bucketed(config, catalog, spec, used, groups, latent_shape, seed, stage, once)
         filtered.append("buckets: " + counts_of(data.specs, groups))
     data.filtered = filtered
     return data
@@ -100,6 +103,7 @@ def _bucketed(
     latent_shape: tuple[int, int, int] | None,
     seed: int,
     stage: str,
+    once: int | None,
 ) -> Data:
     """Make the order of buckets; used: those with samples, groups: (N,) which of them each sample is in."""
     sizes = parse_sizes(config.buckets)
@@ -110,15 +114,13 @@ def _bucketed(
             stride = config.resolution // latent_shape[1]
             shape = (latent_shape[0], height // stride, width // stride)
         specs.append(spec_of_bucket(spec, catalog, groups == number, (height, width), shape))
+    batch = config.global_batch or config.batch_size
+    order: AnyOrder
     try:
-        order = BucketOrder(
-            catalog.sizes,
-            config.weights,
-            groups,
-            config.global_batch or config.batch_size,
-            seed=seed,
-            stage=stage,
-        )
+        if once is None:
+            order = BucketOrder(catalog.sizes, config.weights, groups, batch, seed=seed, stage=stage)
+        else:
+            order = OnceOrder(catalog.sizes, groups, batch, once, seed=seed, stage=stage)
     except ConfigError as error:
         raise ConfigError(f"data.buckets: {error}; take small ones off: {counts_of(specs, groups)}") from None
     return Data(config, catalog, specs[0], order, specs)

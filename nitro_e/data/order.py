@@ -240,6 +240,73 @@ class BucketOrder:
         return {**self.choice.fingerprint(), "batch": self.batch, "buckets": groups, "bucket_quotas": quotas}
 
 
+class OnceOrder:
+    """Gives each of some samples once, in batches of one group (an aspect bucket): for measurements, not for training.
+
+    The samples are the first ones of a shuffle of all. The last batch of a group is filled up with samples of the group
+    that were there already; `counted` tells them apart.
+    """
+
+    window = WINDOW
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[np.ndarray],
+        groups: np.ndarray,
+        batch: int,
+        num: int,
+        *,
+        seed: int,
+        stage: str,
+    ):
+        """groups: (N,) of each sample. batch: samples of a batch. num: samples in all; 0: all there are."""
+        self.batch = batch
+        order = Order(shard_sizes, seed=seed, stage=stage)
+        chosen = order.ids(np.arange(min(num or len(groups), len(groups))))
+        self.members = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
+        parts, counted, of_batches = [], [], []
+        for group in np.unique(groups[chosen]).tolist():
+            ids = chosen[groups[chosen] == group]
+            batches = -(-len(ids) // batch)
+            parts.append(np.resize(ids, batches * batch))
+            counted.append(np.arange(batches * batch) < len(ids))
+            of_batches += [group] * batches
+        self._ids, self.counted = np.concatenate(parts), np.concatenate(counted)  # (P,)
+        self._groups = np.array(of_batches)
+        self._seed, self._stage = seed, stage
+
+    def group(self, position: int) -> int:
+        """Return the group of the batch that holds this position."""
+        return int(self._groups[position // self.batch % len(self._groups)])
+
+    def ids(self, positions: range | np.ndarray) -> np.ndarray:
+        """Look up the sample ids (int64) at `positions`; after the last comes the first again."""
+        return self._ids[np.asarray(positions, np.int64) % len(self._ids)]
+
+    def locate(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find, for each position, its group and the place of its sample in the group."""
+        ids = self.ids(positions)
+        groups = np.array([self.group(position) for position in np.asarray(positions).tolist()])
+        places = [int(np.searchsorted(self.members[group], id)) for group, id in zip(groups, ids)]
+        return groups, np.array(places)
+
+    def sample(self, group: int, counters: np.ndarray) -> np.ndarray:
+        """Look up the ids that follow each other in a group, which stand in for bad samples."""
+        return self.members[group][np.asarray(counters) % len(self.members[group])]
+
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        """Draw a number in [0, 1) for each position, as `Order.draws` does."""
+        return Order([np.array([1])], seed=self._seed, stage=self._stage).draws(positions)
+
+    def fingerprint(self) -> dict:
+        """Describe the samples and their batches."""
+        ids = hashlib.sha256(self._ids.tobytes()).hexdigest()[:16]
+        return {"once": ids, "batch": self.batch}
+
+
+AnyOrder = Order | BucketOrder | OnceOrder
+
+
 def philox(*key) -> np.random.Philox:
     """Make a stream of random bits that is a function of the key's parts only."""
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()

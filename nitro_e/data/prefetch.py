@@ -9,7 +9,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog, Column
-from nitro_e.data.order import Order
+from nitro_e.data.order import AnyOrder
 from nitro_e.data.remote import is_url
 
 THREADS = 4
@@ -20,7 +20,7 @@ PIECE = 1 << 16  # positions examined at a time
 class Prefetcher:
     """Keeps the shards of the next two windows in the cache; what fails here is reported by the reader."""
 
-    def __init__(self, catalog: Catalog, order: Order, columns: Iterable[Column]):
+    def __init__(self, catalog: Catalog, order: AnyOrder, columns: Iterable[Column]):
         self.catalog, self.order = catalog, order
         self.columns = [column for column in columns if any(map(is_url, column.paths))]
         self.horizon = int(WINDOWS * order.window * max(1, len(catalog) // max(1, len(catalog.names))))

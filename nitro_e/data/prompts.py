@@ -6,6 +6,7 @@
     FILE.txt                       a prompt per line; empty lines are skipped
     FILE.jsonl                     a record per line with "prompt"; the whole record becomes `info`
     FILE.tsv                       a table with a column "Prompt", such as PartiPrompts
+    FILE.tar                       a webdataset shard: the captions (txt), with the json member as `info`
 
 Left out: weighting of prompts; `num` of each of several sources is the way to mix them.
 """
@@ -13,6 +14,7 @@ Left out: weighting of prompts; `num` of each of several sources is the way to m
 from __future__ import annotations
 
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ from nitro_e.rewards.geneval import generator as geneval
 from nitro_e.rewards.geneval.generator import Objects
 from nitro_e.shapes import scenes
 
+FILES = (".txt", ".jsonl", ".tsv", ".tar")
+
 
 class Prompt(NamedTuple):
     text: str
@@ -45,7 +49,7 @@ class PromptsConfig(Config):
 
     SHORTHAND: ClassVar[str] = "source"
 
-    # names of GENERATORS, paths to .txt, .jsonl or .tsv files; several are concatenated
+    # names of GENERATORS, paths to .txt, .jsonl, .tsv or .tar files; several are concatenated
     source: str | tuple[str, ...]
     # how many of each source: to make, or the first of `geneval` and files; null: all, or as in GENERATORS
     num: Annotated[int, Ge(1), Le(10_000_000)] | None = None
@@ -63,9 +67,9 @@ class PromptsConfig(Config):
         if not self.sources:
             raise ConfigError("source is empty; name one")
         for source in self.sources:
-            if source not in GENERATORS and Path(source).suffix not in (".txt", ".jsonl", ".tsv"):
+            if source not in GENERATORS and Path(source).suffix not in FILES:
                 raise ConfigError(
-                    f"source: '{source}' is neither a .txt, .jsonl or .tsv file nor a known name"
+                    f"source: '{source}' is neither a .txt, .jsonl, .tsv or .tar file nor a known name"
                     + did_you_mean(source, list(GENERATORS))
                 )
 
@@ -109,6 +113,8 @@ def read_records(path: str | Path, key: str = "prompts") -> list[dict]:
         path = Path(path).expanduser()
         if not path.is_file():
             raise ConfigError(f"{key}: file '{path}' does not exist or is no file")
+        if path.suffix == ".tar":
+            return _captions(path, key)
         text, name, suffix = read_text(path), str(path), path.suffix
     lines = [(number, line.strip("\r\n")) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
@@ -118,6 +124,33 @@ def read_records(path: str | Path, key: str = "prompts") -> list[dict]:
     if suffix == ".tsv":
         return _columns(lines, name, key)
     return [{"prompt": check_characters(line.strip(), f"{key}: {name}:{number}")} for number, line in lines]
+
+
+def _captions(path: Path, key: str) -> list[dict]:
+    """Records of a shard, in its order: each sample's txt as "prompt", and what its json holds."""
+    found: dict[str, dict] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name, _, kind = member.name.rpartition(".")
+                content = tar.extractfile(member) if kind in ("txt", "json") else None
+                if content is None:
+                    continue
+                text = content.read().decode("utf-8")
+                record = (
+                    {"prompt": text.strip()} if kind == "txt" else parse_json(text, f"{key}: {path}: {name}")
+                )
+                found.setdefault(name, {}).update(record)
+    except (tarfile.TarError, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {path} is no whole webdataset shard ({error}); give another") from error
+    records = [
+        _checked(record, f"{key}: {path}: {name}") for name, record in found.items() if record.get("prompt")
+    ]
+    if not records or len(records) < len(found):
+        raise ConfigError(
+            f"{key}: {path}: {len(found) - len(records)} of {len(found)} samples have no caption (txt)"
+        )
+    return records
 
 
 def _columns(lines: list[tuple[int, str]], name: str, key: str) -> list[dict]:

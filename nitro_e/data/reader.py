@@ -24,8 +24,8 @@ from nitro_e.data.catalog import Catalog, Column
 from nitro_e.data.data_config import DataConfig
 from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
-from nitro_e.data.manifests import read_manifests
-from nitro_e.data.order import BucketOrder, Order
+from nitro_e.data.manifests import digest, read_manifests
+from nitro_e.data.order import AnyOrder
 from nitro_e.data.prefetch import Prefetcher
 from nitro_e.data.problems import BadSamples
 from nitro_e.data.spec import ReadSpec
@@ -61,10 +61,10 @@ class Data:
         config: DataConfig,
         catalog: Catalog,
         spec: ReadSpec,
-        order: Order | BucketOrder | None,
+        order: AnyOrder | None,
         specs: Sequence[ReadSpec] = (),
     ):
-        """specs: what is read of each group of a BucketOrder; `spec` is then that of the first."""
+        """specs: what is read of each group of an order that has groups; `spec` is then that of the first."""
         self.config, self.catalog, self.spec, self.order, self.specs = config, catalog, spec, order, specs
         self.filtered: list[str] = []  # what `where` left out, a line for each source that has conditions
         self.has_latents, self.has_pixels = spec.latents is not None, bool(spec.images)
@@ -93,15 +93,24 @@ class Data:
                 " (nitro-e data encode --text ... --overwrite)"
             ) from None
 
-    def encoders(self) -> dict[str, dict]:
-        """Read what made each column from the manifest beside its first shard: {"latents": {"name": ...}}."""
-        made = {}
+    def encoders(self) -> dict[str, dict[str, dict]]:
+        """Read what made each column from the manifests beside its shards: {"latents": {"x-000.tar": {"name": ...}}}.
+
+        Of shards that were made alike the first stands for all.
+        """
+        made: dict[str, dict[str, dict]] = {}
+        folders = {Path(path).parent for column in self.catalog.columns for path in column.paths if path}
+        manifests = {
+            folder: {entry["shard"]: entry for entry in read_manifests({folder}).values()}
+            for folder in folders
+        }
         for column in self.catalog.columns:
-            if first := next(filter(None, column.paths), None):
-                path = Path(first)
-                entry = read_manifests({path.parent}).get(path.resolve(), {})
-                if "encoder" in entry:
-                    made[column.name] = entry["encoder"]
+            seen = set()
+            for path in map(Path, filter(None, column.paths)):
+                encoder = manifests[path.parent].get(path.name, {}).get("encoder")
+                if encoder is not None and (identity := digest(encoder)) not in seen:
+                    seen.add(identity)
+                    made.setdefault(column.name, {})[path.name] = encoder
         return made
 
     def fingerprint(self) -> dict:
@@ -111,7 +120,7 @@ class Data:
         chosen = {name: value for name, value in chosen.items() if value}
         return {"samples": len(self), "content": self.catalog.digest, **self.order.fingerprint(), **chosen}
 
-    def keys(self, positions: range) -> list[str]:
+    def keys(self, positions: range | np.ndarray) -> list[str]:
         """Name the samples at these positions (`shard.tar:key`) without reading any, so before replacement."""
         return [self.catalog.name_of(sample) for sample in self.order.ids(positions)]
 

@@ -120,7 +120,8 @@ def spec_of_bucket(
         latents = _latent_layout(catalog, shape, samples)
     if features is not None and (samples & catalog.has("features.npy")).any():
         features = _layout(catalog, "features.npy", 2, samples)
-    return replace(spec, size=size, latents=latents, features=features)
+    extra = tuple((member, _layout(catalog, member, among=samples)) for member, _ in spec.extra)
+    return replace(spec, size=size, latents=latents, features=features, extra=extra)
 
 
 def image_extensions(catalog: Catalog) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ class StreamData(Data):
             "quotas": self.weights,
         }
 
-    def keys(self, positions: range) -> list[str]:
+    def keys(self, positions: range | np.ndarray) -> list[str]:
         raise ConfigError("data.reader=stream has no positions; use data.reader=indexed to look up samples")
 
     def records(

@@ -210,6 +210,8 @@ WEIGHTS = {
     "shapes-dc-ae": Weights(str(files.SHIPPED / "codec"), codec.DC_AE_FILES, (8, 8)),
     "shapes-llama": Weights(str(files.SHIPPED / "text"), LLAMA_FILES, (128, 16)),
     "shapes-vit": Weights(str(files.SHIPPED / "vision"), files.TRANSFORMER, (128,)),
+    "emoji-dc-ae": Weights(str(files.EMOJI / "codec"), codec.DC_AE_FILES, (32, 16)),
+    "emoji-vit": Weights(str(files.EMOJI / "vision"), files.TRANSFORMER, (128,)),
 }
 
 
@@ -251,12 +253,13 @@ CODECS: dict[str, Builder] = {
     "sdxl-f8c4": _kl,
     "flux-f8c16": _kl,
     "shapes-dc-ae": _dc_ae,
+    "emoji-dc-ae": _dc_ae,
     "dct-f8c24": _dct,
     "dct-f16c64": _dct,
 }
 TEXT_ENCODERS: dict[str, Builder] = {"llama-3.2-1b": _llama, "shapes-llama": _llama, "hash": _hash}
 VISION_ENCODERS: dict[str, Builder] = dict.fromkeys(
-    ("dinov2-b14", "dinov3-b16", "siglip2-b16", "clip-b16", "shapes-vit"), _vit
+    ("dinov2-b14", "dinov3-b16", "siglip2-b16", "clip-b16", "shapes-vit", "emoji-vit"), _vit
 )
 TABLES = {"codec": CODECS, "text": TEXT_ENCODERS, "vision": VISION_ENCODERS}
 

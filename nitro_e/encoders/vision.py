@@ -89,9 +89,13 @@ def new_dinov2(depth: int) -> Any:
 
 def load_vit(folder: str, dtype: torch.dtype) -> Any:
     """Load a timm vision transformer without head, for any image size, on the CPU, from a folder."""
+    return load_timm(folder, dtype, num_classes=0, dynamic_img_size=True)
+
+
+def load_timm(folder: str, dtype: torch.dtype, **arguments: Any) -> Any:
+    """Load any timm model from a folder that `timm.models.save_for_hf` wrote, on the CPU."""
     import timm
 
     if not (Path(folder) / "model.safetensors").is_file():  # timm would also read pickles
         raise FileNotFoundError("there is no model.safetensors")
-    name = f"local-dir:{folder}"
-    return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True).to(dtype)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments).to(dtype)

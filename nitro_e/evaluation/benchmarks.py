@@ -9,6 +9,7 @@ clipscore    a file of prompts; CLIPScore
 dpg          DPG-Bench's 1,065 long prompts, 4 images each; a visual question answering model on its questions, also by
              category of question
 parti        PartiPrompts by category and by challenge; the rewards that are named
+emoji        the captions of pictures of concepts in styles; style, and rank of the true picture (rewards.retrieval)
 fid, fd-dinov2, cmmd    the captions of real images; the distance to those images (evaluation.distances)
 
 Prompts that the package does not hold are files that the reader names; `Benchmark.needs` says which.
@@ -156,6 +157,18 @@ def read_dpg(path: Path) -> list[Prompt]:
     return list(items.values())
 
 
+def read_pictures(path: Path) -> list[Prompt]:
+    """Read captions with "concept" and "style" from a shard or a .jsonl; the task of a prompt is its "split"."""
+    found = read_prompts(path)
+    for prompt in found:
+        if not {"concept", "style"} <= set(prompt.info):
+            raise ConfigError(
+                f"--prompts: {path}: '{prompt.text}' has no concept and style; give {_PICTURES}"
+            )
+    return [Prompt(prompt.text, {**prompt.info, "tag": prompt.info.get("split", "all")}) for prompt in found]
+
+
+_PICTURES = "a shard of captioned pictures with concept and style in their json, or a .jsonl of such prompts"
 _HPSV2_FOLDER = "the folder of anime.json, concept-art.json, paintings.json, photo.json (hub: zhwang/HPDv2)"
 _PARTI_FILE = "PartiPrompts.tsv (github.com/google-research/parti)"
 _DPG_FILE = "dpg_bench.csv (github.com/TencentQQGYLab/ELLA, folder dpg_bench)"
@@ -206,6 +219,21 @@ BENCHMARKS = {
             per_prompt=4,
             whole=1065,
             rewards=(RewardConfig(name="dpg"),),
+        ),
+        Benchmark(
+            name="emoji",
+            needs=_PICTURES,
+            read=read_pictures,
+            rewards=tuple(
+                RewardConfig(name="retrieval", label=label, options={"score": score}, batch_size=64)
+                for label, score in (
+                    ("style and first 10", "both"),
+                    ("style", "style"),
+                    ("first 10", "top10"),
+                    ("1/rank", "reciprocal_rank"),
+                    ("novelty", "novelty"),
+                )
+            ),
         ),
         Benchmark(name="parti", needs=_PARTI_FILE, read=read_parti, whole=1632, group_by=("challenge",)),
         *(Benchmark(name=name, needs=_ANY_FILE) for name in DISTANCES),

@@ -27,10 +27,11 @@ from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation import intervals, page, results
 from nitro_e.evaluation.benchmarks import Benchmark
 from nitro_e.evaluation.distances import DistanceScorer
-from nitro_e.evaluation.images import Autocast, ImageGenerator, ScoredImage, collect
+from nitro_e.evaluation.images import ALONE, Autocast, ImageGenerator, ScoredImage, collect
 from nitro_e.evaluation.reference import Reference
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
+from nitro_e.interfaces import DistContext
 from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import weights_file
 from nitro_e.record.environment import environment
@@ -139,15 +140,25 @@ def evaluate(
 
 
 def draw(
-    benchmark: Benchmark, sources: Sequence[str], grid: dict[str, Sequence[Any]], options: Options, out: Path
+    benchmark: Benchmark,
+    sources: Sequence[str],
+    grid: dict[str, Sequence[Any]],
+    options: Options,
+    out: Path,
+    *,
+    score: bool = False,
+    share: DistContext = ALONE,
 ) -> list[Path]:
-    """Draw the images of `evaluate` without scoring them; returns their folders."""
+    """Draw this process's share of the images of `evaluate`, and `score` them if so; returns their folders."""
     benchmark = _seeded(benchmark, options.seed)
-    prompts, nothing = benchmark.load_prompts(), build_rewards(())
+    if score:
+        prompts, scorer = prepare(benchmark, options.device)
+    else:
+        prompts, scorer = benchmark.load_prompts(), build_rewards(())
     return [
         drawn.folder
         for source in sources
-        for drawn in _draw_all(benchmark, prompts, nothing, source, grid, options, out)
+        for drawn in _draw_all(benchmark, prompts, scorer, source, grid, options, out, share)
     ]
 
 
@@ -184,6 +195,7 @@ def _draw_all(
     grid: dict[str, Sequence[Any]],
     options: Options,
     out: Path,
+    share: DistContext = ALONE,
 ) -> Iterator[Drawn]:
     """Draw with one checkpoint at every setting."""
     pipeline = TextToImage.from_pretrained(
@@ -205,12 +217,14 @@ def _draw_all(
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name} {setting_name(sampling)}").strip("-")
         folder = out / f"{name}-{short_hash(settings)}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(
-            json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
+        write_text(
+            folder / "settings.json", json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
         )
         generate = ImageGenerator(pipeline, sampling, options.seed, options.batch_size, autocast)
         title = setting_name(sampling)
-        rows = collect(generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title)
+        rows = collect(
+            generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title, share=share
+        )
         yield Drawn(checkpoint, sampling, folder, rows)
 
 

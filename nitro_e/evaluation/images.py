@@ -5,7 +5,8 @@
     FOLDER/scores-HASH.jsonl    a line per scored image; other rewards, or weights of theirs, get another file
 
 The noise of an image is a function of (seed, prompt's index, image's number): the same for all checkpoints,
-settings, batch sizes and numbers of prompts. What is there is not drawn or scored again.
+settings, batch sizes and numbers of prompts. What is there is not drawn or scored again. Of several processes each takes
+every world-th batch and has a file of scores of its own (`.rankN`); the next call in one process joins them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from torch import Tensor
 from nitro_e.config import ConfigError, parse_json, read_text, to_dict
 from nitro_e.data.prompts import Prompt
 from nitro_e.evaluation.benchmarks import Benchmark, describe
-from nitro_e.files import append_lines, save_png, short_hash
+from nitro_e.files import append_lines, atomic_path, save_png, short_hash
+from nitro_e.interfaces import DistContext
 from nitro_e.randomness import seed_of
 from nitro_e.record import progress
 from nitro_e.rewards import Scorer
 from nitro_e.sampling.pipeline import TextToImage, to_image
 from nitro_e.sampling.samplers import SamplingConfig
 
+ALONE = DistContext()  # this process draws everything
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -93,18 +96,33 @@ def collect(
     *,
     rejudge: bool = False,
     title: str = "",
+    share: DistContext = ALONE,
 ) -> list[ScoredImage]:
-    """All images of a benchmark in order; draws and scores what `folder` does not hold yet."""
+    """Return the images of a benchmark in order; draws and scores what `folder` does not hold yet.
+
+    share: of several processes each returns its own images.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / f"scores-{short_hash([*to_dict(scorer.configs), *scorer.sources().items()])}.jsonl"
     if rejudge:
-        record.unlink(missing_ok=True)
+        for path in (record, *parts_of(record)):
+            path.unlink(missing_ok=True)
+    if share.world_size == 1:
+        join_parts(record)
+        mine = record
+    else:
+        mine = record.with_suffix(f".rank{share.rank}.jsonl")
     places = [(index, number) for index in range(len(prompts)) for number in range(benchmark.per_prompt)]
-    done = {place: row for place, row in read_rows(record).items() if _is_of(row, place, prompts)}
-    missing = [place for place in places if place not in done]
-    with progress.bar(total=len(places), initial=len(places) - len(missing), desc=title, unit="img") as bar:
-        for start in range(0, len(missing), generate.batch_size):
-            batch = missing[start : start + generate.batch_size]
+    # divided before what is there is left out: processes that start at different times agree on who does what
+    starts = range(share.rank * generate.batch_size, len(places), share.world_size * generate.batch_size)
+    own = [places[start : start + generate.batch_size] for start in starts]
+    places = [place for batch in own for place in batch]
+    known = {place: row for path in (record, *parts_of(record)) for place, row in read_rows(path).items()}
+    done = {place: row for place, row in known.items() if _is_of(row, place, prompts)}
+    batches = [[place for place in batch if place not in done] for batch in own]
+    there = sum(place in done for place in places)
+    with progress.bar(total=len(places), initial=there, desc=title, unit="img") as bar:
+        for batch in filter(None, batches):
             chosen = [prompts[index] for index, _ in batch]
             pixels, seconds = _draw(generate, batch, chosen, folder)
             values = scorer(pixels, [p.text for p in chosen], [p.info for p in chosen]).values.tolist()
@@ -116,7 +134,7 @@ def collect(
                 )
                 for place, prompt, row, words, count in zip(batch, chosen, values, saw, counts)
             ]
-            append_rows(record, rows)
+            append_rows(mine, rows)
             done |= {(row.index, row.number): row for row in rows}
             bar.update(len(batch))
     return [done[place] for place in places]
@@ -156,6 +174,23 @@ def read_rows(path: Path) -> dict[tuple[int, int], ScoredImage]:
             row = ScoredImage(**entry)
             rows[row.index, row.number] = row
     return rows
+
+
+def parts_of(record: Path) -> list[Path]:
+    """List the files of scores that several processes have written beside `record`."""
+    return sorted(record.parent.glob(f"{record.stem}.rank*.jsonl"))
+
+
+def join_parts(record: Path) -> None:
+    """Put the scores of several processes into one file, in the order of the images."""
+    parts = parts_of(record)
+    if not parts:
+        return
+    rows = {place: row for path in (record, *parts) for place, row in read_rows(path).items()}
+    with atomic_path(record) as path:
+        append_rows(path, [rows[place] for place in sorted(rows)])
+    for part in parts:
+        part.unlink()
 
 
 def append_rows(path: Path, rows: Sequence[ScoredImage]) -> None:

@@ -247,3 +247,49 @@ def interval_chart(title: str, estimates: Mapping[str, tuple[float, ...]]) -> In
         rows.append(Interval(name, 50 + line * place, round(x(value), 1), first, last, text))
     bottom = 44 + line * len(rows)
     return IntervalChart(title, width, bottom + 30, left, bottom, round(x(0), 1), x.ticks(), rows)
+
+
+# ---- few points per line, each line with its name beside it
+
+
+class LabelledLine(NamedTuple):
+    """A line in pixels with dots, and its name at the right edge, at height `y`."""
+
+    name: str
+    colour: str
+    points: Points
+    y: float
+    texts: list[str]  # tooltips of the dots
+
+
+@dataclass
+class LabelledChart:
+    """Everything that `templates/labelled.svg` draws."""
+
+    title: str
+    area: Area
+    width: int
+    x_label: str
+    x_ticks: list[tuple[float, float]]  # pixel, value
+    y_ticks: list[tuple[float, float]]
+    lines: list[LabelledLine]
+
+
+def labelled_chart(title: str, series: Sequence[Series], x_label: str) -> LabelledChart:
+    """Draw lines of few points from 0 on, with x logarithmic; the names stand beside them in the order of their last values."""
+    line, top = 15, 40
+    bottom = max(330, top + line * len(series))
+    area = Area(760, bottom + 40, 50, 500, top, bottom)
+    places = [step for s in series for step, _ in s.points]
+    x = Scale(0.9 * min(places), 1.1 * max(places), area.left, area.right, log=True)
+    y = Scale(0.0, 1.05 * max(value for s in series for _, value in s.points) or 1.0, area.bottom, area.top)
+    lines: list[LabelledLine] = []
+    # from below: a name stands at its last value, or above the one below it
+    for place, s in enumerate(sorted(series, key=lambda s: s.points[-1][1])):
+        room = area.top + line * (len(series) - 1 - place)  # what the names above it need
+        height = min(y(s.points[-1][1]), lines[-1].y - line if lines else area.bottom)
+        points = [(round(x(step), 1), round(y(value), 1)) for step, value in s.points]
+        texts = [f"{s.name}: {value:.3f} at {step:g}" for step, value in s.points]
+        colour = COLOURS[place % len(COLOURS)]
+        lines.append(LabelledLine(s.name, colour, points, round(max(height, room), 1), texts))
+    return LabelledChart(title, area, area.width, x_label, x.ticks(), y.ticks(), lines)

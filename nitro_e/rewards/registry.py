@@ -26,6 +26,7 @@ BUILT_IN = {
     "aesthetic": "nitro_e.rewards.clip_scores:Aesthetic",
     "imagereward": "nitro_e.rewards.image_reward:ImageReward",
     "dpg": "nitro_e.rewards.dpg:DPG",
+    "retrieval": "nitro_e.rewards.retrieval:Retrieval",
     "remote": "nitro_e.rewards.remote:RemoteReward",
 }
 # keys of RewardConfig; given to the classes that take them

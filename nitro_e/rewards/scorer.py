@@ -311,8 +311,8 @@ class _Column:
         )
         if not values.requires_grad:
             raise ConfigError(
-                f"reward '{self.config.title}' has no gradient, which stage.algorithm.kind reward_gradient follows; train "
-                "on it with another algorithm, or give it the weight 0"
+                f"reward '{self.config.title}' has no gradient to follow; train on it with another stage.algorithm.kind "
+                "than reward_gradient, or give it the weight 0; search noise with --noise-candidates"
             )
         values = values.float().to(pixels.device)
         return total.index_add(

@@ -21,8 +21,10 @@ from nitro_e.sampling import editing
 from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.editing import ImageInput
 from nitro_e.sampling.inputs import Noise, count, embedded, negative_rows, noise_rows, prompt_rows
+from nitro_e.sampling.noise_search import NoiseSearch
 from nitro_e.sampling.samplers import SamplingConfig, sample, with_overrides
 from nitro_e.sampling.sources import Loaded, Use, load
+from nitro_e.sizes import parse_sizes
 
 # embeddings that are kept, the last used ones; 1 MB each for Llama
 CACHED_PROMPTS = 64
@@ -108,6 +110,7 @@ class TextToImage:
             codec=chosen_component("codec", codec, loaded.use.codec, precision),
             text=chosen_component("text", text, loaded.use.text, precision),
             sampling=loaded.use.sampling,
+            sizes=loaded.use.sizes,
         )
         parts = build_codec(use.codec, device), build_text_encoder(use.text, device)
         model = loaded.model.to(device, dtype or torch.float32)
@@ -211,6 +214,7 @@ class TextToImage:
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         reuse_blocks: int = 1,
+        noise_search: NoiseSearch | None = None,
         batch_size: int = 16,
         progress: bool = False,
         **settings: Any,
@@ -228,6 +232,7 @@ class TextToImage:
         output_type: "pil", "pt" (N, 3, H, W) or "np" (N, H, W, 3) in 0..1, "pixels" (N, 3, H, W) in -1..1, "latent".
         callback_on_step_end(pipeline, step, t, {"latents": x}) may return other latents; t falls from 1 to 0.
         reuse_blocks: compute the compressed blocks at every n-th step only, an approximation (`caching.ReusedBlocks`).
+        noise_search: draw from the start noise that it finds; the images of a batch are drawn many times, with gradients.
         batch_size: images at a time; one image depends on no other. ConfigError for what cannot be drawn.
         """
         if batch_size < 1:
@@ -251,6 +256,21 @@ class TextToImage:
             edit = editing.edit_rows(image, mask_image, strength, chosen.size, total, repeat)
         elif mask_image is not None or strength is not None:
             raise ConfigError("mask_image and strength belong to an image; give image=, or leave them out")
+        prompts: list[str] = []
+        if noise_search is not None:
+            if image is not None:
+                raise ConfigError(
+                    "noise_search: an image to start from leaves no noise to search; give one of them"
+                )
+            if not isinstance(text, list):
+                raise ConfigError(
+                    "noise_search: rewards read prompts; give strings in place of prompt_embeds"
+                )
+            if noise.generators is not None:
+                raise ConfigError(
+                    "noise_search draws an image many times: give seeds in place of a generator"
+                )
+            noise, prompts = noise._replace(start=noise.start.clone()), text
 
         parts = []
         for start in range(0, total, batch_size):
@@ -261,6 +281,10 @@ class TextToImage:
             pair = embeds.expand(rows.stop - start), other
             own = None if edit is None else edit.take(rows)
             model = self.model if reuse_blocks == 1 else ReusedBlocks(self.model, reuse_blocks)
+            if noise_search is not None:
+                noise.start[rows] = self._search(
+                    noise_search, model, *pair, chosen, noise, rows, prompts[rows]
+                )
             x = self._sample(model, *pair, chosen, noise, rows, own, callback_on_step_end, progress)
             parts.append(x.cpu() if output_type == "latent" else self._decode(x, own))
         return Images(self._output(torch.cat(parts), output_type))
@@ -287,6 +311,20 @@ class TextToImage:
         """Return (C, h, w) of the latents of images of this many pixels; ConfigError if the model does not fit them."""
         size = latent_size(self.model.config, self.codec.stride, self.text.length, height, width)
         return self.codec.channels, *size
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """List the sizes (height, width) in pixels that the weights were trained at, the usual one first.
+
+        Of weights that know no aspect buckets: the sizes of 0.7 to 1.35 times as many pixels that the model works on.
+        """
+        usual, trained = self.defaults.size, () if self.use is None else self.use.sizes
+        if trained:
+            others = list(parse_sizes(trained, "sizes"))
+        else:
+            unit = self.codec.stride * self.model.config.patch_size
+            grids = self.model.config.similar_grids(usual[0] // unit, usual[1] // unit)
+            others = [(rows * unit, columns * unit) for rows, columns in grids]
+        return list(dict.fromkeys([usual, *others]))
 
     def _sample(
         self,
@@ -326,6 +364,31 @@ class TextToImage:
             with self._at_work(self.model):
                 fresh = noise.fresh(rows, x)
                 return sample(model, text, negative, settings, x, fresh, times, after_step)
+
+    def _search(
+        self,
+        search: NoiseSearch,
+        model: Denoiser,
+        text: TextEmbedding,
+        negative: TextEmbedding,
+        settings: SamplingConfig,
+        noise: Noise,
+        rows: slice,
+        prompts: Sequence[str],
+    ) -> Tensor:
+        """Search the start noise of one batch; returns it on the CPU, (B, C, h, w)."""
+        if self._offload is not None:
+            raise ConfigError(
+                "noise_search needs model and codec together on the device; draw without CPU offload"
+            )
+        x = noise.start[rows].to(self.device)
+        seeds = noise.seeds[rows]
+
+        def draw(x: Tensor) -> Tensor:
+            latents = sample(model, text, negative, settings, x, noise.fresh(rows, x))
+            return self.codec.decode(latents).float()
+
+        return search(x, seeds, draw, prompts).cpu()
 
     def _decode(self, latents: Tensor, edit: editing.Edit | None) -> Tensor:
         with self._at_work(self.codec):

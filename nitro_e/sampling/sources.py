@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nitro_e.config import ConfigError, from_dict
-from nitro_e.encoders.components import ComponentConfig, pinned
-from nitro_e.files import is_hub_id
+from nitro_e.encoders.components import WEIGHTS, ComponentConfig, chosen_component, pinned
+from nitro_e.files import cached_folder, is_hub_id
 from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config
 from nitro_e.record.run_folder import NAMED, model_folder
 from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sizes import parse_sizes
+
+# the encoders of the released weights
+RELEASED = {
+    "codec": ComponentConfig(name="dc-ae-f32c32"),
+    "text": ComponentConfig(name="llama-3.2-1b", clean_caption=True),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +33,12 @@ class Use:
     codec: ComponentConfig
     text: ComponentConfig
     sampling: SamplingConfig
+    sizes: tuple[str, ...] = ()  # aspect buckets that the weights were trained at, HEIGHTxWIDTH in pixels
 
     def __post_init__(self) -> None:
         for part in ("codec", "text"):
             object.__setattr__(self, part, pinned(getattr(self, part)))
+        parse_sizes(self.sizes, "sizes")
 
 
 class Loaded(NamedTuple):
@@ -90,6 +99,30 @@ def released_use(name: str, model: Model) -> Use:
         sampler="euler",
         grid="released",
     )
-    codec = ComponentConfig(name="dc-ae-f32c32")
-    text = ComponentConfig(name="llama-3.2-1b", clean_caption=True)
-    return Use(codec=codec, text=text, sampling=sampling)
+    return Use(codec=RELEASED["codec"], text=RELEASED["text"], sampling=sampling)
+
+
+def bytes_on_disk(
+    source: str | Path, file: str | None = None, codec: str | None = None, text: str | None = None
+) -> int | None:
+    """Add up the files of the weights that `source` means, of their codec and of their text encoder.
+
+    codec, text: other files than in training. None if some are not on this machine yet.
+    """
+    path = find(source, file)
+    defaults = from_dict(Use, read_config(path)["use"], "use").__dict__ if path.is_dir() else RELEASED
+    total = _size(path)
+    codec_config = chosen_component("codec", codec, defaults["codec"])
+    for config in (codec_config, chosen_component("text", text, defaults["text"])):
+        if config.name not in WEIGHTS:  # it has none
+            continue
+        weights = Path(config.path or WEIGHTS[config.name].source).expanduser()
+        folder = weights if weights.is_dir() else cached_folder(str(weights), config.revision)
+        if folder is None:
+            return None
+        total += _size(folder)
+    return total
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*.safetensors") if path.is_dir() else [path]))

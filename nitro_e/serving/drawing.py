@@ -164,12 +164,8 @@ def draw(
 
 
 def sizes(pipeline: TextToImage) -> list[str]:
-    """List sizes in pixels that the weights can draw, their own first, then others of about as many pixels."""
-    unit = pipeline.codec.stride * pipeline.model.config.patch_size
-    height, width = pipeline.defaults.size
-    grids = pipeline.model.config.similar_grids(height // unit, width // unit)
-    others = [f"{rows * unit}x{columns * unit}" for rows, columns in grids[:MAX_SIZES]]
-    return list(dict.fromkeys([f"{height}x{width}", *others]))
+    """List sizes in pixels that the weights can draw, as HEIGHTxWIDTH, their own first."""
+    return [f"{height}x{width}" for height, width in pipeline.sizes()[:MAX_SIZES]]
 
 
 def draws_shapes(pipeline: TextToImage) -> bool:

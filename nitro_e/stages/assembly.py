@@ -15,6 +15,7 @@ from nitro_e.data import Data, DataConfig, Records, open_data
 from nitro_e.encoders.components import ComponentsConfig, text_shape
 from nitro_e.interfaces import Architecture, LatentCodec, Model, Stage, TextEncoder
 from nitro_e.sampling.samplers import SamplingConfig
+from nitro_e.sizes import parse_sizes
 from nitro_e.training.batch import BatchConfig, Split
 from nitro_e.training.engine import EngineConfig
 
@@ -99,6 +100,15 @@ class StageKind(Generic[Settings]):
     period: Callable[[Run[Settings]], int] = every_step  # steps between which a run can be saved
 
 
+def latent_shapes(parts: Parts, buckets: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+    """Return (C, h, w) of the latents that a stage without images draws: of each bucket, or of the square."""
+    stride = parts.codec.stride
+    shapes = [
+        (parts.latent_shape[0], height // stride, width // stride) for height, width in parse_sizes(buckets)
+    ]
+    return tuple(shapes) or (parts.latent_shape,)
+
+
 # ---- stages that read data
 
 
@@ -115,6 +125,8 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
     vision = config.components.vision is not None
     data = replace(config.data, global_batch=config.batch.global_)
     if parts is None:
+        # of aspect buckets, more samples would be of several sizes
+        data = replace(data, batch_size=min(data.batch_size, data.global_batch or data.batch_size))
         return open_fitting(config, data, config.seed, config.name, None, vision, extra)
     data = replace(data, batch_size=parts.split.micro_batch)
     opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
@@ -130,10 +142,12 @@ def open_fitting(
     latent_shape: tuple[int, int, int] | None,
     vision: bool = False,
     extra: tuple[str, ...] = (),
+    once: int | None = None,
 ) -> Data:
     """Open any data with the components of a run; ConfigError for stored columns that others have made.
 
-    order: names the order, together with the seed; vision: whether its features, or images for them, are read too.
+    order: names the order, together with the seed; vision: whether its features, or images for them, are read too;
+    once: see `open_data`.
     """
     opened = open_data(
         data,
@@ -145,6 +159,7 @@ def open_fitting(
         latent_shape=latent_shape,
         text_length=text_shape(config.components.text)[1],
         extra=extra,
+        once=once,
     )
     components, made = config.components, opened.encoders()
     for column, key, ours in (
@@ -153,18 +168,22 @@ def open_fitting(
         ("features", "vision", components.vision),
         *((name, "text", components.text) for name in made if name.startswith("text_")),
     ):
-        theirs = made[column]["name"] if column in made else None
-        if ours is not None and theirs is not None and theirs["name"] != ours.name:
-            raise ConfigError(
-                f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}'"
-            )
-        # embeddings that were stored before there was a choice have none
-        layers = "last" if theirs is None else theirs.get("layers", "last")
-        if key == "text" and theirs is not None and layers != components.text.layers:
-            raise ConfigError(
-                f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}'; set "
-                f"components.text.layers={layers}, or encode the text again"
-            )
+        for shard, encoder in made.get(column, {}).items():
+            theirs = encoder["name"]
+            if ours is None or theirs is None:
+                continue
+            if theirs["name"] != ours.name:
+                raise ConfigError(
+                    f"components.{key} is '{ours.name}', but the stored {column} were made with '{theirs['name']}' "
+                    f"({shard})"
+                )
+            # embeddings that were stored before there was a choice have none
+            layers = theirs.get("layers", "last")
+            if key == "text" and layers != components.text.layers:
+                raise ConfigError(
+                    f"components.text.layers is '{components.text.layers}', but the stored text was made with '{layers}' "
+                    f"({shard}); set components.text.layers={layers}, or encode the text again"
+                )
     if opened.text_format == "ragged" and config.model.attends_padding:
         raise ConfigError(
             "the model attends to padded positions of the text, but the stored text has none (ragged); "

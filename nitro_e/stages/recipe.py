@@ -23,7 +23,6 @@ from nitro_e.config import (
     to_dict,
 )
 from nitro_e.data import DataConfig, MissingShards
-from nitro_e.data.buckets import parse_sizes
 from nitro_e.data.prompts import load_prompts
 from nitro_e.encoders.components import (
     ComponentsConfig,
@@ -45,6 +44,7 @@ from nitro_e.sampling.pipeline import TextToImage, latent_size
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sampling.sheets import image_grid
 from nitro_e.sampling.sources import Use
+from nitro_e.sizes import parse_sizes
 from nitro_e.stages import flow_matching, validation
 from nitro_e.stages.assembly import Parts, StageKind
 from nitro_e.stages.distill import DistillConfig
@@ -117,9 +117,10 @@ class RunConfig(Config):
                 given["model"].setdefault("latent_channels", shape[0])
             if text_width is not None:
                 given["model"].setdefault("text_width", text_width)
-            if given.get("data", {}).get("buckets") == "auto" and shape is not None:
-                model = from_dict(Architecture, given["model"], "model")
-                given["data"]["buckets"] = list(usual_buckets(model, shape[1], resolution or 512))
+            for place in (given.get("data", {}), given.get("stage", {})):
+                if place.get("buckets") == "auto" and shape is not None:
+                    model = from_dict(Architecture, given["model"], "model")
+                    place["buckets"] = list(usual_buckets(model, shape[1], resolution or 512))
         return {**data, **given}
 
     def __post_init__(self) -> None:
@@ -145,10 +146,6 @@ class RunConfig(Config):
             raise ConfigError(
                 f"validation: stage.kind '{self.stage.kind}' reads no images; leave validation out"
             )
-        if self.bucket_sizes and self.stage.kind != "flow_matching":
-            raise ConfigError(
-                f"data.buckets: stage.kind '{self.stage.kind}' trains on one size; leave them out"
-            )
         kind.check(self)
         self._check_selection(kind.period(self))
         self._check_shapes()
@@ -170,8 +167,15 @@ class RunConfig(Config):
     @property
     def bucket_sizes(self) -> dict[str, tuple[int, int]]:
         """Return the aspect buckets, as written and in pixels (height, width)."""
-        texts = () if self.data is None else self.data.buckets
-        return dict(zip(texts, parse_sizes(texts)))
+        key, texts = self._buckets
+        return dict(zip(texts, parse_sizes(texts, key)))
+
+    @property
+    def _buckets(self) -> tuple[str, tuple[str, ...]]:
+        """Return the key that names the aspect buckets, and what stands there: of the data, or of a stage without."""
+        if self.data is not None:
+            return "data.buckets", self.data.buckets
+        return "stage.buckets", getattr(self.stage, "buckets", ())
 
     @property
     def folder(self) -> Path:
@@ -229,8 +233,7 @@ class RunConfig(Config):
         sizes["sampling"] = self.published_sampling.size
         if self.evaluation is not None and self.evaluation.sampling is not None:
             sizes["evaluation.sampling"] = self.evaluation.sampling.size
-        if self.data is not None:
-            sizes |= {f"data.buckets: {text}": size for text, size in self.bucket_sizes.items()}
+        sizes |= {f"{self._buckets[0]}: {text}": size for text, size in self.bucket_sizes.items()}
         for key, size in sizes.items():  # a size that cannot be drawn would end the run at its first image
             try:
                 latent_size(self.model, stride, text_length, *size)
@@ -398,7 +401,12 @@ def build(config: RunConfig) -> Engine:
         latent_shape=(codec.channels, side, side),
     )
     stage, prompts = kind.build(config, parts)
-    use = Use(codec=config.components.codec, text=config.components.text, sampling=config.published_sampling)
+    use = Use(
+        codec=config.components.codec,
+        text=config.components.text,
+        sampling=config.published_sampling,
+        sizes=tuple(config.bucket_sizes),
+    )
     hooks = [sample_grid_hook(config, codec, text, config.prompts or tuple(prompts), stage)]
     dist = dist_context(accelerator)
     if config.validation is not None:

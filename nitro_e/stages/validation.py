@@ -23,6 +23,7 @@ from torch import Tensor
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le, Seed
 from nitro_e.data import Data
 from nitro_e.data.catalog import expand_shards
+from nitro_e.data.order import OnceOrder
 from nitro_e.files import atomic_file
 from nitro_e.interfaces import DistContext, Model
 from nitro_e.randomness import SampleRandom
@@ -71,11 +72,16 @@ class Validator:
         """file: where the main process keeps the loss of every image."""
         self.config, self.data, self.parts, self.dist, self.file = config, data, parts, dist, file
         self.num = config.samples or len(data)
+        # (P,) positions of the order, and which of them count: of aspect buckets, the last batches are filled up
+        self.counted = np.ones(self.num, bool)
+        if isinstance(data.order, OnceOrder):
+            self.counted = data.order.counted
 
     def __call__(self, model: Model) -> dict[str, float]:
         values = self.losses(model).double()  # (N, T)
         if self.dist.rank == 0:
-            write(self.file, Losses(self.data.keys(range(self.num)), list(self.config.times), values.numpy()))
+            names = self.data.keys(np.flatnonzero(self.counted))
+            write(self.file, Losses(names, list(self.config.times), values.numpy()))
         means = values.mean(dim=0).tolist()
         logs = {f"validation/loss_t{time}": mean for time, mean in zip(self.config.times, means)}
         return {"validation/loss": values.mean().item(), **logs}
@@ -86,13 +92,13 @@ class Validator:
 
         Batches go to the processes in turn. They are the same for any number of them, so the result is too.
         """
-        rank, world = self.dist.rank, self.dist.world_size
+        rank, world, positions = self.dist.rank, self.dist.world_size, len(self.counted)
         size, device = self.config.batch_size, self.parts.device
-        found = torch.zeros(self.num, len(self.config.times))
+        found = torch.zeros(positions, len(self.config.times))
         training = model.training
         model.eval()
         with contextlib.closing(self.data.records(rank=rank, world=world)) as batches:
-            for first, records in zip(range(rank * size, self.num, world * size), batches):
+            for first, records in zip(range(rank * size, positions, world * size), batches):
                 batch = encode(records, self.parts.codec, self.parts.text, device)
                 # on the CPU: the same noise on every device
                 rng = SampleRandom(self.config.seed, "validation", first=first, count=size)
@@ -104,9 +110,9 @@ class Validator:
                     error = velocity.float() - flow.velocity_target(batch.latents, noise)
                     squared = error.square().flatten(1).mean(dim=1).cpu()
                     # the last batch may hold images beyond the last one that counts
-                    found[first : first + size, column] = squared[: self.num - first]
+                    found[first : first + size, column] = squared[: positions - first]
         model.train(training)
-        return self.dist.sum(found.to(device)).cpu()
+        return self.dist.sum(found.to(device)).cpu()[torch.from_numpy(self.counted)]
 
 
 def write(file: Path, losses: Losses) -> None:
@@ -146,11 +152,11 @@ def open_validator(config: Run, validation: ValidationConfig, parts: Parts, dist
         shards=validation.shards,
         sources={},
         reader="indexed",
-        buckets=(),
         workers=0,
         batch_size=validation.batch_size,
     )
-    data = open_fitting(config, held_out, validation.seed, "validation", parts.latent_shape)
+    once = validation.samples or 0
+    data = open_fitting(config, held_out, validation.seed, "validation", parts.latent_shape, once=once)
     if (validation.samples or 1) > len(data):
         raise ConfigError(
             f"validation.samples: {validation.samples} images were asked for, the shards have {len(data)}; "

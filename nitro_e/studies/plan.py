@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,17 @@ class Variant(Config):
     settings: tuple[Setting, ...] = ()  # empty: those of the study
     seeds: tuple[Seed, ...] = ()  # empty: those of the study
     equal: tuple[Equal, ...] = ()  # empty: those of the study
+    # another variant, which is trained before this one; it begins with the averaged weights of its same seed
+    after: str | None = None
+    needs: tuple[str, ...] = ()  # of `prepare`, what this one reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiversityConfig(Config):
+    """Images of one prompt from several noises, for their spread (`evaluation.diversity`)."""
+
+    num: Annotated[int, Ge(1)] = 48  # prompts, the benchmark's first ones
+    per_prompt: Annotated[int, Ge(2)] = 8  # images of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,10 @@ class Study(Config):
     settings: tuple[Setting, ...] = ()  # samples are drawn and scored so; empty: the validation loss alone
     benchmark: str = "shapes"
     num: Annotated[int, Ge(1)] = 600  # prompts
+    # with a base: measured at every setting, as a ratio to the reference's
+    diversity: DiversityConfig | None = None
+    # commands without `nitro-e`, such as "synthesize ...", that make what variants need; each runs once
+    prepare: dict[str, str] = field(default_factory=dict)
     # with a base: its setting for all differences; empty: the variant's own
     reference: Setting = field(default_factory=dict)
 
@@ -74,7 +90,14 @@ class Study(Config):
                 raise ConfigError(f"{name} is empty; a study needs at least one")
         if not self.settings and self.validation is None:
             raise ConfigError("settings is empty; give some to draw and score with, or `validation`")
+        for name, command in self.prepare.items():
+            check_file_name(name, "prepare")
+            try:
+                shlex.split(command)
+            except ValueError as error:
+                raise ConfigError(f"prepare.{name}: '{command}' cannot be read: {error}") from None
         for name, variant in self.variants.items():
+            self._check_order(name, variant)
             if variant.recipe is None and variant.set:
                 raise ConfigError(f"variants.{name}.set: overrides need a recipe")
             if variant.recipe is None and self.base is None:
@@ -94,6 +117,26 @@ class Study(Config):
             raise ConfigError("reference is a setting of the base; without one, use compare_to")
         elif self.compare_to not in (None, *self.variants):
             raise ConfigError(f"compare_to: '{self.compare_to}' is no variant ({', '.join(self.variants)})")
+
+    def _check_order(self, name: str, variant: Variant) -> None:
+        """ConfigError for what a variant waits for in vain."""
+        for need in variant.needs:
+            if need not in self.prepare:
+                raise ConfigError(
+                    f"variants.{name}.needs: '{need}' is not among `prepare` ({', '.join(self.prepare)})"
+                )
+        before, seen = variant.after, [name]
+        while before is not None:
+            if before in seen or before not in self.variants or self.variants[before].recipe is None:
+                raise ConfigError(
+                    f"variants.{name}.after: '{before}' is no other variant that is trained before it"
+                )
+            if missing := set(self.seeds_of(name)) - set(self.seeds_of(before)):
+                raise ConfigError(
+                    f"variants.{name}.after: '{before}' has no training of seed {min(missing)}; give it the same seeds"
+                )
+            seen.append(before)
+            before = self.variants[before].after
 
     def _merged(self) -> dict[str, Variant]:
         """Give the variants the recipe and overrides of the study."""
@@ -129,6 +172,14 @@ class Study(Config):
     def settings_of(self, name: str) -> tuple[Setting, ...]:
         return self.variants[name].settings or self.settings
 
+    def with_origins(self, names: Sequence[str]) -> list[str]:
+        """List the variants, each behind the one that it begins with."""
+        found: list[str] = []
+        for name in names:
+            before = self.variants[name].after
+            found += [*(self.with_origins([before]) if before is not None else ()), name]
+        return list(dict.fromkeys(found))
+
     def is_trained(self, name: str) -> bool:
         """Tell whether a variant is a training; the base itself is none."""
         return self.variants[name].recipe is not None
@@ -148,11 +199,13 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
     """Make the training of a variant with a seed. steps: in place of the recipe's, for an equal compute."""
     variant = plan.variants[name]
     assert variant.recipe is not None
-    folder = Path("runs") / plan.name / (f"{name}-{seed}" if steps is None else f"{name}.{equal}-{seed}")
+    folder = run_of(plan, name if steps is None else f"{name}.{equal}", seed)
     # the name decides the order of the data: from scratch all variants of a seed see the same samples in the same order
     title = plan.name if plan.base is None else f"{plan.name}-{name}"
     overrides = [f"run={folder}", f"name={title}", f"seed={seed}"]
-    if plan.base is not None:
+    if variant.after is not None:
+        overrides.append(f"init_from={run_of(plan, variant.after, seed)}@ema")
+    elif plan.base is not None:
         overrides.append(f"init_from={plan.base}")
     if plan.validation is not None:
         overrides.append(f"validation={json.dumps(to_dict(plan.validation))}")
@@ -162,6 +215,10 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
     if steps is not None:
         overrides.append(f"engine.steps={steps}")
     return Trial(name, seed, folder, _config(variant.recipe, tuple(overrides)), tuple(overrides))
+
+
+def run_of(plan: Study, name: str, seed: int) -> Path:
+    return Path("runs") / plan.name / f"{name}-{seed}"
 
 
 @functools.cache
@@ -203,12 +260,14 @@ def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
     """Refuse what can be known to be wrong before anything is trained: benchmark, weights, data, keys, settings."""
     if any(plan.settings_of(name) for name in chosen):
         prepare(judged(plan), "cpu")
+    if plan.diversity is not None and (plan.base is None or judged(plan).name != "shapes"):
+        raise ConfigError("diversity: it is measured by the judge of 'shapes', against a base; leave it out")
     base: dict[str, Any] = {} if plan.base is None else read_config(run_folder.model_folder(plan.base))
     use = None if plan.base is None else from_dict(Use, base["use"], "use")
     for name in chosen:
         with said_of(f"variants.{name}"):
             for each in [each for each in planned if each.variant == name]:
-                check_trial(each)
+                check_trial(each, plan.variants[name])
             if plan.is_trained(name):
                 config = trial(plan, name, plan.seeds_of(name)[0]).config
                 check_settings(
@@ -222,12 +281,16 @@ def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
             check_settings([plan.reference] if plan.reference else every, use.sampling, base["model"], use)
 
 
-def check_trial(each: Trial) -> None:
-    """Refuse a training that cannot begin, or whose folder holds one of other keys."""
+def check_trial(each: Trial, variant: Variant = Variant()) -> None:
+    """Refuse a training that cannot begin, or whose folder holds one of other keys.
+
+    Weights and data that the study itself makes first need not be there.
+    """
     config, folder = each.config, each.folder
     if run_folder.read_status(folder).get("state") != "done":
-        check_first_weights(config, each.overrides)
-        if config.data is not None:
+        if variant.after is None:
+            check_first_weights(config, each.overrides)
+        if config.data is not None and not variant.needs:
             config.data.expand()
         if config.validation is not None:
             validation.check_apart(config, config.validation)

@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 
 from nitro_e.config import ConfigError, read_text, to_dict
-from nitro_e.evaluation import intervals, results
+from nitro_e.evaluation import diversity, intervals, results
+from nitro_e.evaluation.benchmarks import Benchmark, benchmark
 from nitro_e.evaluation.evaluate import Evaluation, Options, evaluate
 from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.results import Table, plain, signed
 from nitro_e.files import write_text
-from nitro_e.record.charts import interval_chart
+from nitro_e.record.charts import LabelledChart, Series, interval_chart, labelled_chart
 from nitro_e.record.environment import default_device, git_commit
 from nitro_e.record.pages import write_comparison
 from nitro_e.record.templating import write_page
 from nitro_e.stages import validation
 from nitro_e.studies.plan import Equal, Setting, Study, Trial, at_equal_flops, judged, trial
-from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done, pair_for_time
+from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done, pair_for_time, seconds_before
 
 
 @dataclass
@@ -57,9 +58,13 @@ class ScoreRow:
     variant: str
     setting: str
     equal: Equal = "steps"
+    values: Setting = field(default_factory=dict)  # those of `setting`
     scores: list[dict[str, float]] = field(default_factory=list)  # of every seed: title -> overall
     differences: list[dict[str, Any]] = field(default_factory=list)  # of every seed: title -> Estimate
     cpu_seconds: list[float] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)  # of the first score, where prompts say so
+    unseen: list[float] = field(default_factory=list)
+    diversity: list[float] = field(default_factory=list)  # ratio to the reference's
 
 
 def done(plan: Study, name: str, equal: Equal) -> list[Trial]:
@@ -144,12 +149,19 @@ def score_rows(plan: Study, chosen: Sequence[str], out: Path) -> list[ScoreRow]:
         for equal in plan.equal_of(name) if plan.is_trained(name) else ("steps",):
             trials = done(plan, name, equal) if plan.is_trained(name) else [None]
             for setting in plan.settings_of(name) if trials else ():
-                row = ScoreRow(name, ", ".join(f"{key} {value}" for key, value in setting.items()), equal)
+                row = ScoreRow(
+                    name, ", ".join(f"{key} {value}" for key, value in setting.items()), equal, setting
+                )
                 for each in trials:
                     found, theirs = scored(plan, each, setting, out), opponent(plan, each, setting, out)
-                    row.scores.append(
-                        {title: s.overall.value for title, s in found.results[0].scores.items()}
-                    )
+                    scores = found.results[0].scores
+                    row.scores.append({title: s.overall.value for title, s in scores.items()})
+                    first = next(iter(scores.values()))
+                    if first.seen is not None and first.unseen is not None:
+                        row.seen.append(first.seen.value)
+                        row.unseen.append(first.unseen.value)
+                    if plan.diversity is not None:
+                        row.diversity.append(diversity_of(plan, each, setting, out))
                     row.differences.append(compare(found, theirs) if theirs is not None else {})
                     spent = 0.0 if each is None else cost_of(each.folder, each.config).cpu_seconds
                     row.cpu_seconds.append(spent)
@@ -157,13 +169,34 @@ def score_rows(plan: Study, chosen: Sequence[str], out: Path) -> list[ScoreRow]:
     return rows
 
 
-def scored(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Evaluation:
-    """Score one training, or the base, at one setting; what was drawn before is not drawn again."""
+def diversity_of(plan: Study, each: Trial | None, setting: Setting, out: Path) -> float:
+    """Return the diversity of one training, or of the base, at one setting, over that of the base at the reference's."""
+    assert plan.diversity is not None
+    several = benchmark(plan.benchmark, plan.diversity.num, plan.diversity.per_prompt)
+    found = [
+        scored(plan, each, setting, out, several),
+        scored(plan, None, plan.reference or setting, out, several),
+    ]
+    ours, theirs = (
+        diversity.spreads(one.prompts, one.results[0].rows, one.results[0].folder) for one in found
+    )
+    return diversity.ratio(ours, theirs)
+
+
+def scored(
+    plan: Study, each: Trial | None, setting: Setting, out: Path, on: Benchmark | None = None
+) -> Evaluation:
+    """Score one training, or the base, at one setting; what was drawn before is not drawn again.
+
+    on: another benchmark than the study's.
+    """
     source = str(plan.base) if each is None else str(each.folder)
     place = out / ("base" if each is None else each.folder.name)
     place.mkdir(parents=True, exist_ok=True)
     options = Options(device=default_device())
-    return evaluate(judged(plan), [source], {key: [value] for key, value in setting.items()}, options, place)
+    return evaluate(
+        on or judged(plan), [source], {key: [value] for key, value in setting.items()}, options, place
+    )
 
 
 def opponent(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Evaluation | None:
@@ -185,14 +218,15 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
 
 
 def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = None) -> str:
-    """Score what is trained and write OUT/table.md, results.json, differences.svg and curves.html; returns the tables.
+    """Score what is trained and write OUT/table.md, results.json, charts and curves.html; returns the tables.
 
     page: where the tables are put as well, see `insert`.
     """
     out.mkdir(parents=True, exist_ok=True)
     losses = loss_rows(plan, chosen) if plan.validation is not None else []
     scores = score_rows(plan, chosen, out)
-    text = "\n\n".join(filter(None, [loss_table(plan, losses), score_table(plan, scores)]))
+    tables = [loss_table(plan, losses), score_table(plan, scores), cost_table(plan, scores)]
+    text = "\n\n".join(filter(None, tables))
     write_text(out / "table.md", text + "\n")
     if page is not None:
         insert(page, plan.name, text)
@@ -210,10 +244,49 @@ def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = Non
         written.append(
             write_page(out / "differences.svg", "intervals.svg", chart=interval_chart(title, shown))
         )
+    written += [
+        write_page(out / f"{name}.svg", "labelled.svg", chart=chart)
+        for name, chart in score_charts(plan, scores).items()
+    ]
     runs = {each.folder: each for row in losses for each in done(plan, row.variant, row.equal)}
     if runs:
         written.append(write_comparison(list(runs), out / "curves.html"))
     return f"{text}\n\n{', '.join(map(str, written))}; images under {out}"
+
+
+def score_charts(plan: Study, rows: Sequence[ScoreRow]) -> dict[str, LabelledChart]:
+    """Draw the first score of a study with a base by the sampler's steps, and by compute at the first setting.
+
+    Settings that differ in more than their steps are lines of their own.
+    """
+    by_steps: dict[str, list[tuple[float, float]]] = {}
+    by_compute = []
+    for row in rows if plan.base is not None and plan.settings else ():
+        score = float(np.mean([next(iter(each.values())) for each in row.scores]))
+        if "steps" in row.values:
+            by_steps.setdefault(row.variant + kind_of(plan, row.values), []).append(
+                (float(row.values["steps"]), score)
+            )
+        if plan.is_trained(row.variant) and row.values.get("steps") == plan.settings[0].get("steps"):
+            trials = done(plan, row.variant, row.equal)
+            spent = [seconds + seconds_before(plan, each) for seconds, each in zip(row.cpu_seconds, trials)]
+            by_compute.append(Series(row.variant, [(float(np.mean(spent)), score)]))
+    lines = [Series(name, sorted(points)) for name, points in by_steps.items()]
+    charts = {}
+    if lines:
+        charts["steps"] = labelled_chart("Score by steps of the sampler", lines, "steps")
+    if by_compute:
+        first = ", ".join(f"{key} {value}" for key, value in plan.settings[0].items())
+        charts["compute"] = labelled_chart(
+            f"Score at {first} by CPU seconds of training and of what it needs", by_compute, "CPU seconds"
+        )
+    return charts
+
+
+def kind_of(plan: Study, setting: Setting) -> str:
+    """Name what a setting has besides steps, where it differs from the study's first: ", guidance_scale 3"."""
+    usual = {"force": True, **plan.settings[0], "steps": setting["steps"]}
+    return "".join(f", {key} {value}" for key, value in setting.items() if usual.get(key) != value)
 
 
 def row_name(row: LossRow) -> str:
@@ -273,6 +346,8 @@ def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
     against = "base" if plan.base is not None else plan.reference_variant
     head = ["variant", *(["equal"] if plan.base is None else []), "setting", f"{title} (mean of seeds)"]
     head += ["of each seed", f"minus {against}: mean", "of each seed", "CPU s"]
+    split = all(row.seen for row in rows)
+    head += [*(["seen", "unseen"] if split else []), *(["diversity"] if plan.diversity else [])]
     lines = []
     for row in rows:
         scores = [each[title] for each in row.scores]
@@ -287,12 +362,46 @@ def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
                 f"{np.mean([each.value for each in differences]):+.3f}" if differences else "–",
                 " ".join(map(signed, differences)) or "–",
                 f"{np.mean(row.cpu_seconds):.0f}",
+                *([f"{np.mean(row.seen):.3f}", f"{np.mean(row.unseen):.3f}"] if split else []),
+                *([known(float(np.mean(row.diversity)))] if plan.diversity else []),
             ]
         )
     where = f" at {plan.reference}" if plan.reference else ""
     base = f"base {plan.base}{where}" if plan.base is not None else f"reference {against}"
     note = f"{plan.num} prompts of {plan.benchmark}, {base}; 95 % intervals, paired"
     return f"{markdown(Table('', head, lines))}\n\n{note}"
+
+
+def known(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def cost_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
+    """Write what the trainings of a study with a base have cost as Markdown: means over seeds, the largest memory."""
+    names = [name for name in dict.fromkeys(row.variant for row in rows) if plan.is_trained(name)]
+    if plan.base is None or not names:
+        return ""
+    head = ["variant", "steps", "CPU s", "with what it needs", "peak memory, GB", "trained beside", "needs"]
+    lines = []
+    for name in names:
+        trials = done(plan, name, "steps")
+        costs = [cost_of(each.folder, each.config) for each in trials]
+        total = [cost.cpu_seconds + seconds_before(plan, each) for cost, each in zip(costs, trials)]
+        memory = [cost.memory_gb for cost in costs if cost.memory_gb is not None]
+        beside = costs[0].trained_beside
+        variant = plan.variants[name]
+        lines.append(
+            [
+                name,
+                f"{costs[0].steps:,}",
+                f"{np.mean([cost.cpu_seconds for cost in costs]):.0f}",
+                f"{np.mean(total):.0f}",
+                f"{max(memory):.1f}" if memory else "–",
+                "–" if beside is None else f"{beside:,}",
+                ", ".join([*variant.needs, *([variant.after] if variant.after else [])]) or "–",
+            ]
+        )
+    return markdown(Table("", head, lines))
 
 
 def check_page(page: Path, name: str) -> None:

@@ -7,8 +7,10 @@ attempts, lie in `RUN/cpu_seconds.json`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -17,9 +19,11 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nitro_e.config import ConfigError, TrainingError
+from nitro_e.files import write_text
 from nitro_e.record import metrics, run_folder
 from nitro_e.stages.recipe import RunConfig
 from nitro_e.studies.plan import Study, Trial, trial
@@ -39,6 +43,8 @@ class Cost:
     )  # of the model and what is trained with it, forward and backward; frozen encoders are not counted
     cpu_seconds: float  # of the whole process: start, data, validation and samples too
     samples_per_second: float  # median of the reports, without start, validation and saving
+    memory_gb: float | None = None  # largest of the reports, of the whole process or of the GPU
+    trained_beside: int | None = None  # parameters of other networks that it trains: fake scores, heads
 
 
 def is_done(folder: Path) -> bool:
@@ -109,14 +115,13 @@ class Trainer:
                     return ""
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
                 self._running.add(process)
-            _, code, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(code)  # it is waited for already
+            seconds = wait_for(process)
             with self._lock:
                 self._running.discard(process)
         if folder.is_dir():
             spent = folder / CPU_SECONDS
             before = json.loads(spent.read_text()) if spent.exists() else 0.0
-            spent.write_text(json.dumps(round(before + usage.ru_utime + usage.ru_stime, 1)))
+            spent.write_text(json.dumps(round(before + seconds, 1)))
         if is_done(folder) or self._ended:
             return ""
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -124,12 +129,92 @@ class Trainer:
 
 
 def train(trainer: Trainer, plan: Study, trials: Sequence[Trial]) -> list[str]:
-    """Train the trials of a study; returns a line for each that failed."""
-    return trainer.run(trials, [plan.variants[each.variant].recipe or "" for each in trials])
+    """Train the trials of a study, those that begin with others' weights behind them; returns a line for each that failed."""
+    failures: list[str] = []
+    for _, wave in itertools.groupby(sorted(trials, key=partial(depth, plan)), partial(depth, plan)):
+        open_, recipes = [], []
+        for each in wave:
+            variant = plan.variants[each.variant]
+            origin = variant.after and trial(plan, variant.after, each.seed)
+            if origin and not is_done(origin.folder):
+                failures.append(
+                    f"{each.variant}, seed {each.seed} begins with {origin.folder}, which is not trained"
+                )
+                continue
+            if not is_done(each.folder) and (failure := make_ready(plan, variant.needs)):
+                failures.append(f"{each.variant}, seed {each.seed}: {failure}")
+                continue
+            open_.append(each)
+            recipes.append(variant.recipe or "")
+        failures += trainer.run(open_, recipes)
+    return failures
+
+
+def depth(plan: Study, each: Trial) -> int:
+    """Count the trainings that must come before this one."""
+    return len(plan.with_origins([each.variant])) - 1
+
+
+def make_ready(plan: Study, needs: Sequence[str]) -> str:
+    """Run the commands that make what a training needs, each once; returns why one failed, or nothing."""
+    for name in needs:
+        record, text = prepared(plan, name), plan.prepare[name]
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        if known.get("command") != text:
+            known = {"command": text, "cpu_seconds": 0.0, "done": False}
+        if known["done"]:
+            continue
+        print(f"prepare {name}: nitro-e {text}", flush=True)
+        process = subprocess.Popen([sys.executable, "-m", "nitro_e.cli", *shlex.split(text)])
+        try:
+            usage = wait_for(process)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            usage = wait_for(process)
+            raise
+        finally:
+            known["cpu_seconds"] = round(known["cpu_seconds"] + usage, 1)
+            known["done"] = process.returncode == 0
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_text(record, json.dumps(known) + "\n")
+        if process.returncode:
+            return f"prepare.{name}: nitro-e {text} ended with {process.returncode}"
+    return ""
+
+
+def wait_for(process: subprocess.Popen[bytes]) -> float:
+    """Wait for a process that nothing else waits for; returns its CPU seconds."""
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(code)
+    return usage.ru_utime + usage.ru_stime
+
+
+def prepared(plan: Study, name: str) -> Path:
+    """Return the record of a command of `prepare`: the command, its CPU seconds of all attempts, and whether it is done."""
+    return Path("runs") / plan.name / f"prepare-{name}.json"
+
+
+def seconds_of(plan: Study, names: Sequence[str]) -> float:
+    """Add up the CPU seconds of commands of `prepare`; one that this study did not run counts nothing."""
+    records = [prepared(plan, name) for name in names]
+    return sum(json.loads(record.read_text())["cpu_seconds"] for record in records if record.is_file())
+
+
+def seconds_before(plan: Study, each: Trial) -> float:
+    """Add up the CPU seconds of everything that a training needs: stored images, the training that it begins with."""
+    variant = plan.variants[each.variant]
+    if variant.after is None:
+        return seconds_of(plan, variant.needs)
+    origin = trial(plan, variant.after, each.seed)
+    own = [name for name in variant.needs if name not in plan.variants[variant.after].needs]
+    spent = cost_of(origin.folder, origin.config).cpu_seconds
+    return seconds_of(plan, own) + spent + seconds_before(plan, origin)
 
 
 def cost_of(folder: Path, config: RunConfig) -> Cost:
     """Read what a finished training has cost."""
+    notes = [event for event in metrics.read_events(folder) if "trained_beside" in event]
+    memory = [row["memory_gb"] for row in metrics.read(folder) if "memory_gb" in row]
     steps, batch, flops = config.engine.steps, config.batch.global_, config.flops_per_step
     return Cost(
         steps=steps,
@@ -138,6 +223,8 @@ def cost_of(folder: Path, config: RunConfig) -> Cost:
         flops=None if flops is None else steps * flops,
         cpu_seconds=json.loads((folder / CPU_SECONDS).read_text()),
         samples_per_second=speed_of(folder),
+        memory_gb=max(memory, default=None),
+        trained_beside=notes[-1]["trained_beside"] if notes else None,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import resource
 import sys
 import time
@@ -107,7 +106,8 @@ class MetricAverages:
 class Progress:
     """Shows the training: a bar on a terminal, one plain line per report in a log file.
 
-    headline: the metrics that stand first, with the last value that is known of each.
+    headline: the metrics that stand first, with the last value that is known of each; while none is known, as long as only
+    the phases beside the model's learn, their losses stand there.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Progress:
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a report; those that are not recorded are left out."""
         self.known |= {name: values[name] for name in self.headline if name in values}
+        known = {name: self.known[name] for name in self.headline if name in self.known}
+        others = {name: value for name, value in values.items() if name.endswith("/loss")}
         first = {
-            name.removeprefix(
-                "reward/"
-            ): f"{self.known.get(name, math.nan):{'.4f' if name == 'loss' else '.4g'}}"
-            for name in self.headline
+            name.removeprefix("reward/"): f"{value:{'.4f' if name.endswith('loss') else '.4g'}}"
+            for name, value in (known or others).items()
         }
         if self.plain:
             parts = [f"{name} {value}" for name, value in first.items()] + [summary(values)]

@@ -187,7 +187,7 @@ def whole_steps(options: argparse.Namespace) -> dict[str, Any]:
             shared = {key: getattr(options, key) for key in ("steps", "compile", "small_encoders")}
             found = run(argparse.Namespace(**given, **shared))
             parts = {part: 1000 * seconds for part, seconds in found.parts.items()}
-            rate = {"samples_per_s": found.batch / found.step, "tflops": found.teraflops, "mfu": found.mfu}
+            rate = {"samples_per_s": found.samples / found.step, "tflops": found.teraflops, "mfu": found.mfu}
             row = {"inputs": name, "batch": found.batch, "step_ms": 1000 * found.step, **rate, "ms": parts}
             stored = (
                 row if not computed else next(r for r in reversed(rows) if r["inputs"] == next(iter(INPUTS)))

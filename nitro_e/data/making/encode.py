@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nitro_e.config import Config, ConfigError, Ge, Le, environment_number
-from nitro_e.data.buckets import NO_SIZE, Size, assign, parse_sizes
+from nitro_e.data.buckets import NO_SIZE, assign
 from nitro_e.data.catalog import COLUMN, Catalog, group_columns, open_catalog
 from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
@@ -44,6 +44,7 @@ from nitro_e.data.problems import Problem
 from nitro_e.data.spec import ReadSpec, image_extensions
 from nitro_e.files import add_tensors, atomic_file
 from nitro_e.interfaces import LatentCodec, TextEncoder, VisionEncoder
+from nitro_e.sizes import Size, parse_sizes
 
 LARGEST = 1e4  # a latent beyond this is a failure of the codec, not an image
 AHEAD = 4  # encoded batches that may wait for the writer

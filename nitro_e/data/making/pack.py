@@ -30,7 +30,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from nitro_e.config import Config, ConfigError, Ge, Le, Seed, read_text
 from nitro_e.data.catalog import IMAGES, expand_shards
@@ -53,6 +53,7 @@ from nitro_e.data.manifests import digest
 from nitro_e.data.order import permutation
 from nitro_e.data.problems import Problem
 
+QUARTER_TURNS = (5, 6, 7, 8)  # values of EXIF orientation that exchange width and height
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 # endings of images in folders and archives; whether Pillow can read one depends on the machine
 SUFFIXES = tuple(f".{name}" for name in (*IMAGES, "bmp", "gif", "tif", "tiff", "avif", "heic", "heif", "jxl"))
@@ -209,7 +210,7 @@ def prepare_image(
 ) -> tuple[str, bytes, tuple[int, int]]:
     """Decode an image once to be sure, and encode it anew only if it has to be.
 
-    Returns its extension, bytes, and (width, height).
+    Returns its extension, bytes, and (width, height) as it is seen, which EXIF may turn by a quarter.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -218,6 +219,8 @@ def prepare_image(
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             kind, size = image.format, image.size
+            exif = image.getexif()
+            turned = exif.get(ExifTags.Base.Orientation, 1) in QUARTER_TURNS
             shorter = min(size)
             if shorter < min_side:
                 raise BadSample(f"{size[0]}x{size[1]} is smaller than --min-side {min_side}")
@@ -225,17 +228,17 @@ def prepare_image(
                 raise BadSample(f"{size[0]}x{size[1]} is longer than --max-aspect {max_aspect:g} allows")
             shrink = resize is not None and shorter > resize
             if kind in FORMATS and not shrink:
-                return FORMATS[kind], content, size
+                return FORMATS[kind], content, size[::-1] if turned else size
             if shrink:
                 size = tuple(max(1, round(side * resize / shorter)) for side in size)
                 image = to_rgb(image).resize(size, Image.Resampling.BICUBIC)
             buffer = io.BytesIO()
             if kind == "JPEG" or shrink:
-                exif = Image.open(io.BytesIO(content)).getexif()
                 image.save(buffer, "JPEG", quality=95, exif=exif)
-                return "jpg", buffer.getvalue(), size
-            to_rgb(image).save(buffer, "PNG")
-            return "png", buffer.getvalue(), size
+                return "jpg", buffer.getvalue(), size[::-1] if turned else size
+            upright = ImageOps.exif_transpose(image)
+            to_rgb(upright).save(buffer, "PNG")
+            return "png", buffer.getvalue(), upright.size
     except BadSample:
         raise
     except Exception as error:  # see decode.decode_image

@@ -53,6 +53,7 @@ class Job:
 class Generated:
     """A batch of images as it is stored; None stands for a member that is not."""
 
+    size: tuple[int, int]  # in pixels: height, width
     latents: Tensor | None = None  # (B, C, h, w) raw
     noise: Tensor | None = None  # (B, C, h, w)
     text: TextEmbedding | None = None
@@ -112,7 +113,8 @@ class OwnGenerator:
             latents = sample(pipeline.model, text, negative, settings, start, fresh_noise(seeds, start))
         images = [to_image(x) for x in pipeline.codec.decode(latents)] if self.extras.images else None
         text = text if self.extras.text_embeddings else None
-        return Generated(denormalize(pipeline.codec, latents).cpu(), noise, text, images, trajectory)
+        raw = denormalize(pipeline.codec, latents).cpu()
+        return Generated(settings.size, raw, noise, text, images, trajectory)
 
     def follow(self, x: Tensor, text: TextEmbedding, negative: TextEmbedding) -> tuple[Tensor, Tensor]:
         """Sample with the same steps, taken in pieces; returns the result and the states at the stops."""
@@ -169,11 +171,12 @@ class DiffusersGenerator:
     def make(self, jobs: Sequence[Job]) -> Generated:
         seeds = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
         images = self.pipeline([job.prompt for job in jobs], generator=seeds, **self.settings).images
+        size = images[0].size[::-1]
         if self.codec is None:
-            return Generated(images=images)
+            return Generated(size, images=images)
         pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return Generated(self.codec.encode_pixels(pixels).float().cpu(), images=images)
+        return Generated(size, self.codec.encode_pixels(pixels).float().cpu(), images=images)
 
 
 @dataclass(frozen=True)
@@ -353,7 +356,9 @@ def _members(made: Generated, row: int, job: Job, identity: dict, keep_images: b
         made.images[row].convert("RGB").save(buffer, "JPEG", quality=95)
         members["jpg"] = buffer.getvalue()
     members["txt"] = job.prompt
-    members["json"] = {**job.info, "prompt": job.prompt, "k": job.k, "seed": job.seed, "generator": identity}
+    height, width = made.size
+    about = {"prompt": job.prompt, "k": job.k, "seed": job.seed, "width": width, "height": height}
+    members["json"] = {**job.info, **about, "generator": identity}
     return members
 
 

@@ -21,12 +21,14 @@ from nitro_e.stages.assembly import (
     StageKind,
     data_summary,
     first_records,
+    latent_shapes,
     open_run_data,
     split_of_data,
 )
 from nitro_e.stages.distill.reward import Judge
 from nitro_e.stages.distill.sources import Pairs, Prompts, Source
 from nitro_e.stages.distill.stage import DistillConfig, DistillRun
+from nitro_e.training.batch import Split
 
 
 def check(config: Run[DistillConfig]) -> None:
@@ -112,31 +114,41 @@ def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str
     return stage, config.prompts or shown
 
 
+def split(config: Run[DistillConfig], world: int) -> Split:
+    """Split the global batch over `world` processes; ConfigError if their samples at a time cannot be whole chains."""
+    shares, inputs = split_of_data(config, world), config.stage.inputs
+    for count in inputs.chain_counts:
+        needed = count * inputs.group
+        if shares.micro_batch % needed:
+            times = f", {inputs.group} of each prompt" if inputs.group > 1 else ""
+            raise ConfigError(
+                f"batch: {shares.micro_batch} samples of a process at a time cannot be chains of {count} steps{times}; "
+                f"set batch.per_device to a multiple of {needed}"
+            )
+    return shares
+
+
 def open_source(config: Run[DistillConfig], parts: Parts) -> tuple[Source, Sequence[str]]:
     """Open the batches, and choose prompts to show."""
     stage, size = config.stage, parts.split.micro_batch
-    for count in stage.inputs.chain_counts:
-        needed = count * stage.inputs.group
-        if size % needed:
-            times = f", {stage.inputs.group} of each prompt" if stage.inputs.group > 1 else ""
-            raise ConfigError(
-                f"batch: {size} samples of a process at a time cannot be chains of {count} steps{times}; set "
-                f"batch.per_device to a multiple of {needed}"
-            )
     if stage.prompts is None:
         data = open_pairs(config, parts)
         pairs = Pairs(data, parts.codec, parts.text, stage.inputs.needs_noise, parts.device)
         return pairs, first_records(data).prompts[:8]
     pool = load_prompts(stage.prompts)
-    prompts = Prompts(pool, parts.text, parts.latent_shape, size, config.seed, parts.device)
+    shapes = latent_shapes(parts, stage.buckets)
+    prompts = Prompts(pool, parts.text, shapes, size, config.seed, parts.device)
     return prompts, prompts.prompts[:8]
 
 
 def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: float) -> list[str]:
+    split(config, world)  # refuses what training would refuse
     lines = data_summary(config, data, world, flops)
     if config.stage.prompts is not None:
         distinct = {prompt.text for prompt in load_prompts(config.stage.prompts)}
         lines.append(f"prompts              {len(distinct):,} distinct ones, no images")
+    if config.stage.buckets:
+        lines.append(f"sizes                {', '.join(config.stage.buckets)}; a step has one")
     offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
     return [*lines, f"student              {offered} steps of {config.stage.sampler}"]
 
@@ -147,6 +159,4 @@ def further_copies(config: Run[DistillConfig]) -> int:
     return 0 if score is None else 3 if score.fake.adapter is None else 1
 
 
-KIND = StageKind(
-    check, split_of_data, build, summary, open_pairs, sampling, further_copies, reads_data=reads_data
-)
+KIND = StageKind(check, split, build, summary, open_pairs, sampling, further_copies, reads_data=reads_data)

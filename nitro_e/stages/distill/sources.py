@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from nitro_e.data import Data, Records
+from nitro_e.data.buckets import size_of_step
 from nitro_e.data.prompts import Prompt
 from nitro_e.interfaces import LatentCodec, TextEmbedding, TextEncoder
 from nitro_e.randomness import seed_of
@@ -79,18 +80,21 @@ class Prompts:
         self,
         prompts: Sequence[Prompt],
         text: TextEncoder,
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Sequence[tuple[int, int, int]],
         batch_size: int,
         seed: int,
         device: torch.device,
     ) -> None:
+        """latent_shapes: (C, h, w) of each size of image, of which a step has one."""
         info = {prompt.text: prompt.info for prompt in reversed(prompts)}  # of the first of its text
         self.prompts = list(dict.fromkeys(prompt.text for prompt in prompts))
         self.info = [info[prompt] for prompt in self.prompts]
         self.text, self.device = text, device
-        self.latent_shape, self.batch_size, self.seed = latent_shape, batch_size, seed
+        self.latent_shapes, self.batch_size, self.seed = latent_shapes, batch_size, seed
         digest = hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=8).hexdigest()
-        self.fingerprint = {"prompts": f"{len(self.prompts)} {digest}"}
+        self.fingerprint: dict[str, Any] = {"prompts": f"{len(self.prompts)} {digest}"}
+        if len(latent_shapes) > 1:
+            self.fingerprint["latents"] = [list(shape) for shape in latent_shapes]
         self.null_text = text.encode([""]).to(device, torch.float32)
         self.kept: TextEmbedding | None = None
         if self.null_text.tokens.nbytes * len(self.prompts) <= CACHE_BYTES:
@@ -116,6 +120,5 @@ class Prompts:
         text = text.to(self.device, torch.float32)
         keys = [f"prompt '{prompt}'" for prompt in prompts]
         info = [self.info[row] for row in rows]
-        return DistillBatch(
-            step, None, None, text, prompts, keys, alone, latent_shape=self.latent_shape, info=info
-        )
+        shape = size_of_step(self.latent_shapes, step, self.seed, "prompts")
+        return DistillBatch(step, None, None, text, prompts, keys, alone, latent_shape=shape, info=info)

@@ -75,6 +75,8 @@ class DistillConfig(Config):
     reward: PolicyGradientConfig | None = None  # the policy gradient of rewards (stage 3's); null: off
     # prompts alone instead of pairs, for objectives that need no images; leave `data` out then
     prompts: PromptsConfig | None = None
+    # with prompts: sizes of the images, HEIGHTxWIDTH in pixels, of which a step has one; empty: the square of the recipe
+    buckets: tuple[str, ...] = ()
     guards: GuardConfig | None = field(default_factory=GuardConfig)
     heldout: Annotated[float, Ge(0), Lt(1)] = (
         0.02  # share of the prompts that are monitored and never trained on
@@ -117,6 +119,8 @@ class DistillConfig(Config):
                 "adversarial.weight 'auto' is measured against another objective, and there is none; set a number"
             )
 
+        if self.buckets and not self.prompts:
+            raise ConfigError("buckets: stored pairs have their sizes; name them in data.buckets")
         if self.prompts and self.needs_pairs:
             raise ConfigError(
                 f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
@@ -366,6 +370,12 @@ class Distill:
 
     def export(self, model: Any) -> nn.Module:
         return dense(model) if has_adapter(model) else model
+
+    def notes(self) -> dict[str, Any]:
+        """Count what is trained beside the student, for the run's record."""
+        beside = [phase.module for phase in self.phases if phase is not self.generator]
+        weights = [weight for module in beside for weight in module.parameters() if weight.requires_grad]
+        return {"trained_beside": sum(weight.numel() for weight in weights)}
 
     def write_extras(self, model: Model, folder: Path) -> None:
         """Write the adapter beside the merged weights, as a PEFT folder under the released names."""

@@ -38,7 +38,6 @@ class Shared:
     cfg_grad: Literal["both", "cond"]
     updates: int  # optimiser steps per rollout
     max_advantage: float
-    latent_numbers: int  # D
     decode: Callable[[Tensor], Tensor]  # latents -> pixels, with gradients
     scorer: Scorer  # of the rollouts
     autocast: Callable[[], AbstractContextManager]

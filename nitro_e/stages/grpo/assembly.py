@@ -15,7 +15,7 @@ from nitro_e.interfaces import Stage
 from nitro_e.record import run_folder
 from nitro_e.rewards import build_rewards
 from nitro_e.stages.adapter import size_of
-from nitro_e.stages.assembly import Parts, Run, StageKind
+from nitro_e.stages.assembly import Parts, Run, StageKind, latent_shapes
 from nitro_e.stages.grpo.groups import Layout
 from nitro_e.stages.grpo.stage import GRPO, GRPOConfig
 from nitro_e.training.batch import Split
@@ -71,7 +71,7 @@ def build(config: Run[GRPOConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
         scorer,
         parts.codec,
         parts.text,
-        latent_shape=parts.latent_shape,
+        latent_shapes=latent_shapes(parts, stage.buckets),
         seed=config.seed,
         layout=layout(config, parts.world),
         device=parts.device,
@@ -93,8 +93,10 @@ def summary(config: Run[GRPOConfig], data: Data | None, world: int, flops: float
         if stage.adapter is None
         else ["base                 the weights under the adapter are kept once, in RUN/base"]
     )
+    sizes = [f"sizes                {', '.join(stage.buckets)}; a rollout has one"] if stage.buckets else []
     return [
         *kept,
+        *sizes,
         f"rollouts             {rollouts:,} of {stage.groups} prompts x {stage.group_size} images, {stage.updates} updates each",
         f"images               {rollouts * images:,}; each of {len(pool):,} prompts {rollouts * stage.groups / len(pool):.1f} times",
         f"global batch         {rows * passes * world} rows (images x {shares.steps} trained steps) = "

@@ -67,7 +67,6 @@ class Clipped:
         self.config, self.shared = config, shared
         schedule, self.sde = shared.schedule, shared.schedule.sde.to(shared.device)
         self.weights = step_weights(config.step_weight, schedule.sde, schedule.trained()).to(shared.device)
-        self.clip = config.clip(shared.latent_numbers)
         self.rollout_model = shared.policy.model
         # of every update but the first, in before_updates
         self.frozen_passes = (shared.updates - 1) / shared.updates
@@ -93,15 +92,22 @@ class Clipped:
         mean = table.mean(rows.x, policy.velocity)  # (R, C, h, w)
         old = mean.detach() if rows.old is None else table.mean(rows.x, rows.old)
         change = log_ratio(rows.x_next, mean, old, table.std, self.config.ratio_norm)  # (R,)
-        objective = clipped_objective(change.exp(), rows.advantage, *self.clip)
+        clip = self.config.clip(rows.latents[0].numel())
+        objective = clipped_objective(change.exp(), rows.advantage, *clip)
         penalty, logs = shared.kl_penalty(policy, reference, rows)
         logs |= {"objective": objective.mean(), **rows.stats}
         with torch.no_grad():
-            logs |= self.telemetry(rows, table, mean, old, change)
+            logs |= self.telemetry(rows, table, mean, old, change, clip)
         return (objective * self.weights[rows.step]).mean() + penalty, logs
 
     def telemetry(
-        self, rows: Rows, table: Transitions, mean: Tensor, old: Tensor, log_ratio: Tensor
+        self,
+        rows: Rows,
+        table: Transitions,
+        mean: Tensor,
+        old: Tensor,
+        log_ratio: Tensor,
+        clip: tuple[float, float],
     ) -> dict[str, Tensor]:
         """Measure how far the policy is from the one that drew, overall and per step of the sampler."""
         ratio, std = log_ratio.exp(), table.std.flatten()
@@ -116,7 +122,7 @@ class Clipped:
         logs = {name: values.mean() for name, values in numbers.items()}
         for name, values in numbers.items():
             logs |= self.shared.schedule.by_step(name, values, rows.step)
-        logs |= clip_shares(ratio, rows.advantage, *self.clip)
+        logs |= clip_shares(ratio, rows.advantage, *clip)
         logs["rollout_gap"] = (drawn - rows.log_prob).abs().mean()  # other batch shapes than in training
         return logs
 

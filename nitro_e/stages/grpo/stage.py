@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
+from nitro_e.data.buckets import size_of_step
 from nitro_e.data.prompts import Prompt, PromptsConfig
 from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEncoder
 from nitro_e.randomness import SampleRandom
@@ -77,6 +77,8 @@ class GRPOConfig(Config):
     # gradients of guided velocities flow through both passes or through the text's alone
     cfg_grad: Literal["both", "cond"] = "both"
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)  # how rewards become advantages
+    # sizes of the images, HEIGHTxWIDTH in pixels, of which a rollout has one; empty: the square of the recipe
+    buckets: tuple[str, ...] = ()
     algorithm: Algorithms = field(default_factory=ClippedConfig)  # the objective; `kind` chooses
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)  # null: all weights are trained
     optim: OptimConfig = field(
@@ -121,7 +123,7 @@ class GRPO:
         codec: LatentCodec,
         text: TextEncoder,
         *,
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Sequence[tuple[int, int, int]],
         seed: int,
         layout: Layout,
         device: torch.device,
@@ -130,10 +132,11 @@ class GRPO:
     ) -> None:
         """model: on the device, with the weights to start from; an adapter is put into it here.
 
-        pool: the prompts; autocast: of the engine's precision; forward_flops: of one pass of one image.
+        pool: the prompts; latent_shapes: (C, h, w) of each size of image; autocast: of the engine's precision;
+        forward_flops: of one pass of one image.
         """
         self.config, self.pool, self.scorer, self.codec, self.text = config, list(pool), scorer, codec, text
-        self.latent_shape, self.seed, self.layout = latent_shape, seed, layout
+        self.latent_shapes, self.seed, self.layout = latent_shapes, seed, layout
         self.device, self.autocast = device, autocast
         if config.adapter is not None:
             add_adapter(model, config.adapter, seed)
@@ -155,7 +158,6 @@ class GRPO:
             cfg_grad=config.cfg_grad,
             updates=config.updates,
             max_advantage=config.advantage.clip,
-            latent_numbers=math.prod(latent_shape),
             decode=codec.decode,
             scorer=scorer,
             autocast=autocast,
@@ -196,7 +198,9 @@ class GRPO:
         for key, off in (("solver", "euler"), ("branch", False), ("decode_dtype", "float32")):
             if rollout[key] == off:
                 del rollout[key]
+        buckets = {"buckets": list(c.buckets)} if c.buckets else {}
         return {
+            **buckets,
             "prompts": f"{len(self.pool)} {digest.hexdigest()}",
             "groups": c.groups,
             "group_size": c.group_size,
@@ -318,6 +322,10 @@ class GRPO:
         )
         return experience, {name: value.double().cpu() for name, value in stats.items()}
 
+    def latent_shape(self, rollout: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of all images of a rollout."""
+        return size_of_step(self.latent_shapes, rollout, self.seed, "rollout")
+
     @torch.no_grad()
     def draw(self, rollout: int, images: range, text: TextEmbedding, window: Window) -> Trajectory:
         """Draw images of consecutive indices. Each has its own noise, whatever process or chunk it is drawn in."""
@@ -325,12 +333,13 @@ class GRPO:
         rng = SampleRandom(*purpose, first=images.start, count=len(images), device=self.device)
         config, size = self.config.rollout, self.config.group_size
         model, negative = self.algorithm.rollout_model, self.null_text
-        x = rng.normal(*self.latent_shape)
+        shape = self.latent_shape(rollout)
+        x = rng.normal(*shape)
         if config.shared_noise or config.branch:
             groups = range(images.start // size, -(-images.stop // size))
             shared = SampleRandom(
                 *purpose, "group", first=groups.start, count=len(groups), device=self.device
-            ).normal(*self.latent_shape)
+            ).normal(*shape)
             if config.branch:
                 of_groups = text.take([max(group * size - images.start, 0) for group in groups])
                 with self.autocast():
@@ -369,7 +378,7 @@ class GRPO:
         rng = SampleRandom(
             self.seed, "matching", rollout, first=images.start, count=len(images), device=self.device
         )
-        return rng.normal(self.layout.steps, *self.latent_shape)
+        return rng.normal(self.layout.steps, *self.latent_shape(rollout))
 
     def gate(self, scores: Tensor) -> Tensor:
         """Tell from the scores (G K, R) of a rollout on which of its images (G, K) the KL penalty acts: 1, else 0."""

@@ -1,0 +1,155 @@
+"""The judge of pictures by retrieval, against slow counting, with a real network of the class it loads."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from nitro_e.config import ConfigError
+from nitro_e.evaluation.benchmarks import benchmark
+from nitro_e.rewards.retrieval import SCORES, Retrieval
+
+STYLES = ["flat", "noto"]
+CONCEPTS = [f"thing {number}" for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Sixty pictures, two per concept: (60, 3, 32, 32) in -1..1 and their records."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(60, 3, 4, 4, generator=generator) * 2 - 1
+    pixels = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+    return pixels, [dict(concept=concept, style=style) for style in STYLES for concept in CONCEPTS]
+
+
+@pytest.fixture(scope="module")
+def judge_folder(pictures, tmp_path_factory):
+    import timm
+    from timm.models import save_for_hf
+
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=8 + len(STYLES), channels=(8, 8, 8, 8), stem_width=8)
+    save_for_hf(
+        network, folder, safe_serialization=True, model_args={"channels": (8, 8, 8, 8), "stem_width": 8}
+    )
+    pixels, info = pictures
+    with torch.no_grad():
+        embeddings = network.eval()(pixels)[:, :8]
+    save_file(
+        {
+            "embeddings": torch.nn.functional.normalize(embeddings, dim=-1).half(),
+            "concept": torch.tensor([CONCEPTS.index(record["concept"]) for record in info]),
+            "style": torch.tensor([STYLES.index(record["style"]) for record in info]),
+            "is_train": torch.arange(60) % 7 != 0,
+        },
+        folder / "gallery.safetensors",
+    )
+    names = {"size": 32, "width": 8, "style": STYLES, "concept": CONCEPTS}
+    (folder / "judge.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_verdicts_equal_slow_counting(pictures, judge_folder):
+    """Rank, style, probability and the nearest training picture, by loops over single pictures."""
+    pixels, info = pictures
+    generated = pixels[:20] + 0.8 * torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    judge = Retrieval(str(judge_folder))
+    verdicts = judge.judge(generated, info[:20])
+
+    def embedding(picture):
+        out = judge.network(picture[None])[0]
+        return out[:8] / out[:8].norm(), out[8:]
+
+    real = [embedding(picture)[0].half().float() for picture in pixels]
+    for row, verdict in enumerate(verdicts):
+        mine, logits = embedding(generated[row])
+        similar = [float(mine @ other / other.norm()) for other in real]
+        rivals = [score for score, record in zip(similar, info) if record["style"] == info[row]["style"]]
+        assert verdict.rank == 1 + sum(score > similar[row] + 1e-6 for score in rivals)
+        assert verdict.style == STYLES[int(logits.argmax())]
+        wanted = STYLES.index(info[row]["style"])
+        assert verdict.probability == pytest.approx(
+            float(logits.exp()[wanted] / logits.exp().sum()), abs=1e-5
+        )
+        shown = [number for number in range(60) if number % 7]
+        near = max(shown, key=similar.__getitem__)
+        assert verdict.nearest == f"{info[near]['concept']}, {info[near]['style']}"
+        assert verdict.distance == pytest.approx(1 - similar[near], abs=1e-5)
+    assert len({verdict.rank for verdict in verdicts}) > 5  # the noise makes it more than a copy
+
+
+def test_a_real_picture_has_rank_one(pictures, judge_folder):
+    pixels, info = pictures
+    judge = Retrieval(str(judge_folder), score="reciprocal_rank")
+    assert judge(pixels, [""] * 60, info).tolist() == [1.0] * 60
+    assert "rank 1; nearest training picture: thing 1, flat (0.00)" in judge.said[1]
+    assert judge.said[7].endswith("nearest training picture: thing 7, flat (0.00)") is False  # it is held out
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_are_what_they_say(score, pictures, judge_folder):
+    pixels, info = pictures
+    verdicts = Retrieval(str(judge_folder)).judge(pixels[:9], info[:9])
+    found = Retrieval(str(judge_folder), score=score)(pixels[:9], [""] * 9, info[:9]).tolist()
+    for value, verdict, record in zip(found, verdicts, info):
+        right, first = verdict.style == record["style"], verdict.rank <= 10
+        expected = {
+            "both": right and first,
+            "style": right,
+            "top10": first,
+            "reciprocal_rank": 1 / verdict.rank,
+            "mixed": 0.5 * verdict.probability + 0.5 / verdict.rank,
+            "novelty": verdict.distance,
+        }[score]
+        assert value == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_bad_records_and_folders_are_refused(pictures, judge_folder, tmp_path):
+    pixels, _ = pictures
+    judge = Retrieval(str(judge_folder))
+    for record, message in (
+        ({}, 'no "concept"'),
+        ({"concept": "thing 1"}, 'no "style"'),
+        ({"concept": "thing 1", "style": "flut"}, "knows no style 'flut'.*flat"),
+        ({"concept": "nothing", "style": "flat"}, "knows no concept 'nothing'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            judge(pixels[:1], [""], [record])
+    with pytest.raises(ConfigError, match="no score 'bth'.*both"):
+        Retrieval(str(judge_folder), score="bth")
+    with pytest.raises(ConfigError, match="needs the folder of a judge"):
+        Retrieval()
+    with pytest.raises(ConfigError, match="reward 'retrieval'"):
+        Retrieval(str(tmp_path))
+
+
+def test_the_benchmark_reads_captions_of_a_shard(tmp_path):
+    """A shard's captions with concept and style become prompts whose task is the split; others are refused."""
+
+    def shard(name, records):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number, record in enumerate(records):
+                image = io.BytesIO()
+                Image.fromarray(np.full((32, 32, 3), 9 * number, np.uint8)).save(image, "png")
+                for kind, content in (
+                    ("png", image.getvalue()),
+                    ("txt", f"an emoji of {record.get('concept')}".encode()),
+                    ("json", json.dumps(record).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{number:06d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        return str(tmp_path / name)
+
+    good = [{"concept": f"thing {n}", "style": "flat", "split": "unseen pair"} for n in range(3)]
+    prompts = benchmark("emoji", prompts=shard("good.tar", good)).load_prompts()
+    assert [prompt.text for prompt in prompts] == [f"an emoji of thing {n}" for n in range(3)]
+    assert [prompt.info["tag"] for prompt in prompts] == ["unseen pair"] * 3
+    with pytest.raises(ConfigError, match="has no concept and style"):
+        benchmark("emoji", prompts=shard("bad.tar", [*good, {"concept": "x"}])).load_prompts()
