@@ -193,6 +193,7 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
         (["data={shards: [a.tar], resolution: 64}"], "leave data out"),
         (["stage.kind=gpro"], "did you mean 'grpo'"),
         (["components.vision=dinov2-b14"], "components.vision"),
+        (["stage.advantage.diversity=true"], "set components.vision, or diversity: false"),
         (
             ["batch.per_device=5"],
             "the batch of 24 rows is not a multiple of 5 x 1 processes; set batch.per_device to 4 or 6",
