@@ -28,7 +28,8 @@ setup(
         ],  # the offline domain's weights
         "nitro_e.rewards.geneval": ["*.txt"],  # the test prompts
         "nitro_e.record": ["templates/*"],
-        "nitro_e": ["py.typed"],
+        # py.typed; the weights of configs/emoji
+        "nitro_e": ["py.typed", "pretrained/*/*/*.json", "pretrained/*/*/*.safetensors"],
     },
     entry_points={"console_scripts": ["nitro-e = nitro_e.cli:main"]},
     # The lower bounds are what `make test-floors` installs and tests; raise one with the code that needs it.

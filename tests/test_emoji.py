@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import torch
 from PIL import Image
 
 from nitro_e.config import ConfigError
+from nitro_e.encoders.components import ComponentConfig, build_codec, build_vision_encoder
+from nitro_e.files import EMOJI
 from nitro_e.rewards.retrieval import Retrieval
+from nitro_e.sampling.pipeline import TextToImage
 from tools import emoji
 
 STYLES = emoji.STYLES
@@ -126,3 +130,31 @@ def test_augmented_pictures_stay_on_white_and_are_a_function_of_the_seed():
     first, second = (emoji.augment(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
     assert first.mean() > 0.8 and first.std() < 0.2
+
+
+def test_the_shipped_codec_draws_held_out_pictures_as_its_metrics_say():
+    """Four pictures of Microsoft's Fluent Emoji (MIT) that training never saw: about the PSNR of metrics.json."""
+    codec = build_codec(ComponentConfig(name="emoji-dc-ae"))
+    pixels = emoji.Pictures([str(Path(__file__).parent / "data/emoji_heldout.tar")]).pixels(slice(None))
+    latents = codec.normalize(codec.encode_pixels(pixels))
+    assert latents.shape == (4, 32, 8, 8) and 0.7 < latents.std() < 1.3
+    error = ((codec.decode(latents) - pixels) / 2).square().mean()
+    metrics = json.loads((EMOJI / "codec/metrics.json").read_text())
+    assert -10 * error.log10() > metrics["psnr_test"] - 2.5
+    features = build_vision_encoder(ComponentConfig(name="emoji-vit")).features(pixels, (8, 8))
+    assert features.shape == (4, 64, 128)
+
+
+def test_the_shipped_weights_draw_on_white_what_the_style_says():
+    """Outlined pictures have black lines, flat ones hardly any; the corners are white, as in training."""
+    pipeline = TextToImage.from_pretrained("emoji")
+    prompts = [f"an emoji of blue heart, {style} style" for style in ("outlined", "flat")]
+    seeds = [torch.Generator().manual_seed(0) for _ in prompts]
+    images = pipeline(prompts, num_inference_steps=8, generator=seeds).images
+    outlined, flat = (np.asarray(image, np.float32) / 255 for image in images)
+    for image in (outlined, flat):
+        assert image[:6, :6].mean() > 0.9 and image[-6:, -6:].mean() > 0.9
+    black = [(image.max(-1) < 0.25).mean() for image in (outlined, flat)]
+    assert black[0] > 2 * black[1] + 0.005
+    blue = flat[..., 2] - flat[..., 0]
+    assert blue[40:80, 40:88].mean() > 0.2

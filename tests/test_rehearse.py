@@ -69,6 +69,7 @@ def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
         "--steps",
         "1",
         "--small-encoders",
+        "--cpu-time",
         "--gpus",
         "4",
         "--price",

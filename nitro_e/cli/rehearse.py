@@ -87,17 +87,20 @@ class Rehearsal:
 
 
 class Clock:
-    """Adds up the seconds of named parts while it is on; a part does not count what a part inside it took."""
+    """Adds up the seconds of named parts while it is on; a part does not count what a part inside it took.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.on = device, False
+    cpu_time: count the seconds that this process computes, not those that pass.
+    """
+
+    def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
+        self.device, self.cpu_time, self.on = device, cpu_time, False
         self.seconds: dict[str, float] = {}
         self._inside = [0.0]
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.process_time() if self.cpu_time else time.perf_counter()
 
     def of(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function whose calls belong to a part."""
@@ -117,7 +120,14 @@ class Clock:
 
 
 def rehearse(
-    config: RunConfig, batch: int, steps: int, computed: Sequence[str], small: bool, folder: Path
+    config: RunConfig,
+    batch: int,
+    steps: int,
+    computed: Sequence[str],
+    folder: Path,
+    *,
+    small: bool,
+    cpu_time: bool,
 ) -> Rehearsal:
     """Train `config` for 1 + 2 `steps` steps in `folder`, of which the first warms up and the last are taken apart.
 
@@ -137,7 +147,9 @@ def rehearse(
             del teacher
     engine = recipe.build(tried)
     engine.state.step = first
-    clock = Clock(engine.accelerator.device)
+    clock = Clock(engine.accelerator.device, cpu_time)
+    if cpu_time and clock.device.type != "cpu":
+        raise ConfigError(f"--cpu-time: what {clock.device} computes is not counted; leave it out")
     whole, parts, waits = measure(engine, clock, cycle, steps)
     if not engine.run():
         raise KeyboardInterrupt  # a signal has ended it early
@@ -389,6 +401,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--compile", action="store_true", help="what the recipe compiles: minutes on a CPU")
     parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of computing, of one thread: for a busy CPU"
+    )
+    parser.add_argument(
         "--gpus", type=cli.whole(1, 100_000), default=8, metavar="N", help="of the projection"
     )
     parser.add_argument("--price", type=cli.real(0), metavar="X", help="of an hour of one device")
@@ -406,6 +421,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> Rehearsal:
     """Rehearse what the arguments say, in a temporary folder."""
     config = load(RunConfig, options.config, options.overrides)
+    if options.cpu_time:
+        torch.set_num_threads(1)
     if not options.compile:
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, compile=False))
     on_gpu = torch.cuda.is_available()
@@ -414,6 +431,7 @@ def run(options: argparse.Namespace) -> Rehearsal:
     if computed is None:
         computed = ["text"] if hasattr(config.stage, "teacher") else []
     with tempfile.TemporaryDirectory(prefix="nitro-e-rehearsal-") as folder:
-        found = rehearse(config, batch, options.steps, computed, options.small_encoders, Path(folder))
+        how = {"small": options.small_encoders, "cpu_time": options.cpu_time}
+        found = rehearse(config, batch, options.steps, computed, Path(folder), **how)
     gc.collect()  # the engine is part of a cycle, and the next one may not fit beside it
     return found

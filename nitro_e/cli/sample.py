@@ -148,7 +148,8 @@ def workload(options: argparse.Namespace) -> processes.Workload:
     from nitro_e.sampling.folder import batched
     from nitro_e.sampling.sources import bytes_on_disk
 
-    if options.prompts_file == "-":  # one process can read it
+    # one process can read standard input, and nobody knows the size of a reward that searches noise
+    if options.prompts_file == "-" or options.optimize_noise not in (None, "shapes"):
         return processes.Workload(0, 0, None)
     drawings = drawings_of(options)
     return processes.Workload(

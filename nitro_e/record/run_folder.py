@@ -28,11 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e.config import ConfigError, TrainingError, did_you_mean, parse_json, read_text
-from nitro_e.files import SHIPPED, write_text
+from nitro_e.files import EMOJI, SHIPPED, write_text
 
 STEP = re.compile(r"step-(\d+)")
 # names of weights that the package brings along
-NAMED = {"shapes": SHIPPED / "model", "shapes-grpo": SHIPPED / "grpo", "shapes-4step": SHIPPED / "4step"}
+NAMED = {
+    "shapes": SHIPPED / "model",
+    "shapes-grpo": SHIPPED / "grpo",
+    "shapes-4step": SHIPPED / "4step",
+    "emoji": EMOJI / "model",
+}
 
 
 def folder_of(run: Path, step: int) -> Path:

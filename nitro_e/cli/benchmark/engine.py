@@ -184,10 +184,17 @@ def whole_steps(options: argparse.Namespace) -> dict[str, Any]:
     for batch in options.recipe_batch or [None]:
         for name, computed in INPUTS.items():
             given = {"config": options.recipe, "overrides": [], "batch": batch, "computed": computed}
-            shared = {key: getattr(options, key) for key in ("steps", "compile", "small_encoders")}
+            shared = {
+                key: getattr(options, key) for key in ("steps", "compile", "small_encoders", "cpu_time")
+            }
             found = run(argparse.Namespace(**given, **shared))
             parts = {part: 1000 * seconds for part, seconds in found.parts.items()}
-            rate = {"samples_per_s": found.samples / found.step, "tflops": found.teraflops, "mfu": found.mfu}
+            rate = {
+                "samples_per_s": found.samples / found.step,
+                "tflops": found.teraflops,
+                "mfu": found.mfu,
+                "waits": found.waits,
+            }
             row = {"inputs": name, "batch": found.batch, "step_ms": 1000 * found.step, **rate, "ms": parts}
             stored = (
                 row if not computed else next(r for r in reversed(rows) if r["inputs"] == next(iter(INPUTS)))
@@ -196,6 +203,7 @@ def whole_steps(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(row)
             shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
             mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
+            mfu += "" if found.waits is None else f", the host waited {found.waits:g} times"
             print(
                 f"batch {found.batch}, {name}: {row['step_ms']:.1f} ms a step ({row['times_all_stored']:.2f} times all stored), {rate['samples_per_s']:.3g} samples/s, "
                 f"{found.teraflops:.3g} TFLOP/s{mfu}\n  one after the other: {shown}",
@@ -237,6 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--compile", action="store_true", help="of --recipe: what it compiles")
     parser.add_argument("--small-encoders", action="store_true", help="of --recipe: with little inside")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of --recipe: seconds of computing, for a busy CPU"
+    )
     report_flags(parser)
     options = parser.parse_args(argv)
 
