@@ -194,6 +194,7 @@ def make_stage(
     cls=ToyGRPO,
     shapes=((DIM, 1, 1),),
     autocast=contextlib.nullcontext,
+    vision=None,
     **options,
 ):
     config = make_config(**options)
@@ -211,6 +212,7 @@ def make_stage(
         device=torch.device("cpu"),
         autocast=autocast,
         forward_flops=1.0,
+        vision=vision,
     )
     stir(stage.model)
     return stage

@@ -103,6 +103,9 @@ def test_shards_and_a_folder_give_the_same_images(tmp_path):
     folder, shards = Reference(str(tmp_path / "real")), Reference(str(tmp_path / "*.tar"))
     ours, theirs = (torch.cat(list(each.images(48))) for each in (folder, shards))
     assert ours.shape == (5, 3, 48, 48) and torch.equal(ours, theirs)
+    for each in (folder, shards):  # in parts, as features are computed
+        parts = [torch.cat(list(each.images(48, start, start + 2))) for start in (0, 2, 4)]
+        assert torch.equal(torch.cat(parts), ours) and len({str(one) for one in each.identities()}) == 5
     assert shards.prompts() == [f"image {i}" for i in range(5)]
     with pytest.raises(ConfigError, match="--prompts FILE"):
         folder.prompts()

@@ -557,6 +557,13 @@ def test_geneval_by_its_own_judge(tmp_path, capsys):
     assert record["results"][0]["images"] == 6 and record["prompts"] == 3
     assert record["results"][0]["scores"]["GenEval"]["overall"]["num"] == 3
     assert len(list(out.rglob("*.png"))) == 6
+    # the reason of every image, as GenEval's tool puts it
+    shown = [
+        value
+        for tag, name, value in Page((out / "report.html").read_text()).attributes
+        if (tag, name) == ("img", "title")
+    ]
+    assert len(shown) == 6 and all("GenEval 0; saw" in each and ">=1, found 0" in each for each in shown)
     judge = record["judges"]["GenEval"]
     assert judge.startswith(f"{tmp_path / 'detector'} ") and judge in capsys.readouterr().out
     tiny_rewards.save_mask2former(tmp_path / "detector", seed=1)  # other weights under the same name

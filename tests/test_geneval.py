@@ -15,7 +15,15 @@ from nitro_e.evaluation.images import ScoredImage
 from nitro_e.evaluation.results import summarize
 from nitro_e.rewards.geneval import generator as prompts
 from nitro_e.rewards.geneval import tasks as requests
-from nitro_e.rewards.geneval.rules import Detection, confident, flow_grpo, fraction, is_correct, reasons
+from nitro_e.rewards.geneval.rules import (
+    Detection,
+    confident,
+    flow_grpo,
+    fraction,
+    is_correct,
+    reasons,
+    relations,
+)
 from nitro_e.rewards.geneval.tasks import Request, Thing, caption, meaning, read
 
 CASES = Path(__file__).parent / "data" / "geneval_cases.jsonl.xz"  # two per test prompt, random detections
@@ -133,6 +141,62 @@ def test_reasons_are_those_of_the_official_tool(record, found, said):
 )
 def test_the_reward_of_flow_grpo_by_hand(record, found, score):
     assert flow_grpo(found, record) == pytest.approx(score)
+
+
+def reward_server(objects: dict[str, list[Detection]], record: dict) -> float:
+    """The arithmetic of `evaluate_reward` in Flow-GRPO's reward server, written here from its source."""
+    values: list[float] = []
+    matches: list[list[Detection] | None] = []
+    for wanted in record.get("include", []):
+        there, matched = objects.get(wanted["class"], []), True
+        values.append(1 - abs(wanted["count"] - len(there)) / wanted["count"])
+        if len(there) != wanted["count"]:
+            matched = False
+            if "color" in wanted or "position" in wanted:
+                values.append(0.0)
+        else:
+            if "color" in wanted:
+                colors = [thing.color for thing in there]
+                values.append(1 - abs(wanted["count"] - colors.count(wanted["color"])) / wanted["count"])
+                matched = colors.count(wanted["color"]) == wanted["count"]
+            if "position" in wanted and matched:
+                relation, target = wanted["position"]
+                if matches[target] is None:
+                    matched = False
+                    values.append(0.0)
+                else:
+                    for one in there:
+                        for other in matches[target]:
+                            if relation not in relations(one.box, other.box):
+                                matched = False
+                                values.append(0.0)
+                                break
+                        if not matched:
+                            break
+                    values.append(1.0)
+        matches.append(there if matched else None)
+    return sum(values) / len(values) if values else 0.0
+
+
+def test_flow_grpos_reward_on_all_recorded_cases(cases, record_property):
+    """Equal in every case; the default reward, which forgives a surplus, is another in many."""
+    same, different = 0, 0
+    for case in cases[1:]:
+        record = case["metadata"]
+        found = confident(detections(case), record)
+        objects: dict[str, list[Detection]] = {}
+        for one in found:
+            objects.setdefault(one.name, []).append(one)
+        ours = flow_grpo(found, record)
+        same += ours == pytest.approx(reward_server(objects, record), abs=1e-12)
+        different += ours != pytest.approx(fraction(found, record), abs=1e-12)
+    record_property(
+        "GenEval cases in which `mode: flow_grpo` is Flow-GRPO's reward", f"{same:,} of {len(cases) - 1:,}"
+    )
+    record_property(
+        "GenEval cases in which `mode: graded` is another reward", f"{different:,} of {len(cases) - 1:,}"
+    )
+    assert same == len(cases) - 1 and different > 100
 
 
 @pytest.mark.parametrize(

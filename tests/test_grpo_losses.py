@@ -1,6 +1,9 @@
 """Objectives and advantages against closed forms, REINFORCE, finite differences and hand-worked examples."""
 
+import dataclasses
+
 import grpo_toy as toy
+import numpy as np
 import pytest
 import torch
 from test_grpo_sde import gaussian_velocity
@@ -263,6 +266,36 @@ def test_advantages_of_missing_and_equal_scores(std):
         assert torch.allclose(result[0, [0, 1, 3]], with_others[0])
     mixed = torch.tensor(scores)[:, torch.tensor([2, 0, 3, 1])]
     assert torch.allclose(one(mixed.tolist(), std), result[:, torch.tensor([2, 0, 3, 1])])
+
+
+def gardo(rewards: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The shaping of GARDO's code (stat_tracking.py), written out: rewards (K,) and features (K, D) of one prompt."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    apart = 1 - np.dot(unit, unit.T).clip(-1, 1)
+    nearest = np.array([min(apart[i][j] for j in range(len(apart)) if j != i) for i in range(len(apart))])
+    above = rewards - rewards.mean()
+    return above * np.where(above < 0, 1.0, nearest / nearest.mean())
+
+
+def test_diversity_scales_advantages_as_gardos_code_does():
+    """The authors leave the deviation out, so that ours is theirs times one number; the clip comes last."""
+    rng = np.random.default_rng(0)
+    rewards, features = rng.normal(size=(5, 8)), rng.normal(size=(5, 8, 6))
+    scores, config = torch.from_numpy(rewards)[..., None], AdvantageConfig(diversity=True, clip=100)
+    ours = advantages(scores, torch.ones(1), config, torch.from_numpy(features)).numpy()
+    theirs = np.stack([gardo(*each) for each in zip(rewards, features)])
+    deviation = np.sqrt(((rewards - rewards.mean(1, keepdims=True)) ** 2).mean()) + 1e-4
+    np.testing.assert_allclose(ours * deviation, theirs, atol=1e-9)
+    clipped = advantages(
+        scores, torch.ones(1), dataclasses.replace(config, clip=0.5), torch.from_numpy(features)
+    )
+    np.testing.assert_allclose(clipped, ours.clip(-0.5, 0.5))
+    # off: as without features; equal images: nothing to choose by
+    plain = advantages(scores, torch.ones(1), AdvantageConfig(clip=100))
+    assert torch.equal(
+        advantages(scores, torch.ones(1), AdvantageConfig(clip=100), torch.from_numpy(features)), plain
+    )
+    assert torch.equal(advantages(scores, torch.ones(1), config, torch.ones(5, 8, 6)), plain)
 
 
 def test_several_rewards_weigh_alike_whatever_their_scale():

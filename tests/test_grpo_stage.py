@@ -23,7 +23,7 @@ from nitro_e.randomness import SampleRandom
 from nitro_e.record import metrics, run_folder
 from nitro_e.rewards import win_rates
 from nitro_e.sampling import flow
-from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages
+from nitro_e.stages.grpo.advantage import AdvantageConfig, advantages, isolation
 from nitro_e.stages.grpo.clipped import ClippedConfig, clipped_objective, log_ratio, step_weights
 from nitro_e.stages.grpo.groups import Layout, group_prompts
 from nitro_e.stages.grpo.kl import KLConfig, convert_beta, kl_coefficients
@@ -282,6 +282,34 @@ def test_advantages_are_those_of_the_settings(advantage, reward):
     spread = scores.view(4, 8).std(dim=1, unbiased=False).mean()
     for name, value in {"": scores.mean(), "/std": scores.std(unbiased=False), "/within_std": spread}.items():
         assert rows.stats[f"reward/b{name}"].item() == pytest.approx(value.item(), rel=1e-4)
+
+
+class Vision:
+    """Features that are a random map of the pixels, for one patch."""
+
+    width = 5
+
+    def __init__(self):
+        self.matrix = torch.randn(toy.DIM, 5, generator=torch.Generator().manual_seed(3))
+
+    def features(self, pixels, grid):
+        assert grid == (1, 1)
+        return (pixels.flatten(1) @ self.matrix)[:, None]
+
+
+def test_advantages_are_scaled_by_the_features_of_the_images():
+    """As the unit function says, image by image; without the option the encoder changes nothing."""
+    rewards = [{"name": "grpo_toy:brightness", "label": "b"}]
+    options = {"updates": 1, "rewards": rewards}
+    (plain,) = micro_batches(toy.make_stage(**options), 1)
+    scaled = toy.make_stage(**options, advantage={"diversity": True}, vision=Vision())
+    (rows,) = micro_batches(scaled, 1)
+    assert torch.equal(rows.latents, plain.latents) and not torch.equal(rows.advantage, plain.advantage)
+    pixels = toy.Identity().decode(rows.latents[::3])
+    factors = isolation(Vision().features(pixels, (1, 1))[:, 0].view(4, 8, 5)).flatten()
+    expected = torch.where(plain.advantage[::3] > 0, plain.advantage[::3] * factors, plain.advantage[::3])
+    assert torch.allclose(rows.advantage[::3], expected.clamp(-5, 5).float(), atol=1e-5)
+    assert "seconds/vision" in rows.stats and "seconds/vision" not in plain.stats
 
 
 @pytest.mark.parametrize(

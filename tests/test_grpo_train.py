@@ -194,6 +194,7 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
         (["data={shards: [a.tar], resolution: 64}"], "leave data out"),
         (["stage.kind=gpro"], "did you mean 'grpo'"),
         (["components.vision=dinov2-b14"], "components.vision"),
+        (["stage.advantage.diversity=true"], "set components.vision, or diversity: false"),
         (
             ["batch.per_device=5"],
             "the batch of 24 rows is not a multiple of 5 x 1 processes; set batch.per_device to 4 or 6",
@@ -210,6 +211,17 @@ def test_dry_run_and_bad_input(recipe, tmp_path, capsys):
         config.from_dict(
             RunConfig, {**config.yaml.safe_load(recipe.read_text()), "stage": {"kind": "flow_matching"}}
         )
+
+
+def test_a_vision_encoder_tells_how_different_images_are(recipe, tmp_path):
+    """The option through the command, with the offline domain's encoder: the same images, other updates."""
+    short = ["engine.steps=2", "engine.sample_every=0"]
+    vision = ["stage.advantage.diversity=true", "components.vision=shapes-vit"]
+    assert run_train(recipe, tmp_path / "plain", *short) == 0
+    assert run_train(recipe, tmp_path / "diverse", *short, *vision) == 0
+    (plain, *_), (diverse, *_) = (metrics.read(tmp_path / name) for name in ("plain", "diverse"))
+    assert plain["reward/green"] == diverse["reward/green"] and plain["diversity"] == diverse["diversity"]
+    assert plain["grad_norm"] != diverse["grad_norm"] and diverse["seconds/vision"] > 0
 
 
 def test_held_out_scores_the_best_weights_and_what_the_report_shows(recipe, tmp_path, capsys):

@@ -32,7 +32,8 @@ stages.first_weights: config interfaces randomness record model training stages.
 stages.repa: config interfaces
 stages.flow_matching: config interfaces randomness model encoders sampling training data stages.assembly stages.batches
     stages.repa
-stages.grpo: config files interfaces randomness record model sampling training rewards data stages.adapter stages.assembly
+stages.grpo: config files interfaces randomness record model encoders sampling training rewards data stages.adapter
+    stages.assembly
 stages.distill: config files interfaces randomness record model sampling training rewards data stages.adapter stages.assembly
     stages.batches
 stages: config interfaces record model encoders sampling training data evaluation stages.assembly stages.first_weights

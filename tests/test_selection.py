@@ -1,19 +1,23 @@
 """The best checkpoint by a score, and the guard: as a rule, and on a toy that is trained to be hacked."""
 
 import json
+from pathlib import Path
 
 import grpo_toy as toy
 import pytest
 import torch
 
+from nitro_e.cli import train
 from nitro_e.config import ConfigError, TrainingError, from_dict, to_dict
 from nitro_e.evaluation.evaluator import EvaluationConfig
 from nitro_e.record import metrics, run_folder
+from nitro_e.rewards import reward
 from nitro_e.stages.grpo.rollout import sample_trajectory
 from nitro_e.stages.grpo.sde import Window
 from nitro_e.training.engine import Hook
 from nitro_e.training.selection import MAX_ROLLBACKS, Selection
 
+ROOT = Path(__file__).parent.parent
 GIVEN = {"prompts": "shapes-heldout", "rewards": ["shapes", {"name": "shapes", "label": "strict"}]}
 
 
@@ -142,3 +146,49 @@ def test_a_warning_goes_on_and_never_keeps_what_has_fallen(base, tmp_path):
     fallen = [row["step"] for row in metrics.read_events(tmp_path / "run") if row["event"] == "guard"]
     assert trainer.step == 16 and fallen and fallen[-1] == 16
     assert run_folder.step_of(run_folder.best(tmp_path / "run")) < fallen[0]
+
+
+# ---- the same on the offline domain, with its own recipe
+
+
+@reward
+def colourful(pixels, prompts, info):
+    """Mean saturation of the images: more and larger objects than were asked for are worth more."""
+    return (pixels.amax(1) - pixels.amin(1)).mean((1, 2))
+
+
+@pytest.mark.slow
+def test_a_hacked_reward_on_shapes_stops_the_run_by_itself(tmp_path, capsys):
+    """The recipe of stage 3 on a reward that wants colour; the exact judge's score of held-out prompts is guarded."""
+    judge = "{name: shapes, label: strict, options: {score: strict}}"
+    hacked = f"{{name: '{__name__}:colourful', label: colourful}}"
+    overrides = [
+        f"stage.rewards=[{hacked}]",
+        "stage.groups=4",
+        "stage.group_size=12",
+        "stage.adapter={rank: 32}",
+        "stage.optim.lr=2e-3",
+        "stage.optim.warmup=0",
+        "stage.algorithm.kl.beta=0",
+        "engine.steps=40",
+        "engine.save_every=2",
+        "engine.sample_every=0",
+        "engine.ema=null",
+        f"evaluation={{prompts: {{source: shapes-heldout, num: 48}}, every: 2, rewards: [{judge}, {hacked}], "
+        "best: colourful, guard: {strict: 0.2}}",
+    ]
+    run = tmp_path / "run"
+    assert train.main([str(ROOT / "configs/shapes/3_grpo.yaml"), f"run={run}", *overrides]) == 3
+    assert "guard: eval/strict fell from" in capsys.readouterr().err
+    rows = {row["step"]: row for row in metrics.read(run) if "eval/strict" in row}
+    steps = sorted(rows)
+    first, last = rows[steps[0]], rows[steps[-1]]
+    assert steps[0] == 0 and steps[-1] < 40, "it was not stopped"
+    # what it is trained on rises, and what it is for falls by more than the bound, at the last step alone
+    assert last["eval/colourful"] > first["eval/colourful"]
+    highest = [max(rows[step]["eval/strict"] for step in steps[: place + 1]) for place in range(len(steps))]
+    falls = [high - rows[step]["eval/strict"] for high, step in zip(highest, steps)]
+    assert falls[-1] > 0.2 and max(falls[:-1]) <= 0.2
+    # the weights that are kept are from before
+    assert run_folder.step_of(run_folder.best(run)) in steps[:-1]
+    assert json.loads((run / "STATUS.json").read_text())["state"] == "failed"

@@ -23,10 +23,17 @@ class AdvantageConfig(Config):
     # every reward has unit scale; batch: the std of all scores (Flow-GRPO); group: the std of the group (GRPO)
     std: Literal["within", "batch", "group"] = "within"
     clip: Annotated[float, Gt(0)] = 5.0  # largest advantage
+    # multiply what is better than its group by how far it is from the nearest image of the group (GARDO, arXiv
+    # 2512.24138), in the features of components.vision
+    diversity: bool = False
 
 
-def advantages(scores: Tensor, weights: Tensor, config: AdvantageConfig) -> Tensor:
+def advantages(
+    scores: Tensor, weights: Tensor, config: AdvantageConfig, features: Tensor | None = None
+) -> Tensor:
     """Compute advantages (G, K) from scores (G, K, R) and weights (R,), of which 0 leaves a reward out.
+
+    features: (G, K, D) of the images, where config.diversity asks for them.
 
     Several rewards: each is normalised alone, then the weighted sum once more by its root mean square over the rollout.
     (MixGRPO, arXiv 2507.21802, aggregates in the same order, but with each group's own std.)
@@ -37,7 +44,23 @@ def advantages(scores: Tensor, weights: Tensor, config: AdvantageConfig) -> Tens
         total += weights[index].double() * normalised(scores[..., index].double(), config.std)
     if len(trained) > 1:
         total = total / (total.square().mean().sqrt() + EPSILON)
+    if config.diversity:
+        assert features is not None
+        total = torch.where(total > 0, total * isolation(features), total)
     return total.clamp(-config.clip, config.clip)
+
+
+def isolation(features: Tensor) -> Tensor:
+    """Measure how far each image is from the nearest other one of its group, relative to the group's mean: (G, K).
+
+    The distance is 1 - cosine of features (G, K, D). In a group of equal images it is 1 for all.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=2)
+    distance = 1 - (unit @ unit.mT).clamp(-1, 1)  # (G, K, K)
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = distance.amin(dim=2)  # (G, K)
+    mean = nearest.mean(dim=1, keepdim=True)
+    return torch.where(mean > 1e-9, nearest / mean.clamp(min=1e-9), 1.0)
 
 
 def normalised(scores: Tensor, std: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from nitro_e.config import ConfigError
 from nitro_e.data import Data
 from nitro_e.data.prompts import load_prompts
+from nitro_e.encoders.components import build_vision_encoder
 from nitro_e.interfaces import Stage
 from nitro_e.record import run_folder
 from nitro_e.rewards import build_rewards
@@ -28,9 +29,14 @@ def check(config: Run[GRPOConfig]) -> None:
             f"batch.global {config.batch.global_}: stage.kind 'grpo' trains on the rows of its rollouts (stage.groups "
             "x group_size images); leave it out"
         )
-    if config.components.vision is not None:
+    if config.components.vision is not None and not config.stage.advantage.diversity:
         raise ConfigError(
-            "components.vision: stage.kind 'grpo' reads no vision encoder; set components.vision: null"
+            "components.vision: stage.kind 'grpo' reads no vision encoder without stage.advantage.diversity; set "
+            "components.vision: null"
+        )
+    if config.components.vision is None and config.stage.advantage.diversity:
+        raise ConfigError(
+            "stage.advantage.diversity compares images by features: set components.vision, or diversity: false"
         )
     for name in ("steps", "save_every"):
         if getattr(engine, name) % updates:
@@ -64,6 +70,7 @@ def build(config: Run[GRPOConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
     pool, scorer = load_prompts(stage.prompts), build_rewards(stage.rewards, parts.device)
     scorer.check([prompt.info for prompt in pool])
     scorer.load()  # what is missing shows before training
+    vision = config.components.vision
     grpo = GRPO(
         stage,
         parts.model,
@@ -77,6 +84,7 @@ def build(config: Run[GRPOConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
         device=parts.device,
         autocast=parts.autocast,
         forward_flops=parts.flops,
+        vision=None if vision is None else build_vision_encoder(vision, parts.device),
     )
     return grpo, [prompt.text for prompt in pool[:8]]
 

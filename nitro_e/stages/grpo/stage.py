@@ -28,7 +28,7 @@ from torch import Tensor
 from nitro_e.config import Config, ConfigError, Ge, Le, TrainingError, to_dict
 from nitro_e.data.buckets import size_of_step
 from nitro_e.data.prompts import Prompt, PromptsConfig
-from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEncoder
+from nitro_e.interfaces import LatentCodec, Model, Phase, TextEmbedding, TextEncoder, VisionEncoder
 from nitro_e.randomness import SampleRandom
 from nitro_e.rewards import RewardConfig, Scorer, Scores, win_rates
 from nitro_e.sampling.samplers import guide
@@ -129,12 +129,14 @@ class GRPO:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
         forward_flops: float = 0.0,
+        vision: VisionEncoder | None = None,
     ) -> None:
         """model: on the device, with the weights to start from; an adapter is put into it here.
 
         pool: the prompts; latent_shapes: (C, h, w) of each size of image; autocast: of the engine's precision;
-        forward_flops: of one pass of one image.
+        forward_flops: of one pass of one image; vision: what `advantage.diversity` compares images by.
         """
+        self.vision = vision
         self.config, self.pool, self.scorer, self.codec, self.text = config, list(pool), scorer, codec, text
         self.latent_shapes, self.seed, self.layout = latent_shapes, seed, layout
         self.device, self.autocast = device, autocast
@@ -268,7 +270,7 @@ class GRPO:
         first, stop = images.start // size, -(-images.stop // size)  # groups of images that are drawn here
         with clock.of("text"):
             text = self.text.encode([prompt.text for prompt in prompts[first:stop]])  # (g, L, D)
-        parts, drawn = [], []
+        parts, drawn, features = [], [], []
         for start in range(images.start, images.stop, self.config.rollout.per_device):
             chunk = range(start, min(start + self.config.rollout.per_device, images.stop))
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
@@ -276,6 +278,10 @@ class GRPO:
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
             with clock.of("decode"), self.decoding():
                 drawn.append(self.codec.decode(parts[-1].latents).float())  # (B, 3, H, W)
+            if self.vision is not None:
+                height, width = parts[-1].latents.shape[-2:]
+                with clock.of("vision"):  # the mean of the patches: (B, D)
+                    features.append(self.vision.features(drawn[-1], (height, width)).mean(1))
         pixels, mine = torch.cat(drawn), [prompts[image // size] for image in images]
         del drawn
         spent = self.scorer.seconds
@@ -295,7 +301,8 @@ class GRPO:
             found = everything[images.start : images.stop]
             self.shown = Shown.of(pixels, texts, found, self.scorer.names, weights)
         del pixels
-        advantage = advantages(rewards, weights, self.config.advantage)  # (G, K)
+        near = gather_over_processes(torch.cat(features)).cpu().unflatten(0, (-1, size)) if features else None
+        advantage = advantages(rewards, weights, self.config.advantage, near)  # (G, K)
         applies = self.scorer.applies([prompt.info for prompt in prompts], rollout)  # (G, R)
         stats = score_statistics(
             everything.unflatten(0, (-1, size)), self.scorer.names, self.scorer.weights, applies
