@@ -193,6 +193,32 @@ def test_two_processes_train_as_one(pairs, tmp_path):
     assert one[-1]["adversarial_weight"] > 0
 
 
+# families besides the adversarial ones: what their recipe needs beyond SMALL
+FAMILIES = {
+    "f_distill": ["sampling.steps=4"],
+    "sid_few": ["sampling.steps=4"],
+    "mean_flow": ["model.interval=true"],
+    "rcm": [],
+    "dmdr": ["sampling.steps=2", "data=null", "stage.prompts={source: shapes-train, num: 24}"],
+    "pi_flow": ["sampling.steps=4"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_a_resume_of_every_family_is_exact_to_the_bit(pairs, tmp_path, preset):
+    """Weights, averages, the fake score, the heads and all optimisers."""
+    line = [str(recipe(pairs, tmp_path, preset)), *FAMILIES[preset]]
+    assert train.main([*line, f"run={tmp_path / 'whole'}"]) == 0
+    assert train.main([*line, f"run={tmp_path / 'halves'}", "engine.steps=3"]) == 0
+    assert train.main([*line, f"run={tmp_path / 'halves'}"]) == 0
+    whole, halves = (states(tmp_path / name, 6) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and len(whole) > 50
+    assert [
+        name for name in whole if not torch.equal(whole[name].nan_to_num(), halves[name].nan_to_num())
+    ] == []
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_settings_of_the_sampler_go_with_the_weights(preset):
     """Through the JSON that is stored: sampler, time scale, and the times of every number of steps."""
