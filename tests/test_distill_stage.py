@@ -219,6 +219,34 @@ def test_a_resume_of_every_family_is_exact_to_the_bit(pairs, tmp_path, preset):
     ] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_two_processes_train_every_family_as_one(pairs, tmp_path, preset):
+    line = [str(recipe(pairs, tmp_path, preset)), *FAMILIES[preset], "batch=8"]
+    assert train.main(line) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), *line, f"run={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics.read(tmp_path / "run"), metrics.read(tmp_path / "two")
+    compared = {
+        "loss",
+        "score",
+        "fake/loss",
+        "discriminator/loss",
+        "flow_map",
+        "imitate",
+        "reward",
+        "reward_score",
+    }
+    assert len(one[-1].keys() & compared) > 1 and len(one) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & compared:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_settings_of_the_sampler_go_with_the_weights(preset):
     """Through the JSON that is stored: sampler, time scale, and the times of every number of steps."""
