@@ -193,6 +193,60 @@ def test_two_processes_train_as_one(pairs, tmp_path):
     assert one[-1]["adversarial_weight"] > 0
 
 
+# families besides the adversarial ones: what their recipe needs beyond SMALL
+FAMILIES = {
+    "f_distill": ["sampling.steps=4"],
+    "sid_few": ["sampling.steps=4"],
+    "mean_flow": ["model.interval=true"],
+    "rcm": [],
+    "dmdr": ["sampling.steps=2", "data=null", "stage.prompts={source: shapes-train, num: 24}"],
+    "pi_flow": ["sampling.steps=4"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_a_resume_of_every_family_is_exact_to_the_bit(pairs, tmp_path, preset):
+    """Weights, averages, the fake score, the heads and all optimisers."""
+    line = [str(recipe(pairs, tmp_path, preset)), *FAMILIES[preset]]
+    assert train.main([*line, f"run={tmp_path / 'whole'}"]) == 0
+    assert train.main([*line, f"run={tmp_path / 'halves'}", "engine.steps=3"]) == 0
+    assert train.main([*line, f"run={tmp_path / 'halves'}"]) == 0
+    whole, halves = (states(tmp_path / name, 6) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and len(whole) > 50
+    assert [
+        name for name in whole if not torch.equal(whole[name].nan_to_num(), halves[name].nan_to_num())
+    ] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_two_processes_train_every_family_as_one(pairs, tmp_path, preset):
+    line = [str(recipe(pairs, tmp_path, preset)), *FAMILIES[preset], "batch=8"]
+    assert train.main(line) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), *line, f"run={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics.read(tmp_path / "run"), metrics.read(tmp_path / "two")
+    compared = {
+        "loss",
+        "score",
+        "fake/loss",
+        "discriminator/loss",
+        "flow_map",
+        "imitate",
+        "reward",
+        "reward_score",
+    }
+    assert len(one[-1].keys() & compared) > 1 and len(one) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & compared:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_settings_of_the_sampler_go_with_the_weights(preset):
     """Through the JSON that is stored: sampler, time scale, and the times of every number of steps."""
