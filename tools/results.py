@@ -35,6 +35,7 @@ ORDER = (
     "few_steps",
     "distill",
     "grpo",
+    "emoji",
     "learning",
     "demo",
     "speedrun",
