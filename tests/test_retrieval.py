@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from nitro_e.config import ConfigError
 from nitro_e.evaluation.benchmarks import benchmark
+from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.rewards.retrieval import SCORES, Retrieval
 
 STYLES = ["flat", "noto"]
@@ -108,6 +109,19 @@ def test_scores_are_what_they_say(score, pictures, judge_folder):
             "novelty": verdict.distance,
         }[score]
         assert value == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_several_scores_of_one_judge_explain_themselves_once(pictures, judge_folder):
+    """The page showed the same words once per score."""
+    pixels, info = pictures
+    scorer = build_rewards(
+        [
+            RewardConfig(name="retrieval", label=score, path=str(judge_folder), options={"score": score})
+            for score in ("both", "style", "novelty")
+        ]
+    )
+    scorer(pixels[:2], ["", ""], info[:2])
+    assert [words.count("nearest training picture") for words in scorer.said] == [1, 1]
 
 
 def test_bad_records_and_folders_are_refused(pictures, judge_folder, tmp_path):

@@ -119,8 +119,11 @@ class Scorer:
 
     @property
     def said(self) -> list[str]:
-        """What rewards that explain themselves (`reward.said`) said of each image of the last call, in one line."""
-        return ["; ".join(filter(None, words)) for words in zip(*(column.said for column in self._columns))]
+        """What rewards that explain themselves (`reward.said`) said of each image of the last call, in one line, once."""
+        return [
+            "; ".join(dict.fromkeys(filter(None, words)))
+            for words in zip(*(column.said for column in self._columns))
+        ]
 
     @property
     def counts(self) -> list[dict[str, dict]]:
