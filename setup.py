@@ -29,7 +29,12 @@ setup(
         "nitro_e.rewards.geneval": ["*.txt"],  # the test prompts
         "nitro_e.record": ["templates/*"],
         # py.typed; the weights of configs/emoji
-        "nitro_e": ["py.typed", "pretrained/*/*/*.json", "pretrained/*/*/*.safetensors"],
+        "nitro_e": [
+            "py.typed",
+            "pretrained/*/*.tsv",
+            "pretrained/*/*/*.json",
+            "pretrained/*/*/*.safetensors",
+        ],
     },
     entry_points={"console_scripts": ["nitro-e = nitro_e.cli:main"]},
     # The lower bounds are what `make test-floors` installs and tests; raise one with the code that needs it.

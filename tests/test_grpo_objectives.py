@@ -98,7 +98,7 @@ def test_the_clip_range_is_chosen_for_the_kind_of_ratio():
         1e-5,
     )
     stage = toy.make_stage(algorithm={"kind": "clipped", "ratio_norm": True})
-    assert stage.algorithm.clip[0] == pytest.approx(2e-6 * math.sqrt(65_536 / toy.DIM))
+    assert stage.algorithm.config.clip(toy.DIM)[0] == pytest.approx(2e-6 * math.sqrt(65_536 / toy.DIM))
 
 
 # ---- the KL's reference and gate

@@ -4,13 +4,12 @@ import io
 import json
 import tarfile
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from nitro_e.config import ConfigError
+from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.evaluation.benchmarks import benchmark
 from nitro_e.rewards import RewardConfig, build_rewards
 from nitro_e.rewards.retrieval import SCORES, Retrieval
@@ -143,27 +142,38 @@ def test_bad_records_and_folders_are_refused(pictures, judge_folder, tmp_path):
         Retrieval(str(tmp_path))
 
 
-def test_the_benchmark_reads_captions_of_a_shard(tmp_path):
-    """A shard's captions with concept and style become prompts whose task is the split; others are refused."""
+def test_the_benchmark_asks_for_what_training_never_showed():
+    """Its 463 prompts are cells that training does not have; concepts of one kind are known from other styles."""
+    held, shown = (load_prompts(PromptsConfig(source=f"emoji-{part}")) for part in ("heldout", "train"))
+    assert (len(held), len(shown)) == (463, 6894)
+    cells = {(prompt.info["concept"], prompt.info["style"]) for prompt in shown}
+    concepts = {concept for concept, _ in cells}
+    for prompt in held:
+        assert (prompt.info["concept"], prompt.info["style"]) not in cells
+        assert (prompt.info["concept"] in concepts) == (prompt.info["tag"] == "unseen pair")
+        assert prompt.text == f"an emoji of {prompt.info['concept']}, {prompt.info['style']} style"
+    assert benchmark("emoji", path="judge").load_prompts() == held
 
-    def shard(name, records):
+
+def test_captions_of_a_shard_are_prompts(tmp_path):
+    """A shard's captions come with the json member; samples without a caption and broken tars are refused."""
+
+    def shard(name, members):
         with tarfile.open(tmp_path / name, "w") as tar:
-            for number, record in enumerate(records):
-                image = io.BytesIO()
-                Image.fromarray(np.full((32, 32, 3), 9 * number, np.uint8)).save(image, "png")
-                for kind, content in (
-                    ("png", image.getvalue()),
-                    ("txt", f"an emoji of {record.get('concept')}".encode()),
-                    ("json", json.dumps(record).encode()),
-                ):
-                    member = tarfile.TarInfo(f"{number:06d}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+            for member_name, content in members:
+                member = tarfile.TarInfo(member_name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
         return str(tmp_path / name)
 
-    good = [{"concept": f"thing {n}", "style": "flat", "split": "unseen pair"} for n in range(3)]
-    prompts = benchmark("emoji", prompts=shard("good.tar", good)).load_prompts()
-    assert [prompt.text for prompt in prompts] == [f"an emoji of thing {n}" for n in range(3)]
-    assert [prompt.info["tag"] for prompt in prompts] == ["unseen pair"] * 3
-    with pytest.raises(ConfigError, match="has no concept and style"):
-        benchmark("emoji", prompts=shard("bad.tar", [*good, {"concept": "x"}])).load_prompts()
+    good = shard(
+        "good.tar",
+        [("a.txt", b"a fox "), ("a.json", b'{"tag": "x"}'), ("b.txt", b"two cats"), ("b.png", b"")],
+    )
+    prompts = load_prompts(PromptsConfig(source=good))
+    assert prompts == [Prompt("a fox", {"prompt": "a fox", "tag": "x"}), Prompt("two cats", {})]
+    with pytest.raises(ConfigError, match="1 of 2 samples have no caption"):
+        load_prompts(PromptsConfig(source=shard("bad.tar", [("a.txt", b"a fox"), ("b.json", b"{}")])))
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "good.tar").read_bytes()[:700])
+    with pytest.raises(ConfigError, match="cut.tar"):
+        load_prompts(PromptsConfig(source=str(tmp_path / "cut.tar")))

@@ -386,7 +386,7 @@ def test_documented_names_keys_and_sources_exist():
     )
     assert what == set(BUILT_IN)
     assert keys == {field.name for field in fields(RewardConfig)}
-    assert prompts - {"FILE.txt", "FILE.jsonl"} == set(GENERATORS)
+    assert prompts - {"FILE.txt", "FILE.jsonl", "FILE.tar"} == set(GENERATORS)
 
 
 def test_prompts_and_rewards_fit_together():

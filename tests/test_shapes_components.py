@@ -205,6 +205,6 @@ def test_a_training_begun_otherwise_is_not_continued(tmp_path, monkeypatch, caps
         train_components.train("text", tmp_path / "text", steps=3)
     out = ["text", "--out", str(tmp_path / "text")]
     assert train_components.main([*out, "--steps", "4"]) == 2
-    assert "'steps': 3" in capsys.readouterr().err
+    assert "--steps 3" in capsys.readouterr().err
     assert train_components.main([*out, "--steps", "0"]) == 2
     assert "--steps 0" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from nitro_e.config import parse_json, read_text
 from nitro_e.files import SHIPPED
 from nitro_e.model.lora import merge_lora
 from nitro_e.model.pretrained import load_pretrained
-from nitro_e.record.run_folder import NAMED, model_folder
+from nitro_e.record.run_folder import model_folder
 from nitro_e.sampling.pipeline import TextToImage
 
 PACKAGE = Path(__file__).parent.parent / "nitro_e"
@@ -26,7 +26,7 @@ def test_every_stage_is_sampled_by_its_name_as_it_was_made_for(name, steps, guid
     assert image.size == (64, 64)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMED if name != "shapes"])
+@pytest.mark.parametrize("name", ["shapes-grpo", "shapes-4step"])
 def test_weights_say_how_they_were_made_and_from_what(name):
     path = model_folder(name) / "config.json"
     provenance = parse_json(read_text(path), str(path))["provenance"]
@@ -58,4 +58,5 @@ def test_the_adapter_makes_the_merged_weights_of_the_first_ones():
 
 def test_the_package_stays_small():
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 30e6
+    # 27 MB of shapes, 37 of emoji
+    assert sum(path.stat().st_size for path in files) < 66e6

@@ -3,6 +3,7 @@
     shapes-train, shapes-heldout   the offline domain (nitro_e.shapes), tasks in equal parts
     geneval-train                  GenEval's templates, none of its test prompts (nitro_e.rewards.geneval.generator)
     geneval                        its 553 test prompts
+    emoji-train, emoji-heldout     captions of configs/emoji: 6,894 of training, 463 of cells it never shows
     FILE.txt                       a prompt per line; empty lines are skipped
     FILE.jsonl                     a record per line with "prompt"; the whole record becomes `info`
     FILE.tsv                       a table with a column "Prompt", such as PartiPrompts
@@ -31,11 +32,16 @@ from nitro_e.config import (
     parse_json,
     read_text,
 )
+from nitro_e.files import EMOJI
 from nitro_e.rewards.geneval import generator as geneval
 from nitro_e.rewards.geneval.generator import Objects
 from nitro_e.shapes import scenes
 
 FILES = (".txt", ".jsonl", ".tsv", ".tar")
+
+
+class MissingPrompts(ConfigError):
+    """A file of prompts that is named is not there (yet)."""
 
 
 class Prompt(NamedTuple):
@@ -91,12 +97,28 @@ def _shapes_train(config: PromptsConfig, num: int) -> list[dict]:
     return [scenes.metadata(scenes.scene(config.seed, "train", index).request) for index in range(num)]
 
 
+def _emoji(split: str) -> Callable[[PromptsConfig, int], list[dict]]:
+    """Return the reader of the captions of one side of the split, in their order."""
+
+    def read(config: PromptsConfig, num: int) -> list[dict]:
+        records = read_records(EMOJI / "prompts.tsv")
+        return [
+            {**record, "tag": record["split"]}
+            for record in records
+            if (record["split"] == "train") == (split == "train")
+        ][:num]
+
+    return read
+
+
 Generator = tuple[Callable[[PromptsConfig, int], list[dict]], int]  # records, default number
 GENERATORS: dict[str, Generator] = {
     "shapes-train": (_shapes_train, 6000),
     "shapes-heldout": (lambda config, num: scenes.heldout_prompts(num, config.seed), 600),
     "geneval-train": (lambda config, num: geneval.train_prompts(num, config.seed, config.objects), 50_000),
     "geneval": (lambda config, num: geneval.test_prompts()[:num], 553),
+    "emoji-train": (_emoji("train"), 6894),
+    "emoji-heldout": (_emoji("heldout"), 463),
 }
 
 
@@ -112,7 +134,7 @@ def read_records(path: str | Path, key: str = "prompts") -> list[dict]:
     else:
         path = Path(path).expanduser()
         if not path.is_file():
-            raise ConfigError(f"{key}: file '{path}' does not exist or is no file")
+            raise MissingPrompts(f"{key}: file '{path}' does not exist or is no file")
         if path.suffix == ".tar":
             return _captions(path, key)
         text, name, suffix = read_text(path), str(path), path.suffix

@@ -157,18 +157,6 @@ def read_dpg(path: Path) -> list[Prompt]:
     return list(items.values())
 
 
-def read_pictures(path: Path) -> list[Prompt]:
-    """Read captions with "concept" and "style" from a shard or a .jsonl; the task of a prompt is its "split"."""
-    found = read_prompts(path)
-    for prompt in found:
-        if not {"concept", "style"} <= set(prompt.info):
-            raise ConfigError(
-                f"--prompts: {path}: '{prompt.text}' has no concept and style; give {_PICTURES}"
-            )
-    return [Prompt(prompt.text, {**prompt.info, "tag": prompt.info.get("split", "all")}) for prompt in found]
-
-
-_PICTURES = "a shard of captioned pictures with concept and style in their json, or a .jsonl of such prompts"
 _HPSV2_FOLDER = "the folder of anime.json, concept-art.json, paintings.json, photo.json (hub: zhwang/HPDv2)"
 _PARTI_FILE = "PartiPrompts.tsv (github.com/google-research/parti)"
 _DPG_FILE = "dpg_bench.csv (github.com/TencentQQGYLab/ELLA, folder dpg_bench)"
@@ -222,8 +210,7 @@ BENCHMARKS = {
         ),
         Benchmark(
             name="emoji",
-            needs=_PICTURES,
-            read=read_pictures,
+            prompts=PromptsConfig(source="emoji-heldout"),
             rewards=tuple(
                 RewardConfig(name="retrieval", label=label, options={"score": score}, batch_size=64)
                 for label, score in (

@@ -8,7 +8,7 @@ import torch
 
 from nitro_e.config import ConfigError
 from nitro_e.data import Data
-from nitro_e.data.prompts import load_prompts
+from nitro_e.data.prompts import MissingPrompts, load_prompts
 from nitro_e.files import sha256_of
 from nitro_e.interfaces import Stage
 from nitro_e.model.pretrained import load_pretrained, read_config, weights_file
@@ -145,8 +145,11 @@ def summary(config: Run[DistillConfig], data: Data | None, world: int, flops: fl
     split(config, world)  # refuses what training would refuse
     lines = data_summary(config, data, world, flops)
     if config.stage.prompts is not None:
-        distinct = {prompt.text for prompt in load_prompts(config.stage.prompts)}
-        lines.append(f"prompts              {len(distinct):,} distinct ones, no images")
+        try:
+            distinct = {prompt.text for prompt in load_prompts(config.stage.prompts)}
+            lines.append(f"prompts              {len(distinct):,} distinct ones, no images")
+        except MissingPrompts as error:  # as shards may be missing in a dry run
+            lines.append(f"warning              {error}")
     if config.stage.buckets:
         lines.append(f"sizes                {', '.join(config.stage.buckets)}; a step has one")
     offered = ", ".join(str(len(times)) for times in config.stage.schedules) or "any number of"
