@@ -572,7 +572,7 @@ RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
 def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     grpo = "grpo" in path.stem
-    override = "stage.prompts.num=50" if grpo else "batch=4"  # a chain of four steps is one piece
+    override = "stage.prompts.num=50" if grpo else "batch=12"  # chains of four steps, three to a prompt
     optimizers = tiny.optimizers_of(path)
     assert train.main([str(path), override, "stage.optim.lr=1e-3", *optimizers, "--dry-run"]) == 0
     told = capsys.readouterr().out
