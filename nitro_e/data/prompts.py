@@ -18,6 +18,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -97,18 +98,11 @@ def _shapes_train(config: PromptsConfig, num: int) -> list[dict]:
     return [scenes.metadata(scenes.scene(config.seed, "train", index).request) for index in range(num)]
 
 
-def _emoji(split: str) -> Callable[[PromptsConfig, int], list[dict]]:
-    """Return the reader of the captions of one side of the split, in their order."""
-
-    def read(config: PromptsConfig, num: int) -> list[dict]:
-        records = read_records(EMOJI / "prompts.tsv")
-        return [
-            {**record, "tag": record["split"]}
-            for record in records
-            if (record["split"] == "train") == (split == "train")
-        ][:num]
-
-    return read
+def _emoji(config: PromptsConfig, num: int, shown: bool) -> list[dict]:
+    """Read the captions of cells that training shows, or of those it does not, in their order; the task is the split."""
+    records = read_records(EMOJI / "prompts.tsv")
+    chosen = [record for record in records if (record["split"] == "train") == shown]
+    return [{**record, "tag": record["split"]} for record in chosen[:num]]
 
 
 Generator = tuple[Callable[[PromptsConfig, int], list[dict]], int]  # records, default number
@@ -117,8 +111,8 @@ GENERATORS: dict[str, Generator] = {
     "shapes-heldout": (lambda config, num: scenes.heldout_prompts(num, config.seed), 600),
     "geneval-train": (lambda config, num: geneval.train_prompts(num, config.seed, config.objects), 50_000),
     "geneval": (lambda config, num: geneval.test_prompts()[:num], 553),
-    "emoji-train": (_emoji("train"), 6894),
-    "emoji-heldout": (_emoji("heldout"), 463),
+    "emoji-train": (partial(_emoji, shown=True), 6894),
+    "emoji-heldout": (partial(_emoji, shown=False), 463),
 }
 
 
@@ -170,7 +164,8 @@ def _captions(path: Path, key: str) -> list[dict]:
     ]
     if not records or len(records) < len(found):
         raise ConfigError(
-            f"{key}: {path}: {len(found) - len(records)} of {len(found)} samples have no caption (txt)"
+            f"{key}: {path}: {len(found) - len(records)} of {len(found)} samples have no caption; "
+            "give each a KEY.txt"
         )
     return records
 
