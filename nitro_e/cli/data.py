@@ -5,6 +5,7 @@
     nitro-e data encode 'data/photos/images-*.tar' --out data/photos --codec dc-ae-f32c32
     torchrun --nproc_per_node 8 -m nitro_e.cli data encode 'data/sa1b/images-*.tar' --out data/sa1b --codec dc-ae-f32c32
     nitro-e data verify 'data/photos/*.tar' --deep
+    nitro-e data plan configs/nitro_e_512/1_pretrain.yaml --images 25e6
 
 Then train with data.shards='["data/photos/latents-*.tar"]'.
 """
@@ -24,14 +25,18 @@ from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import expand_shards
 from nitro_e.data.index import shard_index
-from nitro_e.data.making import encode, jobs, pack, stats, verify
+from nitro_e.data.making import encode, jobs, pack, plan, stats, verify
 from nitro_e.encoders.components import (
     build_codec,
     build_text_encoder,
     build_vision_encoder,
     chosen_component,
+    codec_shape,
     pinned,
+    text_shape,
+    vision_width,
 )
+from nitro_e.encoders.random_weights import encode_flops
 from nitro_e.record.progress import bar
 
 T = TypeVar("T", bound=config.Config)
@@ -299,6 +304,58 @@ def run_which(args: argparse.Namespace) -> None:
         print(key)
 
 
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="recipe of a stage that reads data")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--images", type=cli.real(1), required=True, metavar="N", help="such as 25e6")
+    parser.add_argument(
+        "--shards", nargs="+", default=[], help="packed images to measure; without, 512 px JPEGs are assumed"
+    )
+    parser.add_argument(
+        "--text-format", choices=("padded", "ragged"), default="padded", help="of stored text"
+    )
+    parser.add_argument("--text-dtype", choices=("float16", "int8"), default="float16", help="of stored text")
+    parser.add_argument(
+        "--tokens", type=cli.whole(1, 8192), metavar="N", help="real tokens of a caption (default: all)"
+    )
+    parser.add_argument(
+        "--teraflops",
+        type=cli.real(0.001),
+        default=300,
+        metavar="X",
+        help="that a GPU reaches, such as a third of an H100's peak; nitro-e rehearse measures yours",
+    )
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    from nitro_e.stages.recipe import RunConfig
+
+    run = config.load(RunConfig, args.config, args.overrides)
+    components, latents = run.components, codec_shape(run.components.codec)
+    (width, length), vision = text_shape(components.text), components.vision
+    features = None if vision is None else vision_width(vision)
+    known = latents is not None and width is not None and (vision is None) == (features is None)
+    if run.data is None or run.flops_per_step is None or not known:
+        raise ConfigError(
+            f"{args.config}: plan needs a recipe that reads data, with encoders whose shapes are known by name"
+        )
+    (channels, stride), side = latents, run.data.resolution // latents[1]
+    cells = run.token_grid(stride)
+    vectors = None if features is None else (cells[0] * cells[1], features)
+    options = encode.EncodeConfig(text_format=args.text_format, text_dtype=args.text_dtype)
+    sizes = plan.encoded((channels, side, side), (length, width), vectors, options, args.tokens)
+    encoders = {"latents": components.codec, "text": components.text, "features": vision}
+    flops = {
+        name: encode_flops(encoders[name].name, run.data.resolution, length, cells)
+        for name in bar(sizes, desc="counting FLOPs")
+    }
+    shards = expand_shards(args.shards, "shards") if args.shards else []
+    images = ("images", plan.measured(shards)) if shards else ("images, assumed", plan.stored(plan.ASSUMED))
+    columns = [plan.Column(*images), *(plan.Column(name, size, flops[name]) for name, size in sizes.items())]
+    seen, each = run.batch.global_ * run.engine.steps, run.flops_per_step / run.batch.global_
+    print("\n".join(plan.lines(columns, round(args.images), seen, each, args.teraflops)))
+
+
 COMMANDS = {
     "pack": (pack_arguments, run_pack, "captioned images in the layouts people have -> shards"),
     "encode": (encode_arguments, run_encode, "shards -> latents, text embeddings, vision features"),
@@ -311,4 +368,5 @@ COMMANDS = {
     "stats": (stats_arguments, run_stats, "count members, captions, sizes"),
     "head": (head_arguments, run_head, "show the first samples"),
     "which": (which_arguments, run_which, "the keys of a global batch"),
+    "plan": (plan_arguments, run_plan, "storage and GPU hours for a number of images"),
 }

@@ -1,4 +1,5 @@
-"""The encoders of the released weights at their real size with random weights: to measure speed without any files.
+"""The encoders of the released weights at their real size with random weights: to measure speed and count FLOPs
+without any files.
 
 Recipes name them by `path: random` or, of the same outputs with little inside, `path: random-small`.
 """
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e.encoders.codec import AutoencoderDCCodec
 from nitro_e.encoders.text import LlamaText
@@ -84,6 +86,26 @@ def dinov2(dtype: torch.dtype, small: bool = False) -> Any:
 
 
 MAKERS = {"dc-ae-f32c32": dc_ae, "llama-3.2-1b": llama, "dinov2-b14": dinov2}
+
+
+def encode_flops(name: str, resolution: int, length: int, grid: tuple[int, int]) -> float | None:
+    """Count the FLOPs (2 per multiply-add) of encoding one sample; None for an encoder that is not among `MAKERS`.
+
+    resolution: pixels a side, of the codec; length: tokens of a caption; grid: (H, W) tokens of vision features. The
+    modules are built without memory and run without computing, on the meta device.
+    """
+    if name not in MAKERS:
+        return None
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if name == "llama-3.2-1b":
+            llama(torch.bfloat16)[0](input_ids=torch.zeros(1, length, dtype=torch.long))
+        elif name == "dc-ae-f32c32":
+            dc_ae(torch.bfloat16).encode(torch.empty(1, 3, resolution, resolution, dtype=torch.bfloat16))
+        else:
+            model = dinov2(torch.bfloat16)
+            height, width = (side * model.patch_embed.patch_size[0] for side in grid)
+            model(torch.empty(1, 3, height, width, dtype=torch.bfloat16))
+    return float(counter.get_total_flops())
 
 
 @contextlib.contextmanager
