@@ -60,11 +60,19 @@ def run(name, shards, *more):
     return emoji.main([name, "--shards", shards[0], "--test-shards", shards[1], *map(str, more)])
 
 
-@pytest.mark.parametrize("name", ["codec", "vision", "judge"])
-def test_training_goes_on_where_it_was_stopped(name, shards, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def style(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("style")
+    assert run("style", shards, "--out", folder, "--steps", 1) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["codec", "vision", "style", "judge"])
+def test_training_goes_on_where_it_was_stopped(name, shards, style, tmp_path, monkeypatch):
     """Two steps at once, and two commands of which the first is stopped after one: the same weights."""
     monkeypatch.setattr("nitro_e.training.components.SAVE_EVERY", 0)
-    assert run(name, shards, "--out", tmp_path / "whole", "--steps", 2) == 0
+    more = ("--style", style) if name == "judge" else ()
+    assert run(name, shards, "--out", tmp_path / "whole", "--steps", 2, *more) == 0
     task = emoji.COMPONENTS[name]
     original = task.loss
     with monkeypatch.context() as patch:
@@ -73,26 +81,27 @@ def test_training_goes_on_where_it_was_stopped(name, shards, tmp_path, monkeypat
             "loss",
             lambda self, step: original(self, step) if step < 1 else (_ for _ in ()).throw(OSError),
         )
-        assert run(name, shards, "--out", tmp_path / "parts", "--steps", 2) != 0
-    assert run(name, shards, "--out", tmp_path / "parts", "--steps", 2) == 0
-    whole, parts = (next((tmp_path / folder).glob("*model.safetensors")) for folder in ("whole", "parts"))
+        assert run(name, shards, "--out", tmp_path / "parts", "--steps", 2, *more) != 0
+    assert run(name, shards, "--out", tmp_path / "parts", "--steps", 2, *more) == 0
+    file = "style.safetensors" if name == "style" else "*model.safetensors"
+    whole, parts = (next((tmp_path / folder).glob(file)) for folder in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
     assert json.loads((tmp_path / "whole/metrics.json").read_text())["command"].startswith(
         f"python tools/emoji.py {name} --seed 0 --steps 2"
     )
 
 
-def test_the_judge_never_learns_from_held_out_pictures_but_knows_them(shards, tmp_path):
+def test_the_judge_never_learns_from_held_out_pictures_but_knows_them(shards, style, tmp_path):
     """Its classes are those of training; its gallery holds the held-out pictures, marked as such."""
-    assert run("judge", shards, "--out", tmp_path / "judge", "--steps", 1) == 0
+    assert run("judge", shards, "--out", tmp_path / "judge", "--steps", 1, "--style", style) == 0
     judge = Retrieval(str(tmp_path / "judge"))
     assert judge.is_train.tolist() == [True] * 14 + [False] * 2
     assert judge.names["concept"] == ["blue thing 9", "red thing 0", "red thing 1", "red thing 2"]
-    task = emoji.PicturesJudge(0, [shards[0]], [shards[1]])
+    task = emoji.PicturesJudge(0, [shards[0]], [shards[1]], str(style))
     assert task.concept_names == ["red thing 0", "red thing 1", "red thing 2"]
 
 
-def test_baselines_copy_what_they_say(shards, tmp_path, capsys):
+def test_baselines_copy_what_they_say(shards, style, tmp_path, capsys):
     """Real pictures have rank 1; another style is never the style asked for; the nearest words are found."""
     train, test = emoji.Pictures([shards[0]]), emoji.Pictures([shards[1]])
     other = emoji.nearest_words(train, test, same_style=False)
@@ -100,7 +109,7 @@ def test_baselines_copy_what_they_say(shards, tmp_path, capsys):
     assert train.concepts[other[0]] == "red thing 0" and train.styles[other[0]] != "flat"
     assert [train.styles[row] for row in same] == ["flat", "noto"]
     assert run("codec", shards, "--out", tmp_path / "codec", "--steps", 1) == 0
-    assert run("judge", shards, "--out", tmp_path / "judge", "--steps", 1) == 0
+    assert run("judge", shards, "--out", tmp_path / "judge", "--steps", 1, "--style", style) == 0
     folders = ("--judge", tmp_path / "judge", "--codec", tmp_path / "codec", "--out", tmp_path / "found.json")
     assert run("baselines", shards, *folders) == 0
     found = json.loads((tmp_path / "found.json").read_text())

@@ -12,7 +12,7 @@ from nitro_e.config import ConfigError
 from nitro_e.data.prompts import Prompt, PromptsConfig, load_prompts
 from nitro_e.evaluation.benchmarks import benchmark
 from nitro_e.rewards import RewardConfig, build_rewards
-from nitro_e.rewards.retrieval import SCORES, Retrieval
+from nitro_e.rewards.retrieval import SCORES, Retrieval, StyleNetwork
 
 STYLES = ["flat", "noto"]
 CONCEPTS = [f"thing {number}" for number in range(30)]
@@ -34,6 +34,7 @@ def judge_folder(pictures, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(0)
+    save_file(StyleNetwork(len(STYLES), width=16).state_dict(), folder / "style.safetensors")
     network = timm.create_model("resnet10t", num_classes=8 + len(STYLES), channels=(8, 8, 8, 8), stem_width=8)
     save_for_hf(
         network, folder, safe_serialization=True, model_args={"channels": (8, 8, 8, 8), "stem_width": 8}
@@ -64,7 +65,7 @@ def test_verdicts_equal_slow_counting(pictures, judge_folder):
 
     def embedding(picture):
         out = judge.network(picture[None])[0]
-        return out[:8] / out[:8].norm(), out[8:]
+        return out[:8] / out[:8].norm(), judge.styles(picture[None])[0]
 
     real = [embedding(picture)[0].half().float() for picture in pixels]
     for row, verdict in enumerate(verdicts):
@@ -121,6 +122,23 @@ def test_several_scores_of_one_judge_explain_themselves_once(pictures, judge_fol
     )
     scorer(pixels[:2], ["", ""], info[:2])
     assert [words.count("nearest training picture") for words in scorer.said] == [1, 1]
+
+
+def test_the_style_is_told_from_47_pixels_at_a_time():
+    """A cell of the last map does not change with what is further away; the logits are those of the mean cell."""
+    torch.manual_seed(0)
+    network = StyleNetwork(3, width=16).eval()
+    picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    near = picture.clone()
+    near[..., 64 - 30 : 64 + 30, 64 - 30 : 64 + 30] = 0.5
+    far = picture.clone()
+    far[..., :34, :] = far[..., 94:, :] = far[..., :34] = far[..., 94:] = 0.5
+    with torch.no_grad():
+        maps = [network.convolutions(pixels) for pixels in (picture, near, far)]  # (1, 16, 16, 16)
+        torch.testing.assert_close(maps[0][..., 8, 8], maps[2][..., 8, 8])
+        assert (maps[0][..., 8, 8] - maps[1][..., 8, 8]).abs().max() > 1e-4
+        expected = maps[0].mean((2, 3)) @ network.head.weight.T + network.head.bias
+        torch.testing.assert_close(network(picture), expected)
 
 
 def test_bad_records_and_folders_are_refused(pictures, judge_folder, tmp_path):

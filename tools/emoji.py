@@ -1,6 +1,6 @@
 """The domain of real pictures: concepts in several styles (configs/emoji, docs/emoji.md). One command for each part.
 
-    python tools/emoji.py codec|vision|judge --out FOLDER      train a component; stopped, the same command goes on
+    python tools/emoji.py codec|vision|style|judge --out FOLDER      train a component; stopped, the same command goes on
     python tools/emoji.py baselines --judge FOLDER --codec FOLDER      what the scores are to be held against
     python tools/emoji.py grid WEIGHTS --out docs/img/emoji.png        concepts by styles
 
@@ -9,8 +9,9 @@ All take --shards (training) and --test-shards (held out: measured on, never lea
 
 * `PicturesCodec`: diffusers' AutoencoderDC, 128 px -> 32 x 8 x 8, with noise on its latents as for `shapes`.
 * `PicturesVision`: a timm vision transformer that tells concept and style of augmented pictures: the target of REPA.
+* `PicturesStyle`: a small convolutional network that tells the style, a part of the judge.
 * `PicturesJudge`: a convolutional network of its own seed and kind for evaluation (nitro_e/rewards/retrieval.py): an
-  embedding in which pictures of one concept lie together, and a head that tells the style.
+  embedding in which pictures of one concept lie together.
 
 `baselines` scores pictures that need no generative model, against the same held-out captions: the real pictures; what
 the codec makes of them; a training picture of the same concept in another style (of an unseen concept: the one with most
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from nitro_e.data.catalog import expand_shards
 from nitro_e.encoders.codec import AutoencoderDCCodec, load_autoencoder_dc
 from nitro_e.encoders.vision import patch_tokens
 from nitro_e.record import progress
-from nitro_e.rewards.retrieval import GALLERY, JUDGE, Retrieval, embed
+from nitro_e.rewards.retrieval import GALLERY, JUDGE, STYLE, Retrieval, StyleNetwork, embed
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.sheets import wrap
 from nitro_e.training.components import train_component
@@ -288,7 +290,72 @@ def reconstructions(folder: str, data: Pictures) -> Tensor:
     return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
 
 
-class PicturesJudge(ConceptTask):
+class Rendered:
+    """Pictures of which half are seen as a codec renders them, as all drawn ones are."""
+
+    batch: int
+    data: Pictures
+
+    def render(self, codec: str | None) -> None:
+        self.rendered = None if codec is None else reconstructions(codec, self.data)
+
+    def batch_of(self, seed: int, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Return rows and pixels of a step, and the generator of its other draws."""
+        rows, generator = self.data.draw(seed, step, self.batch)
+        pixels = self.data.pixels(rows)
+        if self.rendered is not None:
+            half = torch.rand(self.batch, generator=generator) < 0.5
+            pixels[half] = self.rendered[rows[half]].float() / 127.5 - 1
+        return rows, pixels, generator
+
+
+class PicturesStyle(Rendered):
+    """What tells the judge the style; moved and mirrored pictures with a little noise, colours as they are."""
+
+    steps, lr, batch = 3000, 2e-3, 64
+    smoothing = 0.05  # of the labels
+
+    def __init__(
+        self, seed: int, shards: list[str], test_shards: list[str], codec: str | None = None
+    ) -> None:
+        self.seed, self.data, self.test_shards = seed, Pictures(shards), test_shards
+        self.render(codec)
+        self.names = sorted(set(self.data.styles))
+        self.styles = torch.tensor([self.names.index(name) for name in self.data.styles])
+        self.module = self.shipped = StyleNetwork(len(self.names)).to(memory_format=torch.channels_last)
+
+    def loss(self, step: int) -> Tensor:
+        """Cross entropy of the style."""
+        rows, pixels, generator = self.batch_of(self.seed, step)
+        shift = torch.randint(-6, 7, (2,), generator=generator).tolist()
+        pixels = F.pad(pixels, (8,) * 4, value=1.0).roll(shift, (2, 3))[..., 8:-8, 8:-8]
+        pixels = (pixels.flip(-1) if step % 2 else pixels) + 0.02 * torch.randn(
+            pixels.shape, generator=generator
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.module(pixels.contiguous(memory_format=torch.channels_last))
+        return F.cross_entropy(logits.float(), self.styles[rows], label_smoothing=self.smoothing)
+
+    def export(self, folder: Path) -> None:
+        plain = self.shipped.eval().to(memory_format=torch.contiguous_format)
+        save_file(plain.state_dict(), folder / STYLE)
+
+    @torch.no_grad()
+    def measure(self, folder: Path) -> dict:
+        """The share of held-out pictures whose style is told right, by whether other styles of the concept were seen."""
+        test = Pictures(self.test_shards)
+        found = torch.cat(
+            [self.module(test.pixels(rows)) for rows in torch.arange(len(test)).split(100)]
+        ).argmax(-1)
+        right = [self.names[row] == style for row, style in zip(found.tolist(), test.styles)]
+        shares = {"pictures": len(test), "style_right": sum(right) / len(test)}
+        for split in sorted(set(test.splits)):
+            of_split = [value for value, name in zip(right, test.splits) if name == split]
+            shares[f"style_right_{split.replace(' ', '_')}"] = round(sum(of_split) / len(of_split), 4)
+        return shares
+
+
+class PicturesJudge(Rendered, ConceptTask):
     """The judge of generated pictures. The concepts and styles it learns are those of the training shards; the gallery
     it is shipped with holds all real pictures, held-out ones too, which it has not learnt from."""
 
@@ -296,11 +363,11 @@ class PicturesJudge(ConceptTask):
     size, width = 80, 128  # pixels a side it sees; of the embedding
 
     def __init__(
-        self, seed: int, shards: list[str], test_shards: list[str], codec: str | None = None
+        self, seed: int, shards: list[str], test_shards: list[str], style: str, codec: str | None = None
     ) -> None:
         super().__init__(seed, shards, test_shards)
-        # with a codec half of the pictures are seen as it renders them, as all drawn ones are
-        self.rendered = None if codec is None else reconstructions(codec, self.data)
+        self.render(codec)
+        self.style = style
 
     def network(self) -> tuple[nn.Module, int]:
         import timm
@@ -311,17 +378,13 @@ class PicturesJudge(ConceptTask):
 
     def loss(self, step: int) -> Tensor:
         """Cross entropy of the concept (cosine classifier) and of the style, from one network's outputs."""
-        rows, generator = self.data.draw(self.seed, step, self.batch)
-        pixels = self.data.pixels(rows)
-        if self.rendered is not None:
-            half = torch.rand(self.batch, generator=generator) < 0.5
-            pixels[half] = self.rendered[rows[half]].float() / 127.5 - 1
+        rows, pixels, generator = self.batch_of(self.seed, step)
         pixels = augment(pixels, generator)
         with torch.autocast("cpu", torch.bfloat16):
             embedding, styles = embed(self.shipped, pixels, self.size, self.width)
         cosine = embedding.float() @ F.normalize(self.module["concept"].weight, dim=-1).T
         concept = F.cross_entropy(cosine / self.temperature, self.concepts[rows])
-        return concept + F.nll_loss(styles.float(), self.styles[rows])
+        return concept + F.cross_entropy(styles.float(), self.styles[rows])
 
     def export(self, folder: Path) -> None:
         from timm.models import save_for_hf
@@ -341,6 +404,7 @@ class PicturesJudge(ConceptTask):
             "is_train": torch.tensor([True] * len(self.data) + [False] * len(test)),
         }
         save_file(gallery, folder / GALLERY)
+        shutil.copy(Path(self.style) / STYLE, folder / STYLE)
         names = {"size": self.size, "width": self.width, "style": self.style_names, "concept": concepts}
         (folder / JUDGE).write_text(json.dumps(names) + "\n")
         plain = self.shipped.half().to(memory_format=torch.contiguous_format)
@@ -365,7 +429,12 @@ class PicturesJudge(ConceptTask):
         }
 
 
-COMPONENTS = {"codec": PicturesCodec, "vision": PicturesVision, "judge": PicturesJudge}
+COMPONENTS = {
+    "codec": PicturesCodec,
+    "vision": PicturesVision,
+    "style": PicturesStyle,
+    "judge": PicturesJudge,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -380,9 +449,11 @@ def main(argv: list[str] | None = None) -> int:
         if name in COMPONENTS:
             command.add_argument("--steps", type=int, default=COMPONENTS[name].steps)
             command.add_argument("--seed", type=cli.seed, default=0, metavar="N")
-    parsers["judge"].add_argument(
-        "--codec", metavar="FOLDER", help="see half of the pictures through this codec"
-    )
+    for name in ("style", "judge"):
+        parsers[name].add_argument(
+            "--codec", metavar="FOLDER", help="see half of the pictures through this codec"
+        )
+    parsers["judge"].add_argument("--style", required=True, metavar="FOLDER", help="what `style` has trained")
     parsers["baselines"].add_argument("--judge", required=True, metavar="FOLDER")
     parsers["baselines"].add_argument("--codec", required=True, metavar="FOLDER")
     parsers["grid"].add_argument("weights", help="as for nitro-e sample")
@@ -398,11 +469,11 @@ def train(options: argparse.Namespace) -> None:
     """Train the component, measure and export it."""
     torch.manual_seed(options.seed)
     shards = expand_shards(options.shards, "--shards"), expand_shards(options.test_shards, "--test-shards")
-    codec = {"codec": options.codec} if getattr(options, "codec", None) else {}
+    more = {name: getattr(options, name) for name in ("codec", "style") if getattr(options, name, None)}
     command = f"python tools/emoji.py {options.command} --seed {options.seed} --steps {options.steps}"
-    command += " --codec CODEC" if codec else ""
+    command += "".join(f" --{name} {name.upper()}" for name in more)
     train_component(
-        lambda: COMPONENTS[options.command](options.seed, *shards, **codec),
+        lambda: COMPONENTS[options.command](options.seed, *shards, **more),
         options.out,
         options.steps,
         command,

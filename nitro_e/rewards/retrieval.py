@@ -23,8 +23,33 @@ from nitro_e.config import ConfigError, did_you_mean, parse_json, read_text
 from nitro_e.encoders.vision import load_timm
 
 SCORES = ("both", "style", "top10", "reciprocal_rank", "mixed", "novelty")
-JUDGE, GALLERY = "judge.json", "gallery.safetensors"
-WANTED = ("config.json", "model.safetensors", JUDGE, GALLERY)
+JUDGE, GALLERY, STYLE = "judge.json", "gallery.safetensors", "style.safetensors"
+WANTED = ("config.json", "model.safetensors", JUDGE, GALLERY, STYLE)
+
+
+class StyleNetwork(nn.Module):
+    """Tell the style from lines, shading and colours: (B, 3, H, W) in -1..1 -> (B, styles) logits.
+
+    A cell of its last map sees 47 pixels, and the cells are averaged. It hardly sees which concept it is, so it cannot
+    learn by heart in which styles a concept was shown.
+    """
+
+    def __init__(self, styles: int, width: int = 128) -> None:
+        super().__init__()
+        sizes = ((3, width // 4, 2), (width // 4, width // 2, 2), (width // 2, width, 2))
+        self.convolutions = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+                )
+                for channels, out, stride in (*sizes, (width, width, 1), (width, width, 1))
+            )
+        )
+        self.head = nn.Linear(width, styles)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        cells = self.convolutions(pixels)  # (B, width, H / 8, W / 8)
+        return self.head(cells.mean(dim=(2, 3)))
 
 
 class Verdict(NamedTuple):
@@ -57,7 +82,7 @@ class Retrieval(nn.Module):
             )
         self.score = score
         self.said: list[str] = []  # of each image of the last call
-        self.network, self.names, gallery = files.load(
+        self.network, self.styles, self.names, gallery = files.load(
             "reward 'retrieval'", "path", path, lambda folder: _load(folder, dtype), WANTED
         )
         for name, values in gallery.items():
@@ -65,7 +90,9 @@ class Retrieval(nn.Module):
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B, 3, H, W) in -1..1 -> unit embeddings (B, D), log-probabilities of the styles (B, S)."""
-        return embed(self.network, pixels, self.names["size"], self.names["width"])
+        embedding, _ = embed(self.network, pixels, self.names["size"], self.names["width"])
+        styles = self.styles(pixels.to(self.styles.head.weight.dtype))
+        return embedding, styles.float().log_softmax(-1)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         verdicts = self.judge(pixels, info)
@@ -97,7 +124,7 @@ class Retrieval(nn.Module):
                     styles[row, style].exp().item(),
                     rank,
                     f"{self.names['concept'][int(self.concept[near])]}, {self.names['style'][int(self.style[near])]}",
-                    1 - known[row, near].item(),
+                    max(1 - known[row, near].item(), 0.0),  # rounding
                 )
             )
         return verdicts
@@ -128,16 +155,22 @@ class Retrieval(nn.Module):
 
 
 def embed(network: nn.Module, pixels: Tensor, size: int, width: int) -> tuple[Tensor, Tensor]:
-    """Compute `Retrieval.embed` with gradients: the network's first `width` outputs, and the rest as logits."""
+    """Return unit embeddings (B, width) with gradients, and what else the network gives: logits of the styles, which
+    only its training uses."""
     small = F.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     out = network(small.to(next(network.parameters()).dtype)).float()
-    return F.normalize(out[:, :width], dim=-1), out[:, width:].log_softmax(-1)
+    return F.normalize(out[:, :width], dim=-1), out[:, width:]
 
 
-def _load(folder: str, dtype: torch.dtype) -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """Read a judge's folder: the network, the names and sizes, and the gallery of real pictures."""
+def _load(folder: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, dict, dict[str, Tensor]]:
+    """Read a judge's folder: its two networks, the names and sizes, and the gallery of real pictures."""
     names = parse_json(read_text(Path(folder) / JUDGE), f"{folder}/{JUDGE}")
     gallery = load_file(Path(folder) / GALLERY)
     gallery["embeddings"] = F.normalize(gallery["embeddings"].float(), dim=-1)
     network = load_timm(folder, dtype, num_classes=names["width"] + len(names["style"]))
-    return network.eval().requires_grad_(False), names, gallery
+    weights = load_file(Path(folder) / STYLE)
+    styles = StyleNetwork(len(names["style"]), weights["head.weight"].shape[1]).to(dtype)
+    styles.load_state_dict(weights)
+    for module in (network, styles):
+        module.eval().requires_grad_(False)
+    return network, styles, names, gallery
