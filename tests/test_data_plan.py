@@ -65,5 +65,5 @@ def test_hours_are_flops_over_speed():
 def test_command(capsys):
     assert main(["plan", "configs/shapes/1_pretrain.yaml", "--images", "1e6"]) == 0
     assert "44,800 samples" in capsys.readouterr().out
-    assert main(["plan", "configs/shapes/3_grpo.yaml", "--images", "1e6"]) == 2
+    assert main(["plan", "configs/shapes/3_grpo_clipped.yaml", "--images", "1e6"]) == 2
     assert "reads data" in capsys.readouterr().err

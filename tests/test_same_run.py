@@ -147,6 +147,13 @@ OTHER_STAGES = {
         "stage.prompts.num=20",
         "stage.adapter={rank: 2}",
     ],
+    "3_grpo_clipped": [
+        "stage.groups=2",
+        "stage.group_size=4",
+        "batch.per_device=null",
+        "stage.prompts.num=20",
+        "stage.adapter={rank: 2}",
+    ],
     "4_distill": ["stage.adversarial.start=0", "stage.adversarial.heads={width: 8, spectral_norm: true}"],
     "4_nitrofusion": [
         "stage.adversarial.start=0",

@@ -178,7 +178,7 @@ def test_a_hacked_reward_on_shapes_stops_the_run_by_itself(tmp_path, capsys):
         "best: colourful, guard: {strict: 0.2}}",
     ]
     run = tmp_path / "run"
-    assert train.main([str(ROOT / "configs/shapes/3_grpo.yaml"), f"run={run}", *overrides]) == 3
+    assert train.main([str(ROOT / "configs/shapes/3_grpo_clipped.yaml"), f"run={run}", *overrides]) == 3
     assert "guard: eval/strict fell from" in capsys.readouterr().err
     rows = {row["step"]: row for row in metrics.read(run) if "eval/strict" in row}
     steps = sorted(rows)

@@ -32,7 +32,7 @@ from nitro_e.studies import training
 from nitro_e.studies.plan import Study
 
 ROOT = Path(__file__).parent.parent
-RECIPE = "configs/shapes/3_grpo.yaml"
+RECIPE = "configs/shapes/3_grpo_clipped.yaml"
 SMALL = [
     "model.preset=micro-8",
     "engine.steps=1",
@@ -390,7 +390,7 @@ def test_losses_are_compared_in_pairs(fresh, capsys):
         ({"validation": None}, "settings is empty"),
         ({"settings": [{"steps": 2, "resolution": 63}]}, "variants.base: "),
         ({"equal": ["time"]}, "equal[0]: 'time' is not one of steps, flops, seconds"),
-        ({"recipe": str(ROOT / "configs/shapes/3_grpo.yaml"), "set": [], "validation": None, "settings": [{"steps": 2}], "grid": {}, "variants": {"a": {"equal": ["flops"]}}}, "variants.a: equal: flops: they are counted for"),
+        ({"recipe": str(ROOT / "configs/shapes/3_grpo_clipped.yaml"), "set": [], "validation": None, "settings": [{"steps": 2}], "grid": {}, "variants": {"a": {"equal": ["flops"]}}}, "variants.a: equal: flops: they are counted for"),
     ],
 )  # fmt: skip
 def test_a_wrong_study_from_scratch_is_refused_at_once(fresh, capsys, change, message):

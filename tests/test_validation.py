@@ -160,7 +160,7 @@ def test_refused(toy, tmp_path, capsys, more, message):
 def test_a_dry_run_names_it_and_a_stage_without_images_refuses_it(toy, tmp_path, capsys):
     assert code_of(train.main, [str(toy / "recipe.yaml"), "--dry-run", held_out(toy)]) == 0
     assert "7 images at 3 times, every 2 steps" in capsys.readouterr().out
-    grpo = "configs/shapes/3_grpo.yaml"
+    grpo = "configs/shapes/3_grpo_clipped.yaml"
     assert code_of(train.main, [grpo, "--dry-run", "validation={shards: [a.tar]}"]) == 2
     assert "validation: stage.kind 'grpo' reads no images" in capsys.readouterr().err
 
