@@ -51,9 +51,10 @@ def adapted(name: str) -> dict[str, torch.Tensor]:
 def test_the_adapter_makes_the_merged_weights_of_the_first_ones():
     first, shipped = adapted("shapes"), adapted("shapes-grpo")
     merged = merge_lora(first, SHIPPED / "grpo" / "adapter")
-    error = max((merged[name] - shipped[name]).abs().max() for name in merged)
-    learned = max((first[name] - shipped[name]).abs().max() for name in merged)
-    assert error < 0.02 * learned  # all three are float16
+    # all three are float16: single weights are off by what weights of up to 6 are rounded by, their norm is not
+    error = sum((merged[name] - shipped[name]).square().sum() for name in merged).sqrt()
+    learned = sum((first[name] - shipped[name]).square().sum() for name in merged).sqrt()
+    assert error < 0.02 * learned
 
 
 def size(folder: Path) -> int:
