@@ -66,4 +66,7 @@ def test_command(capsys):
     assert main(["plan", "configs/shapes/1_pretrain.yaml", "--images", "1e6"]) == 0
     assert "44,800 samples" in capsys.readouterr().out
     assert main(["plan", "configs/shapes/3_grpo_clipped.yaml", "--images", "1e6"]) == 2
-    assert "reads data" in capsys.readouterr().err
+    assert "stage.kind 'grpo' reads no data" in capsys.readouterr().err
+    own = "components.text=llama-3.2-1b=/some/folder"
+    assert main(["plan", "configs/nitro_e_512/1_pretrain.yaml", own, "--images", "1e6"]) == 2
+    assert "components.text: the shape of 'llama-3.2-1b' from '/some/folder'" in capsys.readouterr().err

@@ -119,15 +119,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
         text="likewise the text encoder: writes text-*.tar",
         vision="likewise the vision encoder: writes features-*.tar",
     )
-    parser.add_argument(
-        "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
-    )
-    parser.add_argument(
-        "--text-dtype",
-        choices=("float16", "int8"),
-        default="float16",
-        help="int8, with a scale per token, takes half of the space",
-    )
+    stored_text_flags(parser)
     parser.add_argument(
         "--caption", metavar="KEY", help="encode the text under this key of the json: writes text_KEY-*.tar"
     )
@@ -158,6 +150,18 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=cli.device, help="default: this rank's GPU, else the CPU")
     job_arguments(parser, processes=False)
+
+
+def stored_text_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-format", choices=("padded", "ragged"), default="padded", help="ragged keeps real tokens only"
+    )
+    parser.add_argument(
+        "--text-dtype",
+        choices=("float16", "int8"),
+        default="float16",
+        help="int8, with a scale per token, takes half of the space",
+    )
 
 
 def run_encode(args: argparse.Namespace) -> None:
@@ -311,10 +315,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shards", nargs="+", default=[], help="packed images to measure; without, 512 px JPEGs are assumed"
     )
-    parser.add_argument(
-        "--text-format", choices=("padded", "ragged"), default="padded", help="of stored text"
-    )
-    parser.add_argument("--text-dtype", choices=("float16", "int8"), default="float16", help="of stored text")
+    stored_text_flags(parser)
     parser.add_argument(
         "--tokens", type=cli.whole(1, 8192), metavar="N", help="real tokens of a caption (default: all)"
     )
@@ -334,10 +335,20 @@ def run_plan(args: argparse.Namespace) -> None:
     components, latents = run.components, codec_shape(run.components.codec)
     (width, length), vision = text_shape(components.text), components.vision
     features = None if vision is None else vision_width(vision)
-    known = latents is not None and width is not None and (vision is None) == (features is None)
-    if run.data is None or run.flops_per_step is None or not known:
+    for kind, component, shape in (
+        ("codec", components.codec, latents),
+        ("text", components.text, width),
+        ("vision", vision, features),
+    ):
+        if component is not None and shape is None:
+            raise ConfigError(
+                f"components.{kind}: the shape of '{component.name}' from '{component.path}' is known to its files alone; "
+                f"plan with components.{kind}={component.name}"
+            )
+    if run.data is None or run.flops_per_step is None:
         raise ConfigError(
-            f"{args.config}: plan needs a recipe that reads data, with encoders whose shapes are known by name"
+            f"{args.config}: stage.kind '{run.stage.kind}' reads no data whose training is counted; give a recipe of stage 1 "
+            "or 2"
         )
     (channels, stride), side = latents, run.data.resolution // latents[1]
     cells = run.token_grid(stride)
