@@ -70,6 +70,15 @@ class ToyDenoiser(nn.Module):
             for _ in range(blocks)
         )
         self.out = nn.Linear(width, 2)
+        self.places = 1  # of a policy
+
+    def widen(self, places):
+        """Predict the velocity of so many places of a step, the same at first."""
+        narrow, self.places = self.out, places
+        self.out = nn.Linear(self.width, 2 * places)
+        self.out.load_state_dict(
+            {name: torch.cat([value] * places) for name, value in narrow.state_dict().items()}
+        )
 
     def features(self, x, t, text):
         point, waves = (
@@ -89,7 +98,8 @@ class ToyDenoiser(nn.Module):
 
     def forward(self, x, t, text):
         h, _ = self.features(x, t, text)
-        return self.out(F.layer_norm(h, (self.width,)))[:, :, None, None]
+        velocity = self.out(F.layer_norm(h, (self.width,)))[:, :, None, None]
+        return velocity if self.places == 1 else velocity.unflatten(1, (self.places, 2))
 
 
 class ToyBackbone:
@@ -161,13 +171,17 @@ class Pairs:
             energy_distance(points[self.test_classes == number], other[self.test_classes == number])
             for number in range(CLASSES)
         ]
-        modes = centres()[self.test_classes]  # (N, modes, 2)
-        nearest = (points[:, None] - modes).norm(dim=2).amin(dim=1)
         rmse = (points - same).square().sum(1).mean().sqrt()
-        return sum(distances) / CLASSES, rmse.item(), (nearest < 3 * SD).float().mean().item()
+        hit = near_mode(points, self.test_classes).float().mean()
+        return sum(distances) / CLASSES, rmse.item(), hit.item()
 
     def teacher_at(self, times):
         return self.measure(draw(self.teacher, self.test_noise, self.test_classes, times))
+
+
+def near_mode(points, classes):
+    """Tell whether points (N, 2, ...) are within 3 sd of a mode of their class, (N,)."""
+    return (points.flatten(1)[:, None] - centres()[classes]).norm(dim=2).amin(dim=1) < 3 * SD
 
 
 def energy_distance(x, y):
@@ -197,6 +211,9 @@ POOLED = {key: value for key, value in ADVERSARIAL.items() if key not in ("heads
 DIFFUSION = {"kind": "mse", "decay": None}
 FAKE = {"optim": {**FAST, "lr": 1e-3, "warmup": 0}}
 PLAIN = {"guidance_scale": 1, "drop_text": 0}
+PLAIN_SCORE = {"guidance_scale": 1, "fake": FAKE}
+SCORE_HEADS = {"heads": {"width": 64}, "optim": {**FAST, "lr": 2e-3, "warmup": 0}}
+PLACES = 10  # of the policies of pi-Flow
 
 RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
     "pair": (
@@ -277,6 +294,34 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         None,
     ),
     "tdm": ({"preset": "tdm", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.006, None),
+    "dmd2_gan": ({"preset": "dmd2_gan", "score": PLAIN_SCORE, "adversarial": SCORE_HEADS}, 0.012, None),
+    "f_distill": (
+        {"preset": "f_distill", "every": 5, "score": PLAIN_SCORE, "adversarial": SCORE_HEADS},
+        0.012,
+        None,
+    ),
+    "dmdr": (
+        {
+            "preset": "dmdr",
+            "adapter": None,
+            "inputs": {"group": 2},
+            "score": PLAIN_SCORE,
+            "reward": {"rewards": ["shapes"], "start": 500},
+        },
+        0.02,
+        None,
+    ),
+    "rcm": (
+        {"preset": "rcm", "flow_map": {"guidance_scale": 1, "warmup": 200}, "score": PLAIN_SCORE},
+        0.02,
+        None,
+    ),
+    "sid_few": ({"preset": "sid_few", "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN}}}, 0.012, None),
+    "sid_few, every fifth step": (
+        {"preset": "sid_few", "every": 5, "score": {"guidance_scale": 1, "fake": {**FAKE, **PLAIN}}},
+        0.012,
+        None,
+    ),
     "phased_dmd": ({"preset": "phased_dmd", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.012, None),
     "sim, one step": ({"preset": "sim", "score": {"guidance_scale": 1, "fake": FAKE}}, 0.02, None),
     "swiftbrush": (
@@ -295,6 +340,12 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         },
         0.02,
         None,
+    ),
+    "pi_flow": ({"preset": "pi_flow", "imitate": {"guidance_scale": 1}}, 0.002, 0.05),
+    "pi_flow, one velocity": (
+        {"preset": "pi_flow", "sampler": "euler", "imitate": {"guidance_scale": 1}},
+        0.004,
+        0.07,
     ),
     "score and imitate": (
         {
@@ -324,10 +375,16 @@ def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
     student = copy.deepcopy(pairs.teacher).requires_grad_(True)
     if config.inputs.intervals is not None:
         student.elapsed = nn.Parameter(torch.zeros(12, student.width))
+    if config.sampler == "policy":
+        student.widen(PLACES)
     null = TextEmbedding(torch.zeros(1, 1, CLASSES), torch.ones(1, 1, dtype=torch.bool))
     stage = Distill(
         config, student, pairs.teacher, partial(ToyBackbone, pairs.teacher), null, seed, torch.device("cpu")
     )
+    # the reward of dmdr: 1 near a mode of the sample's class
+    stage.shared.judge = lambda points, prompts, info: near_mode(
+        points, pairs.classes[[int(prompt) for prompt in prompts]]
+    ).float()
     for phase in stage.phases:
         phase.net = phase.module
     loop, average = Loop(stage, steps), copy.deepcopy(student).requires_grad_(False)

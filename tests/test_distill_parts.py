@@ -1184,7 +1184,7 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "imitate.reach": 1.0,
         "imitate.places": 2,
         "imitate.largest_time": 1.0,
-        "sampler": "euler",
+        "sampler": "policy",
         "score": None,
         "needs_pairs": [],
     },

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +44,7 @@ class ModelConfig(Architecture):
     }
 
     FREE: ClassVar[tuple[str, ...]] = ("init", "gate_init", "base_grid", "attention")
-    ADOPTED: ClassVar[Mapping[str, Any]] = {"time_input": "1000t", "interval": False}
+    ADOPTED: ClassVar[Mapping[str, Any]] = {"time_input": "1000t", "interval": False, "policy": 1}
 
     kind: Literal["emmdit"] = "emmdit"  # the class of the model
     heads: Annotated[int, Ge(1), Le(65536)] = 24  # attention heads; they divide the width
@@ -86,6 +86,8 @@ class ModelConfig(Architecture):
     time_input: Literal["1000t", "t"] = "1000t"
     # a second time embedding, of the distance to an earlier time: for average velocities (MeanFlow)
     interval: bool = False
+    # velocities that the last layer gives, for the places of a student's policy within one step (sampler policy)
+    policy: Annotated[int, Ge(1), Le(64)] = 1
     # tokens per side of the training resolution
     base_grid: Annotated[int, Ge(1), Le(1024)] = 16
 
@@ -120,6 +122,8 @@ class ModelConfig(Architecture):
             raise ConfigError(
                 "interval needs prediction: velocity; an average velocity is no x minus the data"
             )
+        if self.policy > 1 and self.prediction == "data":
+            raise ConfigError("policy needs prediction: velocity; its places have their data from it")
         if not self.attention:
             raise ConfigError("attention must name at least one pattern, for example [full]")
         for name in self.attention:
@@ -272,7 +276,7 @@ class EMMDiT(Model):
             for index, (region, values) in enumerate(zip(c.regions, c.values))
         )
         self.norm_out = layers.NORMS[c.norm](width, eps=1e-6, elementwise_affine=False)
-        self.out = nn.Linear(width, c.latent_channels * c.patch_size**2)
+        self.out = nn.Linear(width, c.policy * c.latent_channels * c.patch_size**2)
         self.prediction: Prediction = (
             PredictData(c.prediction_floor) if c.prediction == "data" else PredictVelocity()
         )
@@ -371,6 +375,8 @@ class EMMDiT(Model):
         image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
 
         out = self.unpatchify(self.out(self.norm_out(image)), grid)
+        if self.config.policy > 1:
+            out = out.unflatten(1, (self.config.policy, -1))  # (B, policy, C, h, w)
         return self.prediction.velocity(out, x, t), [tapped[tap] for tap in taps]
 
     def run_blocks(
@@ -423,11 +429,15 @@ class EMMDiT(Model):
         return self.prediction.target(velocity, t)
 
     def adopt(self, source: Model) -> None:
-        weights = source.state_dict()
+        weights = dict(source.state_dict())
         # what is new here is off at first
         new = {name: value for name, value in self.state_dict().items() if name not in weights}
-        self.load_state_dict({**new, **weights})
         assert isinstance(source, EMMDiT), "the architectures were compared"
+        if self.config.policy != source.config.policy:  # a velocity for every place, the same at first
+            sizes = {"places": self.config.policy, "c": self.config.latent_channels}
+            for name in ("out.weight", "out.bias"):
+                weights[name] = repeat(weights[name], "(pq c) ... -> (pq places c) ...", **sizes)
+        self.load_state_dict({**new, **weights})
         if self.config.time_input != source.config.time_input:
             self.time.imitate(source.time)
 

@@ -21,6 +21,7 @@ from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import seed_of
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimeGrid, time_grid
+from nitro_e.sampling.policy import Policy, all_data
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Time = Annotated[float, Ge(0), Le(1)]  # 0 is data, 1 is noise
@@ -55,8 +56,9 @@ class SamplingConfig(Config):
     guidance: GuidanceKind = "text"
     # zero_star: the other velocity scaled to fit, and none at t = 1 (CFG-Zero*, arXiv 2503.18886)
     guidance_rescale: Rescale = "none"
-    # for distilled weights: multistep, consistency sampling; flow_map: average velocities between the times (MeanFlow)
-    sampler: Literal["euler", "heun", "multistep", "flow_map"] = "euler"
+    # for distilled weights: multistep, consistency sampling; flow_map: average velocities between the times (MeanFlow);
+    # policy: the path that a widened student predicts for each step (pi-Flow)
+    sampler: Literal["euler", "heun", "multistep", "flow_map", "policy"] = "euler"
     grid: TimeGrid = "released"  # times of the steps: the released sampler's, or equal distances
     shift: Annotated[float, Gt(0)] = 1.0  # > 1 spends more steps at high noise
     # distilled weights: one tuple of falling times per trained step count, without the final 0; they replace grid and shift
@@ -143,7 +145,7 @@ def sample(
     text: B rows; negative: B rows or one; fresh(step): more noise like x, for samplers that draw it; times: falling,
     those of the settings by default; after_step: see `AfterStep`.
     """
-    velocity = guide(
+    field = guide(
         scale_time(model, settings.time_scale),
         text,
         negative,
@@ -152,6 +154,16 @@ def sample(
         settings.guidance,
         settings.guidance_rescale,
     )
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        found = field(x, t)
+        if (found.ndim > x.ndim) != (settings.sampler == "policy"):
+            raise ConfigError(
+                f"sampler '{settings.sampler}': these weights predict {'several velocities' if found.ndim > x.ndim else 'one velocity'} "
+                "per step; weights with model.policy above 1 need sampler: policy, and others do not have it"
+            )
+        return found
+
     times = (settings.times() if times is None else times).to(x.device)
     if settings.sampler == "multistep":
         return multistep(velocity, x, times, fresh, after_step)
@@ -308,7 +320,15 @@ def flow_map(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "flow_map": flow_map}  # the deterministic ones, of one signature
+def policy(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep = keep) -> Tensor:
+    """Follow the path that a widened student predicts from each time to the next (pi-Flow, arXiv 2510.14974)."""
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        t, after = t.expand(len(x)), t_next.expand(len(x))
+        x = after_step(step, Policy(x, t, after, all_data(x, t, velocity(x, t))).state(after), t_next)
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "flow_map": flow_map, "policy": policy}  # the deterministic ones, of one signature
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -157,9 +157,9 @@ class EmmditPipeline(DiffusionPipeline):
                 f"guidance '{settings.guidance}': a diffusers folder has no weak pass; store the weights with "
                 "sampling.guidance: text"
             )
-        if settings.sampler == "flow_map":
+        if settings.sampler in ("flow_map", "policy"):
             raise ConfigError(
-                "sampler 'flow_map': no scheduler of diffusers gives the model two times; use our pipeline"
+                f"sampler '{settings.sampler}': no scheduler of diffusers takes such steps; use our pipeline"
             )
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=1.0 if settings.sigmas else settings.shift,

@@ -147,6 +147,7 @@ class RunConfig(Config):
                 f"validation: stage.kind '{self.stage.kind}' reads no images; leave validation out"
             )
         kind.check(self)
+        self._check_policy()
         self._check_selection(kind.period(self))
         self._check_shapes()
 
@@ -203,6 +204,16 @@ class RunConfig(Config):
             raise ConfigError(
                 f"evaluation.every {scores.every} must be a multiple of {period}, the steps of stage.kind "
                 f"'{self.stage.kind}' that belong together: only between them a checkpoint can be kept or gone back to"
+            )
+
+    def _check_policy(self) -> None:
+        """Sampler 'policy' and weights of several velocities belong together."""
+        places, sampler = getattr(self.model, "policy", 1), self.published_sampling.sampler
+        if (places > 1) != (sampler == "policy"):
+            raise ConfigError(
+                f"model.policy {places} with sampler '{sampler}': only sampler 'policy' follows several velocities per step, and "
+                "only students of stage.preset pi_flow learn them; set all three (model.policy: 10, sampling.sampler: "
+                "policy), or none"
             )
 
     def _check_shapes(self) -> None:

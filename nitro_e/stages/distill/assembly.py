@@ -84,7 +84,13 @@ def open_pairs(config: Run[DistillConfig], parts: Parts | None = None) -> Data:
 
 def build(config: Run[DistillConfig], parts: Parts) -> tuple[Stage, Sequence[str]]:
     folder = run_folder.model_folder(config.stage.teacher)
-    use = read_config(folder)["use"]
+    described = read_config(folder)
+    use = described["use"]
+    if getattr(described["model"], "policy", 1) > 1:
+        raise ConfigError(
+            f"stage.teacher '{config.stage.teacher}' predicts several velocities per step (model.policy); a teacher needs one, so "
+            "name the weights that it was distilled from"
+        )
     for name in ("codec", "text"):
         ours, theirs = getattr(config.components, name).name, use.get(name, {}).get("name")
         if theirs not in (None, ours):

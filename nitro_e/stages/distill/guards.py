@@ -35,7 +35,7 @@ def describe_prediction(prediction: Prediction, batch: DistillBatch, sigmas: Ten
 
     Of prompts without images these are the student's own standard deviations and means.
     """
-    ours = prediction.data.detach().flatten(1)
+    ours = prediction.last_data.detach().flatten(1)
     ratio, drift = ours.std(dim=1), ours.mean(dim=1)
     if batch.latents is not None:
         theirs = batch.latents.flatten(1)

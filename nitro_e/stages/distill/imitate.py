@@ -1,8 +1,8 @@
 """Imitation: on the student's own states its velocity follows the teacher's guided one (pi-Flow, arXiv 2510.14974).
 
 The student visits states by its own sampler (`inputs.noise: chain`), so it learns to repair its own errors, and no
-images are needed. From a state it goes straight on with the velocity that it predicts, as a policy that is constant
-within the step; the teacher is asked there, or further along that line.
+images are needed. From a state it follows its policy to the sampler's next time without the network: the path of
+sampling/policy.py, or, with a single prediction, a straight line. The teacher is asked at the state, or further along.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from nitro_e.config import Config, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import Phase
 from nitro_e.randomness import SampleRandom
-from nitro_e.sampling.flow import expand
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 from nitro_e.stages.distill.objective import Balance, Shared, per_sample
+
+EARLIEST = 0.02  # least time at which a path is compared: an error of its data counts 1 / s^2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,11 @@ class ImitateConfig(Config):
     largest_time: Annotated[float, Gt(0), Le(1)] = 0.8
     # share of the step to the sampler's next time, from its start, in which the teacher is asked; 0: at the state alone
     reach: Fraction = 0.0
-    places: Annotated[int, Ge(1), Le(64)] = 1  # on that line, at which the teacher is asked
+    places: Annotated[int, Ge(1), Le(64)] = 1  # on that path, at which the teacher is asked
 
 
 class Imitate:
-    """Regression of the student's velocity to the teacher's, at the student's states or on its line from them."""
+    """Regression of the student's velocity to the teacher's, at the student's states or on its path from them."""
 
     name = "imitate"
     phases: tuple[Phase, ...] = ()
@@ -49,14 +50,13 @@ class Imitate:
     def loss(
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute (B,) |v_student - v_teacher(x_s, s)|^2, where x_s lies on the student's line at times s <= t."""
-        assert prediction.t_next is not None, "DistillConfig refuses it without chains"
-        config, x, t = self.config, prediction.x, prediction.t
-        velocity = (x - prediction.data) / expand(t, x)
-        values = torch.zeros_like(t)
+        """Compute (B,) |v_student - v_teacher|^2 at x_s and s, where x_s lies on the student's path at times s <= t."""
+        config, policy = self.config, prediction.policy
+        values = torch.zeros_like(policy.t)
         for _ in range(config.places):
-            elapsed = config.reach * rng.uniform() * (t - prediction.t_next)  # (B,)
-            place = x - expand(elapsed, x) * velocity.detach()
-            target = self.shared.guided(place, t - elapsed, batch.text, config.guidance_scale)
-            values = values + per_sample((velocity - target).square()) / config.places
-        return values * (t <= config.largest_time), {}
+            s = policy.t - config.reach * rng.uniform() * (policy.t - policy.t_next)  # (B,)
+            s = s.clamp(min=EARLIEST)
+            x = policy.state(s).detach()
+            target = self.shared.guided(x, s, batch.text, config.guidance_scale)
+            values = values + per_sample((policy.velocity(x, s) - target).square()) / config.places
+        return values * (policy.t <= config.largest_time), {}

@@ -28,9 +28,10 @@ from nitro_e.interfaces import Denoiser, TextEmbedding
 from nitro_e.randomness import SampleRandom, seed_of
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, training_times
+from nitro_e.sampling.policy import Policy, all_data
 from nitro_e.sampling.samplers import check_sigmas, euler, multistep
 
-Sampler = Literal["euler", "multistep", "flow_map"]
+Sampler = Literal["euler", "multistep", "flow_map", "policy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,10 @@ class InputConfig(Config):
             if self.noise == "chain" or self.rollout:
                 raise ConfigError("sampler 'flow_map' has no chains or rollouts; set inputs.noise: fresh")
             return
+        if sampler == "policy":
+            if self.noise != "chain":
+                raise ConfigError("sampler 'policy' is trained on its own states; set inputs.noise: chain")
+            return
         expected = {"euler": "pair", "multistep": "fresh"}[sampler]
         if self.noise not in (expected, "chain") and (
             self.sigmas != (1.0,) or self.continuous_times is not None
@@ -159,10 +164,22 @@ class Prediction:
     x: Tensor  # (B, C, h, w) noised input
     t: Tensor  # (B,)
     on_path: bool  # x is a mix of the pair's own data and noise, not a state of the student's sampler
-    data: Tensor  # (B, C, h, w) predicted x0
+    data: Tensor  # (B, C, h, w) predicted x0; of a policy (B, n, C, h, w), see sampling/policy.py
     t_next: Tensor | None = None  # (B,) time that the sampler goes to from here; of chains only
     # (B,) time down to which the velocity is an average; data is then x - t times that. None: 0
     end: Tensor | None = None
+
+    @property
+    def last_data(self) -> Tensor:
+        """The x0 prediction (B, C, h, w), of a policy the one for the end of the step."""
+        return self.data if self.data.ndim == self.x.ndim else self.data[:, -1]
+
+    @property
+    def policy(self) -> Policy:
+        """The path from here to the sampler's next time; a single prediction makes it a straight line."""
+        assert self.t_next is not None, "DistillConfig refuses it without chains"
+        data = self.data if self.data.ndim > self.x.ndim else self.data.unsqueeze(1)
+        return Policy(self.x, self.t, self.t_next, data)
 
     @property
     def times(self) -> Tensor:
@@ -304,10 +321,14 @@ class Predictor:
         for step, (t, t_next) in enumerate(pairwise(times.unsqueeze(1).expand(-1, len(noise)))):
             with torch.set_grad_enabled(graph):
                 velocity = student(x, t, batch.text.take(slice(step, None, count)))
-                data = flow.to_data(x, t, velocity)
+                data = all_data(x, t, velocity)
             states.append(x)
             predicted.append(data)
-            if step + 1 < count:
+            if step + 1 == count:
+                break
+            if self.sampler == "policy":
+                x = Policy(x, t, t_next, data.detach()).state(t_next)
+            else:
                 again = noise[:, step + 1] if self.sampler == "multistep" else flow.to_noise(x, t, velocity)
                 x = flow.interpolate(data, again, t_next).detach()
         if not graph:

@@ -239,10 +239,10 @@ PRESETS: dict[str, dict] = {
         "guards": None,
         "optim": {"lr": 2e-5, **SLOW},
     },
-    # pi-Flow (arXiv 2510.14974) with a policy of one velocity per step: the teacher is asked along the student's own path.
+    # pi-Flow (arXiv 2510.14974): the teacher is asked along the path of the student's policy. It needs model.policy: 10.
     "pi_flow": {
         "inputs": CHAIN,
-        "sampler": "euler",
+        "sampler": "policy",
         "imitate": {"largest_time": 1.0, "reach": 1.0, "places": 2},
         "guards": None,
         "optim": {"lr": 1e-5, **SLOW},

@@ -159,6 +159,13 @@ class DistillConfig(Config):
                     f"score.divergence '{self.score.divergence}' reads density ratios: it needs adversarial: "
                     "{loss: non_saturating, share_score: true}"
                 )
+        if self.sampler == "policy":
+            others = [name for name in OBJECTIVES if name != "imitate" and getattr(self, name)]
+            if others or self.imitate is None or self.adapter is not None:
+                raise ConfigError(
+                    "sampler 'policy': only imitate trains the several predictions of a step, and an adapter would leave the last "
+                    f"layer as it is; leave out {', '.join([*others, *(['adapter'] if self.adapter else [])]) or 'nothing, and set imitate'}"
+                )
         if self.score and self.score.noise == "trajectory" and self.sampler != "euler":
             raise ConfigError(
                 f"score.noise 'trajectory' is Euler's, but stage.sampler is '{self.sampler}'; set noise: fresh"
