@@ -312,7 +312,7 @@ class Rendered:
 class PicturesStyle(Rendered):
     """What tells the judge the style; moved and mirrored pictures with a little noise, colours as they are."""
 
-    steps, lr, batch = 3000, 2e-3, 64
+    steps, lr, batch = 6000, 2e-3, 64
     smoothing = 0.05  # of the labels
 
     def __init__(

@@ -30,8 +30,8 @@ WANTED = ("config.json", "model.safetensors", JUDGE, GALLERY, STYLE)
 class StyleNetwork(nn.Module):
     """Tell the style from lines, shading and colours: (B, 3, H, W) in -1..1 -> (B, styles) logits.
 
-    A cell of its last map sees 47 pixels, and the cells are averaged. It hardly sees which concept it is, so it cannot
-    learn by heart in which styles a concept was shown.
+    A cell of its last map sees 47 pixels; mean and maximum over the cells go through a hidden layer. It hardly sees which
+    concept it is, so it cannot learn by heart in which styles a concept was shown.
     """
 
     def __init__(self, styles: int, width: int = 128) -> None:
@@ -45,11 +45,13 @@ class StyleNetwork(nn.Module):
                 for channels, out, stride in (*sizes, (width, width, 1), (width, width, 1))
             )
         )
+        self.hidden = nn.Linear(2 * width, width)
         self.head = nn.Linear(width, styles)
 
     def forward(self, pixels: Tensor) -> Tensor:
         cells = self.convolutions(pixels)  # (B, width, H / 8, W / 8)
-        return self.head(cells.mean(dim=(2, 3)))
+        seen = torch.cat([cells.mean(dim=(2, 3)), cells.amax(dim=(2, 3))], dim=1)
+        return self.head(F.relu(self.hidden(seen)))
 
 
 class Verdict(NamedTuple):
