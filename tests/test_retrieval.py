@@ -125,7 +125,7 @@ def test_several_scores_of_one_judge_explain_themselves_once(pictures, judge_fol
 
 
 def test_the_style_is_told_from_47_pixels_at_a_time():
-    """A cell of the last map does not change with what is further away; the logits are those of the mean cell."""
+    """A cell of the last map does not change with what is further away; the logits follow from the mean cell and the maxima."""
     torch.manual_seed(0)
     network = StyleNetwork(3, width=16).eval()
     picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -137,7 +137,9 @@ def test_the_style_is_told_from_47_pixels_at_a_time():
         maps = [network.convolutions(pixels) for pixels in (picture, near, far)]  # (1, 16, 16, 16)
         torch.testing.assert_close(maps[0][..., 8, 8], maps[2][..., 8, 8])
         assert (maps[0][..., 8, 8] - maps[1][..., 8, 8]).abs().max() > 1e-4
-        expected = maps[0].mean((2, 3)) @ network.head.weight.T + network.head.bias
+        seen = torch.cat([maps[0].mean((2, 3)), maps[0].flatten(2).max(2).values], 1)
+        hidden = (seen @ network.hidden.weight.T + network.hidden.bias).clamp(min=0)
+        expected = hidden @ network.head.weight.T + network.head.bias
         torch.testing.assert_close(network(picture), expected)
 
 
