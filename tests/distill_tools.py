@@ -1,6 +1,7 @@
 """A distillation stage of tiny models, batches for it, and the engine's loop without the engine."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -62,10 +63,14 @@ def distill_config(preset, **overrides):
     return from_dict(DistillConfig, {"preset": preset, "teacher": "a folder", **overrides})
 
 
-def tiny_stage(config, seed=0, model=None):
+def tiny_stage(config, seed=0, model=None, policy=1):
     """The stage with phases that are ready to run."""
     teacher = model or tiny_model()
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    if policy == 1:
+        student = copy.deepcopy(teacher).requires_grad_(True)
+    else:
+        student = EMMDiT(replace(teacher.config, policy=policy))
+        student.adopt(teacher)
     stage = Distill(
         config,
         student,

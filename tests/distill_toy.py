@@ -312,8 +312,8 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         None,
     ),
     "rcm": (
-        {"preset": "rcm", "every": 1, "flow_map": {"guidance_scale": 1, "warmup": 200}, "score": PLAIN_SCORE},
-        0.025,
+        {"preset": "rcm", "flow_map": {"guidance_scale": 1, "warmup": 200}, "score": PLAIN_SCORE},
+        0.012,
         None,
     ),
     "sid, one step": (
@@ -350,7 +350,7 @@ RUNS = {  # name -> (DistillConfig, largest ED, largest rmse)
         0.02,
         None,
     ),
-    "reflow, 4 steps": ({"preset": "reflow"}, None, None),
+    "reflow, 4 steps": ({"preset": "reflow"}, 0.002, 0.05),
     "pi_flow": ({"preset": "pi_flow", "imitate": {"guidance_scale": 1}}, 0.002, 0.05),
     "pi_flow, one velocity": (
         {"preset": "pi_flow", "sampler": "euler", "imitate": {"guidance_scale": 1}},
@@ -405,7 +405,11 @@ def distill(pairs, config, steps, batch=512, seed=0, lr=5e-4):
                 list(average.parameters()), list(student.parameters()), 1 / min(step + 10, 200) * 2
             )
     settings = config.sampling(
-        SamplingConfig(sampler=config.sampler, steps=len(config.schedules[-1]) if config.schedules else 4, guidance_scale=1)
+        SamplingConfig(
+            sampler=config.sampler,
+            steps=len(config.schedules[-1]) if config.schedules else 4,
+            guidance_scale=1,
+        )
     )
     text = as_text(pairs.test_classes)
     with torch.no_grad():

@@ -18,6 +18,7 @@ from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_pretrained
 from nitro_e.randomness import SampleRandom
 from nitro_e.record import run_folder
+from nitro_e.sampling.flow import TimestepConfig
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.samplers import SamplingConfig, euler, sample, time_grid
 from nitro_e.stages.distill.flow_map import FlowMap, FlowMapConfig
@@ -96,6 +97,44 @@ def test_u23_with_the_end_at_its_own_time_it_is_the_distance_to_the_teacher():
     own = 2 * prediction.t[:, None, None, None]
     teacher = Gaussian(0.5).double()(prediction.x, prediction.t, TEXT)
     torch.testing.assert_close(values, (own - teacher).square().mean((1, 2, 3)), rtol=1e-6, atol=1e-8)
+
+
+def test_at_images_of_its_own_the_map_is_trained_by_a_pass_of_its_own():
+    """At images of N(mean, s^2) mixed with new noise at times of the law, whatever the student's inputs are (rCM)."""
+    torch.manual_seed(0)
+    calls = []
+
+    class Listening(ExactMap):
+        def forward(self, x, t, text):
+            if t.ndim == 1:
+                calls.append((x, t))
+            return super().forward(x, t, text) + self.shift
+
+    student = Listening(0.5)
+    student.shift = nn.Parameter(torch.zeros(()).double())
+    found = objective(student, normalize="none", times=TimestepConfig(mean=0.89, std=1.6))
+    assert found.direct and not objective(student).direct
+    found.shared.student = student
+    count = 4000
+    tokens = TEXT.tokens[:1].expand(count, -1, -1)
+    text = TextEmbedding(tokens, TEXT.mask[:1].expand(count, -1))
+    mean = tokens.mean((1, 2))[:, None, None, None]
+    latents = mean + 0.5 * torch.randn(count, 1, 2, 2).double()
+    batch = DistillBatch(0, latents, None, text, ["p"] * count, ["k"] * count)
+    elsewhere = Prediction(latents, torch.full((count,), 2.0), False, latents)  # of the other objectives
+    values, _ = found.loss(elsewhere, batch, SampleRandom("f", first=0, count=count))
+    assert values.max() < 1e-10
+    x, t = calls[0]
+    law = torch.sigmoid(0.89 + 1.6 * torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(
+        t.float().quantile(torch.tensor([0.1587, 0.5, 0.8413])), law, rtol=0.05, atol=0.02
+    )
+    spread = ((1 - t) ** 2 * 0.25 + t**2).sqrt()[:, None, None, None]
+    assert (((x - (1 - t)[:, None, None, None] * mean) / spread).std() - 1).abs() < 0.02
+    student.shift.data += 0.3
+    wrong, _ = found.loss(elsewhere, batch, SampleRandom("f", first=0, count=count))
+    (slope,) = torch.autograd.grad(wrong.mean(), student.shift)
+    assert slope.item() == pytest.approx(2 * 0.3, rel=1e-3)
 
 
 def test_the_derivatives_part_is_warmed_up():

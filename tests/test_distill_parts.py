@@ -1224,8 +1224,10 @@ PUBLISHED = {  # the table of docs/distill.md, and what it leaves to Adversarial
         "every": 5,
         "inputs.scatter": True,
         "flow_map.normalize": "tangent",
+        "flow_map.times.mean": 0.89,
+        "flow_map.times.std": 1.6,
         "score.form": "dmd",
-        "needs_pairs": [],
+        "needs_pairs": ["flow_map.times"],
     },
     "decoupled_dmd": {"score.form": "dmd", "score.decoupled": True, "every": 5, "sampler": "multistep"},
     "phased_dmd": {

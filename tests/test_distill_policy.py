@@ -94,14 +94,18 @@ def test_a_widened_model_begins_with_the_same_velocity_everywhere_and_its_steps_
             torch.testing.assert_close(found[:, place], plain(x, t, text), rtol=0, atol=1e-6)
         settings = SamplingConfig(sampler="policy", steps=3, guidance_scale=2.0, grid="linear")
         ours = sample(model, text, random_text(2, seed=5), settings, x, torch.zeros_like)
-        theirs = sample(plain, text, random_text(2, seed=5), replace(settings, sampler="euler"), x, torch.zeros_like)
+        theirs = sample(
+            plain, text, random_text(2, seed=5), replace(settings, sampler="euler"), x, torch.zeros_like
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_every_place_has_its_own_part_of_the_last_layer():
     model = EMMDiT(WIDE)
     torch.nn.init.normal_(model.out.weight)
-    weight = rearrange(model.out.weight.detach().clone(), "(pq n c) d -> n pq c d", n=3, c=WIDE.latent_channels)
+    weight = rearrange(
+        model.out.weight.detach().clone(), "(pq n c) d -> n pq c d", n=3, c=WIDE.latent_channels
+    )
     x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8]), random_text(2)
     with torch.no_grad():
         before = model(x, t, text)
@@ -135,7 +139,9 @@ def exact_prediction(places, t, t_next):
     mean, s = 0.3, 0.5
     deviation = lambda t: ((1 - t) ** 2 * s**2 + t**2).sqrt()  # noqa: E731
     t, t_next = torch.tensor(t).double(), torch.tensor(t_next).double()
-    x = (1 - t)[:, None, None, None] * mean + deviation(t)[:, None, None, None] * torch.randn(len(t), 3, 2, 2).double()
+    x = (1 - t)[:, None, None, None] * mean + deviation(t)[:, None, None, None] * torch.randn(
+        len(t), 3, 2, 2
+    ).double()
     data = []
     for number in range(places):
         u = t + number / max(places - 1, 1) * (t_next - t)
@@ -160,7 +166,9 @@ def test_more_places_follow_the_teacher_better_and_a_gradient_reaches_them_all()
         batch = DistillBatch(0, None, None, text, ["p"] * 2000, ["k"] * 2000)
         values, _ = objective.loss(prediction, batch, SampleRandom("s", first=0, count=2000))
         values.sum().backward()
-        reached = prediction.data.grad.unflatten(0, (2000, -1)).abs().sum((0, *range(2, prediction.data.ndim)))
+        reached = (
+            prediction.data.grad.unflatten(0, (2000, -1)).abs().sum((0, *range(2, prediction.data.ndim)))
+        )
         losses[places] = values.mean().item()
         assert prediction.data.grad.isfinite().all() and reached.min() > 0
     assert losses[10] < 0.05 * losses[2] < 0.05 * losses[1]
@@ -188,7 +196,15 @@ def test_a_run_learns_its_places_resumes_to_the_bit_and_is_sampled(pairs, tmp_pa
     weight = rearrange(published.model.out.weight.detach(), "(pq n c) d -> n pq c d", n=3, c=24)
     assert not torch.allclose(weight[0], weight[2], atol=1e-5)
     assert len(published(["a red circle"], num_inference_steps=4).images) == 1
-    arguments = [str(tmp_path / "whole"), "--prompt", "a", "--out", str(tmp_path / "out"), "--sampler", "euler"]
+    arguments = [
+        str(tmp_path / "whole"),
+        "--prompt",
+        "a",
+        "--out",
+        str(tmp_path / "out"),
+        "--sampler",
+        "euler",
+    ]
     assert sample_command.main([*arguments, "--force"]) == 2
     assert "need sampler: policy" in capsys.readouterr().err
 

@@ -377,8 +377,9 @@ def test_every_preset_trains(preset):
     if heads:
         fast = {"lr": 3e-3, "betas": [0, 0.99], "eps": 1e-8, "weight_decay": 0, "warmup": 0}
         overrides["adversarial"] = {**overrides["adversarial"], "optim": fast}
-    model = replace(SMALLER, interval=preset == "mean_flow", policy=3 if preset == "pi_flow" else 1)
-    stage = tiny_stage(distill_config(preset, **overrides), model=tiny_model(config=model))
+    model = tiny_model(config=replace(SMALLER, interval=preset == "mean_flow"))
+    places = 3 if preset == "pi_flow" else 1
+    stage = tiny_stage(distill_config(preset, **overrides), model=model, policy=places)
     stage.shared.judge = lambda latents, prompts, info: latents.mean((1, 2, 3))
     before = [p.detach().clone() for p in stage.student.parameters()]
     steps = 20 if heads else 6

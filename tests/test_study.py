@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -143,6 +144,24 @@ def test_what_a_variant_needs_comes_first_once_and_is_counted(plan, capsys, monk
     assert f"last: 0.000 at {whole:g}"[:13] in Path("outputs/tried/compute.svg").read_text()
     monkeypatch.setattr(training.subprocess, "Popen", None)  # a command that is done is not run again
     assert training.make_ready(study, ["table"]) == ""
+
+
+def test_jobs_that_need_the_same_make_it_once(plan):
+    """Two fresh processes at the same time, as array jobs are: one runs the command, the other waits for it."""
+    plan["prepare"] = {"table": "describe --help"}
+    Path("study.yaml").write_text(yaml.safe_dump(plan))
+    code = (
+        "from nitro_e.config import load; from nitro_e.studies import training; from nitro_e.studies.plan import Study; "
+        "print(repr(training.make_ready(load(Study, 'study.yaml', []), ['table'])))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [job.communicate(timeout=300)[0] for job in jobs]
+    assert [output.splitlines()[-1] for output in outputs] == ["''", "''"]
+    assert sorted(output.count("prepare table:") for output in outputs) == [0, 1]
 
 
 def test_a_failing_command_is_named(plan):

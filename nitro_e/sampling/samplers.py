@@ -328,7 +328,12 @@ def policy(velocity: Velocity, x: Tensor, times: Tensor, after_step: AfterStep =
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "flow_map": flow_map, "policy": policy}  # the deterministic ones, of one signature
+SAMPLERS = {
+    "euler": euler,
+    "heun": heun,
+    "flow_map": flow_map,
+    "policy": policy,
+}  # the deterministic ones, of one signature
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ attempts, lie in `RUN/cpu_seconds.json`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -156,30 +157,41 @@ def depth(plan: Study, each: Trial) -> int:
 
 
 def make_ready(plan: Study, needs: Sequence[str]) -> str:
-    """Run the commands that make what a training needs, each once; returns why one failed, or nothing."""
+    """Run the commands that make what a training needs, each once; returns why one failed, or nothing.
+
+    Of several jobs of a study on one file system, one runs a command while the others wait for it.
+    """
     for name in needs:
-        record, text = prepared(plan, name), plan.prepare[name]
-        known = json.loads(record.read_text()) if record.is_file() else {}
-        if known.get("command") != text:
-            known = {"command": text, "cpu_seconds": 0.0, "done": False}
-        if known["done"]:
-            continue
-        print(f"prepare {name}: nitro-e {text}", flush=True)
-        process = subprocess.Popen([sys.executable, "-m", "nitro_e.cli", *shlex.split(text)])
-        try:
-            usage = wait_for(process)
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            usage = wait_for(process)
-            raise
-        finally:
-            known["cpu_seconds"] = round(known["cpu_seconds"] + usage, 1)
-            known["done"] = process.returncode == 0
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps(known) + "\n")
-        if process.returncode:
-            return f"prepare.{name}: nitro-e {text} ended with {process.returncode}"
+        record = prepared(plan, name)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.with_suffix(".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process
+            if failure := prepare(plan, name):
+                return failure
     return ""
+
+
+def prepare(plan: Study, name: str) -> str:
+    """Run one command of `prepare` unless its record says that it is done; returns why it failed, or nothing."""
+    record, text = prepared(plan, name), plan.prepare[name]
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    if known.get("command") != text:
+        known = {"command": text, "cpu_seconds": 0.0, "done": False}
+    if known["done"]:
+        return ""
+    print(f"prepare {name}: nitro-e {text}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "nitro_e.cli", *shlex.split(text)])
+    try:
+        usage = wait_for(process)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        usage = wait_for(process)
+        raise
+    finally:
+        known["cpu_seconds"] = round(known["cpu_seconds"] + usage, 1)
+        known["done"] = process.returncode == 0
+        write_text(record, json.dumps(known) + "\n")
+    return f"prepare.{name}: nitro-e {text} ended with {process.returncode}" if process.returncode else ""
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> float:

@@ -22,7 +22,7 @@ from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import Phase, TextEmbedding
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
-from nitro_e.sampling.flow import expand
+from nitro_e.sampling.flow import TimestepConfig, expand, training_times
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 from nitro_e.stages.distill.objective import Balance, Shared, per_sample
 
@@ -35,6 +35,8 @@ class FlowMapConfig(Config):
     )
     guidance_scale: Annotated[float, Ge(0)] = 4.5  # of the teacher
     step: Annotated[float, Gt(0), Le(1)] = 1 / 48  # of discrete, in t
+    # at stored images, noised to times of this law, by a pass of the student of its own; null: at the student's inputs
+    times: TimestepConfig | None = None
     # of continuous; tangent: the error e becomes e / (rms e + constant) (sCM); adaptive: the squared error is divided by
     # (itself + constant), without a gradient (MeanFlow)
     normalize: Literal["tangent", "adaptive", "none"] = "tangent"
@@ -53,10 +55,10 @@ class FlowMap:
     name = "flow_map"
     phases: tuple[Phase, ...] = ()
     balance: Balance | None = None
-    direct = False
 
     def __init__(self, config: FlowMapConfig, shared: Shared) -> None:
         self.config, self.shared = config, shared
+        self.direct = config.times is not None
 
     def weight(self, step: int) -> float:
         return self.config.weight
@@ -64,7 +66,10 @@ class FlowMap:
     def loss(
         self, prediction: Prediction, batch: DistillBatch, rng: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, x, t = self.config, prediction.x, prediction.t
+        config = self.config
+        if config.times is not None:
+            prediction = self.at_images(config.times, batch, rng)
+        x, t = prediction.x, prediction.t
         teacher = self.shared.guided(x, t, batch.text, config.guidance_scale)
         if config.kind == "discrete":
             return per_sample((prediction.data - self.after_a_step(x, t, teacher, batch.text)).square()), {}
@@ -81,6 +86,13 @@ class FlowMap:
         if config.normalize == "adaptive":
             values = values / (size + config.constant)
         return values, logs
+
+    def at_images(self, times: TimestepConfig, batch: DistillBatch, rng: SampleRandom) -> Prediction:
+        """Run the student at stored images mixed with new noise."""
+        data = batch.stored_latents
+        t = training_times(times, rng.normal()).to(data.device).clamp(min=1e-3)  # (B,)
+        x = flow.interpolate(data, rng.normal(*data.shape[1:]), t)
+        return Prediction(x, t, True, flow.to_data(x, t, self.shared.student(x, t, batch.text)))
 
     @torch.no_grad()
     def after_a_step(self, x: Tensor, t: Tensor, teacher: Tensor, text: TextEmbedding) -> Tensor:

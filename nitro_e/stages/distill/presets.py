@@ -306,12 +306,12 @@ PRESETS: dict[str, dict] = {
         "guards": None,
         "optim": {"lr": 2e-6, **SLOW},
     },
-    # rCM (arXiv 2510.08431): sCM and distribution matching on the student's own states, at times of any step count.
+    # rCM (arXiv 2510.08431): sCM on images, and distribution matching on the student's own states, at scattered times.
     "rcm": {
         "inputs": {**CHAIN, "counts": {4: 0.5, 2: 0.25, 1: 0.25}, "scatter": True},
         "sampler": "multistep",
         "every": 5,
-        "flow_map": {"normalize": "tangent", "constant": 0.1, "warmup": 1000},
+        "flow_map": {"normalize": "tangent", "constant": 0.1, "warmup": 1000, "times": SPRINT_TIMES["times"]},
         "score": {"fake": {"optim": {"lr": 1e-5, **SLOW, "warmup": 0}}},
         "guards": None,
         "optim": {"lr": 1e-5, **SLOW},

@@ -125,6 +125,10 @@ class DistillConfig(Config):
             raise ConfigError(
                 f"prompts: {', '.join(self.needs_pairs)} read images of the teacher; give data, or leave them out"
             )
+        if inputs.intervals is not None and self.flow_map is not None and self.flow_map.times is not None:
+            raise ConfigError(
+                "flow_map.times: only maps down to 0 are trained at images of their own; leave it or inputs.intervals out"
+            )
         if inputs.intervals is not None:
             others = [name for name in OBJECTIVES if name != "flow_map" and getattr(self, name)]
             if self.flow_map is None or self.flow_map.kind == "discrete" or others or self.guards:
@@ -178,6 +182,7 @@ class DistillConfig(Config):
             "inputs.noise": self.inputs.noise != "chain",
             "diffusion": self.diffusion is not None and self.diffusion.target == "pair",
             "reflow": self.reflow is not None,
+            "flow_map.times": self.flow_map is not None and self.flow_map.times is not None,
             "adversarial": self.adversarial is not None,
             "guards": self.guards is not None,
         }
