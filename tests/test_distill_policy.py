@@ -17,8 +17,8 @@ from nitro_e.model import EMMDiT
 from nitro_e.model.released import to_released
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling.pipeline import TextToImage
-from nitro_e.sampling.policy import Policy, all_data
-from nitro_e.sampling.samplers import SamplingConfig, euler, sample
+from nitro_e.sampling.policy import Policy
+from nitro_e.sampling.samplers import SamplingConfig, sample
 from nitro_e.stages.distill.imitate import Imitate, ImitateConfig
 from nitro_e.stages.distill.inputs import DistillBatch, Prediction
 from nitro_e.stages.first_weights import check_adopted
