@@ -225,7 +225,7 @@ def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = Non
     out.mkdir(parents=True, exist_ok=True)
     losses = loss_rows(plan, chosen) if plan.validation is not None else []
     scores = score_rows(plan, chosen, out)
-    tables = [loss_table(plan, losses), score_table(plan, scores), cost_table(plan, scores)]
+    tables = [loss_table(plan, losses), variant_table(plan, scores), score_table(plan, scores)]
     text = "\n\n".join(filter(None, tables))
     write_text(out / "table.md", text + "\n")
     if page is not None:
@@ -376,32 +376,69 @@ def known(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
-def cost_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
-    """Write what the trainings of a study with a base have cost as Markdown: means over seeds, the largest memory."""
-    names = [name for name in dict.fromkeys(row.variant for row in rows) if plan.is_trained(name)]
-    if plan.base is None or not names:
+def variant_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
+    """Write a line per variant of a study with a base as Markdown: its score at every setting, and what it has cost.
+
+    Scores and costs are means over seeds, memory is the largest. The rest is that of the first setting.
+    """
+    if plan.base is None or not any(plan.is_trained(row.variant) for row in rows):
         return ""
-    head = ["variant", "steps", "CPU s", "with what it needs", "peak memory, GB", "trained beside", "needs"]
+    wanted = [named(setting) for setting in plan.settings]
+    title = next(iter(rows[0].scores[0]))
+    head = ["variant", *(f"{title}, {name}" for name in wanted), "minus base at the first"]
+    head += ["unseen", *(["diversity"] if plan.diversity else [])]
+    head += ["steps", "CPU s", "with what it needs", "peak memory, GB", "trained beside", "needs"]
     lines = []
-    for name in names:
-        trials = done(plan, name, "steps")
-        costs = [cost_of(each.folder, each.config) for each in trials]
-        total = [cost.cpu_seconds + seconds_before(plan, each) for cost, each in zip(costs, trials)]
-        memory = [cost.memory_gb for cost in costs if cost.memory_gb is not None]
-        beside = costs[0].trained_beside
-        variant = plan.variants[name]
-        lines.append(
-            [
-                name,
-                f"{costs[0].steps:,}",
-                f"{np.mean([cost.cpu_seconds for cost in costs]):.0f}",
-                f"{np.mean(total):.0f}",
-                f"{max(memory):.1f}" if memory else "–",
-                "–" if beside is None else f"{beside:,}",
-                ", ".join([*variant.needs, *([variant.after] if variant.after else [])]) or "–",
-            ]
-        )
+    for name in dict.fromkeys(row.variant for row in rows):
+        found = {named(row.values): row for row in rows if row.variant == name}
+        first = found.get(wanted[0]) if wanted else None
+        scores = [
+            f"{np.mean([each[title] for each in found[key].scores]):.3f}" if key in found else "–"
+            for key in wanted
+        ]
+        differences = [each[title] for each in first.differences if each] if first else []
+        shown = signed(differences[0]) if len(differences) == 1 else ""
+        if len(differences) > 1:
+            shown = f"{np.mean([each.value for each in differences]):+.3f}"
+        line = [
+            name,
+            *scores,
+            shown or "–",
+            f"{np.mean(first.unseen):.3f}" if first and first.unseen else "–",
+        ]
+        if plan.diversity:
+            line.append(known(float(np.mean(first.diversity))) if first else "–")
+        lines.append([*line, *costs_of(plan, name)])
+    lines.sort(key=lambda line: line[1], reverse=True)
     return markdown(Table("", head, lines))
+
+
+def named(setting: Setting) -> str:
+    """Name a setting by what decides the images: "guidance_scale 1, steps 4"."""
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in setting.items()
+        if key != "force"
+    )
+
+
+def costs_of(plan: Study, name: str) -> list[str]:
+    """Return the cells of a variant's costs: steps, CPU seconds, peak memory, parameters beside, and what it needs."""
+    if not plan.is_trained(name):
+        return ["–"] * 6
+    trials = done(plan, name, "steps")
+    costs = [cost_of(each.folder, each.config) for each in trials]
+    total = [cost.cpu_seconds + seconds_before(plan, each) for cost, each in zip(costs, trials)]
+    memory = [cost.memory_gb for cost in costs if cost.memory_gb is not None]
+    beside, variant = costs[0].trained_beside, plan.variants[name]
+    return [
+        f"{costs[0].steps:,}",
+        f"{np.mean([cost.cpu_seconds for cost in costs]):.0f}",
+        f"{np.mean(total):.0f}",
+        f"{max(memory):.1f}" if memory else "–",
+        "–" if beside is None else f"{beside:,}",
+        ", ".join([*variant.needs, *([variant.after] if variant.after else [])]) or "–",
+    ]
 
 
 def check_page(page: Path, name: str) -> None:
