@@ -220,16 +220,16 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
 def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = None) -> str:
     """Score what is trained and write OUT/table.md, results.json, charts and curves.html; returns the tables.
 
-    page: where the tables are put as well, see `insert`.
+    page: where the tables are put as well, see `insert`; of a study with a base without the lines of every setting.
     """
     out.mkdir(parents=True, exist_ok=True)
     losses = loss_rows(plan, chosen) if plan.validation is not None else []
     scores = score_rows(plan, chosen, out)
-    tables = [loss_table(plan, losses), variant_table(plan, scores), score_table(plan, scores)]
-    text = "\n\n".join(filter(None, tables))
+    by_variant, by_setting = variant_table(plan, scores), score_table(plan, scores)
+    text = "\n\n".join(filter(None, [loss_table(plan, losses), by_variant, by_setting]))
     write_text(out / "table.md", text + "\n")
     if page is not None:
-        insert(page, plan.name, text)
+        insert(page, plan.name, text.removesuffix(by_setting).rstrip() if by_variant else text)
     record = {
         "study": to_dict(plan),
         "revision": git_commit(),
