@@ -11,7 +11,7 @@ from nitro_e.cli.explain import keys_of
 from nitro_e.config import flatten, load, to_dict
 from nitro_e.stages.recipe import RunConfig
 
-RECIPES = ["shapes/1_pretrain", "nitro_e_512/3_grpo", "nitro_e_512/4_distill", "own_images/pretrain"]
+RECIPES = ["shapes/1_pretrain", "nitro_e_512/3_grpo", "nitro_e_512/4_ladd", "own_images/pretrain"]
 
 
 def test_every_key_is_told_with_its_meaning():

@@ -154,7 +154,7 @@ OTHER_STAGES = {
         "stage.prompts.num=20",
         "stage.adapter={rank: 2}",
     ],
-    "4_distill": ["stage.adversarial.start=0", "stage.adversarial.heads={width: 8, spectral_norm: true}"],
+    "4_ladd": ["stage.adversarial.start=0", "stage.adversarial.heads={width: 8, spectral_norm: true}"],
     "4_nitrofusion": [
         "stage.adversarial.start=0",
         "stage.adversarial.pool={copies: 4, use: 2, width: 8, refresh: 0.5}",

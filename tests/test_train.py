@@ -578,7 +578,7 @@ def test_dry_run_of_every_recipe_without_data_or_earlier_runs(path, tmp_path, mo
     told = capsys.readouterr().out
     assert "blocks inside" in told and "\ncodec  " in told and "\ncheckpoints  " in told
     assert ("FLOP for the model" in told) == (not grpo)
-    no_images = path.stem.startswith("4_score") or (path.parent.name, path.stem) == ("emoji", "4_distill")
+    no_images = path.stem in ("4_distill", "4_distill_second") and path.parent.name != "quick"
     assert ("missing shards: " in told) == (not grpo and not no_images)
     assert ("each of 50 prompts" in told) == grpo and "first sample" not in told
     assert ("runs/nitro" in told.partition("warning ")[2]) == (
@@ -615,7 +615,7 @@ def test_dry_run_refuses_what_is_asked_for_and_not_there(recipe, tmp_path, capsy
 
 def test_dry_run_refuses_a_missing_teacher_of_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    recipe = str(ROOT / "configs/nitro_e_512/4_distill.yaml")
+    recipe = str(ROOT / "configs/nitro_e_512/4_ladd.yaml")
     assert train.main([recipe, "stage.teacher=runs/gone", "--dry-run"]) == 2
     assert "stage.teacher: 'runs/gone' does not exist" in capsys.readouterr().err
     assert train.main([recipe, "sampling.width=1000", "--dry-run"]) == 2

@@ -1,7 +1,7 @@
 """Rehearse a recipe at full size before there are images, weights or GPUs to spend.
 
     nitro-e rehearse configs/nitro_e_512/1_pretrain.yaml                    the model and encoders at their real size
-    nitro-e rehearse configs/nitro_e_512/4_distill.yaml --batch 1 --steps 2 --small-encoders      in little memory
+    nitro-e rehearse configs/nitro_e_512/4_ladd.yaml --batch 1 --steps 2 --small-encoders      in little memory
     nitro-e rehearse configs/nitro_e_512/1_pretrain.yaml --computed latents text features         nothing is stored
 
 The last steps of the recipe's own training run, checkpoint included, on random images and with random weights of the
