@@ -27,6 +27,12 @@ batch: {{global: 1024, per_device: 128}}
 components: {{{COMPONENTS}}}
 engine: {{steps: 500, ema: {{beta: 0.9}}}}
 sampling: {{steps: 4, guidance_scale: 1, sampler: multistep}}""",
+    "prompts": f"""
+stage: {{kind: distill, preset: pi_flow, teacher: runs/none@ema, prompts: {{source: none.jsonl}}}}
+batch: {{global: 1024, per_device: 128}}
+components: {{{COMPONENTS}}}
+engine: {{steps: 500, ema: {{beta: 0.9}}}}
+sampling: {{steps: 4, guidance_scale: 1, sampler: policy, resolution: 512}}""",
     "grpo": f"""
 stage:
   kind: grpo
@@ -45,7 +51,8 @@ sampling: {{resolution: 512}}""",
 
 def recipe(folder: Path, stage: str) -> str:
     path = folder / f"{stage}.yaml"
-    path.write_text(f"name: {stage}\n{MODEL}{STAGES[stage]}\n")
+    model = MODEL.replace("]}", "], policy: 3}") if stage == "prompts" else MODEL
+    path.write_text(f"name: {stage}\n{model}{STAGES[stage]}\n")
     return str(path)
 
 
@@ -57,6 +64,7 @@ def recipe(folder: Path, stage: str) -> str:
             "pretrain", ["latents", "text", "features"], {"codec", "text", "vision"}, marks=pytest.mark.slow
         ),
         pytest.param("distill", None, {"text"}, marks=pytest.mark.slow),
+        pytest.param("prompts", None, {"text"}, marks=pytest.mark.slow),
         pytest.param("grpo", None, {"text"}, marks=pytest.mark.slow),
     ],
 )
@@ -78,16 +86,17 @@ def test_a_recipe_is_rehearsed_without_data_weights_or_the_stages_before(
         str(figures),
     ]
     arguments += [] if computed is None else ["--computed", *computed]
+    arguments += ["--batch", "4"] if stage == "prompts" else []  # a chain of four steps
     assert rehearse.main(arguments) == 0
     found = json.loads(figures.read_text())
     assert {name.removeprefix("encode: ") for name in found["parts"] if "encode" in name} == encoded
     assert {"forward", "backward"} < set(found["parts"]) and all(
         value >= 0 for value in found["parts"].values()
     )
-    sizes = {"pretrain": 1000 * 2048, "distill": 500 * 1024, "grpo": 100 * 2}
+    sizes = {"pretrain": 1000 * 2048, "distill": 500 * 1024, "prompts": 500 * 1024, "grpo": 100 * 2}
     assert found["steps"] * found["global_batch"] == sizes[stage]
     assert found["checkpoint"] > 4 * found["parameters"]  # more than one copy of the weights in float32
-    if stage != "grpo":  # (32, 16, 16) latents in half precision, and for pretraining text and features
+    if stage in ("pretrain", "distill"):  # (32, 16, 16) latents in half precision, and for pretraining text and features
         least = 2 * 32 * 16 * 16 + (
             2 * 128 * 2048 + 2 * 256 * 768 if stage == "pretrain" and not computed else 0
         )

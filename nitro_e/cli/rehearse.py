@@ -38,6 +38,7 @@ from nitro_e.cli.benchmark.report import flags as report_flags
 from nitro_e.config import ConfigError, load, to_dict
 from nitro_e.data import DataConfig
 from nitro_e.data.making.writer import write_shard
+from nitro_e.data.prompts import FILES, PromptsConfig
 from nitro_e.encoders.components import ComponentConfig, codec_shape, text_shape, vision_width
 from nitro_e.model import describe
 from nitro_e.model.pretrained import save_pretrained
@@ -268,6 +269,10 @@ def on_random_numbers(
         stage = dataclasses.replace(stage, teacher=str(folder / "teacher"))
     if hasattr(stage, "rewards"):
         stage = dataclasses.replace(stage, rewards=(RewardConfig(name=f"{__name__}:brightness", weight=1.0),))
+    if any(source.endswith(FILES) for source in getattr(getattr(stage, "prompts", None), "sources", ())):
+        lines = [f"a photo of {number} red circles" for number in range(samples_for(batch))]
+        (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+        stage = dataclasses.replace(stage, prompts=PromptsConfig(source=str(folder / "prompts.txt")))
     if isinstance(stage, GRPOConfig) and batch < (config.batch.per_device or batch):
         images = batch // math.gcd(batch, stage.layout(1, 1).steps)  # of an update, for whole micro-batches
         stage = dataclasses.replace(stage, groups=1, group_size=max(images, 2) * stage.updates)
