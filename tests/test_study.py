@@ -146,7 +146,9 @@ def test_what_a_variant_needs_comes_first_once_and_is_counted(plan, capsys, monk
     # a page gets the line per variant, not that per setting
     Path("page.md").write_text("<!-- begin tried -->\n<!-- end tried -->\n")
     assert tool.main(["study.yaml", "--only", "last", "--tables", "--into", "page.md"]) == 0
-    assert Path("page.md").read_text() == f"<!-- begin tried -->\n{printed.partition(row)[0].splitlines()[-2]}\n" + (
+    assert Path(
+        "page.md"
+    ).read_text() == f"<!-- begin tried -->\n{printed.partition(row)[0].splitlines()[-2]}\n" + (
         f"{printed.partition(row)[0].splitlines()[-1]}\n{row}\n<!-- end tried -->\n"
     )
     monkeypatch.setattr(training.subprocess, "Popen", None)  # a command that is done is not run again

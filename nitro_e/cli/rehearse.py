@@ -140,7 +140,8 @@ def rehearse(
     if getattr(config.stage, "teacher", None) is not None:
         use = Use(codec=tried.components.codec, text=tried.components.text, sampling=tried.sampling)
         with seeded(tried.seed, "teacher"):
-            teacher = tried.model.build()
+            # what a student alone has, the teacher has not
+            teacher = dataclasses.replace(tried.model, **tried.model.ADOPTED).build()
             for parameter in teacher.parameters():  # a last layer of zeros would teach nothing
                 if not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.02)
