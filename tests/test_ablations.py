@@ -151,6 +151,7 @@ def test_the_product_is_of_all_choices():
         "kind",
         "latent_channels",
         "text_width",
+        "policy",  # tests/test_distill_policy.py
     }
 
 

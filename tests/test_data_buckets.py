@@ -361,6 +361,7 @@ def test_distillation_on_pairs_and_on_prompts_of_several_sizes(tmp_path, capsys)
     alone = [
         "data=null",
         "stage.preset=pi_flow",
+        "stage.sampler=euler",
         f"stage.prompts={prompts}",
         "stage.buckets=[64x64, 32x128]",
         "sampling.resolution=64",

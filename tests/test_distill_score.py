@@ -292,6 +292,8 @@ def test_imitation_is_the_distance_to_the_teachers_velocity_on_the_students_line
         place = (x[row] + (at[row] - t[row]) * own).detach()[None]
         with_text = teacher(place, at[row : row + 1], text.take([row]))
         without = teacher(place, at[row : row + 1], words(0.0))
+        assert at[row] > 0.02  # the same velocity, of the state that the line has reached
+        own = (place[0] - data[row]) / at[row]
         expected.append((own - (2 * with_text - without)[0].detach()).square().mean())
     expected = torch.stack(expected) * torch.tensor([0.0, 1.0, 1.0])  # 1 is beyond largest_time
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)

@@ -26,7 +26,7 @@ from nitro_e.config import ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import AdapterLayer, Architecture, Grid, Model, TextEmbedding
 from nitro_e.model import layers, names
 from nitro_e.model.layers import Region
-from nitro_e.model.prediction import PredictData, Prediction, PredictVelocity
+from nitro_e.model.prediction import PredictData, Prediction, PredictPolicy, PredictVelocity
 from nitro_e.model.transforms import transformed
 
 
@@ -278,7 +278,11 @@ class EMMDiT(Model):
         self.norm_out = layers.NORMS[c.norm](width, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, c.policy * c.latent_channels * c.patch_size**2)
         self.prediction: Prediction = (
-            PredictData(c.prediction_floor) if c.prediction == "data" else PredictVelocity()
+            PredictData(c.prediction_floor)
+            if c.prediction == "data"
+            else PredictPolicy(c.policy)
+            if c.policy > 1
+            else PredictVelocity()
         )
         self.compiled = False
         self.initialize()
@@ -375,8 +379,6 @@ class EMMDiT(Model):
         image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
 
         out = self.unpatchify(self.out(self.norm_out(image)), grid)
-        if self.config.policy > 1:
-            out = out.unflatten(1, (self.config.policy, -1))  # (B, policy, C, h, w)
         return self.prediction.velocity(out, x, t), [tapped[tap] for tap in taps]
 
     def run_blocks(

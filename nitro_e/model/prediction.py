@@ -38,4 +38,14 @@ class PredictData:
         return velocity * (t / self.floor).clamp(max=1)[:, None, None, None]
 
 
+@dataclass(frozen=True)
+class PredictPolicy(PredictVelocity):
+    """The last layer gives velocities for several places of a step, one after the other (sampling/policy.py)."""
+
+    places: int
+
+    def velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return out.unflatten(1, (self.places, -1))  # (B, places, C, h, w)
+
+
 Prediction = PredictVelocity | PredictData

@@ -1,7 +1,7 @@
 """A judge for pictures of concepts in several styles that needs no language model: style, and rank of the true picture.
 
-An embedding network was trained on real pictures to tell the concept and the style (tools/train_components.py
-emoji-judge). A generated picture is embedded; its style is the network's verdict, and the rank of its true picture is
+An embedding network was trained on real pictures to tell the concept, and a small one to tell the style (tools/emoji.py
+style, judge). A generated picture is embedded; its style is the small one's verdict, and the rank of its true picture is
 counted among all real pictures of the wanted style, by cosine. Rank 1 of 1,500 says: no other picture is nearer.
 
 The real pictures are in the judge's folder as embeddings only (gallery.safetensors), so scoring needs no data.
@@ -80,7 +80,7 @@ class Retrieval(nn.Module):
             )
         if path is None:
             raise ConfigError(
-                "path: reward 'retrieval' needs the folder of a judge (tools/train_components.py)"
+                "path: reward 'retrieval' needs the folder of a judge (tools/emoji.py judge)"
             )
         self.score = score
         self.said: list[str] = []  # of each image of the last call
