@@ -79,9 +79,7 @@ class Retrieval(nn.Module):
                 f"options.score: reward 'retrieval' has no score '{score}'" + did_you_mean(score, SCORES)
             )
         if path is None:
-            raise ConfigError(
-                "path: reward 'retrieval' needs the folder of a judge (tools/emoji.py judge)"
-            )
+            raise ConfigError("path: reward 'retrieval' needs the folder of a judge (tools/emoji.py judge)")
         self.score = score
         self.said: list[str] = []  # of each image of the last call
         self.network, self.styles, self.names, gallery = files.load(
