@@ -266,7 +266,8 @@ class Model(nn.Module):
         """Predict the velocity `noise - data`.
 
         x: (B, C, h, w) latents at time t; t: (B,) in 0..1, 1 = noise; text: tokens (B, L, text_width), mask
-        (B, L). Returns (B, C, h, w), or velocities for n places of a policy, (B, n, C, h, w). A grid or text length that the config does not allow raises ConfigError.
+        (B, L). Returns (B, C, h, w), or velocities for n places of a policy, (B, n, C, h, w). A grid or text
+        length that the config does not allow raises ConfigError.
         """
         return self.forward_intermediates(x, t, text)[0]
 

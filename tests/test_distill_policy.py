@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distill_tools import SMALLER, random_text, tiny_model
+from distill_tools import SMALLER, distill_config, random_text, tiny_model
 from einops import rearrange
 from test_distill_score import Gaussian, shared, words
 from test_distill_stage import pairs as pairs
@@ -127,6 +127,14 @@ def test_other_samplers_and_other_weights_are_refused():
         check_adopted("x", WIDE, SMALLER)
     with pytest.raises(ConfigError, match="policy"):
         to_released(wide)
+    for overrides, message in (
+        ({"score": {}}, "leave out score"),
+        ({"adapter": {"rank": 4}}, "leave out adapter"),
+        ({"imitate": None, "score": {}}, "leave out score"),
+        ({"inputs": {"noise": "fresh"}}, "set inputs.noise: chain"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            distill_config("pi_flow", **overrides)
     with pytest.raises(ConfigError, match="policy needs prediction: velocity"):
         replace(WIDE, prediction="data")
 

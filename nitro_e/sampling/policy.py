@@ -1,7 +1,7 @@
 """The policy of a widened student: where it goes within one step of the sampler, without the network (pi-Flow).
 
 The network predicts the data at n equal distances from t down to the sampler's next time, and between them the
-prediction x0(s) is linear: the DX policy of pi-Flow (arXiv 2510.14974, Section 4.1). The policy's velocity at a state x
+prediction x0(s) is linear: the DX policy of pi-Flow (arXiv 2510.14974). The policy's velocity at a state x
 and time s is (x - x0(s)) / s. Its path needs no solver: d(x / s) / ds = -x0(s) / s^2, so
 
     x_s = (s / t) x_t + s * integral of x0(u) / u^2 du from s to t,

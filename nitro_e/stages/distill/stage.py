@@ -165,10 +165,11 @@ class DistillConfig(Config):
                 )
         if self.sampler == "policy":
             others = [name for name in OBJECTIVES if name != "imitate" and getattr(self, name)]
-            if others or self.imitate is None or self.adapter is not None:
+            others += ["adapter"] if self.adapter else []  # it would leave the last layer as it is
+            if others or self.imitate is None:
+                wrong = f"leave out {', '.join(others)}" if others else "set imitate"
                 raise ConfigError(
-                    "sampler 'policy': only imitate trains the several predictions of a step, and an adapter would leave the last "
-                    f"layer as it is; leave out {', '.join([*others, *(['adapter'] if self.adapter else [])]) or 'nothing, and set imitate'}"
+                    f"sampler 'policy': only imitate trains the several predictions of a step; {wrong}"
                 )
         if self.score and self.score.noise == "trajectory" and self.sampler != "euler":
             raise ConfigError(
