@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from nitro_e.config import ConfigError, Fraction, Ge, Gt, Le
 from nitro_e.interfaces import AdapterLayer, Architecture, Grid, Model, TextEmbedding
 from nitro_e.model import layers, names
-from nitro_e.model.layers import Region
+from nitro_e.model.layers import Ragged, Region
+from nitro_e.model.merging import MergedText
 from nitro_e.model.prediction import PredictData, Prediction, PredictPolicy, PredictVelocity
 from nitro_e.model.transforms import transformed
 
@@ -222,9 +223,14 @@ class ModelConfig(Architecture):
                 return f"attention {list(self.attention)} needs multiples of {multiple} tokens, but group {group} has {tokens}"
         return None
 
-    def check_text_length(self, length: int) -> None:
+    @property
+    def text_multiple(self) -> int:
+        """Return the number that the text tokens must be a multiple of."""
         before, inside, after = self.multiples
-        multiple = math.lcm(before, self.text_compression * inside, after)
+        return math.lcm(before, self.text_compression * inside, after)
+
+    def check_text_length(self, length: int) -> None:
+        multiple = self.text_multiple
         if length < 1 or length % multiple:
             below, above = length // multiple * multiple, -(-length // multiple) * multiple
             lengths = [near for near in (below, above) if near > 0] or [multiple]
@@ -351,12 +357,15 @@ class EMMDiT(Model):
         self,
         x: Tensor,
         t: Tensor,
-        text: TextEmbedding,
+        text: TextEmbedding | MergedText,
         taps: Sequence[int] = (),
         drop: Tensor | None = None,
         weak: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See `Model`. With path_drop: drop, (B,) bool, names rows to drop; weak drops all, and skips the blocks."""
+        """See `Model`. With path_drop: drop, (B,) bool, names rows to drop; weak drops all, and skips the blocks.
+
+        A MergedText needs one time for all rows, t (1,), and weights without path_drop.
+        """
         self.config.check_taps(taps)
         drop = torch.full(x.shape[:1], weak, device=x.device) if drop is None else drop
         grid = self.config.latent_grid(*x.shape[-2:])
@@ -368,15 +377,15 @@ class EMMDiT(Model):
         time = self.shared_modulation(self.time(t))  # (B, 6, D), or (B, D) for full modulation
 
         start, end = self.config.groups[0], self.config.groups[0] + self.config.groups[1]
-        image, words = self.run_blocks(range(start), image, words, time, text.mask, tapped)
+        image, words = self.run_blocks(range(start), image, words, time, text, tapped)
         saved, saved_words = image, words
         image, pooled = self.compress(image, grid), self.compress_text(words, text.mask)
         inside = range(start, start if weak else end)
-        image, words = self.run_blocks(inside, image, pooled, time, text.mask, tapped)
+        image, words = self.run_blocks(inside, image, pooled, time, text, tapped)
         words = self.restore_text(words, pooled, saved_words)
         image, words = self.drop_tokens(image, drop), self.drop_update(words, saved_words, drop)
         image = self.reinforce(self.reconstruct(image, saved, grid), grid)
-        image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text.mask, tapped)
+        image, _ = self.run_blocks(range(end, len(self.blocks)), image, words, time, text, tapped)
 
         out = self.unpatchify(self.out(self.norm_out(image)), grid)
         return self.prediction.velocity(out, x, t), [tapped[tap] for tap in taps]
@@ -387,11 +396,11 @@ class EMMDiT(Model):
         image: Tensor,
         words: Tensor,
         time: Tensor,
-        mask: Tensor,
+        text: TextEmbedding | MergedText,
         tapped: dict[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Run a group of blocks, and put the image tokens after those that `tapped` counts into it."""
-        visible = self.key_mask(image, words, mask)  # (B, N + L) or None
+        visible = self.key_mask(image, words, text)  # (B, N + L), Ragged, or None
         # under torch.func and forward-mode AD blocks run as they are: neither compiled nor checkpointed
         plain = transformed()
         eager = (
@@ -469,15 +478,15 @@ class EMMDiT(Model):
         self.compiled = True
 
 
-def no_key_mask(image: Tensor, words: Tensor, text_mask: Tensor) -> None:
+def no_key_mask(image: Tensor, words: Tensor, text: TextEmbedding | MergedText) -> Ragged | None:
     """Attend to every position, padding included, as the released weights expect."""
-    return None
+    return text.keys(image, words) if isinstance(text, MergedText) else None
 
 
-def real_key_mask(image: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
+def real_key_mask(image: Tensor, words: Tensor, text: TextEmbedding | MergedText) -> Tensor:
     """Attend to all image tokens and the text tokens that stand for a real one: (B, N + L) bool.
 
-    text_mask: (B, R L), R rows for each of the L text tokens.
+    text.mask: (B, R L), R rows for each of the L text tokens.
     """
-    real = text_mask.unflatten(1, (words.shape[1], -1)).any(2)
-    return torch.cat([text_mask.new_ones(image.shape[:2]), real], dim=1)
+    real = text.mask.unflatten(1, (words.shape[1], -1)).any(2)
+    return torch.cat([real.new_ones(image.shape[:2]), real], dim=1)

@@ -243,8 +243,9 @@ class Region(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax attention. q, k, v: (B, H, N, K); visible: (B, N) bool, True = attended to, or None.
+    """Softmax attention. q, k, v: (B, H, N, K); visible: of the keys, or None.
 
+    visible: (B, N) bool, True = attended to, or numbers in q's dtype that are added to the scores of a key.
     On a CPU the same is computed by two matrix products, which are twice as fast for such narrow heads.
     """
     mask = None if visible is None else visible[:, None, None]
@@ -453,9 +454,14 @@ class Block(nn.Module):
         self.values = VALUES[values]()
 
     def forward(
-        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None, first: Values | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        time: Tensor,
+        mask: Tensor | Ragged | None,
+        first: Values | None = None,
     ) -> tuple[Tensor, Tensor, Values | None]:
-        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask (B, N + L) or None.
+        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask: see `joint_attention`.
 
         first: values of the group's first block, where blocks mix them into their own.
         """
@@ -484,7 +490,12 @@ class LastBlock(nn.Module):
         self.values = VALUES[values]()
 
     def forward(
-        self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor | None, first: Values | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        time: Tensor,
+        mask: Tensor | Ragged | None,
+        first: Values | None = None,
     ) -> tuple[Tensor, Tensor, Values | None]:
         m_image = self.image.modulation(time)
         image_qkv = self.image.project_qkv(image, m_image)
@@ -493,16 +504,40 @@ class LastBlock(nn.Module):
         return self.image.update(image, attended, m_image), text, first
 
 
-def joint_attention(image: QKV, text: QKV, region: Region, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+class Ragged(NamedTuple):
+    """Describes texts of unequal lengths, one behind the other in a single row: (1, sum of rows x length, ...)."""
+
+    # (rows, length) of each group of rows, in the order of the image's
+    groups: tuple[tuple[int, int], ...]
+    # of each group: what `attend` calls visible, (rows, N + length), or None
+    visible: tuple[Tensor | None, ...]
+
+
+def joint_attention(
+    image: QKV, text: QKV, region: Region, mask: Tensor | Ragged | None
+) -> tuple[Tensor, Tensor]:
     """Let image tokens (q, k, v each (B, N, H, K)) and text tokens (B, L, H, K) attend to each other.
 
-    mask: (B, N + L) bool over keys, True = attended to, or None. Returns (B, N, D) and (B, L, D).
+    mask: (B, N + L), what `attend` calls visible, or None; Ragged if text is. Returns (B, N, D) and (B, L, D).
     """
+    if isinstance(mask, Ragged):
+        return ragged_attention(image, text, region, mask)
     q, k, v = (join(region.split(i), region.split(t)) for i, t in zip(image, text))
     visible = None if mask is None else region.split(mask).flatten(2).flatten(0, 1)  # (B s, (N + L) / s)
     out = attend(q, k, v, visible)
     tokens = image[0].shape[1] // region.groups
     return region.merge(out[:, :, :tokens]), region.merge(out[:, :, tokens:])
+
+
+def ragged_attention(image: QKV, text: QKV, region: Region, mask: Ragged) -> tuple[Tensor, Tensor]:
+    """Attend group by group, where each has texts of one length; text and what is returned of it: (1, sum, ...)."""
+    images = zip(*(part.split([rows for rows, _ in mask.groups]) for part in image))
+    texts = zip(*(part[0].split([rows * length for rows, length in mask.groups]) for part in text))
+    attended = [
+        joint_attention(i, tuple(part.unflatten(0, group) for part in t), region, visible)
+        for i, t, group, visible in zip(images, texts, mask.groups, mask.visible)
+    ]
+    return torch.cat([i for i, _ in attended]), torch.cat([t.flatten(0, 1) for _, t in attended])[None]
 
 
 def join(image: Tensor, text: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.editing import ImageInput
 from nitro_e.sampling.inputs import Noise, count, embedded, negative_rows, noise_rows, prompt_rows
 from nitro_e.sampling.noise_search import NoiseSearch
+from nitro_e.sampling.padding import merge_padding
 from nitro_e.sampling.samplers import SamplingConfig, sample, with_overrides
 from nitro_e.sampling.sources import Loaded, Use, load
 from nitro_e.sizes import parse_sizes
@@ -280,7 +281,7 @@ class TextToImage:
             other = embeds if unguided else embedded(negative, rows, self.encode_prompt)
             pair = embeds.expand(rows.stop - start), other
             own = None if edit is None else edit.take(rows)
-            model = self.model if reuse_blocks == 1 else ReusedBlocks(self.model, reuse_blocks)
+            model = self._denoiser(reuse_blocks)
             if noise_search is not None:
                 noise.start[rows] = self._search(
                     noise_search, model, *pair, chosen, noise, rows, prompts[rows]
@@ -325,6 +326,11 @@ class TextToImage:
             grids = self.model.config.similar_grids(usual[0] // unit, usual[1] // unit)
             others = [(rows * unit, columns * unit) for rows, columns in grids]
         return list(dict.fromkeys([usual, *others]))
+
+    def _denoiser(self, reuse_blocks: int) -> Denoiser:
+        model = self.model if reuse_blocks == 1 else ReusedBlocks(self.model, reuse_blocks)
+        # elsewhere it would wait for the device at every step
+        return merge_padding(model, self.model.config) if self.device.type == "cpu" else model
 
     def _sample(
         self,

@@ -34,7 +34,7 @@ def attend_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, and its weights (B H, N, N) if `training` should keep them, else an empty tensor.
 
-    q, k, v: (B, H, N, K); visible: (B, N) bool over keys, True = attended to, or None for all.
+    q, k, v: (B, H, N, K); visible: (B, N) over keys, bool (True = attended to) or added to their scores; None for all.
     """
     flat_q, flat_k, flat_v = _flat(q), _flat(k), _flat(v)
     out, kept, buffer = torch.empty_like(flat_q), _empty_weights(q, training), _buffer(flat_q)
@@ -42,7 +42,7 @@ def attend_in_chunks(
         for rows, queries in _chunks(flat_q):
             chunk = flat_q[rows, queries]
             weights = kept[rows, queries] if kept.numel() else _part(buffer, chunk)
-            _weigh(chunk, flat_k[rows], _hidden(visible, rows, q.shape[1]), weights)
+            _weigh(chunk, flat_k[rows], _of_heads(visible, rows, q.shape[1]), weights)
             torch.bmm(weights, flat_v[rows], out=out[rows, queries])
     return out.view(q.shape), kept
 
@@ -64,7 +64,7 @@ def _backward(
             chunk, incoming = flat_q[rows, queries], gradient[rows, queries]
             weights = kept[rows, queries] if kept.numel() else _part(buffer, chunk)
             if not kept.numel():
-                _weigh(chunk, flat_k[rows], _hidden(visible, rows, q.shape[1]), weights)
+                _weigh(chunk, flat_k[rows], _of_heads(visible, rows, q.shape[1]), weights)
             added = float(queries.start > 0)  # 1: to the gradients that earlier queries gave
             d_v[rows].baddbmm_(weights.transpose(1, 2), incoming, beta=added)
             d_scores = torch.bmm(incoming, flat_v[rows].transpose(1, 2), out=_part(d_buffer, chunk))
@@ -75,11 +75,13 @@ def _backward(
     return d_q.mul_(scale).view(q.shape), d_k.mul_(scale).view(k.shape), d_v.view(v.shape)
 
 
-def _weigh(q: Tensor, k: Tensor, hidden: Tensor | None, out: Tensor) -> None:
-    """Write the softmax of the scores to `out` (rows, queries, N)."""
+def _weigh(q: Tensor, k: Tensor, visible: Tensor | None, out: Tensor) -> None:
+    """Write the softmax of the scores to `out` (rows, queries, N). visible: (rows, 1, N) or None."""
     torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2), out=out)
-    if hidden is not None:
-        out.masked_fill_(hidden, float("-inf"))
+    if visible is not None and visible.dtype == torch.bool:
+        out.masked_fill_(~visible, float("-inf"))
+    elif visible is not None:
+        out.add_(visible)
     torch.softmax(out, -1, out=out)
 
 
@@ -118,9 +120,9 @@ def _empty_weights(q: Tensor, training: bool) -> Tensor:
     return q.new_empty(batch * heads if keep else 0, tokens, tokens)
 
 
-def _hidden(visible: Tensor | None, rows: slice, heads: int) -> Tensor | None:
-    """Mask the keys that these rows do not attend to: (rows, 1, N) bool."""
-    return None if visible is None else ~visible.repeat_interleave(heads, 0)[rows, None]
+def _of_heads(visible: Tensor | None, rows: slice, heads: int) -> Tensor | None:
+    """Repeat `visible` (B, N) for the heads, and take these rows of it: (rows, 1, N)."""
+    return None if visible is None else visible.repeat_interleave(heads, 0)[rows, None]
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
