@@ -405,3 +405,6 @@ def test_benchmark_of_sampling(tmp_path):
     whole = next(row for row in found["rows"] if (row["part"], row["way"]) == ("all", "plain"))
     parts = [row["seconds"] for row in found["rows"] if row["way"] == "plain" and row is not whole]
     assert whole["seconds"] == pytest.approx(sum(parts)) and len(parts) == 3
+    assert benchmark_sample.main([*arguments, "--part", "text", "--json", str(tmp_path / "text.json")]) == 0
+    found = json.loads((tmp_path / "text.json").read_text())
+    assert {row["part"] for row in found["rows"]} == {"text"}

@@ -2,6 +2,7 @@
 
     nitro-e benchmark sample [--steps 20] [--batch 1] [--compile] [--text] [--json FILE]
     nitro-e benchmark sample --shapes [--compile]        the small weights that the package ships
+    nitro-e benchmark sample --part denoise --compile    a part alone
 
 Plainly means: the text of every prompt and the negative prompt are encoded every time, one by one; the plain
 implementation of the model is driven by an Euler loop with guidance as a batch of two; the latents are decoded in
@@ -45,6 +46,7 @@ from nitro_e.sampling.samplers import SamplingConfig, initial_noise, sample
 # what the approximate ways do
 INTERVAL, EVERY = (0.3, 1.0), 2
 TEXT_LENGTH = 128
+PARTS = ("text", "denoise", "decode")
 MERGED = ", padding merged"
 
 Call = Callable[[], Tensor]
@@ -116,13 +118,14 @@ class Bench:
             text = TextEmbedding(tokens, mask).to(self.device)
         else:
             text = self.parts.text.encode([*prompts, ""]).to(self.device)
-        calls = {
-            "text": {} if self.parts.text is None else self._texts(self.parts.text, prompts),
-            "denoise": self._loops(text, noise),
-            "decode": self._decodes(noise),
+        calls: dict[str, Callable[[], dict[str, Call]]] = {
+            "text": lambda: {} if self.parts.text is None else self._texts(self.parts.text, prompts),
+            "denoise": lambda: self._loops(text, noise),
+            "decode": lambda: self._decodes(noise),
         }
-        rows = [row for part, ways in calls.items() if ways for row in self._rows(part, batch, ways)]
-        return rows + self._sums(rows, batch)
+        measured = [(part, calls[part]()) for part in PARTS if part in self.options.part]
+        rows = [row for part, ways in measured if ways for row in self._rows(part, batch, ways)]
+        return rows + (self._sums(rows, batch) if len(measured) == len(PARTS) else [])
 
     def _rows(self, part: str, batch: int, calls: dict[str, Call]) -> list[Row]:
         results = {
@@ -290,6 +293,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     weights.add_argument("--preset", choices=("nitro-e-512", "nitro-e-1024"), default="nitro-e-512")
     weights.add_argument("--shapes", action="store_true", help="the shipped weights instead of random ones")
     parser.add_argument("--text", action="store_true", help="a random text encoder too: 2.5 GB of memory")
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=PARTS, help="measure these alone, without sums"
+    )
     parser.add_argument("--steps", type=cli.whole(1, 10_000), default=20, metavar="N")
     parser.add_argument("--guidance", type=cli.real(1), metavar="SCALE", help="default: 4.5, for shapes 3")
     parser.add_argument("--batch", type=cli.whole(1, 65536), nargs="+", default=[1], metavar="N")
