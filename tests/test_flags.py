@@ -3,14 +3,17 @@
 import importlib
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, from_dict
 from nitro_e.encoders.components import ComponentConfig, chosen_component
 from nitro_e.sampling.pipeline import TextToImage
+from nitro_e.sampling.samplers import SamplingConfig
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -107,3 +110,8 @@ def test_a_precision_is_that_of_all_parts():
     difference = (drawn[torch.bfloat16] - drawn[torch.float32]).abs().mean()
     assert 0 < difference < 0.05, difference  # of -1..1
     assert np.isfinite(drawn[torch.bfloat16]).all()
+
+
+def test_help_names_every_sampler():
+    names = get_args(get_type_hints(SamplingConfig)["sampler"])
+    assert cli.SAMPLERS.replace(" or ", ", ").split(", ") == list(names)

@@ -17,6 +17,9 @@ from nitro_e.record.progress import quiet_libraries
 
 Number = TypeVar("Number", int, float)
 
+# help of --sampler; written out, so that --help need not load torch
+SAMPLERS = "euler, heun, multistep, flow_map or policy"
+
 
 def weights_flags(parser: argparse.ArgumentParser) -> None:
     """--file, --lora and --resolution: what TextToImage.from_pretrained takes besides the weights' name."""

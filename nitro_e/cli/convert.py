@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--guidance", type=float, dest="guidance_scale", metavar="SCALE", help="0: no guidance"
     )
-    parser.add_argument("--sampler", help="euler, heun or multistep")
+    parser.add_argument("--sampler", help=cli.SAMPLERS)
     cli.dtype_flag(parser, "of the result; default: as they are")
     options = parser.parse_args(arguments)
     return cli.run(lambda: print(convert(options)))

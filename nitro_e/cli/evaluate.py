@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", help="default: what the weights came with, as next")
     parser.add_argument("--guidance", type=float, dest="guidance_scale", nargs="+", metavar="SCALE")
     cli.guidance_flags(parser, nargs="+")
-    parser.add_argument("--sampler", nargs="+", metavar="NAME", help="euler, heun or multistep")
+    parser.add_argument("--sampler", nargs="+", metavar="NAME", help=cli.SAMPLERS)
     parser.add_argument("--batch-size", type=int, default=64)
     cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")

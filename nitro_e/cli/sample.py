@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="guide only while LOW <= t <= HIGH; t falls from 1 (noise) to 0",
     )
     cli.guidance_flags(parser)
-    parser.add_argument("--sampler", help="euler, heun or multistep")
+    parser.add_argument("--sampler", help=cli.SAMPLERS)
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
     )

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--guidance", type=cli.real(0), metavar="SCALE", help="default: what the weights came with"
     )
-    parser.add_argument("--sampler", help="ours only: euler, heun or multistep")
+    parser.add_argument("--sampler", help=f"ours only: {cli.SAMPLERS}")
     parser.add_argument("--grid", choices=("released", "linear"), help="ours only: the sampler's times")
     parser.add_argument("--resolution", type=int, help="pixels per side")
     parser.add_argument(
