@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from test_report import Page, assert_self_contained
-from tiny import OPTIMIZER
+from tiny import optimizers_of
 
 from nitro_e.cli import demo as tool
 from nitro_e.config import apply_override, load
@@ -43,7 +43,7 @@ def runs(tmp_path):
         "1_pretrain": [{"eval/strict": 0.0, "eval/color": 0.1}, {"eval/strict": 0.0, "eval/color": 0.4}],
         "2_finetune": [{"loss": 0.5}, {"loss": 0.4}],
         "3_grpo": [{"reward/mixed": 0.6, "kl": 0.0}, {"reward/mixed": 0.7, "kl": 0.01}],
-        "4_distill": [{"diffusion": 0.2}, {"diffusion": 0.1}],
+        "4_distill": [{"imitate": 0.2}, {"imitate": 0.1}],
     }
     for stage, rows in curves.items():
         (tmp_path / stage).mkdir()
@@ -137,8 +137,9 @@ def test_recipes_that_are_missing_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("stage", tool.STAGES)
 def test_the_quick_recipes_are_valid(stage):
-    config = load(RunConfig, RECIPES / f"{stage}.yaml", OPTIMIZER)
-    assert config.model == load(RunConfig, ROOT / "configs/shapes/1_pretrain.yaml", OPTIMIZER).model
+    path, first = RECIPES / f"{stage}.yaml", ROOT / "configs/shapes/1_pretrain.yaml"
+    config = load(RunConfig, path, optimizers_of(path))
+    assert config.model == load(RunConfig, first, optimizers_of(first)).model
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -164,9 +165,11 @@ def tiny_recipes(folder: Path) -> Path:
     """The quick recipes with few steps of few samples."""
     folder.mkdir()
     for stage in tool.STAGES:
-        recipe = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())
+        path = RECIPES / f"{stage}.yaml"
+        recipe = yaml.safe_load(path.read_text())
         small = ["steps=4", "save_every=2", "log_every=1", "ema.beta=0.9"]
-        changes = [f"engine.{change}" for change in small] + (OPTIMIZER if stage != "3_grpo" else [])
+        changes = [f"engine.{change}" for change in small]
+        changes += optimizers_of(path) if stage != "3_grpo" else []
         if stage == "3_grpo":
             changes += ["stage.groups=2", "stage.group_size=4", "stage.rollout.per_device=8"]
             changes += ["batch.per_device=8"]

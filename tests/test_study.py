@@ -274,7 +274,11 @@ def test_studies_load():
         plan = load(Study, path)
         for variant in plan.variants.values():
             if variant.recipe:
-                load(RunConfig, variant.recipe, [*variant.set, *optimizers_of(variant.recipe)])
+                load(
+                    RunConfig,
+                    variant.recipe,
+                    [*variant.set, *optimizers_of(Path(variant.recipe), *variant.set)],
+                )
 
 
 # ---- from scratch

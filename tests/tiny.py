@@ -11,12 +11,10 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 shards on
 OPTIMIZER = [] if hasattr(torch.optim, "Muon") else ["stage.optim.kind=adamw"]
 
 
-def optimizers_of(recipe):
-    """The same for every optimiser of a recipe: `score` has one of its own."""
-    return [
-        *OPTIMIZER,
-        *(["stage.score.fake.optim.kind=adamw"] if OPTIMIZER and "score" in str(recipe) else []),
-    ]
+def optimizers_of(recipe: Path, *overrides: str) -> list[str]:
+    """The same for every optimiser of a recipe and its overrides: a fake score has one of its own."""
+    fake = "fake" in " ".join([recipe.read_text(), *overrides])
+    return [*OPTIMIZER, *(["stage.score.fake.optim.kind=adamw"] if OPTIMIZER and fake else [])]
 
 
 WORDS = ["a", "red", "green", "circle", "square", "left", "of", "the", "big", "cat"]

@@ -55,7 +55,7 @@ CURVES = {  # run of the demo -> what is drawn of it
         "velocity_loss": "1. Pretraining: velocity loss",
     },
     "3_grpo": {"reward/mixed": "3. GRPO: reward of the rollouts"},
-    "4_distill": {"discriminator/gap": "4. Distillation: gap between real and drawn"},
+    "4_distill": {"imitate": "4. Distillation: error of imitation"},
 }
 
 

@@ -135,7 +135,8 @@ class Demo:
         )
         shards = [f"{self.out}/data/{name}/{kind}-*.tar" for kind in kinds]
         overrides = [f"run={self.runs[stage]}"]
-        overrides += [] if stage == "3_grpo" else [f"data.shards={json.dumps(shards)}"]
+        if stage in ("1_pretrain", "2_finetune"):  # the others need prompts alone
+            overrides.append(f"data.shards={json.dumps(shards)}")
         command = ["nitro_e.cli", "train", str(self.recipes[stage]), *overrides]
         return Job(stage, [*command, "--processes", str(self.processes)], self.runs[stage])
 

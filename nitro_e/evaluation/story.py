@@ -97,11 +97,11 @@ TEXTS = {
     ),
     "4_distill": (
         "4. Distillation",
-        "A student learns to follow in four steps without guidance where the shipped model needs twenty guided ones: four "
-        "evaluations of the network instead of forty. Heads on the frozen teacher's features tell real from drawn latents, which "
-        "keeps its images sharp.",
+        "A student learns to draw in four, two or one steps without guidance where the shipped model needs twenty guided ones: four "
+        "evaluations of the network instead of forty. It sees prompts and no images: it imitates the teacher's guided velocity on "
+        "its own paths, and moves from where a second network sees its images towards where the teacher would have them.",
         "without guidance, 4 steps",
-        ("diffusion", "discriminator/gap"),
+        ("imitate", "score_distance"),
     ),
 }
 
