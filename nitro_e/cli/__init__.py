@@ -14,7 +14,7 @@ from typing import NoReturn
 from nitro_e import __version__
 
 COMMANDS = {
-    "demo": "See every stage do its work, in eight minutes",
+    "demo": "See every stage do its work, in nine minutes",
     "train": "Train a stage of a recipe",
     "sample": "Draw images",
     "serve": "Draw in a browser",

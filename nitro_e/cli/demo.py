@@ -1,4 +1,4 @@
-"""See every stage do its work, in about eight minutes on two cores, and read the story on one page.
+"""See every stage do its work, in about nine minutes on two cores, and read the story on one page.
 
     nitro-e demo                     from a checkout, whose configs/shapes/quick it trains
     nitro-e demo --out outputs/two   another folder: all of it again

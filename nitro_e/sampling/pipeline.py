@@ -61,6 +61,8 @@ class TextToImage:
         self.model, self.codec, self.text, self.defaults = model, codec, text, defaults
         self.use, self.path = use, path
         self.after: Callable[[list[Image.Image]], list[Image.Image]] | None = None
+        # compute equal text tokens once, see padding.py; compile() sets it on a CPU
+        self.merges_padding = False
         self._offload: torch.device | None = None
         self._embeddings: dict[str, TextEmbedding] = {}
 
@@ -144,7 +146,7 @@ class TextToImage:
         self.model.load_state_dict(with_lora(self.model, folder, scale).state_dict())
 
     def compile(self, weights: Weights = "bfloat16") -> None:
-        """Make steps faster after a slower start: torch.compile, and packed weights where a CPU gains by them.
+        """Make steps faster after a slower start: torch.compile; on a CPU packed weights and merged padding too.
 
         weights: "int8" computes the blocks' products in 8 bits, on a CPU with bfloat16 weights (docs/speed.md has the
         cost); ConfigError elsewhere.
@@ -156,6 +158,7 @@ class TextToImage:
             )
         if on_cpu and (weights == "int8" or dtype == torch.bfloat16):
             self.model = pack_for_cpu(self.model, weights)
+        self.merges_padding = on_cpu  # elsewhere it would wait for the device at every step
         self.model.compile_blocks()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -329,8 +332,7 @@ class TextToImage:
 
     def _denoiser(self, reuse_blocks: int) -> Denoiser:
         model = self.model if reuse_blocks == 1 else ReusedBlocks(self.model, reuse_blocks)
-        # elsewhere it would wait for the device at every step
-        return merge_padding(model, self.model.config) if self.device.type == "cpu" else model
+        return merge_padding(model, self.model.config) if self.merges_padding else model
 
     def _sample(
         self,
