@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import as_text
 from torch import nn
 
+from nitro_e.config import ConfigError
 from nitro_e.encoders.components import ComponentConfig, build_text_encoder
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, layers
@@ -107,6 +108,8 @@ def test_what_cannot_be_merged_is_computed_whole():
     different, now = prompts(32, [32, 32]), t[:1].expand(2)
     assert torch.equal(merged(x, now, different), model(x, now, different))
     assert seen == [64] * 4
+    with pytest.raises(ConfigError, match="the nearest text length that works: 16 or 32"):
+        merged(x, now, prompts(20, [1, 20]))
     for choices in ({"text_mask": "real"}, {"path_drop": 0.1}):
         other = small(**choices)
         assert merge_padding(other, other.config) is other

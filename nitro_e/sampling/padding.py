@@ -30,7 +30,8 @@ class MergedPadding:
         self.denoiser, self.run = denoiser, run
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
-        merged = merge_text(text, self.run) if (t == t[:1]).all() else None
+        fits = text.tokens.shape[1] % self.run == 0  # otherwise the model says what would
+        merged = merge_text(text, self.run) if fits and (t == t[:1]).all() else None
         if merged is None:
             return self.denoiser(x, t, text)
         short, order = merged
