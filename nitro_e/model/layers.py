@@ -242,6 +242,19 @@ class Region(NamedTuple):
         return rearrange(x, "(b s) h (l n) k -> b (l s n) (h k)", s=self.groups, n=self.run)
 
 
+class Ragged(NamedTuple):
+    """Describes texts of unequal lengths, one behind the other in a single row: (1, sum of rows x length, ...)."""
+
+    # (rows, length) of each group of rows, in the order of the image's
+    groups: tuple[tuple[int, int], ...]
+    # of each group: what `attend` calls visible, (rows, N + length), or None
+    visible: tuple[Tensor | None, ...]
+
+
+# which keys are attended to: what `attend` calls visible, (B, N + L), or None for all; Ragged if text is
+KeyMask = Tensor | Ragged | None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax attention. q, k, v: (B, H, N, K); visible: of the keys, or None.
 
@@ -454,14 +467,9 @@ class Block(nn.Module):
         self.values = VALUES[values]()
 
     def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        time: Tensor,
-        mask: Tensor | Ragged | None,
-        first: Values | None = None,
+        self, image: Tensor, text: Tensor, time: Tensor, mask: KeyMask, first: Values | None = None
     ) -> tuple[Tensor, Tensor, Values | None]:
-        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask: see `joint_attention`.
+        """image (B, N, D), text (B, L, D), time: shared modulation or embedding, mask: see `KeyMask`.
 
         first: values of the group's first block, where blocks mix them into their own.
         """
@@ -490,12 +498,7 @@ class LastBlock(nn.Module):
         self.values = VALUES[values]()
 
     def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        time: Tensor,
-        mask: Tensor | Ragged | None,
-        first: Values | None = None,
+        self, image: Tensor, text: Tensor, time: Tensor, mask: KeyMask, first: Values | None = None
     ) -> tuple[Tensor, Tensor, Values | None]:
         m_image = self.image.modulation(time)
         image_qkv = self.image.project_qkv(image, m_image)
@@ -504,21 +507,10 @@ class LastBlock(nn.Module):
         return self.image.update(image, attended, m_image), text, first
 
 
-class Ragged(NamedTuple):
-    """Describes texts of unequal lengths, one behind the other in a single row: (1, sum of rows x length, ...)."""
-
-    # (rows, length) of each group of rows, in the order of the image's
-    groups: tuple[tuple[int, int], ...]
-    # of each group: what `attend` calls visible, (rows, N + length), or None
-    visible: tuple[Tensor | None, ...]
-
-
-def joint_attention(
-    image: QKV, text: QKV, region: Region, mask: Tensor | Ragged | None
-) -> tuple[Tensor, Tensor]:
+def joint_attention(image: QKV, text: QKV, region: Region, mask: KeyMask) -> tuple[Tensor, Tensor]:
     """Let image tokens (q, k, v each (B, N, H, K)) and text tokens (B, L, H, K) attend to each other.
 
-    mask: (B, N + L), what `attend` calls visible, or None; Ragged if text is. Returns (B, N, D) and (B, L, D).
+    Returns (B, N, D) and (B, L, D).
     """
     if isinstance(mask, Ragged):
         return ragged_attention(image, text, region, mask)
