@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from nitro_e.cli import study as tool
 from nitro_e.cli import train
 from nitro_e.config import load
 from nitro_e.data.making import write_shard
+from nitro_e.evaluation import intervals
 from nitro_e.model import EMMDiT, describe
 from nitro_e.model.pretrained import save_pretrained
 from nitro_e.record import run_folder
@@ -75,10 +77,10 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
     assert tool.main(["study.yaml"]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(Path("outputs/tried/results.json").read_text())["scores"]
-    assert [(row["variant"], len(row["scores"])) for row in rows] == [("base", 1), ("grpo", 2)]
-    assert all(row["scores"][0]["strict"] == 0 for row in rows)  # nothing is drawn right by chance
-    assert rows[0]["differences"][0]["strict"]["value"] == 0
-    assert all(seconds > 1 for seconds in rows[1]["cpu_seconds"])
+    assert [(row["variant"], row["seeds"]) for row in rows] == [("base", [None]), ("grpo", [3, 4])]
+    assert all(row["parts"][0]["scores"]["strict"] == 0 for row in rows)  # nothing is drawn right by chance
+    assert rows[0]["parts"][0]["differences"]["strict"]["value"] == 0
+    assert all(spent["cpu_seconds"] > 1 for spent in rows[1]["spent"])
     assert "| grpo | guidance_scale 1, steps 2 | 0.000 | 0.000 0.000 |" in printed
     for seed in (3, 4):
         config = yaml.safe_load(Path(f"runs/tried/grpo-{seed}/config.yaml").read_text())
@@ -88,6 +90,40 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
     assert "base" not in capsys.readouterr().out.splitlines()[2]
     assert tool.main(["study.yaml", "variants.grpo.set=[stage.optim.lr=1]"]) == 2
     assert "runs/tried/grpo-3 is of other keys" in capsys.readouterr().err
+
+
+def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys):
+    """Seed 3 is measured on one machine, seed 4 on another; both, and a third without any run, write the same table."""
+    assert tool.main(["study.yaml", "--record", "all.jsonl"]) == 0
+    capsys.readouterr()
+    table = Path("outputs/tried/table.md").read_text()
+    assert tool.main(["study.yaml", "seeds=[3]", "--tables", "--record", "part.jsonl"]) == 0
+    assert Path("outputs/tried/table.md").read_text() != table
+    shutil.move("runs/tried/grpo-3", "elsewhere")
+    assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl"]) == 0
+    assert Path("outputs/tried/table.md").read_text() == table
+    assert "0.000 (0.000 0.000)" in table and "In brackets the seeds" in table
+    # the base, and each seed, once
+    assert len(Path("part.jsonl").read_text().splitlines()) == 3
+    shutil.rmtree("runs")
+    shutil.rmtree("outputs")
+    before = Path("part.jsonl").read_text()
+    assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl"]) == 0
+    assert Path("outputs/tried/table.md").read_text() == table
+    assert Path("part.jsonl").read_text() == before and not Path("outputs/tried/base").exists()
+    # another setting is not known, and there is nothing to measure it on
+    assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "num=13"]) == 2
+    assert "part.jsonl: 'base', seed None was measured with num 12, the study has 13" in capsys.readouterr().err
+    assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "variants.grpo.set=[seed=1]"]) == 2
+    assert "'grpo', seed 3 was measured with overrides" in capsys.readouterr().err
+    Path("part.jsonl").write_text('{"variant": "grpo"}\n')
+    assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl"]) == 2
+    assert "part.jsonl:1 is no line of a study's record" in capsys.readouterr().err
+
+
+def test_differences_of_seeds_are_averaged_with_their_ends():
+    found = intervals.over_seeds([intervals.Estimate(0.1, 0.0, 0.3, 9), intervals.Estimate(0.2, 0.1, 0.5, 9)])
+    assert found == pytest.approx((0.15, 0.05, 0.4, 9))
 
 
 def test_what_a_variant_needs_comes_first_once_and_is_counted(plan, capsys, monkeypatch):

@@ -5,6 +5,7 @@
     nitro-e study STUDY.yaml seeds=[0]                       with another value of a key of the study
     nitro-e study STUDY.yaml --list                          the trainings, numbered, with their compute; nothing is run
     nitro-e study STUDY.yaml --tables                        compare what is done, training nothing
+    nitro-e study STUDY.yaml --tables --record FILE          the same, from a record too, which other machines have made
     nitro-e study STUDY.yaml --run 3                         number 3 of them alone, for an array job (tools/study_array.sh)
 
 A study names variants (a recipe and overrides) or a grid of values, seeds, and what they are compared by: the
@@ -46,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="put the tables into this Markdown file too, between its marks",
     )
     parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="scores and costs, a line per training: those in it are not measured again, new ones are added",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="print the trainings with their numbers, then exit"
     )
     parser.add_argument("--tables", action="store_true", help="train nothing: compare what is done")
@@ -78,7 +85,7 @@ def study(options: argparse.Namespace) -> None:
         results.check_page(options.into, plan.name)
     out = options.out or Path("outputs") / plan.name
     if options.tables:
-        print(results.write(plan, chosen, out, options.into))
+        print(results.write(plan, chosen, out, options.into, options.record))
         return
     plans.check(plan, needed, planned)
     trainer = Trainer(1 if options.run is not None else options.jobs or usual_jobs(), plan.name)
@@ -97,7 +104,7 @@ def study(options: argparse.Namespace) -> None:
             signal.signal(number, handler)
     if failures and not any(results.done(plan, name, "steps") for name in chosen if plan.is_trained(name)):
         failed(failures)
-    print(results.write(plan, chosen, out, options.into))
+    print(results.write(plan, chosen, out, options.into, options.record))
     failed(failures)
 
 

@@ -143,6 +143,16 @@ def _estimate(value: float, resamples: np.ndarray, num: int) -> Estimate:
     return Estimate(value, min(float(low), value), max(float(high), value), num)
 
 
+def over_seeds(differences: Sequence[Estimate]) -> Estimate:
+    """Average the differences of several trainings on the same prompts: the means of values and ends.
+
+    That is the interval of differences that err together, and too wide rather than too narrow for others.
+    """
+    return Estimate(
+        *(math.fsum(part) / len(part) for part in list(zip(*differences))[:3]), differences[0].num
+    )
+
+
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     """Return the standard deviation within groups, taken to be the same in all, and its degrees of freedom."""
     squares = sum(float(np.square(np.subtract(group, np.mean(group))).sum()) for group in groups)

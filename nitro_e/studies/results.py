@@ -1,6 +1,6 @@
 """Results of a study: what its trainings cost, their validation losses and scores, all paired with the reference.
 
-Two intervals stand beside a difference of losses. The one of a seed is over the images of the validation: how sure it
+Scores that a record holds (`studies.record`) are taken from there, the others from the runs. Two intervals stand beside a difference of losses. The one of a seed is over the images of the validation: how sure it
 is that these two sets of weights differ. The one of the mean is over trainings: Student's t with the spread of seeds
 within variants, pooled over all variants of the study. Only the second says something about the variant.
 """
@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,11 +24,12 @@ from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.results import Table, plain, signed
 from nitro_e.files import write_text
 from nitro_e.record.charts import LabelledChart, Series, interval_chart, labelled_chart
-from nitro_e.record.environment import default_device, git_commit
+from nitro_e.record.environment import default_device, device_name, git_commit
 from nitro_e.record.pages import write_comparison
 from nitro_e.record.templating import write_page
 from nitro_e.stages import validation
 from nitro_e.studies.plan import Equal, Setting, Study, Trial, at_equal_flops, judged, trial
+from nitro_e.studies.record import Measured, Record, Scores, Spent, subject
 from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done, pair_for_time, seconds_before
 
 
@@ -56,15 +56,30 @@ class ScoreRow:
     """One variant at one setting."""
 
     variant: str
-    setting: str
-    equal: Equal = "steps"
-    values: Setting = field(default_factory=dict)  # those of `setting`
-    scores: list[dict[str, float]] = field(default_factory=list)  # of every seed: title -> overall
-    differences: list[dict[str, Any]] = field(default_factory=list)  # of every seed: title -> Estimate
-    cpu_seconds: list[float] = field(default_factory=list)
-    seen: list[float] = field(default_factory=list)  # of the first score, where prompts say so
-    unseen: list[float] = field(default_factory=list)
-    diversity: list[float] = field(default_factory=list)  # ratio to the reference's
+    equal: Equal
+    setting: Setting
+    seeds: list[int | None]  # None: the base
+    parts: list[Scores]  # of every seed
+    spent: list[Spent | None]
+
+    @property
+    def title(self) -> str:
+        return next(iter(self.parts[0].scores))
+
+    @property
+    def values(self) -> list[float]:
+        """The first score of every seed."""
+        return [each.scores[self.title] for each in self.parts]
+
+    @property
+    def differences(self) -> list[Estimate]:
+        """Those of the first score, of every seed that has one."""
+        return [each.differences[self.title] for each in self.parts if self.title in each.differences]
+
+    def mean(self, name: str) -> float:
+        """Average `seen`, `unseen` or `diversity` over the seeds that have it; NaN if none has."""
+        known = [value for each in self.parts if (value := getattr(each, name)) is not None]
+        return float(np.mean(known)) if known else math.nan
 
 
 def done(plan: Study, name: str, equal: Equal) -> list[Trial]:
@@ -142,31 +157,79 @@ def paired(ours: validation.Losses, theirs: validation.Losses) -> Estimate:
 # ---- scores
 
 
-def score_rows(plan: Study, chosen: Sequence[str], out: Path) -> list[ScoreRow]:
-    """Draw and score all finished trainings, and the base; make a row per variant, kind of equality and setting."""
+def score_rows(plan: Study, chosen: Sequence[str], out: Path, record: Record) -> list[ScoreRow]:
+    """Draw and score what the record does not hold yet; make a row per variant, kind of equality and setting."""
     rows = []
     for name in chosen:
         for equal in plan.equal_of(name) if plan.is_trained(name) else ("steps",):
-            trials = done(plan, name, equal) if plan.is_trained(name) else [None]
-            for setting in plan.settings_of(name) if trials else ():
-                row = ScoreRow(
-                    name, ", ".join(f"{key} {value}" for key, value in setting.items()), equal, setting
-                )
-                for each in trials:
-                    found, theirs = scored(plan, each, setting, out), opponent(plan, each, setting, out)
-                    scores = found.results[0].scores
-                    row.scores.append({title: s.overall.value for title, s in scores.items()})
-                    first = next(iter(scores.values()))
-                    if first.seen is not None and first.unseen is not None:
-                        row.seen.append(first.seen.value)
-                        row.unseen.append(first.unseen.value)
-                    if plan.diversity is not None:
-                        row.diversity.append(diversity_of(plan, each, setting, out))
-                    row.differences.append(compare(found, theirs) if theirs is not None else {})
-                    spent = 0.0 if each is None else cost_of(each.folder, each.config).cpu_seconds
-                    row.cpu_seconds.append(spent)
-                rows.append(row)
+            found = measured(plan, name, equal, out, record)
+            for setting in plan.settings_of(name):
+                pairs = [(each, part) for each in found if (part := each.at(setting)) is not None]
+                if pairs:
+                    trainings, parts = zip(*pairs)
+                    seeds, spent = [each.seed for each in trainings], [each.spent for each in trainings]
+                    rows.append(ScoreRow(name, equal, setting, seeds, list(parts), spent))
     return rows
+
+
+def measured(plan: Study, name: str, equal: Equal, out: Path, record: Record) -> list[Measured]:
+    """List the scores of a variant's trainings, or of the base, by seed: from the record, or of what is trained here."""
+    trained = plan.is_trained(name)
+    here = {each.seed: each for each in done(plan, name, equal)} if trained else {None: None}
+    found = []
+    for seed in plan.seeds_of(name) if trained else (None,):
+        known = record.find(name, seed, equal)
+        if seed in here and not all(known and known.at(setting) for setting in plan.settings_of(name)):
+            known = measure(plan, name, equal, here[seed], out, known)
+            record.add(known)
+        if known is not None:
+            found.append(known)
+    return found
+
+
+def measure(
+    plan: Study, name: str, equal: Equal, each: Trial | None, out: Path, known: Measured | None
+) -> Measured:
+    """Score a training, or the base, at the settings that are not known yet, and read what it has cost."""
+    spent = None
+    if each is not None:
+        cost = cost_of(each.folder, each.config)
+        spent = Spent(
+            device=device_name(),
+            steps=cost.steps,
+            cpu_seconds=cost.cpu_seconds,
+            before=seconds_before(plan, each),
+            memory_gb=cost.memory_gb,
+            trained_beside=cost.trained_beside,
+        )
+    before = () if known is None else known.scores
+    missing = [setting for setting in plan.settings_of(name) if known is None or not known.at(setting)]
+    seed = None if each is None else each.seed
+    return Measured(
+        variant=name,
+        seed=seed,
+        equal=equal,
+        of=subject(plan, name, seed),
+        scores=(*before, *(scores_at(plan, each, setting, out) for setting in missing)),
+        spent=spent,
+        revision=git_commit(),
+    )
+
+
+def scores_at(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Scores:
+    """Score one training, or the base, at one setting."""
+    found, theirs = scored(plan, each, setting, out), opponent(plan, each, setting, out)
+    scores = found.results[0].scores
+    first = next(iter(scores.values()))
+    spread = None if plan.diversity is None else diversity_of(plan, each, setting, out)
+    return Scores(
+        setting=setting,
+        scores={title: score.overall.value for title, score in scores.items()},
+        differences={} if theirs is None else compare(found, theirs),
+        seen=None if first.seen is None else first.seen.value,
+        unseen=None if first.unseen is None else first.unseen.value,
+        diversity=None if spread is None or math.isnan(spread) else spread,
+    )
 
 
 def diversity_of(plan: Study, each: Trial | None, setting: Setting, out: Path) -> float:
@@ -207,7 +270,7 @@ def opponent(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Ev
     return None if other is None else scored(plan, other, setting, out)
 
 
-def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
+def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Estimate]:
     return {
         title: results.compare(ours.prompts, ours.results[0].rows, theirs.results[0].rows, title)["overall"]
         for title in ours.results[0].scores
@@ -217,26 +280,29 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
 # ---- tables and files
 
 
-def write(plan: Study, chosen: Sequence[str], out: Path, page: Path | None = None) -> str:
+def write(
+    plan: Study, chosen: Sequence[str], out: Path, page: Path | None = None, record: Path | None = None
+) -> str:
     """Score what is trained and write OUT/table.md, results.json, charts and curves.html; returns the tables.
 
     page: where the tables are put as well, see `insert`; of a study with a base without the lines of every setting.
+    record: a file of scores and costs, which are not measured again, and to which new ones are added.
     """
     out.mkdir(parents=True, exist_ok=True)
     losses = loss_rows(plan, chosen) if plan.validation is not None else []
-    scores = score_rows(plan, chosen, out)
+    scores = score_rows(plan, chosen, out, Record(plan, record))
     by_variant, by_setting = variant_table(plan, scores), score_table(plan, scores)
     text = "\n\n".join(filter(None, [loss_table(plan, losses), by_variant, by_setting]))
     write_text(out / "table.md", text + "\n")
     if page is not None:
         insert(page, plan.name, text.removesuffix(by_setting).rstrip() if by_variant else text)
-    record = {
+    found = {
         "study": to_dict(plan),
         "revision": git_commit(),
         "losses": [dataclasses.asdict(row) for row in losses],
         "scores": [dataclasses.asdict(row) for row in scores],
     }
-    write_text(out / "results.json", json.dumps(plain(record), indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(plain(found), indent=1) + "\n")
     written = [out / "table.md", out / "results.json"]
     shown = {row_name(row): row.difference for row in losses if not math.isnan(row.difference.value)}
     if shown:
@@ -262,15 +328,14 @@ def score_charts(plan: Study, rows: Sequence[ScoreRow]) -> dict[str, LabelledCha
     by_steps: dict[str, list[tuple[float, float]]] = {}
     by_compute = []
     for row in rows if plan.base is not None and plan.settings else ():
-        score = float(np.mean([next(iter(each.values())) for each in row.scores]))
-        if "steps" in row.values:
-            by_steps.setdefault(row.variant + kind_of(plan, row.values), []).append(
-                (float(row.values["steps"]), score)
+        score = float(np.mean(row.values))
+        if "steps" in row.setting:
+            by_steps.setdefault(row.variant + kind_of(plan, row.setting), []).append(
+                (float(row.setting["steps"]), score)
             )
-        if plan.is_trained(row.variant) and row.values.get("steps") == plan.settings[0].get("steps"):
-            trials = done(plan, row.variant, row.equal)
-            spent = [seconds + seconds_before(plan, each) for seconds, each in zip(row.cpu_seconds, trials)]
-            by_compute.append(Series(row.variant, [(float(np.mean(spent)), score)]))
+        if (spent := alike(row.spent)) and row.setting.get("steps") == plan.settings[0].get("steps"):
+            seconds = float(np.mean([each.cpu_seconds + each.before for each in spent]))
+            by_compute.append(Series(row.variant, [(seconds, score)]))
     lines = [Series(name, sorted(points)) for name, points in by_steps.items()]
     charts = {}
     if lines:
@@ -281,6 +346,12 @@ def score_charts(plan: Study, rows: Sequence[ScoreRow]) -> dict[str, LabelledCha
             f"Score at {first} by CPU seconds of training and of what it needs", by_compute, "CPU seconds"
         )
     return charts
+
+
+def alike(spent: Sequence[Spent | None]) -> list[Spent]:
+    """List the costs that were measured on the same kind of machine as the first seed's; times of others mean little."""
+    known = [each for each in spent if each is not None]
+    return [each for each in known if each.device == known[0].device]
 
 
 def kind_of(plan: Study, setting: Setting) -> str:
@@ -342,28 +413,26 @@ def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
     """Write the first score as Markdown: means over seeds, every seed's, and the paired differences."""
     if not rows:
         return ""
-    title = next(iter(rows[0].scores[0]))
     against = "base" if plan.base is not None else plan.reference_variant
-    head = ["variant", *(["equal"] if plan.base is None else []), "setting", f"{title} (mean of seeds)"]
+    head = ["variant", *(["equal"] if plan.base is None else []), "setting"]
+    head += [f"{rows[0].title} (mean of seeds)"]
     head += ["of each seed", f"minus {against}: mean", "of each seed", "CPU s"]
-    split = all(row.seen for row in rows)
+    split = any(not math.isnan(row.mean("unseen")) for row in rows)
     head += [*(["seen", "unseen"] if split else []), *(["diversity"] if plan.diversity else [])]
     lines = []
     for row in rows:
-        scores = [each[title] for each in row.scores]
-        differences = [each[title] for each in row.differences if each]
         lines.append(
             [
                 row.variant,
                 *([row.equal] if plan.base is None else []),
-                row.setting,
-                f"{np.mean(scores):.3f}",
-                " ".join(f"{score:.3f}" for score in scores),
-                f"{np.mean([each.value for each in differences]):+.3f}" if differences else "–",
-                " ".join(map(signed, differences)) or "–",
-                f"{np.mean(row.cpu_seconds):.0f}",
-                *([f"{np.mean(row.seen):.3f}", f"{np.mean(row.unseen):.3f}"] if split else []),
-                *([known(float(np.mean(row.diversity)))] if plan.diversity else []),
+                ", ".join(f"{key} {value}" for key, value in row.setting.items()),
+                f"{np.mean(row.values):.3f}",
+                " ".join(f"{score:.3f}" for score in row.values),
+                f"{np.mean([each.value for each in row.differences]):+.3f}" if row.differences else "–",
+                " ".join(map(signed, row.differences)) or "–",
+                f"{np.mean([0.0 if each is None else each.cpu_seconds for each in row.spent]):.0f}",
+                *([known(row.mean("seen"), 3), known(row.mean("unseen"), 3)] if split else []),
+                *([known(row.mean("diversity"))] if plan.diversity else []),
             ]
         )
     where = f" at {plan.reference}" if plan.reference else ""
@@ -372,45 +441,53 @@ def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
     return f"{markdown(Table('', head, lines))}\n\n{note}"
 
 
-def known(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"
+def known(value: float, digits: int = 2) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def variant_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
     """Write a line per variant of a study with a base as Markdown: its score at every setting, and what it has cost.
 
-    Scores and costs are means over seeds, memory is the largest. The rest is that of the first setting.
+    Scores are means over seeds, with those of the seeds behind them; memory is the largest. Seconds are of the machine
+    of the first seed. The rest is that of the first setting.
     """
     if plan.base is None or not any(plan.is_trained(row.variant) for row in rows):
         return ""
     wanted = [named(setting) for setting in plan.settings]
-    title = next(iter(rows[0].scores[0]))
-    head = ["variant", *(f"{title}, {name}" for name in wanted), "minus base at the first"]
+    head = ["variant", *(f"{rows[0].title}, {name}" for name in wanted), "minus base at the first"]
     head += ["unseen", *(["diversity"] if plan.diversity else [])]
     head += ["steps", "CPU s", "with what it needs", "peak memory, GB", "trained beside", "needs"]
     lines = []
     for name in dict.fromkeys(row.variant for row in rows):
-        found = {named(row.values): row for row in rows if row.variant == name}
+        found = {named(row.setting): row for row in rows if row.variant == name}
         first = found.get(wanted[0]) if wanted else None
-        scores = [
-            f"{np.mean([each[title] for each in found[key].scores]):.3f}" if key in found else "–"
-            for key in wanted
-        ]
-        differences = [each[title] for each in first.differences if each] if first else []
-        shown = signed(differences[0]) if len(differences) == 1 else ""
-        if len(differences) > 1:
-            shown = f"{np.mean([each.value for each in differences]):+.3f}"
-        line = [
-            name,
-            *scores,
-            shown or "–",
-            f"{np.mean(first.unseen):.3f}" if first and first.unseen else "–",
-        ]
+        line = [name, *(by_seed(found[key].values) if key in found else "–" for key in wanted)]
+        line.append(signed(intervals.over_seeds(first.differences)) if first and first.differences else "–")
+        line.append(known(first.mean("unseen") if first else math.nan, 3))
         if plan.diversity:
-            line.append(known(float(np.mean(first.diversity))) if first else "–")
-        lines.append([*line, *costs_of(plan, name)])
+            line.append(known(first.mean("diversity") if first else math.nan))
+        lines.append([*line, *costs_of(plan, name, next(iter(found.values())))])
     lines.sort(key=lambda line: line[1], reverse=True)
-    return markdown(Table("", head, lines))
+    table = markdown(Table("", head, lines))
+    return f"{table}{seeds_note([row for row in rows if wanted and named(row.setting) == wanted[0]])}"
+
+
+def by_seed(values: Sequence[float]) -> str:
+    """Write the mean, and behind it the values of several seeds."""
+    each = " ".join(f"{value:.3f}" for value in values)
+    return f"{np.mean(values):.3f} ({each})" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def seeds_note(rows: Sequence[ScoreRow]) -> str:
+    """Say how much two trainings of one variant differ, if any has two."""
+    several = [row.values for row in rows if len(row.values) > 1]
+    if not several:
+        return ""
+    deviation, freedom = intervals.pooled_deviation(several)
+    return (
+        f"\n\nIn brackets the seeds. Trainings of one variant have a standard deviation of {deviation:.3f} in the first "
+        f"column ({freedom} degrees of freedom); the interval of a mean is the mean of the seeds' intervals."
+    )
 
 
 def named(setting: Setting) -> str:
@@ -422,19 +499,17 @@ def named(setting: Setting) -> str:
     )
 
 
-def costs_of(plan: Study, name: str) -> list[str]:
+def costs_of(plan: Study, name: str, row: ScoreRow) -> list[str]:
     """Return the cells of a variant's costs: steps, CPU seconds, peak memory, parameters beside, and what it needs."""
-    if not plan.is_trained(name):
+    spent, variant = alike(row.spent), plan.variants[name]
+    if not spent:
         return ["–"] * 6
-    trials = done(plan, name, "steps")
-    costs = [cost_of(each.folder, each.config) for each in trials]
-    total = [cost.cpu_seconds + seconds_before(plan, each) for cost, each in zip(costs, trials)]
-    memory = [cost.memory_gb for cost in costs if cost.memory_gb is not None]
-    beside, variant = costs[0].trained_beside, plan.variants[name]
+    memory = [each.memory_gb for each in spent if each.memory_gb is not None]
+    beside = spent[0].trained_beside
     return [
-        f"{costs[0].steps:,}",
-        f"{np.mean([cost.cpu_seconds for cost in costs]):.0f}",
-        f"{np.mean(total):.0f}",
+        f"{spent[0].steps:,}",
+        f"{np.mean([each.cpu_seconds for each in spent]):.0f}",
+        f"{np.mean([each.cpu_seconds + each.before for each in spent]):.0f}",
         f"{max(memory):.1f}" if memory else "–",
         "–" if beside is None else f"{beside:,}",
         ", ".join([*variant.needs, *([variant.after] if variant.after else [])]) or "–",
