@@ -113,7 +113,9 @@ def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys):
     assert Path("part.jsonl").read_text() == before and not Path("outputs/tried/base").exists()
     # another setting is not known, and there is nothing to measure it on
     assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "num=13"]) == 2
-    assert "part.jsonl: 'base', seed None was measured with num 12, the study has 13" in capsys.readouterr().err
+    assert (
+        "part.jsonl: 'base', seed None was measured with num 12, the study has 13" in capsys.readouterr().err
+    )
     assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "variants.grpo.set=[seed=1]"]) == 2
     assert "'grpo', seed 3 was measured with overrides" in capsys.readouterr().err
     Path("part.jsonl").write_text('{"variant": "grpo"}\n')
