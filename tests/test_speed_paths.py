@@ -19,7 +19,7 @@ from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig, layers, released
 from nitro_e.model.cpu import attention
 from nitro_e.model.cpu.int8 import Int8Linear
-from nitro_e.model.cpu.packing import PackedLinear, pack_for_cpu
+from nitro_e.model.cpu.packing import PackedLinear, fastest_weights, pack_for_cpu
 from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.samplers import SamplingConfig
 
@@ -166,11 +166,12 @@ needs_bf16 = pytest.mark.skipif(
     ],
     ids=["released", "ablated"],
 )
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
 @torch.no_grad()
-def test_packed_model_gives_the_same_velocity(choices):
+def test_packed_model_gives_the_same_velocity(choices, weights):
     model = bfloat16(**choices)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    packed = pack_for_cpu(model)
+    packed = pack_for_cpu(model, weights)
     exact = copy.deepcopy(model).float()
     for batch in (1, 3):
         x, t, text = inputs(batch)
@@ -192,6 +193,30 @@ def test_packed_layer_is_linear_and_gelu():
     torch.testing.assert_close(PackedLinear(linear, gelu=False)(x), linear(x), rtol=2e-2, atol=2e-2)
     expected = F.gelu(linear(x), approximate="tanh")
     torch.testing.assert_close(PackedLinear(linear, gelu=True)(x), expected, rtol=2e-2, atol=2e-2)
+    # in float32 nothing is rounded but the result
+    exact = F.gelu(F.linear(x.float(), linear.weight.float(), linear.bias.float()), approximate="tanh")
+    in_float32 = PackedLinear(linear, gelu=True, dtype=torch.float32)(x)
+    torch.testing.assert_close(in_float32, exact.bfloat16(), rtol=2**-8, atol=1e-4)
+
+
+@needs_bf16
+def test_the_fastest_products_are_found_without_touching_the_random_state(monkeypatch):
+    state = torch.get_rng_state()
+    for slower in ("bfloat16", "float32"):
+        fastest_weights.cache_clear()
+        name = {"bfloat16": torch.bfloat16, "float32": torch.float32}[slower]
+        plain = PackedLinear.product
+
+        def product(layer, x, plain=plain, name=name):
+            if layer.dtype == name:
+                sum(range(2_000_000))  # a tenth of a second
+            return plain(layer, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedLinear, "product", product)
+            assert fastest_weights() != slower
+    fastest_weights.cache_clear()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @needs_bf16
@@ -387,7 +412,7 @@ def test_plain_loop_samples_the_same():
     parts = benchmark_sample.Parts(tiny(), None, None, SamplingConfig(resolution=16, guidance_scale=3.0))
     options = benchmark_sample.parse(["--steps", "3", "--device", "cpu"])
     bench = benchmark_sample.Bench(parts, options)
-    bench.model, bench.denoisers, bench.fastest = tiny().eval(), {}, "ours"
+    bench.model, bench.denoisers, bench.fastest, bench.in_int8 = tiny().eval(), {}, "ours", None
     bench.denoisers["ours"] = bench.model
     x, _, text = inputs()
     calls = bench._loops(text.cat(text.take([0])), x)

@@ -229,7 +229,7 @@ def draw(options: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{options.source}: {settings.in_words()}, {about['dtype']} on {about['device']}")
     if options.compile or options.int8:
-        pipeline.compile("int8" if options.int8 else "bfloat16")
+        pipeline.compile("int8" if options.int8 else None)
     if options.layout == "geneval":
         write_metadata(drawings, options.out)
     drawn = draw_folder(

@@ -14,7 +14,7 @@ from torch import Tensor
 from nitro_e.config import ConfigError, to_dict
 from nitro_e.encoders.components import build_codec, build_text_encoder, check_download, chosen_component
 from nitro_e.interfaces import Architecture, Denoiser, LatentCodec, Model, TextEmbedding, TextEncoder
-from nitro_e.model.cpu.packing import Weights, is_packed, pack_for_cpu
+from nitro_e.model.cpu.packing import Weights, fastest_weights, is_packed, pack_for_cpu
 from nitro_e.model.pretrained import save_pretrained, with_lora
 from nitro_e.record.progress import bar
 from nitro_e.sampling import editing
@@ -145,11 +145,12 @@ class TextToImage:
         self._check_unpacked("changed")
         self.model.load_state_dict(with_lora(self.model, folder, scale).state_dict())
 
-    def compile(self, weights: Weights = "bfloat16") -> None:
+    def compile(self, weights: Weights | None = None) -> None:
         """Make steps faster after a slower start: torch.compile; on a CPU packed weights and merged padding too.
 
-        weights: "int8" computes the blocks' products in 8 bits, on a CPU with bfloat16 weights (docs/speed.md has the
-        cost); ConfigError elsewhere.
+        weights: of products on a CPU with bfloat16 weights; None: bfloat16 or float32, whichever this processor
+        multiplies faster. "int8" computes the blocks' products in 8 bits (docs/speed.md has the cost); ConfigError
+        elsewhere.
         """
         on_cpu, dtype = self.device.type == "cpu", next(self.model.parameters()).dtype
         if weights == "int8" and not on_cpu:
@@ -157,7 +158,7 @@ class TextToImage:
                 f"weights 'int8': images are drawn on {self.device}; 8-bit products are for a CPU"
             )
         if on_cpu and (weights == "int8" or dtype == torch.bfloat16):
-            self.model = pack_for_cpu(self.model, weights)
+            self.model = pack_for_cpu(self.model, weights or fastest_weights())
         self.merges_padding = on_cpu  # elsewhere it would wait for the device at every step
         self.model.compile_blocks()
 

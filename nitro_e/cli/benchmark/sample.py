@@ -36,7 +36,7 @@ from nitro_e.config import ConfigError, from_dict
 from nitro_e.encoders.random_weights import random_dc_ae, random_llama
 from nitro_e.interfaces import Denoiser, LatentCodec, Model, TextEmbedding, TextEncoder
 from nitro_e.model import EMMDiT, ModelConfig
-from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.model.cpu.packing import fastest_weights, pack_for_cpu
 from nitro_e.record.progress import bar
 from nitro_e.sampling.caching import ReusedBlocks
 from nitro_e.sampling.padding import merge_padding
@@ -102,7 +102,7 @@ class Bench:
             parts.settings, steps=options.steps, guidance_scale=guidance, sampler="euler"
         )
         self.model = parts.model.to(self.device, torch.bfloat16).eval().requires_grad_(False)
-        self.denoisers, self.fastest = self._denoisers()
+        self.denoisers, self.fastest, self.in_int8 = self._denoisers()
 
     def measure(self, batch: int) -> list[Row]:
         """Measure all parts at one batch size, and their sums."""
@@ -146,13 +146,14 @@ class Bench:
     def _sums(self, rows: list[Row], batch: int) -> list[Row]:
         """Add up all parts: plainly, in our best way that is no approximation, and with 8-bit weights."""
         seconds, best = {(row.part, row.way): row.seconds for row in rows}, self.fastest + MERGED
+        decodes = [part for part in seconds if part[0] == "decode" and part[1] != "plain"]
+        decode = min(decodes, key=lambda part: seconds[part])
         whole = {
             "plain": [("text", "plain"), ("denoise", "plain"), ("decode", "plain")],
-            "ours": [("text", "ours, new prompts"), ("denoise", best), ("decode", "ours, bfloat16")],
+            "ours": [("text", "ours, new prompts"), ("denoise", best), decode],
         }
-        in_int8 = best.replace("packed", "int8")
-        if in_int8 != best and ("denoise", in_int8) in seconds:
-            whole["ours, int8"] = [whole["ours"][0], ("denoise", in_int8), whole["ours"][2]]
+        if self.in_int8 is not None:
+            whole["ours, int8"] = [whole["ours"][0], ("denoise", self.in_int8 + MERGED), decode]
         totals = {way: sum(seconds.get(part, 0.0) for part in parts) for way, parts in whole.items()}
         return [Row("all", batch, way, total, totals["plain"] / total, None) for way, total in totals.items()]
 
@@ -178,16 +179,24 @@ class Bench:
 
     # ---- the denoise loop
 
-    def _denoisers(self) -> tuple[dict[str, Denoiser], str]:
-        """List the ways of computing the model that this machine has, and name the fastest that is no approximation."""
+    def _denoisers(self) -> tuple[dict[str, Denoiser], str, str | None]:
+        """List the ways of computing the model that this machine has; name the fastest that is no approximation, and
+        the fastest in 8 bits, if there is one."""
         model, compiled = self.model, self.options.compile
         builders: dict[str, Callable[[], Denoiser]] = {"ours": lambda: model}
         if self.device == "cpu":
             builders["ours, packed"] = lambda: pack_for_cpu(model)
             builders["ours, int8"] = lambda: pack_for_cpu(model, "int8")
+            in_float32 = fastest_weights() == "float32"
+            if in_float32:
+                builders["ours, packed in float32"] = lambda: pack_for_cpu(model, "float32")
         if compiled and self.device == "cpu":
-            builders["ours, packed and compiled"] = lambda: _compiled(pack_for_cpu(model))
             builders["ours, int8 and compiled"] = lambda: _compiled(pack_for_cpu(model, "int8"))
+            builders["ours, packed and compiled"] = lambda: _compiled(pack_for_cpu(model))
+            if in_float32:
+                builders["ours, packed in float32 and compiled"] = lambda: _compiled(
+                    pack_for_cpu(model, "float32")
+                )
         elif compiled:
             builders["ours, compiled"] = lambda: _compiled(copy.deepcopy(model))
             options: dict[str, Any] = dict(fullgraph=True, dynamic=False, mode="reduce-overhead")
@@ -199,7 +208,8 @@ class Bench:
             except ConfigError as error:
                 print(f"{name}: not measured: {error}", file=sys.stderr)
         exact = [name for name in found if "int8" not in name]
-        return found, exact[-1]
+        in_int8 = [name for name in found if "int8" in name]
+        return found, exact[-1], in_int8[-1] if in_int8 else None
 
     @torch.no_grad()
     def _loops(self, text: TextEmbedding, noise: Tensor) -> dict[str, Call]:
@@ -212,7 +222,7 @@ class Bench:
 
         for name, denoiser in self.denoisers.items():
             add(name, denoiser)
-        for name in dict.fromkeys([self.fastest, list(self.denoisers)[-1]]):
+        for name in filter(None, (self.fastest, self.in_int8)):
             add(name + MERGED, merge_padding(self.denoisers[name], self.model.config))
         low, high = INTERVAL
         fastest = self.denoisers[self.fastest]

@@ -1,7 +1,8 @@
 """A faster model for sampling on a CPU: weights laid out for oneDNN once, linear layers fused with GELU.
 
     packed = pack_for_cpu(model)                    # a copy; the same forward, no gradients, no state dict
-    packed = pack_for_cpu(model, weights="int8")    # the same with 8-bit products in the blocks, see int8.py
+    packed = pack_for_cpu(model, fastest_weights())     # products in float32, on processors where they are faster
+    packed = pack_for_cpu(model, weights="int8")    # with 8-bit products in the blocks, see int8.py
     packed.compile_blocks()                         # optional: fuses what lies between the products
 
 Without it every linear layer lays its weights out anew at every call, and GELU is one more pass over the
@@ -12,6 +13,9 @@ training and saving (keep the model that was packed), other devices and dtypes.
 from __future__ import annotations
 
 import copy
+import functools
+import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,13 +26,16 @@ from nitro_e.interfaces import Model
 from nitro_e.model.cpu.int8 import Int8Linear, check_int8
 from nitro_e.model.cpu.packed_layer import PackedLayer
 
-Weights = Literal["bfloat16", "int8"]
+Weights = Literal["bfloat16", "float32", "int8"]
+# seconds in float32 by those in bfloat16, below which float32 is taken: it needs twice the memory
+CLEARLY_FASTER = 0.8
 
 
 def pack_for_cpu(model: Model, weights: Weights = "bfloat16") -> Model:
     """Copy a bfloat16 model on the CPU for inference, with packed linear layers.
 
-    weights: `bfloat16` gives the model's velocities up to bfloat16 rounding. `int8` computes the linear layers
+    weights: `bfloat16` gives the model's velocities up to bfloat16 rounding. `float32` computes the products of the
+    same numbers in float32, and rounds their sums to bfloat16. `int8` computes the linear layers
     that LoRA can be put on (those of the blocks, except modulation) in 8 bits, which costs accuracy
     (docs/speed.md); the other layers are packed in bfloat16. Raises ConfigError when this model, processor or
     build of torch cannot be packed. The copy has no parameters in its linear layers and cannot be saved.
@@ -36,17 +43,41 @@ def pack_for_cpu(model: Model, weights: Weights = "bfloat16") -> Model:
     _check(model)
     if weights == "int8":
         check_int8()
-    elif weights != "bfloat16":
-        raise ConfigError(f"weights: unknown '{weights}' (known: bfloat16, int8)")
+    elif weights not in ("bfloat16", "float32"):
+        raise ConfigError(f"weights: unknown '{weights}' (known: bfloat16, float32, int8)")
     in_int8 = {layer.path for layer in model.adapter_layers()} if weights == "int8" else set()
     packed = copy.deepcopy(model).eval().requires_grad_(False)
     packed.register_state_dict_pre_hook(_refuse_to_save)
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
     for path, module in list(packed.named_modules()):
-        _pack_children(path, module, in_int8)
+        _pack_children(path, module, in_int8, dtype)
     return packed
 
 
-def _pack_children(path: str, module: nn.Module, in_int8: set[str]) -> None:
+@functools.cache
+def fastest_weights() -> Literal["bfloat16", "float32"]:
+    """Find out in which products are faster on this processor, by computing some; it differs by a factor of four.
+
+    ConfigError where oneDNN has none in bfloat16.
+    """
+    _check_processor()
+    seconds = []
+    with torch.random.fork_rng(devices=()):
+        linear = nn.Linear(768, 768, dtype=torch.bfloat16)
+        x = torch.randn(256, 768, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = PackedLinear(linear, gelu=False, dtype=dtype)
+        seconds.append(min(_seconds(layer.product, x) for _ in range(8)))
+    return "float32" if seconds[1] < CLEARLY_FASTER * seconds[0] else "bfloat16"
+
+
+def _seconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    before = time.process_time()
+    product(x)
+    return time.process_time() - before
+
+
+def _pack_children(path: str, module: nn.Module, in_int8: set[str], dtype: torch.dtype) -> None:
     """Replace linear layers, and in a Sequential the tanh-GELU after one, in place."""
     children = list(module.named_children())
     following = [child for _, child in children[1:]] + [None]
@@ -55,7 +86,7 @@ def _pack_children(path: str, module: nn.Module, in_int8: set[str]) -> None:
             setattr(module, name, Int8Linear(child))
         elif isinstance(child, nn.Linear):
             fused = isinstance(module, nn.Sequential) and is_tanh_gelu(after)
-            setattr(module, name, PackedLinear(child, fused))
+            setattr(module, name, PackedLinear(child, fused, dtype))
             if fused:
                 setattr(module, str(int(name) + 1), nn.Identity())
 
@@ -90,6 +121,10 @@ def _check(model: Model) -> None:
         raise ConfigError(
             f"pack_for_cpu: the model is {weight.dtype}; only bfloat16 is packed, give model.bfloat16()"
         )
+    _check_processor()
+
+
+def _check_processor() -> None:
     missing = [
         name
         for name in ("_reorder_linear_weight", "_linear_pointwise")
@@ -106,16 +141,18 @@ def _check(model: Model) -> None:
 
 
 class PackedLinear(PackedLayer):
-    """A linear layer whose weight is in oneDNN's layout, optionally followed by tanh-GELU."""
+    """A linear layer whose weight is in oneDNN's layout, optionally followed by tanh-GELU; computed in `dtype`."""
 
-    def __init__(self, linear: nn.Linear, gelu: bool) -> None:
+    def __init__(self, linear: nn.Linear, gelu: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(linear.out_features)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias.detach()
+        self.dtype = dtype
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
+        self.bias = linear.bias.detach().to(dtype)
         self.activation: tuple[str, list, str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
+        x = x.to(self.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation).bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.traceable_product(x)
