@@ -43,6 +43,7 @@ ORDER = (
     "ablations",
     "gpu",
     "sampling",
+    "sampling_float32",
     "approximations",
     "model_speed",
     "attention_speed",
