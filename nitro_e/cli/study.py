@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--record",
         type=Path,
         metavar="FILE",
-        help="scores and costs, a line per training: those in it are not measured again, new ones are added",
+        help="what was measured, a line per training: those in it are not measured again, new ones are added",
     )
     parser.add_argument(
         "--list", action="store_true", help="print the trainings with their numbers, then exit"

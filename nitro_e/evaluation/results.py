@@ -132,6 +132,11 @@ def compare(
     }
 
 
+def by_task(prompts: Sequence[Prompt], rows: Sequence[ScoredImage], title: str) -> dict[str, list[float]]:
+    """Task -> a score of its prompts, each averaged over its images; NaN if one of them has none."""
+    return _by_task(prompts, prompt_means(len(prompts), rows, title))
+
+
 def prompt_means(num: int, rows: Sequence[ScoredImage], title: str) -> np.ndarray:
     """Average a prompt's images, (num,); NaN if one of them has no score."""
     values: list[list[float]] = [[] for _ in range(num)]

@@ -1,16 +1,17 @@
-"""The record of a study: the scores and costs of each training, a line of JSON each.
+"""The record of a study: costs, losses and scores of each training, a line of JSON each.
 
 Runs and images are large and stay on the machine that made them. A record is small: kept beside the tables, it lets
 several machines, or sittings of one, add up to one table, and the table be written anew without any run. What stands in
-it is not measured again; remove its line to do so. Validation losses are not in it, because they are compared image by
-image.
+it is not measured again; remove its line to do so. Losses of every image and scores of every prompt are in it, because
+differences are paired.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.results import plain
 from nitro_e.studies.plan import Equal, Setting, Study, trial
+from nitro_e.studies.training import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,35 +28,47 @@ class Scores:
 
     setting: Setting
     scores: dict[str, float]  # title -> overall
-    differences: dict[str, Estimate] = field(default_factory=dict)  # to the base or the reference, paired
+    by_task: dict[str, list[float]] | None = (
+        None  # the first score of every prompt, NaN: unknown; for paired differences
+    )
+    difference: Estimate | None = None  # of the first score to the base, paired; without a base see `by_task`
     seen: float | None = None  # of the first score, where prompts say so
     unseen: float | None = None
     diversity: float | None = None  # ratio to the reference's; None: unknown, as where nothing is right
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spent:
-    """The costs of one training."""
+class Losses:
+    """The validation losses of one training."""
 
-    device: str  # that scored it, and as a rule trained it
-    steps: int
-    cpu_seconds: float
+    images: str  # which ones, in which order: a hash
+    times: list[float]
+    by_image: list[float]  # mean over times
+    by_time: list[float]  # mean over images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What one training has cost, and where."""
+
+    device: str  # on which it was measured, and as a rule trained
     before: float  # CPU seconds of what it needs: stored images, the training that it begins with
-    memory_gb: float | None = None
-    trained_beside: int | None = None
+    cost: Cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One training, or the base itself, at all settings that it was scored at."""
+    """One training, or the base itself: what it has cost, its losses, and its scores at all settings."""
 
     variant: str
     seed: int | None  # None: the base
     equal: Equal
+    run: str | None  # the folder's name; one training may stand for two kinds of equality
     of: dict[str, Any]  # what the figures hold for, see `subject`
-    scores: tuple[Scores, ...]
-    spent: Spent | None
     revision: str | None  # of the code
+    spent: Spent | None = None
+    losses: Losses | None = None
+    scores: tuple[Scores, ...] = ()
 
     def at(self, setting: Setting) -> Scores | None:
         return next((each for each in self.scores if each.setting == setting), None)
@@ -65,6 +79,16 @@ def subject(plan: Study, name: str, seed: int | None) -> dict[str, Any]:
     judged = {key: getattr(plan, key) for key in ("benchmark", "num", "base", "reference")}
     trained = {} if seed is None else {"overrides": list(trial(plan, name, seed).overrides)}
     return plain({**judged, "recipe": plan.variants[name].recipe, **trained})
+
+
+def _scores(row: dict[str, Any]) -> Scores:
+    """Read the scores of a line; JSON has no NaN."""
+    tasks = row["by_task"] and {
+        task: [math.nan if value is None else value for value in values]
+        for task, values in row["by_task"].items()
+    }
+    difference = row["difference"] and Estimate(**row["difference"])
+    return Scores(**{**row, "by_task": tasks, "difference": difference})
 
 
 class Record:
@@ -81,12 +105,14 @@ class Record:
 
     def _read(self, row: Any, where: str) -> None:
         try:
-            scores = tuple(
-                Scores(**{**each, "differences": {t: Estimate(**e) for t, e in each["differences"].items()}})
-                for each in row["scores"]
+            found = Measured(
+                **{
+                    **row,
+                    "spent": row["spent"] and Spent(**{**row["spent"], "cost": Cost(**row["spent"]["cost"])}),
+                    "losses": row["losses"] and Losses(**row["losses"]),
+                    "scores": tuple(_scores(each) for each in row["scores"]),
+                }
             )
-            spent = None if row["spent"] is None else Spent(**row["spent"])
-            found = Measured(**{**row, "scores": scores, "spent": spent})
         except (TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{where} is no line of a study's record ({error}); remove it") from None
         self._known[found.variant, found.seed, found.equal] = found

@@ -1,6 +1,6 @@
 """Results of a study: what its trainings cost, their validation losses and scores, all paired with the reference.
 
-Scores that a record holds (`studies.record`) are taken from there, the others from the runs. Two intervals stand beside a difference of losses. The one of a seed is over the images of the validation: how sure it
+Two intervals stand beside a difference of losses. The one of a seed is over the images of the validation: how sure it
 is that these two sets of weights differ. The one of the mean is over trainings: Student's t with the spread of seeds
 within variants, pooled over all variants of the study. Only the second says something about the variant.
 """
@@ -17,20 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from nitro_e.config import ConfigError, read_text, to_dict
-from nitro_e.evaluation import diversity, intervals, results
-from nitro_e.evaluation.benchmarks import Benchmark, benchmark
-from nitro_e.evaluation.evaluate import Evaluation, Options, evaluate
+from nitro_e.evaluation import intervals
 from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.results import Table, plain, signed
 from nitro_e.files import write_text
 from nitro_e.record.charts import LabelledChart, Series, interval_chart, labelled_chart
-from nitro_e.record.environment import default_device, device_name, git_commit
+from nitro_e.record.environment import git_commit
 from nitro_e.record.pages import write_comparison
 from nitro_e.record.templating import write_page
-from nitro_e.stages import validation
-from nitro_e.studies.plan import Equal, Setting, Study, Trial, at_equal_flops, judged, trial
-from nitro_e.studies.record import Measured, Record, Scores, Spent, subject
-from nitro_e.studies.training import Cost, at_equal_time, cost_of, is_done, pair_for_time, seconds_before
+from nitro_e.studies.measure import done, measured
+from nitro_e.studies.plan import Equal, Setting, Study
+from nitro_e.studies.record import Losses, Measured, Record, Scores, Spent
+from nitro_e.studies.training import Cost
 
 
 @dataclass
@@ -43,10 +41,11 @@ class LossRow:
 
     variant: str
     equal: Equal
-    seeds: list[int]
+    seeds: list[int | None]
     costs: list[Cost]
     losses: list[float]
     by_time: list[float]  # mean over seeds
+    images: int
     differences: list[Estimate] = field(default_factory=list)  # of every seed, paired by image
     difference: Estimate = intervals.UNKNOWN  # of the means over seeds
 
@@ -61,6 +60,7 @@ class ScoreRow:
     seeds: list[int | None]  # None: the base
     parts: list[Scores]  # of every seed
     spent: list[Spent | None]
+    differences: list[Estimate]  # of the first score, of every seed where it is known
 
     @property
     def title(self) -> str:
@@ -71,210 +71,107 @@ class ScoreRow:
         """The first score of every seed."""
         return [each.scores[self.title] for each in self.parts]
 
-    @property
-    def differences(self) -> list[Estimate]:
-        """Those of the first score, of every seed that has one."""
-        return [each.differences[self.title] for each in self.parts if self.title in each.differences]
-
     def mean(self, name: str) -> float:
         """Average `seen`, `unseen` or `diversity` over the seeds that have it; NaN if none has."""
         known = [value for each in self.parts if (value := getattr(each, name)) is not None]
         return float(np.mean(known)) if known else math.nan
 
 
-def done(plan: Study, name: str, equal: Equal) -> list[Trial]:
-    """List the finished trainings of a variant, by seed."""
-    seeds = plan.seeds_of(name)
-    if equal == "seconds":  # of the others the steps are not known yet
-        seeds = tuple(s for s in seeds if all(is_done(each.folder) for each in pair_for_time(plan, name, s)))
-    make = {"steps": trial, "flops": at_equal_flops, "seconds": at_equal_time}[equal]
-    found = [make(plan, name, seed) for seed in seeds]
-    return [each for each in found if is_done(each.folder)]
+Found = dict[tuple[str, Equal], list[Measured]]  # (variant, kind of equality) -> by seed
 
 
-def partner(plan: Study, seed: int) -> Trial | None:
-    """Return the finished training of the reference with this seed, or with its first one; None if there is none."""
-    others = {each.seed: each for each in done(plan, plan.reference_variant, "steps")}
-    return others.get(seed) or next(iter(others.values()), None)
+def partner(references: Sequence[Measured], seed: int | None) -> Measured | None:
+    """Return the reference with this seed, or the first one; None if there is none."""
+    return {each.seed: each for each in references}.get(seed) or next(iter(references), None)
 
 
 # ---- validation losses
 
 
-def loss_rows(plan: Study, chosen: Sequence[str]) -> list[LossRow]:
-    """Make a row per variant and kind of equality, as far as its trainings are done."""
-    found: dict[tuple[str, Equal], list[Trial]] = {}
-    for name in filter(plan.is_trained, chosen):
-        for equal in plan.equal_of(name):
-            if trials := done(plan, name, equal):
-                found[name, equal] = trials
-    references = done(plan, plan.reference_variant, "steps") if plan.base is None else []
-    read = {
-        each.folder: validation.read(each.folder)
-        for trials in (*found.values(), references)
-        for each in trials
-    }
-    losses = {folder: each.values.mean() for folder, each in read.items()}
+def loss_rows(plan: Study, found: Found, references: Sequence[Measured]) -> list[LossRow]:
+    """Make a row per variant and kind of equality."""
+    trainings = {key: part for key, each in found.items() if (part := [one for one in each if one.losses])}
     # one training may stand for two kinds of equality
-    groups = {tuple(each.folder for each in trials) for trials in (*found.values(), references) if trials}
-    deviation, freedom = intervals.pooled_deviation(
-        [[losses[folder] for folder in group] for group in groups]
-    )
-    expected = [losses[each.folder] for each in references]
+    groups = {
+        tuple(each.run for each in part): [mean_loss(each) for each in part]
+        for part in (*trainings.values(), references)
+        if part
+    }
+    deviation, freedom = intervals.pooled_deviation(list(groups.values()))
     rows = []
-    for (name, equal), trials in found.items():
+    for (name, equal), part in trainings.items():
+        losses = [each.losses for each in part if each.losses]
         row = LossRow(
-            name,
-            equal,
-            [each.seed for each in trials],
-            [cost_of(each.folder, each.config) for each in trials],
-            [float(losses[each.folder]) for each in trials],
-            np.mean([read[each.folder].values.mean(axis=0) for each in trials], axis=0).tolist(),
+            variant=name,
+            equal=equal,
+            seeds=[each.seed for each in part],
+            costs=[each.spent.cost for each in part if each.spent],
+            losses=[mean_loss(each) for each in part],
+            by_time=np.mean([each.by_time for each in losses], axis=0).tolist(),
+            images=len(losses[0].by_image),
         )
         rows.append(row)
         if references and not is_reference(plan, name):
+            expected = [mean_loss(each) for each in references]
             row.difference = intervals.difference_of_means(row.losses, expected, deviation, freedom)
-            partners = {each.seed: each for each in references}
-            for each in trials:
-                other = partners.get(each.seed, references[0])
-                row.differences.append(paired(read[each.folder], read[other.folder]))
+            for each in part:
+                other = partner(references, each.seed)
+                if each.losses and other and other.losses:
+                    row.differences.append(paired(each.losses, other.losses))
     return rows
+
+
+def mean_loss(each: Measured) -> float:
+    return float(np.mean(each.losses.by_image)) if each.losses else math.nan
 
 
 def is_reference(plan: Study, name: str) -> bool:
     return plan.base is None and name == plan.reference_variant
 
 
-def paired(ours: validation.Losses, theirs: validation.Losses) -> Estimate:
+def paired(ours: Losses, theirs: Losses) -> Estimate:
     """Return the difference of two losses with its interval over images; ConfigError if the images are others."""
-    if ours.keys != theirs.keys or ours.times != theirs.times:
+    if ours.images != theirs.images or ours.times != theirs.times:
         raise ConfigError(
             "validation losses of other images or times cannot be compared; train again with the same"
         )
-    return intervals.difference([ours.values.mean(axis=1)], [theirs.values.mean(axis=1)], bounded=False)
+    return intervals.difference([ours.by_image], [theirs.by_image], bounded=False)
 
 
 # ---- scores
 
 
-def score_rows(plan: Study, chosen: Sequence[str], out: Path, record: Record) -> list[ScoreRow]:
-    """Draw and score what the record does not hold yet; make a row per variant, kind of equality and setting."""
+def score_rows(plan: Study, found: Found, references: Sequence[Measured]) -> list[ScoreRow]:
+    """Make a row per variant, kind of equality and setting."""
     rows = []
-    for name in chosen:
-        for equal in plan.equal_of(name) if plan.is_trained(name) else ("steps",):
-            found = measured(plan, name, equal, out, record)
-            for setting in plan.settings_of(name):
-                pairs = [(each, part) for each in found if (part := each.at(setting)) is not None]
-                if pairs:
-                    trainings, parts = zip(*pairs)
-                    seeds, spent = [each.seed for each in trainings], [each.spent for each in trainings]
-                    rows.append(ScoreRow(name, equal, setting, seeds, list(parts), spent))
+    for (name, equal), trainings in found.items():
+        for setting in plan.settings_of(name):
+            pairs = [(each, part) for each in trainings if (part := each.at(setting)) is not None]
+            if pairs:
+                differences = [difference(plan, each, part, references) for each, part in pairs]
+                rows.append(
+                    ScoreRow(
+                        variant=name,
+                        equal=equal,
+                        setting=setting,
+                        seeds=[each.seed for each, _ in pairs],
+                        parts=[part for _, part in pairs],
+                        spent=[each.spent for each, _ in pairs],
+                        differences=[each for each in differences if each is not None],
+                    )
+                )
     return rows
 
 
-def measured(plan: Study, name: str, equal: Equal, out: Path, record: Record) -> list[Measured]:
-    """List the scores of a variant's trainings, or of the base, by seed: from the record, or of what is trained here."""
-    trained = plan.is_trained(name)
-    here = {each.seed: each for each in done(plan, name, equal)} if trained else {None: None}
-    found = []
-    for seed in plan.seeds_of(name) if trained else (None,):
-        known = record.find(name, seed, equal)
-        if seed in here and not all(known and known.at(setting) for setting in plan.settings_of(name)):
-            known = measure(plan, name, equal, here[seed], out, known)
-            record.add(known)
-        if known is not None:
-            found.append(known)
-    return found
-
-
-def measure(
-    plan: Study, name: str, equal: Equal, each: Trial | None, out: Path, known: Measured | None
-) -> Measured:
-    """Score a training, or the base, at the settings that are not known yet, and read what it has cost."""
-    spent = None
-    if each is not None:
-        cost = cost_of(each.folder, each.config)
-        spent = Spent(
-            device=device_name(),
-            steps=cost.steps,
-            cpu_seconds=cost.cpu_seconds,
-            before=seconds_before(plan, each),
-            memory_gb=cost.memory_gb,
-            trained_beside=cost.trained_beside,
-        )
-    before = () if known is None else known.scores
-    missing = [setting for setting in plan.settings_of(name) if known is None or not known.at(setting)]
-    seed = None if each is None else each.seed
-    return Measured(
-        variant=name,
-        seed=seed,
-        equal=equal,
-        of=subject(plan, name, seed),
-        scores=(*before, *(scores_at(plan, each, setting, out) for setting in missing)),
-        spent=spent,
-        revision=git_commit(),
-    )
-
-
-def scores_at(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Scores:
-    """Score one training, or the base, at one setting."""
-    found, theirs = scored(plan, each, setting, out), opponent(plan, each, setting, out)
-    scores = found.results[0].scores
-    first = next(iter(scores.values()))
-    spread = None if plan.diversity is None else diversity_of(plan, each, setting, out)
-    return Scores(
-        setting=setting,
-        scores={title: score.overall.value for title, score in scores.items()},
-        differences={} if theirs is None else compare(found, theirs),
-        seen=None if first.seen is None else first.seen.value,
-        unseen=None if first.unseen is None else first.unseen.value,
-        diversity=None if spread is None or math.isnan(spread) else spread,
-    )
-
-
-def diversity_of(plan: Study, each: Trial | None, setting: Setting, out: Path) -> float:
-    """Return the diversity of one training, or of the base, at one setting, over that of the base at the reference's."""
-    assert plan.diversity is not None
-    several = benchmark(plan.benchmark, plan.diversity.num, plan.diversity.per_prompt)
-    found = [
-        scored(plan, each, setting, out, several),
-        scored(plan, None, plan.reference or setting, out, several),
-    ]
-    ours, theirs = (
-        diversity.spreads(one.prompts, one.results[0].rows, one.results[0].folder) for one in found
-    )
-    return diversity.ratio(ours, theirs)
-
-
-def scored(
-    plan: Study, each: Trial | None, setting: Setting, out: Path, on: Benchmark | None = None
-) -> Evaluation:
-    """Score one training, or the base, at one setting; what was drawn before is not drawn again.
-
-    on: another benchmark than the study's.
-    """
-    source = str(plan.base) if each is None else str(each.folder)
-    place = out / ("base" if each is None else each.folder.name)
-    place.mkdir(parents=True, exist_ok=True)
-    options = Options(device=default_device())
-    return evaluate(
-        on or judged(plan), [source], {key: [value] for key, value in setting.items()}, options, place
-    )
-
-
-def opponent(plan: Study, each: Trial | None, setting: Setting, out: Path) -> Evaluation | None:
-    """Score what a training is compared with: the base, or the reference with the same seed."""
+def difference(plan: Study, each: Measured, part: Scores, references: Sequence[Measured]) -> Estimate | None:
+    """Return the difference of the first score to the base's, or to the reference's with the same seed."""
     if plan.base is not None:
-        return scored(plan, None, plan.reference or setting, out)
-    other = None if each is None else partner(plan, each.seed)
-    return None if other is None else scored(plan, other, setting, out)
-
-
-def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, Estimate]:
-    return {
-        title: results.compare(ours.prompts, ours.results[0].rows, theirs.results[0].rows, title)["overall"]
-        for title in ours.results[0].scores
-    }
+        return part.difference
+    other = partner(references, each.seed)
+    theirs = other and other.at(part.setting)
+    if theirs is None or part.by_task is None or theirs.by_task is None:
+        return None
+    return intervals.difference(list(part.by_task.values()), list(theirs.by_task.values()))
 
 
 # ---- tables and files
@@ -286,23 +183,29 @@ def write(
     """Score what is trained and write OUT/table.md, results.json, charts and curves.html; returns the tables.
 
     page: where the tables are put as well, see `insert`; of a study with a base without the lines of every setting.
-    record: a file of scores and costs, which are not measured again, and to which new ones are added.
+    record: a file of what was measured before, and to which the rest is added, see `Record`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    losses = loss_rows(plan, chosen) if plan.validation is not None else []
-    scores = score_rows(plan, chosen, out, Record(plan, record))
+    known = Record(plan, record)
+    found = {
+        (name, equal): measured(plan, name, equal, out, known)
+        for name in chosen
+        for equal in (plan.equal_of(name) if plan.is_trained(name) else ("steps",))
+    }
+    references = [] if plan.base is not None else measured(plan, plan.reference_variant, "steps", out, known)
+    losses, scores = loss_rows(plan, found, references), score_rows(plan, found, references)
     by_variant, by_setting = variant_table(plan, scores), score_table(plan, scores)
     text = "\n\n".join(filter(None, [loss_table(plan, losses), by_variant, by_setting]))
     write_text(out / "table.md", text + "\n")
     if page is not None:
         insert(page, plan.name, text.removesuffix(by_setting).rstrip() if by_variant else text)
-    found = {
+    content = {
         "study": to_dict(plan),
         "revision": git_commit(),
         "losses": [dataclasses.asdict(row) for row in losses],
         "scores": [dataclasses.asdict(row) for row in scores],
     }
-    write_text(out / "results.json", json.dumps(plain(found), indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(plain(content), indent=1) + "\n")
     written = [out / "table.md", out / "results.json"]
     shown = {row_name(row): row.difference for row in losses if not math.isnan(row.difference.value)}
     if shown:
@@ -334,7 +237,7 @@ def score_charts(plan: Study, rows: Sequence[ScoreRow]) -> dict[str, LabelledCha
                 (float(row.setting["steps"]), score)
             )
         if (spent := alike(row.spent)) and row.setting.get("steps") == plan.settings[0].get("steps"):
-            seconds = float(np.mean([each.cpu_seconds + each.before for each in spent]))
+            seconds = float(np.mean([each.cost.cpu_seconds + each.before for each in spent]))
             by_compute.append(Series(row.variant, [(seconds, score)]))
     lines = [Series(name, sorted(points)) for name, points in by_steps.items()]
     charts = {}
@@ -386,7 +289,7 @@ def loss_table(plan: Study, rows: Sequence[LossRow]) -> str:
                 f"{cost.steps:,}",
                 f"{cost.parameters:,}",
                 f"{cost.flops / unit:.3f}" if cost.flops and unit else "–",
-                f"{np.median([each.samples_per_second for each in row.costs]):.0f}",
+                f"{np.median([each.samples_per_second or math.nan for each in row.costs]):.0f}",
                 f"{np.mean([each.cpu_seconds for each in row.costs]):.0f}",
                 f"{np.mean(row.losses):.4f}",
                 " ".join(f"{loss:.4f}" for loss in row.losses),
@@ -396,8 +299,7 @@ def loss_table(plan: Study, rows: Sequence[LossRow]) -> str:
         )
     compared = "" if plan.base is not None else f", reference {plan.reference_variant}"
     assert plan.validation is not None
-    images = len(validation.read(done(plan, rows[0].variant, rows[0].equal)[0].folder).keys)
-    note = f"{images} images, {len(plan.validation.times)} times{compared}; 95 % intervals"
+    note = f"{rows[0].images} images, {len(plan.validation.times)} times{compared}; 95 % intervals"
     return f"{markdown(Table('', head, lines))}\n\n{note}"
 
 
@@ -430,7 +332,7 @@ def score_table(plan: Study, rows: Sequence[ScoreRow]) -> str:
                 " ".join(f"{score:.3f}" for score in row.values),
                 f"{np.mean([each.value for each in row.differences]):+.3f}" if row.differences else "–",
                 " ".join(map(signed, row.differences)) or "–",
-                f"{np.mean([0.0 if each is None else each.cpu_seconds for each in row.spent]):.0f}",
+                f"{np.mean([0.0 if each is None else each.cost.cpu_seconds for each in row.spent]):.0f}",
                 *([known(row.mean("seen"), 3), known(row.mean("unseen"), 3)] if split else []),
                 *([known(row.mean("diversity"))] if plan.diversity else []),
             ]
@@ -504,12 +406,13 @@ def costs_of(plan: Study, name: str, row: ScoreRow) -> list[str]:
     spent, variant = alike(row.spent), plan.variants[name]
     if not spent:
         return ["–"] * 6
-    memory = [each.memory_gb for each in spent if each.memory_gb is not None]
-    beside = spent[0].trained_beside
+    costs = [each.cost for each in spent]
+    memory = [cost.memory_gb for cost in costs if cost.memory_gb is not None]
+    beside = costs[0].trained_beside
     return [
-        f"{spent[0].steps:,}",
-        f"{np.mean([each.cpu_seconds for each in spent]):.0f}",
-        f"{np.mean([each.cpu_seconds + each.before for each in spent]):.0f}",
+        f"{costs[0].steps:,}",
+        f"{np.mean([cost.cpu_seconds for cost in costs]):.0f}",
+        f"{np.mean([each.cost.cpu_seconds + each.before for each in spent]):.0f}",
         f"{max(memory):.1f}" if memory else "–",
         "–" if beside is None else f"{beside:,}",
         ", ".join([*variant.needs, *([variant.after] if variant.after else [])]) or "–",

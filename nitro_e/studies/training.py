@@ -43,7 +43,7 @@ class Cost:
         float | None
     )  # of the model and what is trained with it, forward and backward; frozen encoders are not counted
     cpu_seconds: float  # of the whole process: start, data, validation and samples too
-    samples_per_second: float  # median of the reports, without start, validation and saving
+    samples_per_second: float | None = None  # median of the reports, without start, validation and saving
     memory_gb: float | None = None  # largest of the reports, of the whole process or of the GPU
     trained_beside: int | None = None  # parameters of other networks that it trains: fake scores, heads
 
