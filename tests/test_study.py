@@ -33,6 +33,7 @@ from nitro_e.stages.recipe import RunConfig
 from nitro_e.studies import plan as plans
 from nitro_e.studies import training
 from nitro_e.studies.plan import Study
+from nitro_e.studies.record import Record, to_train
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/shapes/3_grpo_clipped.yaml"
@@ -92,7 +93,7 @@ def test_a_study_trains_once_and_compares(plan, capsys, monkeypatch):
     assert "runs/tried/grpo-3 is of other keys" in capsys.readouterr().err
 
 
-def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys):
+def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys, monkeypatch):
     """Seed 3 is measured on one machine, seed 4 on another; both, and a third without any run, write the same table."""
     assert tool.main(["study.yaml", "--record", "all.jsonl"]) == 0
     capsys.readouterr()
@@ -111,6 +112,10 @@ def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys):
     assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl"]) == 0
     assert Path("outputs/tried/table.md").read_text() == table
     assert Path("part.jsonl").read_text() == before and not Path("outputs/tried/base").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.os, "wait4", None)  # nothing is trained
+        assert tool.main(["study.yaml", "--record", "part.jsonl"]) == 0
+    assert Path("outputs/tried/table.md").read_text() == table
     # another setting is not known, and there is nothing to measure it on
     assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "num=13"]) == 2
     assert (
@@ -162,7 +167,7 @@ def test_what_a_variant_needs_comes_first_once_and_is_counted(plan, capsys, monk
         return []
 
     monkeypatch.setattr(training.Trainer, "run", run)
-    assert tool.main(["study.yaml", "--only", "last"]) == 0
+    assert tool.main(["study.yaml", "--only", "last", "--record", "last.jsonl"]) == 0
     printed = capsys.readouterr().out
     assert ran == ["first-3", "middle-3", "last-3"]
     study = load(Study, "study.yaml")
@@ -189,6 +194,16 @@ def test_what_a_variant_needs_comes_first_once_and_is_counted(plan, capsys, monk
     ).read_text() == f"<!-- begin tried -->\n{printed.partition(row)[0].splitlines()[-2]}\n" + (
         f"{printed.partition(row)[0].splitlines()[-1]}\n{row}\n<!-- end tried -->\n"
     )
+    # what a recorded training begins with is trained again only for one that is not recorded
+    planned = plans.trials(study, ["first", "middle", "last"])
+    known = Record(study, Path("last.jsonl"))
+    assert to_train(study, planned[2:], known) == []
+    assert to_train(study, planned, known) == planned[:2]
+    study = load(Study, "study.yaml", ["seeds=[3,4]"])
+    planned = plans.trials(study, ["first", "middle", "last"])
+    assert [each.folder.name for each in to_train(study, planned, Record(study, Path("last.jsonl")))] == [
+        "first-3", "middle-3", "first-4", "middle-4", "last-4",
+    ]  # fmt: skip
     monkeypatch.setattr(training.subprocess, "Popen", None)  # a command that is done is not run again
     assert training.make_ready(study, ["table"]) == ""
 

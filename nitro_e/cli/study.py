@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--record",
         type=Path,
         metavar="FILE",
-        help="what was measured, a line per training: those in it are not measured again, new ones are added",
+        help="what was measured, a line per training: those in it are not trained again, new ones are added",
     )
     parser.add_argument(
         "--list", action="store_true", help="print the trainings with their numbers, then exit"
@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
 def study(options: argparse.Namespace) -> None:
     from nitro_e.studies import plan as plans
     from nitro_e.studies import results
+    from nitro_e.studies.measure import done
+    from nitro_e.studies.record import Record, to_train
     from nitro_e.studies.training import Trainer, at_equal_time, failed, train
 
     plan = load(plans.Study, options.study, options.overrides)
@@ -88,13 +90,14 @@ def study(options: argparse.Namespace) -> None:
         print(results.write(plan, chosen, out, options.into, options.record))
         return
     plans.check(plan, needed, planned)
+    recorded = Record(plan, options.record)
     trainer = Trainer(1 if options.run is not None else options.jobs or usual_jobs(), plan.name)
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         if options.run is not None:
             failed(train(trainer, plan, [planned[options.run]]))
             return
-        failures = train(trainer, plan, planned)
+        failures = train(trainer, plan, to_train(plan, planned, recorded))
         timed = [name for name in chosen if plan.is_trained(name) and "seconds" in plan.equal_of(name)]
         if timed and not failures:
             again = [at_equal_time(plan, name, seed) for name in timed for seed in plan.seeds_of(name)]
@@ -102,7 +105,7 @@ def study(options: argparse.Namespace) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if failures and not any(results.done(plan, name, "steps") for name in chosen if plan.is_trained(name)):
+    if failures and not any(done(plan, name, "steps") for name in chosen if plan.is_trained(name)):
         failed(failures)
     print(results.write(plan, chosen, out, options.into, options.record))
     failed(failures)

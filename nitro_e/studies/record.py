@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from nitro_e.config import ConfigError, parse_json, read_text
 from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.results import plain
-from nitro_e.studies.plan import Equal, Setting, Study, trial
+from nitro_e.studies.plan import Equal, Setting, Study, Trial, trial
 from nitro_e.studies.training import Cost
 
 
@@ -131,6 +132,13 @@ class Record:
                 )
         return found
 
+    def holds(self, each: Trial) -> bool:
+        """Tell whether all that the study asks of a training is known, so that it needs no run."""
+        known = [found for found in self._known.values() if found.run == each.folder.name]
+        checked = [self.find(found.variant, found.seed, found.equal) for found in known]
+        settings = self.plan.settings_of(each.variant)
+        return any(found and all(map(found.at, settings)) for found in checked)
+
     def add(self, measured: Measured) -> None:
         """Remember a training, and append its line; of two lines of one training the later one counts."""
         self._known[measured.variant, measured.seed, measured.equal] = measured
@@ -138,3 +146,15 @@ class Record:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(plain(dataclasses.asdict(measured))) + "\n")
+
+
+def to_train(plan: Study, planned: Sequence[Trial], record: Record) -> list[Trial]:
+    """List the trainings that the record does not hold, and those that they begin with.
+
+    All of them in a study of equal seconds, whose steps follow from the speed of the runs on this machine.
+    """
+    if any("seconds" in plan.equal_of(each.variant) for each in planned):
+        return list(planned)
+    missing = [each for each in planned if not record.holds(each)]
+    needed = {(name, each.seed) for each in missing for name in plan.with_origins([each.variant])}
+    return [each for each in planned if each in missing or (each.variant, each.seed) in needed]
