@@ -59,7 +59,7 @@ setup(
             "webdataset>=0.2.100",
             "wandb>=0.18",
             "tensorboard>=2.17",
-            "timm>=1.0.26",  # DINOv2, for REPA; older ones read no safetensors from a folder
+            "timm>=1.0.29",  # DINOv2, for REPA; older ones stumble over a folder with several safetensors files
             "torchvision>=0.21",  # timm's; the one of torch 2.6
             "peft>=0.18",  # LoRA; older ones take our model's config for a dict
             "fsspec>=2025.5",  # shards behind URLs; older ones hang in forked processes
