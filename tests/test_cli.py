@@ -245,8 +245,8 @@ def test_an_installed_copy_works_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     "variable, command",
     [
-        ("RANK", ["train", "configs/shapes/1_pretrain.yaml"]),
-        ("WORLD_SIZE", ["train", "configs/shapes/1_pretrain.yaml", "--dry-run"]),
+        ("RANK", ["train", "configs/nitro_e_512/1_pretrain.yaml"]),
+        ("WORLD_SIZE", ["train", "configs/nitro_e_512/1_pretrain.yaml", "--dry-run"]),
         ("RANK", ["sample", "shapes", "--prompt", "x", "--out", "OUT"]),
         ("RANK", ["data", "encode", "x.tar", "--out", "OUT"]),
         ("WORLD_SIZE", ["synthesize", "shapes", "--prompts", "x.txt", "--out", "OUT"]),

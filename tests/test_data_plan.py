@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny import OPTIMIZER
 
 from nitro_e.cli.data import main
 from nitro_e.data.making import plan
@@ -63,7 +64,7 @@ def test_hours_are_flops_over_speed():
 
 
 def test_command(capsys):
-    assert main(["plan", "configs/shapes/1_pretrain.yaml", "--images", "1e6"]) == 0
+    assert main(["plan", "configs/shapes/1_pretrain.yaml", *OPTIMIZER, "--images", "1e6"]) == 0
     assert "44,800 samples" in capsys.readouterr().out
     assert main(["plan", "configs/shapes/3_grpo_clipped.yaml", "--images", "1e6"]) == 2
     assert "stage.kind 'grpo' reads no data" in capsys.readouterr().err

@@ -11,8 +11,9 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -31,13 +32,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e.config import ConfigError, class_of_kind, from_dict, to_dict
 from nitro_e.encoders.codec import AutoencoderDCCodec
-from nitro_e.encoders.text import LlamaText, TextLayers
+from nitro_e.encoders.text import LlamaText
 from nitro_e.files import fetch
 from nitro_e.interfaces import Architecture, Model, TextEmbedding
 from nitro_e.sampling.inputs import negative_rows, prompt_rows
 from nitro_e.sampling.pipeline import TextToImage, latent_size
 from nitro_e.sampling.samplers import SamplingConfig, guide, scale_time, with_overrides
 
+# whether FlowMatchEulerDiscreteScheduler draws from the generator that it is given
+HEEDS_GENERATOR = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 39)
 # of a hub repository, as files.fetch takes them; no code is among them
 FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*")
 # `pipeline.py` of a folder, for DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
@@ -113,8 +116,9 @@ class EmmditPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_length: int = 128,
         clean_caption: bool = False,
-        sampling: dict[str, Any] | None = None,
-        text_layers: TextLayers = "last",
+        # diffusers < 0.37 knows no other way of writing the type
+        sampling: Optional[dict[str, Any]] = None,  # noqa: UP045
+        text_layers: str = "last",
     ) -> None:
         """text_length: tokens per prompt. clean_caption, text_layers: as of LlamaText. sampling: SamplingConfig as plain data."""
         super().__init__()
@@ -311,6 +315,11 @@ class EmmditPipeline(DiffusionPipeline):
         # multistep draws more of it
         noisy = "generator" in inspect.signature(self.scheduler.step).parameters
         noise = {"generator": generator} if noisy else {}
+        if generator is not None and self.scheduler.config.get("stochastic_sampling") and not HEEDS_GENERATOR:
+            raise ConfigError(
+                f"generator: the scheduler of diffusers {diffusers.__version__} draws the noise of its steps from elsewhere; "
+                "pip install 'diffusers>=0.39', or leave it out"
+            )
         model = scale_time(self._velocity, settings.time_scale)
         self._interrupt = False
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
