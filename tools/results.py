@@ -34,6 +34,7 @@ ORDER = (
     "stages",
     "few_steps",
     "distill",
+    "distill_costs",
     "distill_pairs",
     "grpo",
     "emoji",
