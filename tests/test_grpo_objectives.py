@@ -110,7 +110,7 @@ def test_the_reference_is_refreshed_and_a_resume_knows_it(adapter, tmp_path):
     options = {"algorithm": algorithm, "updates": 1, **adapter}
     toy.train(tmp_path / "clean", options, steps=4, save_every=2)
     kl = {row["step"]: row["kl"] for row in metrics.read(tmp_path / "clean")}
-    assert kl[3] == 0 and kl[2] > 0 and kl[4] > 0  # the third step begins with a new one
+    assert kl[2] > 0 and kl[4] > 0 and kl[3] < 1e-6 * kl[4]  # the third step begins with a new one
     toy.train(tmp_path / "run", options, steps=4, save_every=2, stop=2)
     toy.train(tmp_path / "run", options, steps=4, save_every=2)
     states = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_distributed import SCRIPT, assert_same_losses
+from tiny import OPTIMIZER
 
 from nitro_e.cli import evaluate, processes, sample, synthesize, train
 from nitro_e.files import SHIPPED
@@ -141,10 +142,11 @@ def test_training_starts_its_processes(monkeypatch):
     monkeypatch.setattr(processes, "cores", lambda: 7)
     monkeypatch.delenv("OMP_NUM_THREADS")
     recipe = str(Path(__file__).parent.parent / "configs" / "shapes" / "1_pretrain.yaml")
-    assert train.main([recipe, "batch=32"]) == 0
-    assert launched == [(["-m", "nitro_e.cli", "train", recipe, "batch=32"], 4)]
-    assert train.main([recipe, "batch=32", "model.widht=3"]) == 2
-    assert train.main([recipe, "data.reader=stream", "--dry-run"]) == 0
+    command = [recipe, "batch=32", *OPTIMIZER]
+    assert train.main(command) == 0
+    assert launched == [(["-m", "nitro_e.cli", "train", *command], 4)]
+    assert train.main([*command, "model.widht=3"]) == 2
+    assert train.main([recipe, "data.reader=stream", *OPTIMIZER, "--dry-run"]) == 0
     assert len(launched) == 1 and "NITRO_E_WORKER" not in os.environ
 
 
@@ -153,7 +155,7 @@ def test_training_starts_no_more_processes_than_chains_allow(monkeypatch):
     launched = launches(monkeypatch, 4)
     recipe = str(Path(__file__).parent.parent / "configs" / "shapes" / "few_step" / "prompts.yaml")
     for batch in ("batch=48", "batch=40", "batch=36"):
-        assert train.main([recipe, batch, "stage.inputs.sigmas=[1.0, 0.75, 0.5, 0.25]"]) == 1
+        assert train.main([recipe, batch, "stage.inputs.sigmas=[1.0, 0.75, 0.5, 0.25]", *OPTIMIZER]) == 1
     assert launched == [4, 2, 3]
 
 
