@@ -77,7 +77,7 @@ def study(options: argparse.Namespace) -> None:
     needed = plan.with_origins([*([] if plan.base is not None else [plan.reference_variant]), *chosen])
     planned = plans.trials(plan, needed)
     if options.list:
-        print(listing(planned))
+        print(listing(planned, Record(plan, options.record)))
         return
     if options.run is not None and options.run >= len(planned):
         raise ConfigError(
@@ -95,7 +95,7 @@ def study(options: argparse.Namespace) -> None:
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         if options.run is not None:
-            failed(train(trainer, plan, [planned[options.run]]))
+            failed(train(trainer, plan, to_train(plan, [planned[options.run]], recorded)))
             return
         failures = train(trainer, plan, to_train(plan, planned, recorded))
         timed = [name for name in chosen if plan.is_trained(name) and "seconds" in plan.equal_of(name)]
@@ -123,7 +123,7 @@ def usual_jobs() -> int:
     return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-def listing(planned: Any) -> str:
+def listing(planned: Any, recorded: Any) -> str:
     """Write a line per training: its number, name, steps, samples and FLOPs."""
     from nitro_e.studies.training import is_done
 
@@ -132,6 +132,6 @@ def listing(planned: Any) -> str:
         steps, flops, batch = each.config.engine.steps, each.config.flops_per_step, each.config.batch.global_
         compute = "" if flops is None else f"  {steps * flops:.3g} FLOP"
         samples = "" if batch is None else f"  {steps * batch:,} samples"
-        state = "  done" if is_done(each.folder) else ""
+        state = "  done" if is_done(each.folder) else "  recorded" if recorded.holds(each) else ""
         lines.append(f"{number:>4}  {each.folder}  {steps:,} steps{samples}{compute}{state}")
     return "\n".join(lines)

@@ -36,27 +36,27 @@ def measured(plan: Study, name: str, equal: Equal, out: Path, record: Record) ->
     found = []
     for seed in plan.seeds_of(name) if trained else (None,):
         known = record.find(name, seed, equal)
-        missing = known is None or not all(known.at(setting) for setting in plan.settings_of(name))
-        if seed in here and missing:
-            known = measure(plan, name, equal, here[seed], out, known)
+        settings = plan.settings_of(name)
+        missing = settings if known is None else known.without(settings)
+        if seed in here and (missing or known is None):
+            scores = tuple(scores_at(plan, here[seed], setting, out) for setting in missing)
+            known = describe(plan, name, equal, here[seed], (*(known.scores if known else ()), *scores))
             record.add(known)
         if known is not None:
             found.append(known)
     return found
 
 
-def measure(
-    plan: Study, name: str, equal: Equal, each: Trial | None, out: Path, known: Measured | None
+def describe(
+    plan: Study, name: str, equal: Equal, each: Trial | None, scores: tuple[Scores, ...]
 ) -> Measured:
-    """Measure a training, or the base. known: what was measured before, at other settings."""
-    seed = None if each is None else each.seed
-    before = () if known is None else known.scores
-    missing = [setting for setting in plan.settings_of(name) if known is None or not known.at(setting)]
+    """Join the scores of a training, or of the base, with its costs, its losses and what they hold for."""
     spent = losses = None
     if each is not None:
         cost = cost_of(each.folder, each.config)
         spent = Spent(device=device_name(), before=seconds_before(plan, each), cost=cost)
         losses = losses_of(each) if plan.validation is not None else None
+    seed = None if each is None else each.seed
     return Measured(
         variant=name,
         seed=seed,
@@ -66,7 +66,7 @@ def measure(
         revision=git_commit(),
         spent=spent,
         losses=losses,
-        scores=(*before, *(scores_at(plan, each, setting, out) for setting in missing)),
+        scores=scores,
     )
 
 

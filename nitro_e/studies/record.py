@@ -74,6 +74,10 @@ class Measured:
     def at(self, setting: Setting) -> Scores | None:
         return next((each for each in self.scores if each.setting == setting), None)
 
+    def without(self, settings: Sequence[Setting]) -> list[Setting]:
+        """List the settings that it was not scored at."""
+        return [setting for setting in settings if self.at(setting) is None]
+
 
 def subject(plan: Study, name: str, seed: int | None) -> dict[str, Any]:
     """Describe what a training and its scores depend on; the texts of recipes and presets are not in it."""
@@ -124,11 +128,14 @@ class Record:
         if found is None:
             return None
         expected = subject(self.plan, variant, seed)
-        for key in found.of.keys() | expected.keys():
-            if found.of.get(key) != expected.get(key):
+        for key in sorted(found.of.keys() | expected.keys()):
+            before, now = found.of.get(key), expected.get(key)
+            if isinstance(before, list) and isinstance(now, list):  # overrides are many: those that differ
+                before, now = [x for x in before if x not in now], [x for x in now if x not in before]
+            if before != now:
                 raise ConfigError(
-                    f"{self.path}: '{variant}', seed {seed} was measured with {key} {found.of.get(key)!r}, the study has "
-                    f"{expected.get(key)!r}; remove the line to measure it anew"
+                    f"{self.path}: '{variant}', seed {seed} was measured with {key} {before!r}, the study has {now!r}; "
+                    "remove the line to measure it anew"
                 )
         return found
 
@@ -137,7 +144,7 @@ class Record:
         known = [found for found in self._known.values() if found.run == each.folder.name]
         checked = [self.find(found.variant, found.seed, found.equal) for found in known]
         settings = self.plan.settings_of(each.variant)
-        return any(found and all(map(found.at, settings)) for found in checked)
+        return any(found and not found.without(settings) for found in checked)
 
     def add(self, measured: Measured) -> None:
         """Remember a training, and append its line; of two lines of one training the later one counts."""

@@ -186,13 +186,15 @@ def write(
     record: a file of what was measured before, and to which the rest is added, see `Record`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known = Record(plan, record)
+    recorded = Record(plan, record)
     found = {
-        (name, equal): measured(plan, name, equal, out, known)
+        (name, equal): measured(plan, name, equal, out, recorded)
         for name in chosen
         for equal in (plan.equal_of(name) if plan.is_trained(name) else ("steps",))
     }
-    references = [] if plan.base is not None else measured(plan, plan.reference_variant, "steps", out, known)
+    references = (
+        [] if plan.base is not None else measured(plan, plan.reference_variant, "steps", out, recorded)
+    )
     losses, scores = loss_rows(plan, found, references), score_rows(plan, found, references)
     by_variant, by_setting = variant_table(plan, scores), score_table(plan, scores)
     text = "\n\n".join(filter(None, [loss_table(plan, losses), by_variant, by_setting]))

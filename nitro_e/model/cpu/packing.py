@@ -56,7 +56,7 @@ def pack_for_cpu(model: Model, weights: Weights = "bfloat16") -> Model:
 
 @functools.cache
 def fastest_weights() -> Literal["bfloat16", "float32"]:
-    """Find out in which products are faster on this processor, by computing some; it differs by a factor of four.
+    """Find out in which products are faster on this processor, by computing some.
 
     ConfigError where oneDNN has none in bfloat16.
     """
