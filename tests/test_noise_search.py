@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nitro_e.cli import sample
+from nitro_e.cli import evaluate, sample
 from nitro_e.config import ConfigError
 from nitro_e.rewards import reward
 from nitro_e.sampling.noise_search import NoiseSearch, NoiseSearchConfig, candidate, length_penalty
@@ -147,3 +147,33 @@ def test_the_command_searches_and_remembers_it(tmp_path, capsys):
     assert "--noise-steps belongs to --optimize-noise" in capsys.readouterr().err
     assert sample.main([*line, "--optimize-noise", "shapes"]) == 2
     assert "needs GenEval metadata" in capsys.readouterr().err
+
+
+def test_evaluation_draws_from_the_found_noise_and_says_so(tmp_path, capsys):
+    line = "shapes shapes-4step --num 12 --steps 1 --processes 1 --out".split() + [str(tmp_path)]
+    scores = []
+    for more in ([], ["--optimize-noise", "shapes", "--noise-candidates", "4"]):
+        assert evaluate.main([*line, *more]) == 0
+        record = json.loads((tmp_path / "results.json").read_text())
+        scores.append(record["results"][0]["scores"]["strict"]["overall"]["value"])
+    assert scores[1] > scores[0] + 0.1
+    assert record["options"]["noise_search"]["candidates"] == 4
+    assert "noise best of 4 by shapes" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*/settings.json"))) == 2  # neither takes the other's images for its own
+
+
+def test_evaluation_follows_a_gradient_in_bfloat16(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a photo of a circle\na photo of two stars\n")
+    line = [str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    line += "shapes-4step --reward test_noise_search:warmth --steps 2 --processes 1".split()
+    found = []
+    for more in ([], ["--optimize-noise", "test_noise_search:warmth", "--noise-steps", "20"]):
+        assert evaluate.main([*line, *more]) == 0
+        rows = next(path for path in (tmp_path / "out").glob("*/scores-*.jsonl") if path not in found)
+        found.append(rows)
+    plain, warmer = (
+        [next(iter(json.loads(row)["scores"].values())) for row in path.read_text().splitlines()]
+        for path in found
+    )
+    assert all(after > before + 0.005 for before, after in zip(plain, warmer, strict=True))
+    assert evaluate.main([*line, "--noise-candidates", "4"]) == 2

@@ -9,11 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nitro_e.config import ConfigError, TrainingError, check_characters
 from nitro_e.record.environment import out_of_memory
 from nitro_e.record.progress import quiet_libraries
+
+if TYPE_CHECKING:
+    from nitro_e.sampling.noise_search import NoiseSearchConfig
 
 Number = TypeVar("Number", int, float)
 
@@ -64,6 +67,42 @@ def guidance_flags(parser: argparse.ArgumentParser, nargs: str | None = None) ->
     parser.add_argument(
         "--guidance-rescale", nargs=nargs, choices=("none", "zero_star"), help="zero_star: CFG-Zero*"
     )
+
+
+def noise_search_flags(parser: argparse.ArgumentParser) -> None:
+    """--optimize-noise, --noise-steps and --noise-candidates, read by `noise_search_config`."""
+    parser.add_argument(
+        "--optimize-noise",
+        metavar="REWARD",
+        help="search a start noise of high reward (docs/rewards.md names them): for models of few steps",
+    )
+    parser.add_argument(
+        "--noise-steps",
+        type=whole(0, 10_000),
+        metavar="N",
+        help="of that search along the reward's gradient (default 50; 0 with --noise-candidates)",
+    )
+    parser.add_argument(
+        "--noise-candidates",
+        type=whole(2, 10_000),
+        metavar="N",
+        help="try so many noises, for rewards without a gradient too",
+    )
+
+
+def noise_search_config(options: argparse.Namespace) -> NoiseSearchConfig | None:
+    """Return what `noise_search_flags` gave; None if no noise is searched."""
+    from nitro_e.sampling.noise_search import NoiseSearchConfig
+
+    candidates, steps = options.noise_candidates, options.noise_steps
+    if options.optimize_noise is None:
+        for name in ("noise_steps", "noise_candidates"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} belongs to --optimize-noise REWARD; give both")
+        return None
+    if steps is None:
+        steps = 50 if candidates is None else 0
+    return NoiseSearchConfig(steps=steps, candidates=candidates or 1)
 
 
 def chosen_weights(options: argparse.Namespace) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, dest="guidance_scale", nargs="+", metavar="SCALE")
     cli.guidance_flags(parser, nargs="+")
     parser.add_argument("--sampler", nargs="+", metavar="NAME", help=cli.SAMPLERS)
+    cli.noise_search_flags(parser)
     parser.add_argument("--batch-size", type=int, default=64)
     cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
@@ -98,6 +99,7 @@ def workload(options: argparse.Namespace) -> processes.Workload:
 
     chosen = benchmark_of(options)
     networks = any(reward.name != "shapes" for reward in chosen.rewards)
+    networks |= options.optimize_noise not in (None, "shapes")
     if options.rejudge or (networks and not options.draw_only):
         return processes.Workload(0, 0, None)
     images = len(chosen.load_prompts()) * chosen.per_prompt
@@ -133,6 +135,7 @@ def command(options: argparse.Namespace) -> None:
     chosen, grid = benchmark_of(options), grid_of(options)
     sources = [options.checkpoint, *options.against]
     out = options.out or Path("outputs/evaluate") / f"{chosen.name}-{Path(options.checkpoint).name}"
+    options.noise_search = cli.noise_search_config(options)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given |= {"device": options.device or default_device(), "allow_download": tuple(options.allow_download)}
     share = DistContext(environment_number("RANK", 0), environment_number("WORLD_SIZE", 1))

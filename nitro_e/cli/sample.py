@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
-    from torch import Tensor
 
     from nitro_e.sampling.layouts import Drawing
     from nitro_e.sampling.noise_search import NoiseSearch
@@ -86,23 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="let distilled weights sample in ways they were not trained for"
     )
-    parser.add_argument(
-        "--optimize-noise",
-        metavar="REWARD",
-        help="search a start noise of high reward (docs/rewards.md names them): for models of few steps",
-    )
-    parser.add_argument(
-        "--noise-steps",
-        type=cli.whole(0, 10_000),
-        metavar="N",
-        help="of that search along the reward's gradient (default 50; 0 with --noise-candidates)",
-    )
-    parser.add_argument(
-        "--noise-candidates",
-        type=cli.whole(2, 10_000),
-        metavar="N",
-        help="try so many noises, for rewards without a gradient too",
-    )
+    cli.noise_search_flags(parser)
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument(
@@ -261,32 +244,14 @@ def noise_search(
     options: argparse.Namespace, drawings: Sequence[Drawing], device: torch.device
 ) -> NoiseSearch | None:
     """Build what `--optimize-noise` asks for, if it does; ConfigError for a reward that cannot score the prompts."""
-    import torch
+    from nitro_e.rewards import RewardConfig, reward_of_prompts
+    from nitro_e.sampling.noise_search import NoiseSearch
 
-    from nitro_e.rewards import RewardConfig, build_rewards
-    from nitro_e.sampling.noise_search import NoiseSearch, NoiseSearchConfig
-
-    if options.optimize_noise is None:
-        for name in ("noise_steps", "noise_candidates"):
-            if getattr(options, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} belongs to --optimize-noise REWARD; give both")
+    config = cli.noise_search_config(options)
+    if config is None:
         return None
-    candidates, steps = options.noise_candidates, options.noise_steps
-    config = NoiseSearchConfig(
-        steps=(50 if candidates is None else 0) if steps is None else steps, candidates=candidates or 1
-    )
-    scorer = build_rewards([RewardConfig(name=options.optimize_noise)], device)
     known = {item.prompt: item.record for item in drawings}
-    scorer.check(list(known.values()))
-    scorer.load()
-
-    def reward(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        info = [known[prompt] for prompt in prompts]
-        if torch.is_grad_enabled():
-            return scorer.differentiate(pixels, prompts, info)
-        return scorer(pixels, prompts, info).values[:, 0]
-
-    return NoiseSearch(reward, config)
+    return NoiseSearch(reward_of_prompts(RewardConfig(name=options.optimize_noise), known, device), config)
 
 
 def settings_of(

@@ -36,7 +36,8 @@ from nitro_e.model.cpu.packing import pack_for_cpu
 from nitro_e.model.pretrained import weights_file
 from nitro_e.record.environment import environment
 from nitro_e.record.templating import write_page
-from nitro_e.rewards import Scorer, build_rewards
+from nitro_e.rewards import RewardConfig, Scorer, build_rewards, reward_of_prompts
+from nitro_e.sampling.noise_search import NoiseSearch, NoiseSearchConfig
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.sampling.samplers import SamplingConfig
 
@@ -55,6 +56,8 @@ class Options(Config):
     text: str | None = None
     allow_download: tuple[str, ...] = ()  # hub repositories that the weights may have fetched
     rejudge: bool = False
+    optimize_noise: str | None = None  # the reward that a start noise is searched for
+    noise_search: NoiseSearchConfig | None = None  # how it is searched; only and always with that reward
 
 
 @dataclass
@@ -202,17 +205,25 @@ def _draw_all(
         source, options.device, codec=options.codec, text=options.text, allow_download=options.allow_download
     )
     checkpoint = identity(source, pipeline)
-    autocast = lower_precision(pipeline, options.dtype)
+    climbs = options.noise_search is not None and options.noise_search.steps > 0
+    autocast = lower_precision(pipeline, options.dtype, pack=not climbs)
     # all of them before the first image: a wrong one shows at once
     settings_of = [
         pipeline.settings(**dict(zip(grid, values))) for values in itertools.product(*grid.values())
     ]
+    search, searched = None, {}
+    if options.noise_search is not None and options.optimize_noise is not None:
+        known = {prompt.text: prompt.info for prompt in prompts}
+        reward = reward_of_prompts(RewardConfig(name=options.optimize_noise), known, options.device)
+        search = NoiseSearch(reward, options.noise_search)
+        searched = {"noise_search": {"reward": options.optimize_noise, **to_dict(options.noise_search)}}
     for sampling in settings_of:
         settings = {
             "weights": checkpoint["weights"],
             "sampling": to_dict(sampling),
             "dtype": options.dtype,
             "seed": options.seed,
+            **searched,
         }
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name} {setting_name(sampling)}").strip("-")
         folder = out / f"{name}-{short_hash(settings)}"
@@ -220,7 +231,7 @@ def _draw_all(
         write_text(
             folder / "settings.json", json.dumps(settings | {"checkpoint": checkpoint}, indent=1) + "\n"
         )
-        generate = ImageGenerator(pipeline, sampling, options.seed, options.batch_size, autocast)
+        generate = ImageGenerator(pipeline, sampling, options.seed, options.batch_size, autocast, search)
         title = setting_name(sampling)
         rows = collect(
             generate, benchmark, prompts, scorer, folder, rejudge=options.rejudge, title=title, share=share
@@ -256,12 +267,15 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-def lower_precision(pipeline: TextToImage, dtype: str) -> Autocast:
-    """Lower the precision of the model; returns the context to draw under. A CPU that can packs the weights."""
+def lower_precision(pipeline: TextToImage, dtype: str, pack: bool = True) -> Autocast:
+    """Lower the precision of the model; returns the context to draw under.
+
+    A CPU that can packs the weights if so; no gradient goes through packed ones.
+    """
     device = next(pipeline.model.parameters()).device.type
     if dtype == "float32":
         return contextlib.nullcontext
-    if device == "cpu" and dtype == "bfloat16":
+    if device == "cpu" and dtype == "bfloat16" and pack:
         with contextlib.suppress(ConfigError):  # this processor cannot
             pipeline.model = pack_for_cpu(copy.deepcopy(pipeline.model).to(torch.bfloat16))
             return contextlib.nullcontext
@@ -312,9 +326,11 @@ def summary(evaluation: Evaluation) -> str:
     benchmark, options = evaluation.benchmark, evaluation.options
     judges = "".join(f"; {title} by {source}" for title, source in evaluation.judges.items())
     missing = "; ".join(["", *filter(None, [benchmark.shortfall(len(evaluation.prompts))])])
+    search = options.noise_search
+    noise = "" if search is None else f"; noise {search.in_words()} by {options.optimize_noise}"
     return (
         f"{benchmark.name}: {len(evaluation.prompts)} prompts, images of each: {benchmark.per_prompt}, "
-        f"seed {options.seed}, {options.dtype}{judges}{missing}"
+        f"seed {options.seed}, {options.dtype}{noise}{judges}{missing}"
     )
 
 

@@ -32,6 +32,7 @@ from nitro_e.interfaces import DistContext
 from nitro_e.randomness import seed_of
 from nitro_e.record import progress
 from nitro_e.rewards import Scorer
+from nitro_e.sampling.noise_search import NoiseSearch
 from nitro_e.sampling.pipeline import TextToImage, to_image
 from nitro_e.sampling.samplers import SamplingConfig
 
@@ -74,6 +75,7 @@ class ImageGenerator:
     seed: int
     batch_size: int
     autocast: Autocast = contextlib.nullcontext  # makes the context that the model computes in
+    noise_search: NoiseSearch | None = None  # draws from the noise that it finds
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -83,7 +85,7 @@ class ImageGenerator:
         """Draw (B, 3, H, W) in -1..1 on the CPU, each image with the noise of its place."""
         seeds = noise_seeds(self.seed, places)
         with self.autocast():
-            settings = {**to_dict(self.sampling), "output_type": "pixels"}
+            settings = {**to_dict(self.sampling), "output_type": "pixels", "noise_search": self.noise_search}
             return self.pipeline(prompts, seeds=seeds, batch_size=self.batch_size, **settings).images
 
 

@@ -10,6 +10,6 @@ scorer     several of them, weighted or monitored: RewardConfig, build_rewards, 
 """
 
 from nitro_e.rewards.registry import reward
-from nitro_e.rewards.scorer import RewardConfig, Scorer, Scores, build_rewards, win_rates
+from nitro_e.rewards.scorer import RewardConfig, Scorer, Scores, build_rewards, reward_of_prompts, win_rates
 
-__all__ = ["RewardConfig", "Scorer", "Scores", "build_rewards", "reward", "win_rates"]
+__all__ = ["RewardConfig", "Scorer", "Scores", "build_rewards", "reward", "reward_of_prompts", "win_rates"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -106,6 +106,26 @@ def build_rewards(
     return Scorer(
         [_Column(config, parse_device(config.device or device), retries, max_failures) for config in configs]
     )
+
+
+def reward_of_prompts(
+    config: RewardConfig, known: Mapping[str, dict], device: torch.device | str
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """Load one reward as a function (pixels, prompts) -> (B,), with a gradient wherever one is recorded.
+
+    known: prompt -> what else is known of it, of every prompt that will be scored; ConfigError if the reward needs more.
+    """
+    scorer = build_rewards([config], device)
+    scorer.check(list(known.values()))
+    scorer.load()
+
+    def reward(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        info = [known[prompt] for prompt in prompts]
+        if torch.is_grad_enabled():
+            return scorer.differentiate(pixels, prompts, info)
+        return scorer(pixels, prompts, info).values[:, 0]
+
+    return reward
 
 
 class Scorer:

@@ -43,6 +43,12 @@ class NoiseSearchConfig(Config):
         if self.momentum >= 1:
             raise ConfigError(f"momentum must be below 1, got {self.momentum}")
 
+    def in_words(self) -> str:
+        """Say what is searched: "best of 4, then 50 steps of ascent"."""
+        parts = [f"best of {self.candidates}"] * (self.candidates > 1)
+        parts += [f"{self.steps} steps of ascent"] * (self.steps > 0)
+        return ", then ".join(parts)
+
 
 @dataclass(frozen=True)
 class NoiseSearch:
