@@ -111,3 +111,19 @@ def test_recorded_figures_of_tests(tool, tmp_path, record_property):
         "</testcase></testsuite></testsuites>"
     )
     assert list(tool.test_figures(file)) == [["velocity", "4e-7"]]
+
+
+def test_a_study_gives_its_rows_from_the_page_that_holds_its_table(tool, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "| a | b |\n|---|---|\n| 7 | 8 |\n\n<!-- begin mine -->\n| variant | score | s |\n| --- | --- | --- |\n"
+        "| x | 0.5 (0.4 0.6) | 3 |\n| y | – | 4 |\n\nA note.\n\n| s |\n| --- |\n| 9 |\n<!-- end mine -->\n"
+    )
+    assert tool.marked_rows(page, "mine", ["variant", "s", "score"]) == [
+        ["x", "3", "0.5 (0.4 0.6)"],
+        ["y", "4", "–"],
+    ]
+    with pytest.raises(tool.ConfigError, match=r"no column \['steps'\]; it has"):
+        tool.marked_rows(page, "mine", ["steps"])
+    with pytest.raises(tool.ConfigError, match="no marks <!-- begin yours -->"):
+        tool.marked_rows(page, "yours", [])

@@ -6,14 +6,16 @@
 
 A record is one table: title, about, head, rows; where it was measured (`measured`), when and at which revision it was
 written down (`date`, `commit`), in which files of docs/ it is explained (`source`), and by which `commands`. `--add` fills in
-rows, commands, measured, date and commit. Other records (studies, benchmarks) are written by hand in the same form, from
-the files that their commands write. The first section is counted anew each time. Figures in README.md and in
+rows, commands, measured, date and commit. A record of a study has no rows: `table` names the marks between which `nitro-e
+study --into` writes its table in `source`, and the columns that are shown. Other records (benchmarks) are written by hand
+in the same form, from the files that their commands write. The first section is counted anew each time. Figures in README.md and in
 docs/img/figures.json must stand in a record, and those of a record in its source: tests/test_results.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import time
@@ -81,7 +83,10 @@ def main() -> None:
 
 def load(path: Path) -> Record:
     """Read a record; a new one has its name as the title."""
-    return json.loads(path.read_text()) if path.exists() else {"title": path.stem, "about": ""}
+    record = json.loads(path.read_text()) if path.exists() else {"title": path.stem, "about": ""}
+    if "table" in record:
+        record["rows"] = marked_rows(DOCS / record["source"][0], **record["table"])
+    return record
 
 
 def records() -> dict[str, Record]:
@@ -92,6 +97,21 @@ def records() -> dict[str, Record]:
 
 
 # ---- rows from what commands write
+
+
+def marked_rows(page: Path, mark: str, columns: Sequence[str]) -> list[list[str]]:
+    """Read these columns of the first table between `<!-- begin MARK -->` and `<!-- end MARK -->`."""
+    text = page.read_text()
+    begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
+    if begin not in text or end not in text:
+        raise ConfigError(f"{page} has no marks {begin.strip()} and {end}; put them where the table belongs")
+    lines = text.partition(begin)[2].partition(end)[0].strip().splitlines()
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    missing = [name for name in columns if name not in head]
+    if missing:
+        raise ConfigError(f"{page}: the table {mark} has no column {missing}; it has {head}")
+    return [[row[head.index(name)] for name in columns] for row in rows]
 
 
 def take(files: Sequence[Path]) -> Record:
