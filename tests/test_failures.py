@@ -53,11 +53,13 @@ from nitro_e.config import ConfigError, TrainingError, from_dict
 from nitro_e.data.making import write_shard
 from nitro_e.interfaces import Batch, TextEmbedding
 from nitro_e.model import EMMDiT, ModelConfig
+from nitro_e.model.cpu.packing import bfloat16_slowdown
 from nitro_e.model.pretrained import load_pretrained
 from nitro_e.record import metrics, run_folder
 from nitro_e.sampling.pipeline import TextToImage
 from nitro_e.stages.flow_matching import FlowMatching, FlowMatchingConfig
 from nitro_e.training import checkpoint
+from nitro_e.training import engine as engine_module
 from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, make_accelerator
 from nitro_e.training.optim import OptimConfig
 from nitro_e.training.state import TrainingState
@@ -541,6 +543,23 @@ def test_fp16_is_refused_without_a_loss_scaler(fresh_state):
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="float16"):
         make_accelerator(EngineConfig(steps=1, precision="float16"))
+
+
+def test_slow_bfloat16_is_named(fresh_state, monkeypatch, caplog):
+    """A processor that emulates bfloat16 trains faster in float32; the recipe is kept as it is."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is a GPU")
+    assert 0 < bfloat16_slowdown() == bfloat16_slowdown()
+    for slowdown, precision, warned in (
+        (2.0, "bfloat16", True),
+        (1.4, "bfloat16", False),
+        (2.0, "float32", False),
+    ):
+        monkeypatch.setattr(engine_module, "bfloat16_slowdown", lambda slowdown=slowdown: slowdown)
+        caplog.clear()
+        make_accelerator(EngineConfig(steps=1, precision=precision))
+        AcceleratorState._reset_state()
+        assert ("products take 2.0 times" in caplog.text) == warned
 
 
 def test_fp16_follows_float32(fp16, run, tmp_path):

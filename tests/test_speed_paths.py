@@ -5,6 +5,10 @@ Nothing here is timed; `tools/benchmark.py model` is for that.
 
 import copy
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -433,3 +437,14 @@ def test_benchmark_of_sampling(tmp_path):
     assert benchmark_sample.main([*arguments, "--part", "text", "--json", str(tmp_path / "text.json")]) == 0
     found = json.loads((tmp_path / "text.json").read_text())
     assert {row["part"] for row in found["rows"]} == {"text"}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the switches are those of x86")
+def test_a_processor_without_avx512_draws_in_float32():
+    """oneDNN and torch are told to see no AVX-512, in a process of its own."""
+    code = "from nitro_e.evaluation.evaluate import default_dtype as of; print(of('cpu'), of('cuda'))"
+    switches = {"DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | switches, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["float32", "bfloat16"]

@@ -96,11 +96,15 @@ class Demo:
         self.runs = {stage: self.out / "runs" / stage for stage in STAGES}
         self.processes = options.processes or default_processes()
         self.times = self._read_times()
+        self.precision: str | None = None  # of the trainings, if not the recipes'
 
     def run(self) -> None:
         """Do what is not done yet, print the table and write the page."""
         with ended_like_ctrl_c(), run_folder.lock(self.out):
             print(f"{self.processes} processes; logs: {self.out / 'logs'}", flush=True)
+            self.precision = self.times.setdefault("precision", precision_here())
+            if self.precision is not None:
+                print(f"trains in {self.precision}: bfloat16 is slow on this processor", flush=True)
             for title, jobs, at_once in self._plan():
                 self._part(title, jobs, at_once)
             self._tell()
@@ -135,6 +139,8 @@ class Demo:
         )
         shards = [f"{self.out}/data/{name}/{kind}-*.tar" for kind in kinds]
         overrides = [f"run={self.runs[stage]}"]
+        if self.precision is not None:
+            overrides.append(f"engine.precision={self.precision}")
         if stage in ("1_pretrain", "2_finetune"):  # the others need prompts alone
             overrides.append(f"data.shards={json.dumps(shards)}")
         command = ["nitro_e.cli", "train", str(self.recipes[stage]), *overrides]
@@ -230,9 +236,8 @@ class Demo:
         from nitro_e.evaluation.benchmarks import benchmark
         from nitro_e.evaluation.evaluate import Options, evaluate
         from nitro_e.evaluation.story import Story
-        from nitro_e.record.environment import default_device
 
-        judged, options = benchmark("shapes", self.num), Options(device=default_device())
+        judged, options = benchmark("shapes", self.num), Options.of_this_machine()
         names = {"guidance": "guidance_scale", "steps": "steps"}
         found = [
             evaluate(
@@ -311,6 +316,16 @@ def ended_like_ctrl_c() -> Iterator[None]:
     finally:
         for number, handler in zip(signals, before):
             signal.signal(number, handler)
+
+
+def precision_here() -> str | None:
+    """Name the precision to train in instead of the recipes' bfloat16; None where that is fast enough."""
+    from nitro_e.model.cpu.packing import bfloat16_slowdown
+    from nitro_e.record.environment import default_device
+    from nitro_e.training.engine import SLOW_BFLOAT16
+
+    slow = default_device() == "cpu" and bfloat16_slowdown() > SLOW_BFLOAT16
+    return "float32" if slow else None
 
 
 def wait_for(run: Path) -> None:

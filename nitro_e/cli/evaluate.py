@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", nargs="+", metavar="NAME", help=cli.SAMPLERS)
     cli.noise_search_flags(parser)
     parser.add_argument("--batch-size", type=int, default=64)
-    cli.dtype_flag(parser, "of the model's arithmetic (default: %(default)s)", default="bfloat16")
+    cli.dtype_flag(parser, "of the model's arithmetic; default: bfloat16, on a CPU without AVX-512 float32")
     parser.add_argument("--device", type=cli.device, help="default: cuda, mps or cpu, the first there is")
     cli.component_flags(
         parser, codec="the codec's files, a local folder or hub id", text="the text encoder's files, likewise"
@@ -128,7 +128,7 @@ def grid_of(options: argparse.Namespace) -> dict[str, list]:
 
 
 def command(options: argparse.Namespace) -> None:
-    from nitro_e.evaluation.evaluate import Options, as_text, draw, evaluate
+    from nitro_e.evaluation.evaluate import Options, as_text, default_dtype, draw, evaluate
     from nitro_e.interfaces import DistContext
     from nitro_e.record.environment import default_device
 
@@ -137,7 +137,9 @@ def command(options: argparse.Namespace) -> None:
     out = options.out or Path("outputs/evaluate") / f"{chosen.name}-{Path(options.checkpoint).name}"
     options.noise_search = cli.noise_search_config(options)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    given |= {"device": options.device or default_device(), "allow_download": tuple(options.allow_download)}
+    device = options.device or default_device()
+    given |= {"device": device, "dtype": options.dtype or default_dtype(device)}
+    given |= {"allow_download": tuple(options.allow_download)}
     share = DistContext(environment_number("RANK", 0), environment_number("WORLD_SIZE", 1))
     if options.rejudge and share.world_size > 1:
         raise ConfigError(

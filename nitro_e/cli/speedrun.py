@@ -72,7 +72,7 @@ def made(options: argparse.Namespace) -> dict[str, Any]:
     """Train, score and describe one row."""
     from nitro_e.evaluation.benchmarks import benchmark
     from nitro_e.evaluation.evaluate import Options, evaluate, prepare
-    from nitro_e.record.environment import default_device, device_name, git_commit
+    from nitro_e.record.environment import device_name, git_commit
     from nitro_e.record.run_folder import read_status
     from nitro_e.stages.recipe import RunConfig
     from nitro_e.studies.plan import Trial, check_settings, check_trial
@@ -97,7 +97,7 @@ def made(options: argparse.Namespace) -> dict[str, Any]:
     out = Path("outputs/speedrun") / options.name
     out.mkdir(parents=True, exist_ok=True)
     grid = {key: [value] for key, value in setting.items()}
-    found = evaluate(chosen, [str(folder)], grid, Options(device=default_device()), out)
+    found = evaluate(chosen, [str(folder)], grid, Options.of_this_machine(), out)
     title, score = next(iter(found.results[0].scores.items()))
     cost = cost_of(folder, config)
     return {

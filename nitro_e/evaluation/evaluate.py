@@ -32,9 +32,9 @@ from nitro_e.evaluation.reference import Reference
 from nitro_e.evaluation.results import Score, plain
 from nitro_e.files import sha256_of, short_hash, weights_hash, write_text
 from nitro_e.interfaces import DistContext
-from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.model.cpu.packing import has_bfloat16_products, pack_for_cpu
 from nitro_e.model.pretrained import weights_file
-from nitro_e.record.environment import environment
+from nitro_e.record.environment import default_device, environment
 from nitro_e.record.templating import write_page
 from nitro_e.rewards import RewardConfig, Scorer, build_rewards, reward_of_prompts
 from nitro_e.sampling.noise_search import NoiseSearch, NoiseSearchConfig
@@ -58,6 +58,12 @@ class Options(Config):
     rejudge: bool = False
     optimize_noise: str | None = None  # the reward that a start noise is searched for
     noise_search: NoiseSearchConfig | None = None  # how it is searched; only and always with that reward
+
+    @classmethod
+    def of_this_machine(cls) -> Options:
+        """Draw on the device there is, in the type that suits it."""
+        device = default_device()
+        return cls(device=device, dtype=default_dtype(device))
 
 
 @dataclass
@@ -265,6 +271,11 @@ def identity(source: str, pipeline: TextToImage) -> dict[str, Any]:
         "step": parse_json(read_text(meta), str(meta)).get("step") if meta.is_file() else None,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
     }
+
+
+def default_dtype(device: str) -> str:
+    """Name what a model draws in unless told otherwise: bfloat16, and float32 on a CPU without products in it."""
+    return "float32" if device == "cpu" and not has_bfloat16_products() else "bfloat16"
 
 
 def lower_precision(pipeline: TextToImage, dtype: str, pack: bool = True) -> Autocast:

@@ -10,7 +10,7 @@ from pathlib import Path
 from nitro_e.evaluation import diversity, results
 from nitro_e.evaluation.benchmarks import Benchmark, benchmark
 from nitro_e.evaluation.evaluate import Evaluation, Options, evaluate
-from nitro_e.record.environment import default_device, device_name, git_commit
+from nitro_e.record.environment import device_name, git_commit
 from nitro_e.stages import validation
 from nitro_e.studies.plan import Equal, Setting, Study, Trial, at_equal_flops, judged, trial
 from nitro_e.studies.record import Losses, Measured, Record, Scores, Spent, subject
@@ -123,7 +123,7 @@ def scored(
     source = str(plan.base) if each is None else str(each.folder)
     place = out / ("base" if each is None else each.folder.name)
     place.mkdir(parents=True, exist_ok=True)
-    options = Options(device=default_device())
+    options = Options.of_this_machine()
     return evaluate(
         on or judged(plan), [source], {key: [value] for key, value in setting.items()}, options, place
     )

@@ -22,6 +22,10 @@ from nitro_e.evaluation.results import plain
 from nitro_e.studies.plan import Equal, Setting, Study, Trial, trial
 from nitro_e.studies.training import Cost
 
+# Keys that say how fast a training is and not what is trained: they move its figures as another processor's rounding does,
+# so that trainings of several machines, each at its fastest, stand in one table.
+SPEED = ("engine.precision", "engine.compile", "engine.compile_encoders")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -86,6 +90,11 @@ def subject(plan: Study, name: str, seed: int | None) -> dict[str, Any]:
     return plain({**judged, "recipe": plan.variants[name].recipe, **trained})
 
 
+def _changes(some: Sequence[str], others: Sequence[str]) -> list[str]:
+    """List the overrides that are not among the others, without those of speed alone."""
+    return [each for each in some if each not in others and each.partition("=")[0] not in SPEED]
+
+
 def _scores(row: dict[str, Any]) -> Scores:
     """Read the scores of a line; JSON has no NaN."""
     tasks = row["by_task"] and {
@@ -131,7 +140,7 @@ class Record:
         for key in sorted(found.of.keys() | expected.keys()):
             before, now = found.of.get(key), expected.get(key)
             if isinstance(before, list) and isinstance(now, list):  # overrides are many: those that differ
-                before, now = [x for x in before if x not in now], [x for x in now if x not in before]
+                before, now = _changes(before, now), _changes(now, before)
             if before != now:
                 raise ConfigError(
                     f"{self.path}: '{variant}', seed {seed} was measured with {key} {before!r}, the study has {now!r}; "

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from nitro_e.config import Config, ConfigError, Ge, TrainingError, environment_number
 from nitro_e.interfaces import Phase, Stage
+from nitro_e.model.cpu.packing import bfloat16_slowdown
 from nitro_e.randomness import SampleRandom
 from nitro_e.record import run_folder
 from nitro_e.record.metrics import Metrics, Tracker, WandBConfig, read, read_events
@@ -44,6 +45,7 @@ from nitro_e.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 STOP_EVERY = 10  # steps on a GPU between two times that the processes tell each other of signals
+SLOW_BFLOAT16 = 1.5  # products that take so many times as long as in float32 make the whole training slower
 
 
 @dataclass
@@ -114,6 +116,13 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
         raise ConfigError(
             "engine.precision 'float16' needs a GPU for its loss scaler; use bfloat16 or float32"
         )
+    if use_cpu and config.precision == "bfloat16" and accelerator.is_main_process:
+        if (slowdown := bfloat16_slowdown()) > SLOW_BFLOAT16:
+            log.warning(
+                "engine.precision bfloat16: on this processor products take %.1f times as long as in float32; "
+                "engine.precision=float32 trains faster",
+                slowdown,
+            )
     return accelerator
 
 

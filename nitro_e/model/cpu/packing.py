@@ -67,14 +67,33 @@ def fastest_weights() -> Literal["bfloat16", "float32"]:
         x = torch.randn(256, 768, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         layer = PackedLinear(linear, gelu=False, dtype=dtype)
-        seconds.append(min(_seconds(layer.product, x) for _ in range(8)))
+        seconds.append(_seconds(layer.product, x))
     return "float32" if seconds[1] < CLEARLY_FASTER * seconds[0] else "bfloat16"
 
 
+@functools.cache
+def bfloat16_slowdown() -> float:
+    """Measure how many times as long as in float32 a linear layer takes in bfloat16 on this processor, as in training."""
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        product = functools.partial(nn.functional.linear, weight=weight)
+        seconds[dtype] = _seconds(product, x)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
 def _seconds(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    before = time.process_time()
-    product(x)
-    return time.process_time() - before
+    """Time the fastest of eight products on one thread: several wait for each other on a busy machine."""
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(8):
+            before = time.process_time()
+            product(x)
+            found.append(time.process_time() - before)
+    finally:
+        torch.set_num_threads(threads)
+    return min(found)
 
 
 def _pack_children(path: str, module: nn.Module, in_int8: set[str], dtype: torch.dtype) -> None:
@@ -134,10 +153,15 @@ def _check_processor() -> None:
         raise ConfigError(
             f"pack_for_cpu: torch {torch.__version__} has no oneDNN linear layers; use the model as it is"
         )
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bfloat16_products():
         raise ConfigError(
             "pack_for_cpu: this processor has no AVX-512, which oneDNN needs for bfloat16; use the model as it is"
         )
+
+
+def has_bfloat16_products() -> bool:
+    """Tell whether this processor multiplies in bfloat16 with oneDNN; what torch does instead is many times slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedLinear(PackedLayer):
