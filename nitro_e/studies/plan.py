@@ -139,11 +139,13 @@ class Study(Config):
             before = self.variants[before].after
 
     def _merged(self) -> dict[str, Variant]:
-        """Give the variants the recipe and overrides of the study."""
-        return {
-            name: replace(variant, recipe=variant.recipe or self.recipe, set=(*self.set, *variant.set))
-            for name, variant in self.variants.items()
-        }
+        """Give the variants the recipe and overrides of the study; the base itself, an anchor, takes none."""
+        merged = {}
+        for name, variant in self.variants.items():
+            recipe = variant.recipe or self.recipe
+            shared = () if recipe is None else self.set
+            merged[name] = replace(variant, recipe=recipe, set=(*shared, *variant.set))
+        return merged
 
     def _combinations(self) -> dict[str, Variant]:
         """List the variants of the grid, named after the last part of each key and its value."""
