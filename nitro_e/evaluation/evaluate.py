@@ -59,6 +59,11 @@ class Options(Config):
     optimize_noise: str | None = None  # the reward that a start noise is searched for
     noise_search: NoiseSearchConfig | None = None  # how it is searched; only and always with that reward
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.optimize_noise is None) != (self.noise_search is None):
+            raise ConfigError("optimize_noise and noise_search belong together: give both or neither")
+
     @classmethod
     def of_this_machine(cls) -> Options:
         """Draw on the device there is, in the type that suits it."""
@@ -218,7 +223,7 @@ def _draw_all(
         pipeline.settings(**dict(zip(grid, values))) for values in itertools.product(*grid.values())
     ]
     search, searched = None, {}
-    if options.noise_search is not None and options.optimize_noise is not None:
+    if options.optimize_noise is not None and options.noise_search is not None:
         known = {prompt.text: prompt.info for prompt in prompts}
         reward = reward_of_prompts(RewardConfig(name=options.optimize_noise), known, options.device)
         search = NoiseSearch(reward, options.noise_search)
