@@ -261,7 +261,8 @@ def test_sigterm_to_the_launcher_stops_both_at_one_step(tmp_path):
     run = tmp_path / "run"
     options = json.dumps({"steps": 100_000, "save_every": 100_000, "pause": 0.02})
     process = torchrun(ROOT / "tests" / "toy_run.py", run, options, start=subprocess.Popen)
-    while process.poll() is None and not (run / "metrics.jsonl").exists():
+    # both have begun to train: a signal that comes before ends a process as it ends any other
+    while process.poll() is None and len(list(run.glob("processes/rank-*.json"))) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     # torchrun's own code is 1 here, so job scripts read STATUS.json
