@@ -162,7 +162,7 @@ def test_evaluation_draws_from_the_found_noise_and_says_so(tmp_path, capsys):
     assert len(list(tmp_path.glob("*/settings.json"))) == 2  # neither takes the other's images for its own
 
 
-def test_evaluation_follows_a_gradient_in_bfloat16(tmp_path):
+def test_evaluation_follows_a_gradient_in_bfloat16(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a photo of a circle\na photo of two stars\n")
     line = [str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
     line += "shapes-4step --reward test_noise_search:warmth --steps 2 --processes 1".split()
@@ -177,3 +177,5 @@ def test_evaluation_follows_a_gradient_in_bfloat16(tmp_path):
     )
     assert all(after > before + 0.005 for before, after in zip(plain, warmer, strict=True))
     assert evaluate.main([*line, "--noise-candidates", "4"]) == 2
+    assert evaluate.main([*line, "--optimize-noise", "foo"]) == 2
+    assert "--optimize-noise foo: name: unknown reward 'foo' (known: shapes," in capsys.readouterr().err

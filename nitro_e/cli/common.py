@@ -92,6 +92,7 @@ def noise_search_flags(parser: argparse.ArgumentParser) -> None:
 
 def noise_search_config(options: argparse.Namespace) -> NoiseSearchConfig | None:
     """Return what `noise_search_flags` gave; None if no noise is searched."""
+    from nitro_e.rewards import RewardConfig
     from nitro_e.sampling.noise_search import NoiseSearchConfig
 
     candidates, steps = options.noise_candidates, options.noise_steps
@@ -100,6 +101,10 @@ def noise_search_config(options: argparse.Namespace) -> NoiseSearchConfig | None
             if getattr(options, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to --optimize-noise REWARD; give both")
         return None
+    try:
+        RewardConfig(name=options.optimize_noise)
+    except ConfigError as error:
+        raise ConfigError(f"--optimize-noise {options.optimize_noise}: {error}") from None
     if steps is None:
         steps = 50 if candidates is None else 0
     return NoiseSearchConfig(steps=steps, candidates=candidates or 1)
