@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nitro_e.config import ConfigError, TrainingError
 from nitro_e.files import save_object
@@ -21,6 +22,7 @@ from nitro_e.record import metrics, run_folder
 from nitro_e.training import checkpoint, engine
 from nitro_e.training.engine import EMAConfig, Engine, EngineConfig, Hook, make_accelerator
 from nitro_e.training.optim import OptimConfig, build_optimizers
+from nitro_e.training.parallel import load_optimizer_state, optimizer_state
 from nitro_e.training.state import TrainingState
 
 MICRO = ModelConfig(
@@ -481,6 +483,44 @@ def test_resume_refuses_another_experiment(run):
     wider.model[0] = nn.Linear(4, 9)
     with pytest.raises(ConfigError, match="another architecture"):
         train(run, wider)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loaded_count_of_steps_lies_where_torchs_own_loader_puts_it(fused):
+    """Fake tensors stand for a GPU's: its fused AdamW refuses a count of steps on the CPU, the others want it there."""
+
+    def adamw(device):
+        layer = nn.Linear(3, 3, device=device)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        optimizer.param_groups[0]["fused"] = fused
+        return layer, optimizer
+
+    layer, optimizer = adamw("cpu")
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = optimizer_state(layer, optimizer)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (layer, ours), (other, theirs) = adamw("cuda"), adamw("cuda")
+        load_optimizer_state(layer, ours, saved)
+        groups = theirs.state_dict()["param_groups"]
+        theirs.load_state_dict({"state": dict(enumerate(saved.values())), "param_groups": groups})
+        devices = [
+            {name: value.device.type for name, value in one.state[of.weight].items()}
+            for one, of in ((ours, layer), (theirs, other))
+        ]
+    assert devices[0] == devices[1]
+    assert devices[0]["step"] == ("cuda" if fused else "cpu")
+
+
+def test_training_takes_the_cpu_where_the_gpu_lacks_float64(monkeypatch):
+    """Apple's; only the choice is seen here, there is none."""
+    asked, build = [], engine.Accelerator
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(
+        engine, "Accelerator", lambda cpu, **rest: asked.append(cpu) or build(cpu=True, **rest)
+    )
+    make_accelerator(EngineConfig(steps=1, precision="float32"))
+    assert asked == [True]
 
 
 def test_changed_learning_rate_applies_after_resume(run):

@@ -320,11 +320,12 @@ def ended_like_ctrl_c() -> Iterator[None]:
 
 def precision_here() -> str | None:
     """Name the precision to train in instead of the recipes' bfloat16; None where that is fast enough."""
+    import torch
+
     from nitro_e.model.cpu.packing import bfloat16_slowdown
-    from nitro_e.record.environment import default_device
     from nitro_e.training.engine import SLOW_BFLOAT16
 
-    slow = default_device() == "cpu" and bfloat16_slowdown() > SLOW_BFLOAT16
+    slow = not torch.cuda.is_available() and bfloat16_slowdown() > SLOW_BFLOAT16
     return "float32" if slow else None
 
 

@@ -94,7 +94,7 @@ class EngineConfig(Config):
 def make_accelerator(config: EngineConfig) -> Accelerator:
     """Set up the process group and device. ConfigError if several processes were asked for and do not find each other."""
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.precision]
-    use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    use_cpu = not torch.cuda.is_available()  # Apple's GPUs lack float64, in which metrics are summed
     # `accelerate launch --num_processes N` without GPUs names an address for N processes, then starts a single one.
     promised = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     if not use_cpu:  # on a CPU it would change results

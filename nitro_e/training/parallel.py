@@ -224,10 +224,14 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what `optimizer_state` returned; moments are sharded as their parameters are."""
     parameters = dict(module.named_parameters())
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     optimizer.state.clear()
     for name, values in state.items():
         parameter = parameters[name]
+        # a fused kernel reads the count of steps where the parameter is; other kernels keep it on the CPU
         optimizer.state[parameter] = {
-            key: sharded_like(value, parameter) if value.shape == parameter.shape else value
+            key: sharded_like(value, parameter)
+            if value.shape == parameter.shape
+            else (value.to(local_tensor(parameter).device) if id(parameter) in fused else value)
             for key, value in values.items()
         }
