@@ -217,13 +217,20 @@ def parse_json(text: str, where: str) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML; ConfigError, beginning with `where`, for anything else and for YAML that is not what it looks like."""
     try:
-        return yaml.load(text, _StrictLoader)
+        return _unshared(yaml.load(text, _StrictLoader))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of dates such as 2024-13-45
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}; quote text") from None
     except RecursionError:
         raise ConfigError(f"{where} is not valid YAML: nested too deeply") from None
+
+
+def _unshared(value: Any) -> Any:
+    """Copy plain data so that what YAML aliases shared is apart: an override of one place leaves the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -445,6 +445,13 @@ def test_resolution_and_widths_are_said_once():
     assert folder.model.text_width == 128
 
 
+def test_an_override_leaves_what_an_alias_shared_with_its_place():
+    data = config.parse_yaml("a: &s {steps: 2, optim: {lr: 1}}\nb: *s\nc: {<<: *s}\n", "here")
+    apply_override(data, "a.steps=50")
+    apply_override(data, "a.optim.lr=3")
+    assert data["b"] == data["c"] == {"steps": 2, "optim": {"lr": 1}}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -277,7 +277,7 @@ def test_training_on_buckets_resumes_exactly_and_draws_them(tmp_path, capsys):
     assert run("bad", "data.buckets=[64x64, 40x96]") == 2
     error = capsys.readouterr().err
     assert "data.buckets: 40x96: " in error and "the nearest that work: " in error
-    assert run("auto", "data.buckets=auto", "--dry-run") == 0
+    assert run("auto", "data.buckets=auto", "data.resolution='64'", "--dry-run") == 0
     found = capsys.readouterr().out.split("buckets:")[1]
     assert "64x64" in found and "32x128" in found
 

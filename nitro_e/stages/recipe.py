@@ -120,7 +120,8 @@ class RunConfig(Config):
             for place in (given.get("data", {}), given.get("stage", {})):
                 if place.get("buckets") == "auto" and shape is not None:
                     model = from_dict(Architecture, given["model"], "model")
-                    place["buckets"] = list(usual_buckets(model, shape[1], resolution or 512))
+                    side = from_dict(SamplingConfig, {"resolution": resolution or 512}, "sampling").resolution
+                    place["buckets"] = list(usual_buckets(model, shape[1], side))
         return {**data, **given}
 
     def __post_init__(self) -> None:
