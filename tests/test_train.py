@@ -147,6 +147,20 @@ def test_train_resume_and_sample(recipe, tmp_path, capsys):
     assert np.abs(np.asarray(one[0]).astype(int) - np.asarray(Image.open(images[1])).astype(int)).max() <= 1
 
 
+def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path):
+    for folder in ("exp@2/checkpoints/step-0000001/ema", "exp@2/base"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "exp@2/base/config.json").touch()
+    run, checkpoint = tmp_path / "exp@2", tmp_path / "exp@2/checkpoints/step-0000001"
+    (checkpoint / "meta.json").write_text("{}")
+    assert run_folder.model_folder(run / "base") == run / "base"
+    assert run_folder.model_folder(f"{checkpoint}@ema") == checkpoint / "ema"
+    assert run_folder.split_source(run) == (str(run), "")
+    assert run_folder.split_source(f"{run}@best") == (str(run), "best")
+    with pytest.raises(ConfigError, match="'@emma' is unknown, did you mean 'ema'"):
+        run_folder.model_folder(f"{run}@emma")
+
+
 def test_training_learns_the_colours(recipe, tmp_path):
     """After a minute's worth of toy steps the loss has fallen and prompts decide the colour."""
     run = tmp_path / "run"

@@ -84,13 +84,20 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def split_source(source: str | Path) -> tuple[str, str]:
+    """Split `RUN@ema` into the folder and what is chosen of it, "" if nothing is; folders may have an @ in their names."""
+    name, _, which = str(source).rpartition("@")
+    chosen = name and "/" not in which and not Path(source).exists()
+    return (name, which) if chosen else (str(source), "")
+
+
 def model_folder(source: str | Path) -> Path:
     """Find the model folder meant by `RUN`, `RUN/checkpoints/step-N`, a model folder itself, or the name of shipped weights.
 
     `@model` or `@ema` at the end chooses the weights of a run or checkpoint; the default is the average if there is one.
     `RUN@best` means those with the highest score, where the recipe has `evaluation.best`.
     """
-    name, _, which = str(source).partition("@")
+    name, which = split_source(source)
     if str(source) in NAMED and not Path(source).exists():
         return NAMED[str(source)]
     if which not in ("", "model", "ema", "best"):

@@ -12,7 +12,7 @@ from nitro_e.files import cached_folder, is_hub_id
 from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT
 from nitro_e.model.pretrained import load_pretrained, locate, locate_lora, read_config
-from nitro_e.record.run_folder import NAMED, model_folder
+from nitro_e.record.run_folder import NAMED, model_folder, split_source
 from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sizes import parse_sizes
 
@@ -76,7 +76,7 @@ def find(source: str | Path, file: str | None = None, revision: str | None = Non
     `.safetensors` file in the released format, or a hub id. file: the name of the weights in a folder or a hub
     repository; revision: of the repository.
     """
-    name, here = str(source).partition("@")[0], Path(source)
+    name, here = split_source(source)[0], Path(source)
     hub = is_hub_id(name) and not Path(name).exists() and not here.parent.is_dir()
     if file is not None or revision is not None or here.is_file() or hub:
         return locate(source, file, revision)

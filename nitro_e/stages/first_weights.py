@@ -27,7 +27,7 @@ def check_first_weights(config: Run[Any], given: Sequence[str]) -> tuple[list[st
         sources["init_from"] = config.init_from
     lines, warnings = [], []
     for key, source in sources.items():
-        run = Path(source.partition("@")[0])
+        run = Path(run_folder.split_source(source)[0])
         try:
             folder = run_folder.model_folder(source)
         except ConfigError as error:
