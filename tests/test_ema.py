@@ -207,6 +207,8 @@ def test_wrapped_and_low_precision_modules_are_refused():
         PostHocEMA(nn.Linear(2, 2).bfloat16())
     with pytest.raises(ConfigError, match="two different profiles"):
         PostHocEMA(nn.Linear(2, 2), (0.05,))
+    with pytest.raises(ConfigError, match="three decimals"):  # one would overwrite the other's snapshots
+        PostHocEMA(nn.Linear(2, 2), (0.0501, 0.0504))
 
 
 def test_snapshots_are_half_precision_with_an_exact_step_and_what_overflows_is_kept(tmp_path):

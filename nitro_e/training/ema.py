@@ -75,6 +75,10 @@ def relative_distance(one: nn.Module, other: nn.Module) -> Tensor:
     return whole_tensor(apart / length.clamp(min=1e-30)).sqrt()
 
 
+def _profile_name(sigma_rel: float) -> str:
+    return f"{sigma_rel:.3f}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PostHocEMAConfig(Config):
     sigma_rels: tuple[float, ...] = (0.05, 0.10)  # profiles that are tracked; two are enough
@@ -86,6 +90,11 @@ class PostHocEMAConfig(Config):
         if len(set(self.sigma_rels)) < 2:
             raise ConfigError(
                 f"sigma_rels: synthesis needs two different profiles, got {list(self.sigma_rels)}"
+            )
+        if len({_profile_name(value) for value in self.sigma_rels}) < len(self.sigma_rels):
+            raise ConfigError(
+                f"sigma_rels: snapshots are named by three decimals, in which some of {list(self.sigma_rels)} are equal; "
+                "choose values further apart"
             )
         for sigma_rel in self.sigma_rels:
             gamma_of(sigma_rel)
@@ -161,7 +170,7 @@ class PostHocEMA:
             state = {name: _to_half(whole_tensor(tensor)) for name, tensor in state.items()}
             if self.folder is None:
                 continue
-            path = self.folder / f"step-{self.step:07d}-{sigma_rel:.3f}.safetensors"
+            path = self.folder / f"step-{self.step:07d}-{_profile_name(sigma_rel)}.safetensors"
             metadata = {"step": str(self.step), "sigma_rel": repr(sigma_rel)}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
