@@ -580,6 +580,27 @@ def test_fp16_finds_its_scale_without_counting_skips(fp16):
     assert all(parameter.isfinite().all() for parameter in trainer.stage.model.parameters())
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.parametrize("name", ["blocks.0.image.attention.qkv.weight", "out.weight"])
+def test_fp16_steps_with_all_optimisers_or_none(fp16, name, value=float("inf")):
+    """What overflows in the matrices, which are Muon's, or in AdamW's weights: clipping brings it into both."""
+    torch.manual_seed(0)
+    model = EMMDiT(from_dict(ModelConfig, {**MICRO, "attention": CYCLE}))
+    stage, before, seen = PremadeStage(model), {}, []
+    stage.phases[0].optim.__dict__["kind"] = "muon"
+
+    def overflow(gradient):
+        seen.append({key: tensor.detach().clone() for key, tensor in model.named_parameters()})
+        return torch.full_like(gradient, value) if len(seen) == 2 else gradient
+
+    model.get_parameter(name).register_hook(overflow)
+    trainer = fp16(stage, steps=4, save_every=4)
+    before, after = seen[1], seen[2]
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+    assert not torch.equal(before[name], seen[0][name]) and not torch.equal(after[name], seen[3][name])
+    assert trainer.accelerator.scaler.get_scale() == 2.0**7 and trainer.state.skipped == 0
+
+
 def test_fp16_stops_when_the_data_stay_bad(fp16):
     """NaN for ever halves the scale for ever; that is not a search any more."""
     with pytest.raises(TrainingError, match="key-"):

@@ -99,6 +99,7 @@ def make_accelerator(config: EngineConfig) -> Accelerator:
     promised = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     if not use_cpu:  # on a CPU it would change results
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32  # of convolutions
     handlers = [InitProcessGroupKwargs(timeout=patience())]
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=handlers)
     if promised and accelerator.num_processes == 1:
@@ -342,13 +343,14 @@ class Engine:
         norm = whole_tensor(nn.utils.clip_grad_norm_(phase.module.parameters(), phase.optim.clip))
         finite = norm.isfinite()
 
-        # Optimiser step, unless a gradient is not finite; the loss scaler of float16 sees to that itself.
+        # Optimiser step, unless a gradient is not finite: clipping has brought that into those of all optimisers, and the
+        # loss scaler of float16 looks at each for itself.
         scaler = self.accelerator.scaler
         for optimizer in optimizers:
-            if scaler is not None:
-                scaler.step(optimizer.optimizer)
-            else:
+            if scaler is None:
                 self.state.parallel.step_if(finite, optimizer.optimizer)
+            elif finite:
+                scaler.step(optimizer.optimizer)
             optimizer.zero_grad(set_to_none=True)
         if scaler is not None:
             scaler.update()  # once for all optimisers; accelerate's wrapper would do it for each
