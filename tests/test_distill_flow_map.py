@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from distill_tools import SMALLER, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
 from test_distill_score import Gaussian, shared, words
 from test_distill_stage import pairs as pairs
@@ -179,6 +180,18 @@ def test_u23_the_derivative_of_the_model_is_the_difference_along_the_path():
         )
     difference = (ahead - behind) / (2 * h)
     assert (found - difference).norm() < 0.02 * difference.norm()
+
+
+def test_the_derivative_is_in_float32_where_the_engine_trains_in_bfloat16(fresh_state):
+    """accelerate's wrapper of `forward` switches autocast on again inside what switches it off."""
+    stage, text = tiny_stage(distill_config("scm"), model=tiny_model(config=INTERVAL)), random_text(2)
+    x, v, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.8])
+    mapping = next(objective for objective in stage.objectives if isinstance(objective, FlowMap))
+    exact = mapping.derivative(Prediction(x, t, True, x), v, text)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    assert accelerator.prepare_model(stage.student)(x, t, text).shape == x.shape
+    with accelerator.autocast():
+        assert torch.equal(mapping.derivative(Prediction(x, t, True, x), v, text), exact)
 
 
 # ---- the model

@@ -288,7 +288,7 @@ class Distill:
             null_text,
             self.predict,
             self.velocity,
-            self.student,
+            partial(Student.forward, self.student),  # accelerate puts autocast into `forward` of the instance
             config.heldout,
             seed,
             device,
