@@ -9,6 +9,7 @@ import torch
 from conftest import DATA
 from PIL import Image
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nitro_e import TextToImage
 from nitro_e.config import ConfigError
@@ -99,6 +100,16 @@ def test_embeddings_stand_for_their_prompts(pipe, draw):
     close(given, draw([RED, BLUE], negative_prompt="a star", seeds=[1, 2]))
     tokens = draw(prompt_embeds=embeds.tokens, num_images_per_prompt=2, seeds=[1, 2, 3, 4])
     assert tokens.shape == (4, *SHAPE)
+
+
+def test_embeddings_come_to_the_device_of_the_pipeline(pipe):
+    """Fake tensors stand for those of a GPU: operators refuse to mix them with the CPU's."""
+    text = pipe.encode_prompt([RED])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        away = TextEmbedding(*(torch.zeros_like(part, device="cuda") for part in text))
+        embeds = {"prompt_embeds": away, "negative_prompt_embeds": away, "guidance_scale": 2.0}
+        drawn = pipe(**embeds, num_inference_steps=1, output_type="latent").images
+    assert drawn.device.type == "cpu"
 
 
 def test_a_prompt_is_encoded_once(pipe, monkeypatch):

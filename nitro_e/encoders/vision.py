@@ -73,7 +73,9 @@ def patch_tokens(
     size = tuple(cells * side for cells, side in zip(grid, vit.patch_embed.patch_size))
     images = (pixels.float() + 1) / 2
     images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    center, spread = (images.new_tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
+    center, spread = (
+        torch.tensor(values).to(images, non_blocking=True).reshape(1, 3, 1, 1) for values in (mean, std)
+    )
     images = ((images - center) / spread).to(next(vit.parameters()).dtype)
     tokens = vit.forward_features(images)  # (B, prefix + h*w, D)
     return tokens[:, vit.num_prefix_tokens :]

@@ -57,8 +57,8 @@ def merge_lora(state: dict[str, Tensor], folder: str | Path, strength: float = 1
                 f"{folder}: '{module}' has LoRA factors {list(b.shape)} x {list(a.shape)} for a weight {list(weight.shape)}"
             )
         scale = strength * alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        change = (scale * (b @ a)).reshape(weight.shape).to(weight.device)
-        merged[name] = (weight.double() + change).to(weight.dtype)
+        change = (scale * (b @ a)).reshape(weight.shape)  # on the CPU, as Apple's GPUs lack float64
+        merged[name] = (weight.cpu().double() + change).to(weight)
     return merged
 
 

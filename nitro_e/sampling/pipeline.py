@@ -280,9 +280,9 @@ class TextToImage:
         parts = []
         for start in range(0, total, batch_size):
             rows = slice(start, min(start + batch_size, total))
-            embeds = embedded(text, rows, self.encode_prompt)
+            embeds = embedded(text, rows, self.encode_prompt).to(self.device)
             unguided = chosen.guidance_scale in (0, 1)  # then the negative prompt is not looked at
-            other = embeds if unguided else embedded(negative, rows, self.encode_prompt)
+            other = embeds if unguided else embedded(negative, rows, self.encode_prompt).to(self.device)
             pair = embeds.expand(rows.stop - start), other
             own = None if edit is None else edit.take(rows)
             model = self._denoiser(reuse_blocks)

@@ -56,7 +56,7 @@ def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: Di
     if batch.step < config.start:
         return
     ours, theirs = prediction.data.detach(), batch.stored_latents
-    gap = torch.zeros(2) if batch.heldout_gap is None else batch.heldout_gap
+    gap = torch.zeros(2, device=ours.device) if batch.heldout_gap is None else batch.heldout_gap
     sums = torch.stack(
         [
             *gap.to(ours.device).double(),

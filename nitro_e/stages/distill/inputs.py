@@ -295,7 +295,7 @@ class Predictor:
             place = int(torch.multinomial(config.probabilities_at(batch.step), 1, generator=steps))
             x = self.rollout(lambda x, t: student(x, t, batch.text), batch.stored_noise, place, rng)
             torch.clear_autocast_cache()  # it holds weights cast without a graph
-            return x, self.times[place].to(data.device).expand(len(data)), False
+            return x, self.times[place].to(data.device, non_blocking=True).expand(len(data)), False
         t = self.draw_times(batch.step, rng).to(data.device)
         noise = batch.stored_noise if config.noise == "pair" else rng.normal(*data.shape[1:])
         return flow.interpolate(data, noise, t), t, True
@@ -358,7 +358,7 @@ class Predictor:
         self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, place: int, rng: SampleRandom
     ) -> Tensor:
         """Follow the student's sampler from the noise to sigma number `place` (0: the noise itself)."""
-        times = self.times[: place + 1].to(noise.device)
+        times = self.times[: place + 1].to(noise.device, non_blocking=True)
         if self.sampler == "euler":
             return euler(velocity, noise, times)
         return multistep(velocity, noise, times, lambda step: rng.normal(*noise.shape[1:]))

@@ -148,7 +148,8 @@ class HeadPool(nn.Module):
         for number, bank in enumerate(self._banks()):
             count = self.counts[number % 2]
             order = torch.randperm(count, generator=self._generator("use", step, number))
-            yield bank, (level * count + order[: self.config.use // 2]).to(bank.age.device)
+            chosen = level * count + order[: self.config.use // 2]
+            yield bank, chosen.to(bank.age.device, non_blocking=True)
 
     def forward(self, features: Features, step: int) -> Logits:
         """Return two logits per feature map: (B, use / 2, h * w) per position, (B, use / 2, 1) per map."""
