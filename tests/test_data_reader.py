@@ -395,6 +395,24 @@ def test_sources_may_have_columns_of_their_own(tmp_path, need_pixels):
     assert seen == 9
 
 
+def test_a_bad_sample_is_replaced_by_one_with_the_same_columns(tmp_path):
+    bad = [{**s, "npy": np.full((4, 2, 2), np.nan, np.float16)} for s in latent_samples(12)[::2]]
+    write_shard(tmp_path / "a.tar", [*bad, *latent_samples(12)[1::2]])
+    write_shard(tmp_path / "b.tar", [{**s, "__key__": "b" + s["__key__"]} for s in image_samples(12)])
+    sources = {name: SourceConfig(shards=(str(tmp_path / f"{name}.tar"),)) for name in "ab"}
+    cfg = DataConfig(sources=sources, batch_size=24, resolution=8, workers=0, max_bad_fraction=1.0)
+    for seed in range(4):
+        records = next(open_data(cfg, need_pixels=False, seed=seed, stage="s").records())
+        assert records.absent["latents"].sum() == 12 and len(set(records.bad)) == 6
+        for row, key in enumerate(records.keys):
+            number, absent = int(key[-3:]), key.startswith("b.tar")
+            assert bool(records.absent["latents"][row]) == absent
+            if not absent:
+                np.testing.assert_array_equal(records.latents[row].numpy(), latent(number))
+            else:
+                np.testing.assert_array_equal(records.pixels[row], decode_image(png(number), 8))
+
+
 def test_what_a_source_lacks_is_computed(tmp_path):
     from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder
     from nitro_e.stages.batches import encode
