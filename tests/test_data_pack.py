@@ -262,6 +262,20 @@ def test_changed_captions_are_noticed(tmp_path):
     assert CaptionTable.build(tmp_path / "d", tmp_path, "file", "caption").get("a.jpg") == "three"
 
 
+def test_changed_files_of_a_folder_are_refused_and_overwritten(tmp_path):
+    folder, job = tmp_path / "in", JobConfig(out=tmp_path / "out")
+    folder.mkdir()
+    pack(folder_sidecar(folder), job)
+    for path, content in ((folder / "sub/03.txt", b"Picture 3"), (folder / "sub/05.jpg", jpeg(99))):
+        pack(folder_units(folder, CONFIG, CaptionSource()), job)  # nothing has changed
+        path.write_bytes(content)
+        units = folder_units(folder, CONFIG, CaptionSource())
+        with pytest.raises(ConfigError, match="made from other input or with other options"):
+            pack(units, job)
+        pack(units, replace(job, overwrite=True))
+        assert any(content in shard.read_bytes() for shard in job.out.glob("*.tar"))
+
+
 def test_bad_input_is_left_out_and_reported(tmp_path):
     images(tmp_path / "in")
     with open(tmp_path / "list.csv", "w", newline="") as file:
