@@ -474,6 +474,9 @@ def test_missing_shards_are_named(tmp_path):
 def test_brace_ranges():
     assert expand_braces("a{08..11}{x,y}.tar")[:3] == ["a08x.tar", "a08y.tar", "a09x.tar"]
     assert len(expand_braces("{000000..000012}")) == 13
+    # downwards as bash does
+    assert expand_braces("{0002..0000}{b,a}") == ["0002b", "0002a", "0001b", "0001a", "0000b", "0000a"]
+    assert expand_braces("{10..8}") == ["10", "9", "8"] and expand_braces("{3..3}") == ["3"]
 
 
 def test_shard_without_captions(tmp_path):

@@ -235,12 +235,19 @@ def _read_list(pattern: str, key: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{1..3}{x,y}` to a1x, a1y, a2x, ...; ranges keep the zero padding of their first number."""
+    """Expand `a{1..3}{x,y}` to a1x, a1y, a2x, ...
+
+    Ranges keep the zero padding of their smaller number, and count down if that is the second.
+    """
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
     first, last, words = match.groups()
-    options = words.split(",") if words else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    if words:
+        options = words.split(",")
+    else:
+        low, high = sorted((first, last), key=int)
+        options = [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)][:: 1 if low == first else -1]
     rests = expand_braces(pattern[match.end() :])
     return [pattern[: match.start()] + option + rest for option in options for rest in rests]
 
