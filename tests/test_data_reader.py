@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -281,6 +283,28 @@ def test_merged_catalog_is_the_same_and_follows_changes(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ConfigError, match="a-002.tar: 5000 bytes, but its index was made when"):
         opened(shards)
+
+
+@pytest.mark.parametrize("left", ["no catalog", "no rows", "cut rows", "a temporary folder"])
+def test_merged_catalog_is_made_again_where_a_part_of_it_is_gone(tmp_path, monkeypatch, left):
+    shards = make(tmp_path, latent_samples())
+    plain = opened(shards).fingerprint()
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "MERGE_FROM", 2)
+    folder = opened(shards).catalog.columns[0].file.parent
+    if left == "no catalog":
+        (folder / "catalog.json").unlink()
+    elif left == "cut rows":
+        (folder / "0.npy").write_bytes((folder / "0.npy").read_bytes()[:-9])
+    else:
+        (folder / "0.npy").unlink()
+    if left == "a temporary folder":  # of a process that had this one's number
+        shutil.rmtree(folder)
+        folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()
+    for _ in range(2):
+        data = opened(shards)
+        assert data.fingerprint() == plain and data.catalog.columns[0].file is not None
+    assert len([path for path in folder.parent.iterdir() if path.is_dir()]) == 1
 
 
 def test_leaving_out_a_sample_keeps_the_index_mapped(tmp_path, monkeypatch):
