@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import mmap
 import os
@@ -226,12 +227,15 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
             continue  # webdataset's own metadata
         key, extension = split_name(name)
         if key is None:
-            problems.append(Problem(path.name, name, "member name has no extension; it is not read"))
+            problems.append(
+                Problem(path.name, _printable(name), "member name has no extension; it is not read")
+            )
             continue
         row = row_of.setdefault(key, len(row_of))
         column = cells.setdefault(extension, {})
         if row in column:
-            problems.append(Problem(path.name, key, f"duplicate member '{extension}'; the first one is used"))
+            reason = f"duplicate member '{_printable(extension)}'; the first one is used"
+            problems.append(Problem(path.name, _printable(key), reason))
         else:
             column[row] = place
     if len(cells) > MAX_EXTENSIONS:
@@ -251,10 +255,15 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
 def split_name(name: str) -> tuple[str | None, str]:
     """Split `a/b.c.d` into `a/b` and `c.d`: webdataset's rule, extension in lower case; (None, "") without one."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot:
+    stem, _, extension = base.partition(".")
+    if not stem or not extension:
         return None, ""
     return folder + slash + stem, extension.lower()
+
+
+def _printable(name: str) -> str:
+    """Replace what is no UTF-8 in a name, as in the keys of a catalog."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _number(field: bytes) -> int | None:
@@ -303,7 +312,7 @@ def _serialize(index: ShardIndex) -> bytes:
     """Encode an index: the rows as .npy, then nbytes and the problems as a second .npy of text."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, index.rows, allow_pickle=False)
-    lines = [str(index.nbytes), *(f"{problem.key}\t{problem.reason}" for problem in index.problems)]
+    lines = [str(index.nbytes), *(json.dumps([problem.key, problem.reason]) for problem in index.problems)]
     np.lib.format.write_array(buffer, np.frombuffer("\n".join(lines).encode(), np.uint8), allow_pickle=False)
     return buffer.getvalue()
 
@@ -313,7 +322,9 @@ def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardInd
         with open(stored, "rb") as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)
             first, *lines = np.lib.format.read_array(file, allow_pickle=False).tobytes().decode().split("\n")
-        problems = tuple(Problem(path.name, *line.split("\t", 1)) for line in lines)
+        # older indices have a tab between the two, which JSON never holds
+        pairs = [line.split("\t", 1) if "\t" in line else json.loads(line) for line in lines]
+        problems = tuple(Problem(path.name, key, reason) for key, reason in pairs)
         index = ShardIndex(rows, int(first), problems)
     except (ValueError, TypeError, EOFError) as error:
         raise ConfigError(f"{stored} is not an index of this version ({error}); delete it") from None
