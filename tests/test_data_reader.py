@@ -579,7 +579,7 @@ def test_bad_sample_is_replaced_counted_and_reported(tmp_path, name, workers):
     samples[12] |= change
     shards = make(tmp_path, samples)
     data = opened(shards, workers=workers)
-    data.bad.report = tmp_path / "bad.jsonl"
+    data.bad.report_to(tmp_path / "bad.jsonl", 0)
     got = [records.keys for records in islice(data.records(), 6)]
     bad = "a-001.tar:s012"
     order = sum(clean, []) + data.keys(range(30, 31))
@@ -699,6 +699,22 @@ def test_samples_that_miss_something_are_left_out_and_counted(tmp_path):
     }
     keys = [key for records in islice(data.records(), 28) for key in records.keys]
     assert len(set(keys)) == 28 and len(data) == 28 and len(keys) == 5 * 28
+
+
+def test_what_is_bad_at_the_start_is_reported_and_counted_by_one_process(tmp_path):
+    samples = image_samples(30)
+    del samples[4]["txt"], samples[4]["json"]
+    samples[20]["txt"] = ""  # found by both when they read it
+    shards, lines, counts = make(tmp_path, samples), [], []
+    for rank in range(2):
+        data = opened(shards, max_bad_fraction=0.1)
+        data.bad.report_to(tmp_path / f"bad.rank{rank}.jsonl", rank)
+        known = len(data.bad)
+        list(islice(data.records(rank=rank, world=2), 15))
+        counts.append((known, len(data.bad)))
+        path = tmp_path / f"bad.rank{rank}.jsonl"
+        lines.append([json.loads(line)["key"] for line in path.read_text().splitlines()])
+    assert counts == [(1, 2), (0, 1)] and lines == [["s004", "s020"], ["s020"]]
 
 
 def test_duplicates_are_counted(tmp_path):

@@ -143,7 +143,8 @@ def test_bad_samples_are_replaced_and_reported(tmp_path):
     samples[20]["npy"] = np.zeros((4, 2, 1), np.float16)
     write_shards(samples, str(tmp_path / "a-%d.tar"), 30)
     data = opened(str(tmp_path / "a-*.tar"))
-    data.bad.report, data.bad.fraction = tmp_path / "bad.jsonl", 1.0
+    data.bad.report_to(tmp_path / "bad.jsonl", 0)
+    data.bad.fraction = 1.0
     seen = {key for records in islice(data.records(), 20) for key in records.keys}
     assert len(seen) == 27
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
