@@ -21,7 +21,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 from nitro_e.data.problems import Problem
-from nitro_e.data.remote import ShardCache, cache_folder, is_url
+from nitro_e.data.remote import SMALL, ShardCache, cache_folder, is_url
 from nitro_e.files import atomic_file
 
 log = logging.getLogger("nitro_e.data")
@@ -50,14 +50,19 @@ class ShardIndex:
     rows: np.ndarray  # (n,) structured, see the module docstring
     nbytes: int  # length of the tar
     problems: tuple[Problem, ...] = ()  # duplicate members; the first of them is in `rows`
+    # where `rows` may lack CRCs, which depends on whether the shard was downloaded before it was indexed
+    headers_only: bool = False
 
     @property
     def extensions(self) -> tuple[str, ...]:
         return tuple(name for name in self.rows.dtype.names if name != "__key__")
 
     def digest(self) -> str:
-        """Identifies the content: keys, places, sizes and CRCs."""
-        return hashlib.sha256(repr(self.rows.dtype.descr).encode() + self.rows.tobytes()).hexdigest()
+        """Identifies the content: keys, places, sizes and, unless `headers_only`, CRCs."""
+        rows = self.rows.copy() if self.headers_only else self.rows
+        for name in self.extensions if self.headers_only else ():
+            rows[name]["crc"] = 0
+        return hashlib.sha256(repr(rows.dtype.descr).encode() + rows.tobytes()).hexdigest()
 
 
 def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None = None) -> ShardIndex:
@@ -86,14 +91,14 @@ def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
     folder, _, name = url.rpartition("/")
     stored = index_path(cache.path(url))  # from an earlier download, which may be gone by now
     if stored.is_file():
-        return read_stored(Path(name), stored, check_length=False)
+        return _of_url(read_stored(Path(name), stored, check_length=False))
     beside = cache.fetch_optional(f"{folder}/.index/{name}.npy")
     if beside is not None:
         return read_stored(Path(name), beside, check_length=False)
     local = cache.path(url)
     ranges = None if local.is_file() else cache.ranges(url)
     if ranges is None:
-        return shard_index(cache.fetch(url))  # stored in the cache, beside the local copy
+        return _of_url(shard_index(cache.fetch(url)))  # stored in the cache, beside the local copy
     check_kind(ranges[:BLOCK], Path(name))
     names, places = [], []
     for member, offset, size in tar_members(ranges, Path(name)):
@@ -103,7 +108,12 @@ def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
     local.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(index_path(local)) as file:
         file.write(_serialize(index))
-    return index
+    return _of_url(index)
+
+
+def _of_url(index: ShardIndex) -> ShardIndex:
+    """Mark the index of a large shard, which has no CRCs if it was made before the shard was downloaded."""
+    return replace(index, headers_only=index.nbytes >= SMALL)
 
 
 def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
