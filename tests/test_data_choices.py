@@ -173,6 +173,20 @@ def test_where_of_a_source(tmp_path):
         )
 
 
+def test_where_after_a_shard_went_to_another_source(tmp_path):
+    for shard in range(3):
+        chosen = [{**s, "__key__": f"{shard}-{s['__key__']}"} for s in samples(5)]
+        write_shard(tmp_path / f"{shard}.tar", [{**s, "json": {"shard": shard}} for s in chosen])
+    for a in (1, 2):  # shards of source a
+        paths = [str(tmp_path / f"{shard}.tar") for shard in range(3)]
+        sources = {
+            "a": SourceConfig(shards=tuple(paths[:a]), where={"shard": ">= 0"}),
+            "b": SourceConfig(shards=tuple(paths[a:]), where={"shard": ">= 2"}),
+        }
+        data = open_data(DataConfig(sources=sources, workers=0), need_pixels=False, seed=0, stage="s")
+        assert [int(sizes.sum()) for sizes in data.catalog.sizes] == [5 * a, 5]
+
+
 # --- stored text ----------------------------------------------------------------------------------
 
 

@@ -277,6 +277,22 @@ def test_other_encoder_resolution_or_input_is_refused(tmp_path, images):
     assert list(arrays(tmp_path / "latents-000.tar", "npy")) == ["x"]
 
 
+def test_a_refused_text_encoder_leaves_the_null_prompt_alone(tmp_path, images):
+    def run(length, **job):
+        text = build_text_encoder(ComponentConfig(name="hash", length=length))
+        encode(images[:1], Encoders(text=text), CONFIG, JobConfig(out=tmp_path, **job))
+        return text.encode([""]).tokens[0].half().numpy()
+
+    null, path = run(8), tmp_path / "null-text.npz"
+    with pytest.raises(ConfigError, match="unit '000' made from other input or with other options"):
+        run(5)
+    assert np.array_equal(np.load(path)["tokens"], null)
+    path.unlink()
+    run(8)  # nothing else is left to do
+    assert np.array_equal(np.load(path)["tokens"], null)
+    assert np.array_equal(run(5, overwrite=True), np.load(path)["tokens"])
+
+
 def test_weights_digest_sees_every_weight():
     module = torch.nn.Linear(2, 2)
 

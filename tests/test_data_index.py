@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ import webdataset
 from nitro_e.config import ConfigError
 from nitro_e.data.index import DamagedTar, scan_tar, shard_index, split_name
 from nitro_e.data.making.writer import write_shard, write_shards
+from nitro_e.data.problems import Problem
 from nitro_e.files import atomic_file
 
 
@@ -218,6 +220,34 @@ def test_duplicate_members_are_reported(tmp_path):
     ]
     offset, size, _ = index.rows["txt"][0].tolist()
     assert path.read_bytes()[offset : offset + size] == b"one"
+
+
+def test_odd_member_names_are_reported_and_kept_in_the_index(tmp_path):
+    path, odd = tmp_path / "a.tar", os.fsdecode(b"caf\xe9")
+    names = ["k.txt", "picture.", "no\next", odd, f"{odd}.txt", f"{odd}.txt", "line\nbreak.txt", "line\nbreak.txt"]
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    scanned, stored = shard_index(path), shard_index(path)
+    assert stored.problems == scanned.problems and stored.digest() == scanned.digest()
+    found = {(problem.key, problem.reason.split(";")[0]) for problem in stored.problems}
+    twice, without = "duplicate member 'txt'", "member name has no extension"
+    assert found == {("caf\ufffd", twice), ("line\nbreak", twice)} | {
+        (name, without) for name in ("picture.", "no\next", "caf\ufffd")
+    }
+    assert scanned.rows["__key__"].tolist() == [b"k", b"caf\xe9", b"line\nbreak"]
+
+
+def test_an_index_with_problems_of_an_earlier_version_is_read(tmp_path):
+    write_shard(tmp_path / "a.tar", samples())
+    shard_index(tmp_path / "a.tar")
+    stored = tmp_path / ".index/a.tar.npy"
+    with open(stored, "rb") as file:
+        rows, lines = np.load(file), np.load(file)
+    with open(stored, "wb") as file:
+        np.save(file, rows)
+        np.save(file, np.frombuffer(lines.tobytes() + b"\nkey\tits reason", np.uint8))
+    assert shard_index(tmp_path / "a.tar").problems == (Problem("a.tar", "key", "its reason"),)
 
 
 def test_dots_in_keys_are_explained(tmp_path):

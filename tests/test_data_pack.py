@@ -262,6 +262,20 @@ def test_changed_captions_are_noticed(tmp_path):
     assert CaptionTable.build(tmp_path / "d", tmp_path, "file", "caption").get("a.jpg") == "three"
 
 
+def test_changed_files_of_a_folder_are_refused_and_overwritten(tmp_path):
+    folder, job = tmp_path / "in", JobConfig(out=tmp_path / "out")
+    folder.mkdir()
+    pack(folder_sidecar(folder), job)
+    for path, content in ((folder / "sub/03.txt", b"Picture 3"), (folder / "sub/05.jpg", jpeg(99))):
+        pack(folder_units(folder, CONFIG, CaptionSource()), job)  # nothing has changed
+        path.write_bytes(content)
+        units = folder_units(folder, CONFIG, CaptionSource())
+        with pytest.raises(ConfigError, match="made from other input or with other options"):
+            pack(units, job)
+        pack(units, replace(job, overwrite=True))
+        assert any(content in shard.read_bytes() for shard in job.out.glob("*.tar"))
+
+
 def test_bad_input_is_left_out_and_reported(tmp_path):
     images(tmp_path / "in")
     with open(tmp_path / "list.csv", "w", newline="") as file:
@@ -341,6 +355,12 @@ def test_tables_are_checked(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=words):
             list(rows(tmp_path / name))
+    (tmp_path / "more.csv").write_text('image,caption\na.jpg,"a dog, on grass"\nb.jpg,a cat,\n')
+    table = list(rows(tmp_path / "more.csv"))
+    assert table == [{"image": "a.jpg", "caption": "a dog, on grass"}, {"image": "b.jpg", "caption": "a cat"}]
+    (tmp_path / "more.csv").write_text("image,caption\na.jpg,a cat\nb.jpg,a dog, on grass\n")
+    with pytest.raises(ConfigError, match=r"more.csv:3: more cells than columns .*; put quotes around a caption"):
+        list(rows(tmp_path / "more.csv"))
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     pytest.importorskip("pyarrow")
     with pytest.raises(ConfigError, match="not a readable parquet"):

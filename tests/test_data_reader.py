@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -283,6 +285,28 @@ def test_merged_catalog_is_the_same_and_follows_changes(tmp_path, monkeypatch):
         opened(shards)
 
 
+@pytest.mark.parametrize("left", ["no catalog", "no rows", "cut rows", "a temporary folder"])
+def test_merged_catalog_is_made_again_where_a_part_of_it_is_gone(tmp_path, monkeypatch, left):
+    shards = make(tmp_path, latent_samples())
+    plain = opened(shards).fingerprint()
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "MERGE_FROM", 2)
+    folder = opened(shards).catalog.columns[0].file.parent
+    if left == "no catalog":
+        (folder / "catalog.json").unlink()
+    elif left == "cut rows":
+        (folder / "0.npy").write_bytes((folder / "0.npy").read_bytes()[:-9])
+    else:
+        (folder / "0.npy").unlink()
+    if left == "a temporary folder":  # of a process that had this one's number
+        shutil.rmtree(folder)
+        folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()
+    for _ in range(2):
+        data = opened(shards)
+        assert data.fingerprint() == plain and data.catalog.columns[0].file is not None
+    assert len([path for path in folder.parent.iterdir() if path.is_dir()]) == 1
+
+
 def test_leaving_out_a_sample_keeps_the_index_mapped(tmp_path, monkeypatch):
     """One sample without a caption costs its number, not a copy of the whole index in every process."""
     samples = latent_samples(300)
@@ -395,6 +419,24 @@ def test_sources_may_have_columns_of_their_own(tmp_path, need_pixels):
     assert seen == 9
 
 
+def test_a_bad_sample_is_replaced_by_one_with_the_same_columns(tmp_path):
+    bad = [{**s, "npy": np.full((4, 2, 2), np.nan, np.float16)} for s in latent_samples(12)[::2]]
+    write_shard(tmp_path / "a.tar", [*bad, *latent_samples(12)[1::2]])
+    write_shard(tmp_path / "b.tar", [{**s, "__key__": "b" + s["__key__"]} for s in image_samples(12)])
+    sources = {name: SourceConfig(shards=(str(tmp_path / f"{name}.tar"),)) for name in "ab"}
+    cfg = DataConfig(sources=sources, batch_size=24, resolution=8, workers=0, max_bad_fraction=1.0)
+    for seed in range(4):
+        records = next(open_data(cfg, need_pixels=False, seed=seed, stage="s").records())
+        assert records.absent["latents"].sum() == 12 and len(set(records.bad)) == 6
+        for row, key in enumerate(records.keys):
+            number, absent = int(key[-3:]), key.startswith("b.tar")
+            assert bool(records.absent["latents"][row]) == absent
+            if not absent:
+                np.testing.assert_array_equal(records.latents[row].numpy(), latent(number))
+            else:
+                np.testing.assert_array_equal(records.pixels[row], decode_image(png(number), 8))
+
+
 def test_what_a_source_lacks_is_computed(tmp_path):
     from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder
     from nitro_e.stages.batches import encode
@@ -456,6 +498,9 @@ def test_missing_shards_are_named(tmp_path):
 def test_brace_ranges():
     assert expand_braces("a{08..11}{x,y}.tar")[:3] == ["a08x.tar", "a08y.tar", "a09x.tar"]
     assert len(expand_braces("{000000..000012}")) == 13
+    # downwards as bash does
+    assert expand_braces("{0002..0000}{b,a}") == ["0002b", "0002a", "0001b", "0001a", "0000b", "0000a"]
+    assert expand_braces("{10..8}") == ["10", "9", "8"] and expand_braces("{3..3}") == ["3"]
 
 
 def test_shard_without_captions(tmp_path):
@@ -534,7 +579,7 @@ def test_bad_sample_is_replaced_counted_and_reported(tmp_path, name, workers):
     samples[12] |= change
     shards = make(tmp_path, samples)
     data = opened(shards, workers=workers)
-    data.bad.report = tmp_path / "bad.jsonl"
+    data.bad.report_to(tmp_path / "bad.jsonl", 0)
     got = [records.keys for records in islice(data.records(), 6)]
     bad = "a-001.tar:s012"
     order = sum(clean, []) + data.keys(range(30, 31))
@@ -654,6 +699,22 @@ def test_samples_that_miss_something_are_left_out_and_counted(tmp_path):
     }
     keys = [key for records in islice(data.records(), 28) for key in records.keys]
     assert len(set(keys)) == 28 and len(data) == 28 and len(keys) == 5 * 28
+
+
+def test_what_is_bad_at_the_start_is_reported_and_counted_by_one_process(tmp_path):
+    samples = image_samples(30)
+    del samples[4]["txt"], samples[4]["json"]
+    samples[20]["txt"] = ""  # found by both when they read it
+    shards, lines, counts = make(tmp_path, samples), [], []
+    for rank in range(2):
+        data = opened(shards, max_bad_fraction=0.1)
+        data.bad.report_to(tmp_path / f"bad.rank{rank}.jsonl", rank)
+        known = len(data.bad)
+        list(islice(data.records(rank=rank, world=2), 15))
+        counts.append((known, len(data.bad)))
+        path = tmp_path / f"bad.rank{rank}.jsonl"
+        lines.append([json.loads(line)["key"] for line in path.read_text().splitlines()])
+    assert counts == [(1, 2), (0, 1)] and lines == [["s004", "s020"], ["s020"]]
 
 
 def test_duplicates_are_counted(tmp_path):

@@ -24,7 +24,10 @@ pytest.importorskip("aiohttp")
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves tmp_path/www; `faults[path]` is a list of status codes or "cut" to answer with first."""
+    """Serves tmp_path/www; `faults[path]` is a list of status codes or "cut" to answer with first.
+
+    `faults["HEAD " + path]` is that of the requests that ask for the length.
+    """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         faults: dict = {}
@@ -51,6 +54,12 @@ def server(tmp_path):
                 self.send_error(code)
             else:
                 super().do_GET()
+
+        def do_HEAD(self):
+            if fault := self.faults.get(f"HEAD {self.path}"):
+                self.send_error(fault.pop(0))
+            else:
+                super().do_HEAD()
 
         def send_range(self, first, last):
             content = (tmp_path / "www" / self.path[1:]).read_bytes()[first : last + 1]
@@ -138,6 +147,20 @@ def test_of_a_large_remote_shard_only_the_headers_are_read(tmp_path, server, ran
         assert (records.pixels == 150).all()
 
 
+def test_the_digest_of_a_large_remote_shard_does_not_depend_on_the_cache(tmp_path, server):
+    server.handler.ranges, url = True, server.url + "/a.tar"
+    samples = [{"__key__": f"k{i}", "jpg": bytes([i]) * 1_000_000} for i in range(5)]
+    write_shard(tmp_path / "www/a.tar", samples)
+    headers, whole = ShardCache(tmp_path / "headers"), ShardCache(tmp_path / "whole")
+    whole.fetch(url)  # before there is an index
+    found = [shard_index(url, cache=cache) for cache in (headers, whole, headers, whole)]
+    assert [bool(index.rows["jpg"]["crc"].any()) for index in found] == [False, True, False, True]
+    assert len({index.digest() for index in found}) == 1
+    samples[4]["__key__"] = "k5"
+    write_shard(tmp_path / "www/a.tar", samples)
+    assert shard_index(url, cache=ShardCache(tmp_path / "other")).digest() != found[0].digest()
+
+
 def test_small_members_are_read_through_in_runs(tmp_path, server):
     server.handler.ranges = True
     samples = [{"__key__": f"k{i}", "npy": np.zeros(9000, np.float16)} for i in range(300)]
@@ -171,6 +194,24 @@ def test_faults_are_retried(tmp_path, server):
     with pytest.raises(ConfigError, match=r"nothing://x/a.tar"):
         cache.fetch("nothing://x/a.tar")
     assert [path.name[65:] for path in (tmp_path / "cache").rglob("*-?.tar")] == ["a.tar"]
+
+
+def test_a_busy_server_is_not_taken_for_a_missing_file(tmp_path, server):
+    cache, url = ShardCache(tmp_path / "cache", backoff=0.001), server.url + "/a.tar"
+    write_shard(tmp_path / "www/a.tar", latent_samples(5))
+    for name in ("/a.tar", "/.index/a.tar.npy"):
+        server.handler.faults |= {name: [503, 429], f"HEAD {name}": [503, 429]}
+    index = shard_index(tmp_path / "www/a.tar")
+    assert shard_index(url, cache=cache).digest() == index.digest()  # by the index beside it
+    assert cache.fetch(url).read_bytes() == (tmp_path / "www/a.tar").read_bytes()
+    server.handler.log.clear()
+    server.handler.faults |= {"/b.tar": [503] * 9, "HEAD /b.tar": [503] * 9}
+    with pytest.raises(ConfigError, match="/b.tar: cannot be read after 5 attempts .*503"):
+        cache.fetch(server.url + "/b.tar")
+    assert server.handler.log == ["/b.tar"] * 5
+    with pytest.raises(ConfigError, match="/none.tar: cannot be read .FileNotFound"):
+        cache.fetch(server.url + "/none.tar")
+    assert server.handler.log[5:] == ["/none.tar"] and cache.fetch_optional(server.url + "/none.tar") is None
 
 
 def test_the_next_windows_are_fetched_in_order_before_they_are_read(tmp_path, server):

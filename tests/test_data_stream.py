@@ -14,6 +14,7 @@ from data_samples import image_samples, latent, latent_samples
 from nitro_e.config import ConfigError
 from nitro_e.data import DataConfig, SourceConfig, open_data
 from nitro_e.data.making import write_shard, write_shards
+from nitro_e.data.making.encode import EncodeConfig, text_members
 
 
 def opened(*shards, seed=0, **kwargs):
@@ -118,6 +119,23 @@ def test_text(tmp_path, mask):
         assert np.array_equal(tokens[real].numpy(), samples[i]["text.npy"][: 2 + i % 4])
 
 
+@pytest.mark.parametrize("text_format", ["padded", "ragged"])
+def test_text_of_8_bits(tmp_path, text_format):
+    torch.manual_seed(0)
+    tokens, mask = torch.randn(12, 6, 3), torch.arange(6) < 2 + torch.arange(12)[:, None] % 4
+    config = EncodeConfig(text_format=text_format, text_dtype="int8")
+    samples = [{**s, **text_members(x, m, config)} for s, x, m in zip(latent_samples(12), tokens, mask)]
+    write_shard(tmp_path / "a.tar", samples)
+    records = next(opened(str(tmp_path / "a.tar"), use_text=True, text_length=6).records())
+    assert records.text.tokens.dtype == torch.float16 and not records.bad
+    for key, ours, real in zip(records.keys, *records.text):
+        want = tokens[int(key[-3:])]
+        assert torch.equal(real, mask[int(key[-3:])])
+        # half a step of the 8 bits, and the rounding to half precision
+        largest = want.abs().amax(dim=1, keepdim=True)
+        assert ((ours.float() - want).abs() <= largest / 253)[real].all()
+
+
 def test_bad_samples_are_replaced_and_reported(tmp_path):
     samples = latent_samples(30)
     samples[4]["npy"] = np.full((4, 2, 2), np.inf, np.float16)
@@ -125,7 +143,8 @@ def test_bad_samples_are_replaced_and_reported(tmp_path):
     samples[20]["npy"] = np.zeros((4, 2, 1), np.float16)
     write_shards(samples, str(tmp_path / "a-%d.tar"), 30)
     data = opened(str(tmp_path / "a-*.tar"))
-    data.bad.report, data.bad.fraction = tmp_path / "bad.jsonl", 1.0
+    data.bad.report_to(tmp_path / "bad.jsonl", 0)
+    data.bad.fraction = 1.0
     seen = {key for records in islice(data.records(), 20) for key in records.keys}
     assert len(seen) == 27
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]

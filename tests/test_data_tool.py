@@ -145,6 +145,15 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, source, capsys, command, m
     assert message.replace("IN", str(source)) in line
 
 
+def test_a_reader_that_has_read_enough_is_no_error(source, monkeypatch):
+    """As `nitro-e data head ... | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert tool.main(["head", f"{source}/a-*.tar"]) == 0
+
+
 def test_torchrun_variables_divide_the_work(tmp_path, source):
     """As torchrun and accelerate set them, without their processes talking to each other."""
     command = [

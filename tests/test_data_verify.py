@@ -132,6 +132,17 @@ def test_replaced_shard(folder):
     assert any("holds other keys or members than when it was indexed" in line for line in problems(folder))
 
 
+def test_an_index_of_another_length_or_damaged_is_one_fault_of_many(folder):
+    write_shard(folder / "longer.tar", [{"__key__": f"x{i}", "png": png(i), "txt": "c"} for i in range(40)])
+    (folder / "longer.tar").replace(folder / "images-0.tar")  # past the index
+    (folder / ".index/images-1.tar.npy").write_bytes(b"no index")
+    flip_byte(folder / "latents-2.tar", "s2_4", "npy")
+    found = problems(folder)
+    assert any("images-0.tar:*: " in line and "but its index was made when" in line for line in found)
+    assert any("images-1.tar:*: " in line and "is not an index of this version" in line for line in found)
+    assert "latents-2.tar:s2_4: npy has changed (CRC differs)" in found
+
+
 def test_repeated_keys_are_noted(folder):
     write_shard(folder / "images-3.tar", [{"__key__": "s0_1", "png": png(), "txt": "x"}])
     write_shard(folder / "latents-3.tar", [{"__key__": "s0_1", "npy": latent(0)}])

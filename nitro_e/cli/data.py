@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
-    codes: list[int | None] = []
-    return cli.run(lambda: codes.append(args.run(args))) or codes[0] or 0
+    codes: list[int | None] = [0]  # that of a command whose reader has read enough
+    return cli.run(lambda: codes.append(args.run(args))) or codes[-1] or 0
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:

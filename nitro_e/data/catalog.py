@@ -235,12 +235,19 @@ def _read_list(pattern: str, key: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{1..3}{x,y}` to a1x, a1y, a2x, ...; ranges keep the zero padding of their first number."""
+    """Expand `a{1..3}{x,y}` to a1x, a1y, a2x, ...
+
+    Ranges keep the zero padding of their smaller number, and count down if that is the second.
+    """
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
     first, last, words = match.groups()
-    options = words.split(",") if words else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    if words:
+        options = words.split(",")
+    else:
+        low, high = sorted((first, last), key=int)
+        options = [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)][:: 1 if low == first else -1]
     rests = expand_braces(pattern[match.end() :])
     return [pattern[: match.start()] + option + rest for option in options for rest in rests]
 
@@ -273,8 +280,7 @@ def open_catalog(
         try:
             if (folder := _merged_folder(sources, tolerate_shards, cache)) is not None:
                 _write_merged(catalog, folder)
-                del catalog  # as large as all indices; the file is shared
-                return _read_merged(folder, cache)
+                return _read_merged(folder, cache)  # the file is shared; `catalog` is as large as all indices
         except OSError as error:
             log.warning("the joined index is not kept (%s); set NITRO_E_CACHE to a writable folder", error)
         return catalog
@@ -283,11 +289,15 @@ def open_catalog(
 def _kept_catalog(
     sources: Sequence[Sequence[str]], tolerate_shards: int, cache: ShardCache
 ) -> Catalog | None:
-    """Read the joined index of these shards, if there is one."""
+    """Read the joined index of these shards, if there is one; one of which a part is gone is deleted."""
     folder = _merged_folder(sources, tolerate_shards, cache)
-    if folder is None or not (folder / "catalog.json").is_file():
+    if folder is None or not folder.is_dir():
         return None
-    return _read_merged(folder, cache)
+    try:
+        return _read_merged(folder, cache)
+    except (FileNotFoundError, ValueError, EOFError):  # it was whole; something else cleans the cache
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 @contextmanager
@@ -379,7 +389,7 @@ def _write_merged(catalog: Catalog, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_path(folder) as temporary:
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)  # left by a killed process that had the same number
             for number, column in enumerate(catalog.columns):
                 np.save(temporary / f"{number}.npy", column.rows, allow_pickle=False)
             (temporary / "catalog.json").write_text(json.dumps(content))

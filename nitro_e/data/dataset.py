@@ -2,7 +2,7 @@
 
 Every process compares each sample with its CRC the first time it reads it, and believes the file from then
 on. A sample that turns out bad (CRC, decoding, NaN, empty caption) is replaced by the next good one of its
-source, the same one in every run, and reported with the batch.
+source and columns, the same one in every run, and reported with the batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from nitro_e.interfaces import TextEmbedding
 Buffer = bytes | memoryview
 OPEN_FILES = 256  # per process
 ATTEMPTS = 64  # replacements tried for one position
+FOLLOWING = 256  # ids that are looked up at a time to find them
 CHANGED = "is not what was indexed (CRC differs; after making a shard anew: nitro-e data index --force)"
 
 
@@ -73,7 +75,7 @@ class Records:
     def put(self, row: int, other: Records) -> None:
         """Replace the sample in `row` by the only one of `other`."""
         for mine, theirs in zip(self._columns(), other._columns()):
-            if mine is not None and theirs is not None:  # both of one source, which has the same columns
+            if mine is not None and theirs is not None:  # both have the same columns
                 mine[row] = theirs[0]
 
     def _columns(self) -> tuple[list | Tensor | None, ...]:
@@ -110,11 +112,11 @@ class TarDataset(Dataset):
         return records
 
     def _replace(self, records: Records, row: int, position: int) -> None:
-        """Fill a row of the batch with the next good sample of the same source."""
-        (source,), (counter,) = self.order.locate(np.array([position]))
+        """Fill a row of the batch with the next good sample of the same source and columns."""
         draws = self.order.draws(np.array([position])) if self.spec.captions else None
-        for attempt in range(1, ATTEMPTS + 1):
-            one, failed = self.load(self.order.sample(int(source), np.array([counter + attempt])), draws)
+        absent = {name: bool(rows[row]) for name, rows in records.absent.items()}
+        for sample in islice(self._following(position, absent), ATTEMPTS):
+            one, failed = self.load(np.array([sample]), draws)
             if not failed:
                 return records.put(row, one)
             records.bad += failed.values()
@@ -122,6 +124,23 @@ class TarDataset(Dataset):
             f"{ATTEMPTS} samples in a row cannot be used, the last is {records.bad[-1]};"
             " look for the cause with `nitro-e data verify`"
         )
+
+    def _following(self, position: int, absent: dict[str, bool]) -> Iterator[int]:
+        """Yield the ids that come after a position in its source (which may be a union of several) and lack the same."""
+        (source,), (counter,) = self.order.locate(np.array([position]))
+        for start in count(int(counter) + 1, FOLLOWING):
+            ids = self.order.sample(int(source), np.arange(start, start + FOLLOWING))
+            alike = np.ones(len(ids), bool)
+            for name, rows in self._absent(ids, self.catalog.shard_of(ids)).items():
+                alike &= rows == absent[name]
+            yield from ids[alike].tolist()
+
+    def _absent(self, ids: np.ndarray, shards: np.ndarray) -> dict[str, np.ndarray]:
+        """Find the samples that lack what others have: (B,) bool for each name in `Records.absent`."""
+        return {
+            name: self.catalog.members(member, ids, shards)[1]["offset"] == 0
+            for name, member in self.spec.partial
+        }
 
     def load(self, ids: np.ndarray, draws: np.ndarray | None = None) -> tuple[Records, dict[int, Problem]]:
         """Read samples by id, without replacement; {row: problem} tells which rows could not be read.
@@ -131,10 +150,7 @@ class TarDataset(Dataset):
         if self._checked is None:
             self._checked = np.zeros(len(self.catalog), bool)
         shards, failed = self.catalog.shard_of(ids), {}
-        absent = {
-            name: self.catalog.members(member, ids, shards)[1]["offset"] == 0
-            for name, member in self.spec.partial
-        }
+        absent = self._absent(ids, shards)
         prompts, info, chosen = self._texts(ids, shards, failed, draws)
         latents, features = (
             self._arrays(member, layout, ids, shards, failed, absent.get(name)) if layout else None

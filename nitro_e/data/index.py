@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from nitro_e.config import ConfigError
 from nitro_e.data.problems import Problem
-from nitro_e.data.remote import ShardCache, cache_folder, is_url
+from nitro_e.data.remote import SMALL, ShardCache, cache_folder, is_url
 from nitro_e.files import atomic_file
 
 log = logging.getLogger("nitro_e.data")
@@ -49,14 +50,19 @@ class ShardIndex:
     rows: np.ndarray  # (n,) structured, see the module docstring
     nbytes: int  # length of the tar
     problems: tuple[Problem, ...] = ()  # duplicate members; the first of them is in `rows`
+    # where `rows` may lack CRCs, which depends on whether the shard was downloaded before it was indexed
+    headers_only: bool = False
 
     @property
     def extensions(self) -> tuple[str, ...]:
         return tuple(name for name in self.rows.dtype.names if name != "__key__")
 
     def digest(self) -> str:
-        """Identifies the content: keys, places, sizes and CRCs."""
-        return hashlib.sha256(repr(self.rows.dtype.descr).encode() + self.rows.tobytes()).hexdigest()
+        """Identifies the content: keys, places, sizes and, unless `headers_only`, CRCs."""
+        rows = self.rows.copy() if self.headers_only else self.rows
+        for name in self.extensions if self.headers_only else ():
+            rows[name]["crc"] = 0
+        return hashlib.sha256(repr(rows.dtype.descr).encode() + rows.tobytes()).hexdigest()
 
 
 def shard_index(path: str | Path, force: bool = False, cache: ShardCache | None = None) -> ShardIndex:
@@ -85,14 +91,14 @@ def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
     folder, _, name = url.rpartition("/")
     stored = index_path(cache.path(url))  # from an earlier download, which may be gone by now
     if stored.is_file():
-        return read_stored(Path(name), stored, check_length=False)
+        return _of_url(read_stored(Path(name), stored, check_length=False))
     beside = cache.fetch_optional(f"{folder}/.index/{name}.npy")
     if beside is not None:
         return read_stored(Path(name), beside, check_length=False)
     local = cache.path(url)
     ranges = None if local.is_file() else cache.ranges(url)
     if ranges is None:
-        return shard_index(cache.fetch(url))  # stored in the cache, beside the local copy
+        return _of_url(shard_index(cache.fetch(url)))  # stored in the cache, beside the local copy
     check_kind(ranges[:BLOCK], Path(name))
     names, places = [], []
     for member, offset, size in tar_members(ranges, Path(name)):
@@ -102,7 +108,12 @@ def _remote_index(url: str, cache: ShardCache) -> ShardIndex:
     local.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(index_path(local)) as file:
         file.write(_serialize(index))
-    return index
+    return _of_url(index)
+
+
+def _of_url(index: ShardIndex) -> ShardIndex:
+    """Mark the index of a large shard, which has no CRCs if it was made before the shard was downloaded."""
+    return replace(index, headers_only=index.nbytes >= SMALL)
 
 
 def scan_tar(path: str | Path, crc: bool = True) -> ShardIndex:
@@ -226,12 +237,15 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
             continue  # webdataset's own metadata
         key, extension = split_name(name)
         if key is None:
-            problems.append(Problem(path.name, name, "member name has no extension; it is not read"))
+            problems.append(
+                Problem(path.name, _printable(name), "member name has no extension; it is not read")
+            )
             continue
         row = row_of.setdefault(key, len(row_of))
         column = cells.setdefault(extension, {})
         if row in column:
-            problems.append(Problem(path.name, key, f"duplicate member '{extension}'; the first one is used"))
+            reason = f"duplicate member '{_printable(extension)}'; the first one is used"
+            problems.append(Problem(path.name, _printable(key), reason))
         else:
             column[row] = place
     if len(cells) > MAX_EXTENSIONS:
@@ -251,10 +265,15 @@ def _group(path: Path, names: list[str], places: list[tuple], nbytes: int) -> Sh
 def split_name(name: str) -> tuple[str | None, str]:
     """Split `a/b.c.d` into `a/b` and `c.d`: webdataset's rule, extension in lower case; (None, "") without one."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot:
+    stem, _, extension = base.partition(".")
+    if not stem or not extension:
         return None, ""
     return folder + slash + stem, extension.lower()
+
+
+def _printable(name: str) -> str:
+    """Replace what is no UTF-8 in a name, as in the keys of a catalog."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _number(field: bytes) -> int | None:
@@ -303,7 +322,7 @@ def _serialize(index: ShardIndex) -> bytes:
     """Encode an index: the rows as .npy, then nbytes and the problems as a second .npy of text."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, index.rows, allow_pickle=False)
-    lines = [str(index.nbytes), *(f"{problem.key}\t{problem.reason}" for problem in index.problems)]
+    lines = [str(index.nbytes), *(json.dumps([problem.key, problem.reason]) for problem in index.problems)]
     np.lib.format.write_array(buffer, np.frombuffer("\n".join(lines).encode(), np.uint8), allow_pickle=False)
     return buffer.getvalue()
 
@@ -313,7 +332,9 @@ def read_stored(path: Path, stored: Path, check_length: bool = True) -> ShardInd
         with open(stored, "rb") as file:
             rows = np.lib.format.read_array(file, allow_pickle=False)
             first, *lines = np.lib.format.read_array(file, allow_pickle=False).tobytes().decode().split("\n")
-        problems = tuple(Problem(path.name, *line.split("\t", 1)) for line in lines)
+        # older indices have a tab between the two, which JSON never holds
+        pairs = [line.split("\t", 1) if "\t" in line else json.loads(line) for line in lines]
+        problems = tuple(Problem(path.name, key, reason) for key, reason in pairs)
         index = ShardIndex(rows, int(first), problems)
     except (ValueError, TypeError, EOFError) as error:
         raise ConfigError(f"{stored} is not an index of this version ({error}); delete it") from None

@@ -13,19 +13,24 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nitro_e.config import ConfigError
 from nitro_e.files import atomic_file
 
+T = TypeVar("T")
 ATTEMPTS = 5
 CHUNK = 1 << 22
 STALLED = 60.0  # seconds without a byte
 SMALL = 4 << 20  # bytes of a shard that is rather downloaded than read by ranges
 NEAR, PIECE, RUN = 1 << 16, 1 << 14, 1 << 20  # bytes; see Ranges
+
+
+class MissingFile(ConfigError):
+    """There is no file at this URL."""
 
 
 def is_url(path: str | Path) -> bool:
@@ -64,23 +69,21 @@ class ShardCache:
         path = self.path(url)
         if not path.is_file():
             try:
-                self._copy(url, path, None)
-            except FileNotFoundError:
+                self._download(url, path, None)
+            except MissingFile:
                 return None
-            except Exception as error:
-                raise _failure(url, error) from None
         return path
 
     def ranges(self, url: str) -> Ranges | None:
         """Open a file for reading by ranges; None if it is small, or the server does not do it."""
-        try:
+
+        def begin() -> tuple[Any, str, int | None, bytes]:
             system, name = _open_system(url)
             size = system.info(name).get("size")
-            if size is None or size < SMALL:
-                return None
-            first = system.cat_file(name, start=0, end=PIECE)
-        except Exception as error:  # every protocol has its own
-            raise _failure(url, error) from None
+            whole = size is None or size < SMALL
+            return system, name, size, b"" if whole else system.cat_file(name, start=0, end=PIECE)
+
+        system, name, size, first = self.retried(url, begin)
         # a server without ranges sends the whole file
         return Ranges(self, url, size, system, name, first) if len(first) == PIECE else None
 
@@ -88,15 +91,25 @@ class ShardCache:
         return path.is_file() and nbytes in (None, path.stat().st_size)
 
     def _download(self, url: str, path: Path, nbytes: int | None) -> None:
+        self.retried(url, lambda: self._copy(url, path, nbytes))
+
+    def retried(self, url: str, action: Callable[[], T]) -> T:
+        """Do something with a remote file, again after a while if it fails.
+
+        Raises MissingFile or another ConfigError naming the URL at once where trying again would not help, else after
+        ATTEMPTS attempts.
+        """
         for attempt in range(ATTEMPTS):
             try:
-                return self._copy(url, path, nbytes)
-            except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
-                raise _failure(url, error) from None  # trying again would not help
-            except Exception as error:  # every protocol has its own
+                return action()
+            except Exception as raised:  # every protocol has its own
+                error = _reason(url, raised)
+                if isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)):
+                    raise _failure(url, error) from None
                 if attempt == ATTEMPTS - 1:
                     raise _failure(url, error, f" after {ATTEMPTS} attempts") from None
                 time.sleep(self.backoff * 2**attempt)
+        raise AssertionError("the loop returns or raises")
 
     def _copy(self, url: str, path: Path, nbytes: int | None) -> None:
         system, name = _open_system(url)
@@ -160,17 +173,13 @@ class Ranges:
         return self.piece[start - self.start : end - self.start]
 
     def _fetch(self, start: int, end: int) -> bytes:
-        for attempt in range(ATTEMPTS):
-            try:
-                content = self.system.cat_file(self.name, start=start, end=end)
-                if len(content) != end - start:
-                    raise OSError(f"{len(content)} of {end - start} bytes arrived")
-                return content
-            except Exception as error:  # every protocol has its own
-                if attempt == ATTEMPTS - 1:
-                    raise _failure(self.url, error, f" after {ATTEMPTS} attempts") from None
-                time.sleep(self.cache.backoff * 2**attempt)
-        raise AssertionError("the loop returns or raises")
+        def read() -> bytes:
+            content = self.system.cat_file(self.name, start=start, end=end)
+            if len(content) != end - start:
+                raise OSError(f"{len(content)} of {end - start} bytes arrived")
+            return content
+
+        return self.cache.retried(self.url, read)
 
 
 def local_path(path: str | Path) -> Path:
@@ -206,11 +215,22 @@ def _http_timeout():
     return aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
 
 
+def _reason(url: str, error: Exception) -> Exception:
+    """Return what went wrong: fsspec's http calls every failure a missing file, with the real one as its cause."""
+    cause = error.__cause__
+    if not (url.startswith(HTTP) and isinstance(error, FileNotFoundError) and isinstance(cause, Exception)):
+        return error
+    status = getattr(cause, "status", 0)  # 0: no answer
+    busy = status in (408, 425, 429)  # too slow, too early, too many requests
+    return error if 400 <= status < 500 and not busy else cause
+
+
 def _failure(url: str, error: Exception, after: str = "") -> ConfigError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, ImportError):
         return ConfigError(f"{url}: this kind of URL needs another package: {reason}")
-    return ConfigError(
+    kind = MissingFile if isinstance(error, FileNotFoundError) else ConfigError
+    return kind(
         f"{url}: cannot be read{after} ({type(error).__name__}: {reason}); check the address and access"
     )
 

@@ -28,7 +28,7 @@ import webdataset as wds
 from nitro_e.config import ConfigError
 from nitro_e.data.catalog import Catalog, group_columns
 from nitro_e.data.data_config import DataConfig
-from nitro_e.data.dataset import ATTEMPTS, Records, pad_rows, ragged_rows
+from nitro_e.data.dataset import ATTEMPTS, Records, dequantize, pad_rows, ragged_rows
 from nitro_e.data.decode import BadSample, decode_array, decode_caption, decode_image, decode_info
 from nitro_e.data.index import DamagedTar, scan_tar
 from nitro_e.data.loader import load
@@ -208,13 +208,14 @@ class Batches:
 
     def collate(self, samples: list[tuple]) -> Records:
         """Make a batch of decoded samples, and report the bad ones found since the last."""
-        keys, prompts, info, *arrays, text, mask = map(list, zip(*samples))
+        keys, prompts, info, *arrays, text, mask, scale = map(list, zip(*samples))
         pixels, latents, features = (None if x[0] is None else torch.from_numpy(np.stack(x)) for x in arrays)
         embedding = None
         if self.spec.mask is not None:
-            embedding = TextEmbedding(
-                torch.from_numpy(np.stack(text)), torch.from_numpy(np.stack(mask)).bool()
-            )
+            tokens = torch.from_numpy(np.stack(text))
+            if self.spec.scale is not None:
+                tokens = dequantize(tokens, torch.from_numpy(np.stack(scale)))
+            embedding = TextEmbedding(tokens, torch.from_numpy(np.stack(mask)).bool())
         elif self.spec.text is not None:
             embedding = pad_rows(text, self.spec)
         bad, self.bad = self.bad, []
@@ -229,10 +230,13 @@ class Batches:
 
 
 def decode_sample(sample: dict[str, Any], spec: ReadSpec) -> tuple:
-    """Decode raw members to (prompt, info, pixels, latents, features, tokens, mask); None for what is not read."""
+    """Decode raw members to (prompt, info, pixels, latents, features, tokens, mask, scale); None for what is not read.
+
+    scale: of padded tokens of 8 bits; ragged ones are multiplied with theirs here.
+    """
     info = decode_info(sample["json"]) if spec.info and "json" in sample else {}
     prompt = decode_caption(sample.get("txt"), info, spec.caption_key)
-    pixels = text = None
+    pixels = text = scale = None
     if spec.images:
         content = next((sample[name] for name in spec.images if name in sample), None)
         if content is None:
@@ -243,9 +247,11 @@ def decode_sample(sample: dict[str, Any], spec: ReadSpec) -> tuple:
     mask = _array(sample, "mask.npy", spec.mask)
     if mask is not None:
         text = _array(sample, "text.npy", spec.text)
+        scale = _array(sample, "scale.npy", spec.scale)
     elif spec.text is not None:
-        text = ragged_rows(_member(sample, "text.npy"), spec)
-    return prompt, info, pixels, latents, features, text, mask
+        scales = None if spec.scale is None else _member(sample, "scale.npy")
+        text = ragged_rows(_member(sample, "text.npy"), spec, scales)
+    return prompt, info, pixels, latents, features, text, mask, scale
 
 
 def _array(sample: dict[str, Any], member: str, layout: ArrayLayout | None) -> np.ndarray | None:

@@ -32,15 +32,16 @@ def apply(catalog: Catalog, conditions: Sequence[tuple[Condition, ...]], names: 
     """
     if not any(conditions):
         return []
-    kind = digest(catalog.digest, len(catalog), [[str(c) for c in part] for part in conditions])[:32]
+    totals = [int(sizes.sum()) for sizes in catalog.sizes]  # they tell whose samples are whose
+    kind = digest(catalog.digest, totals, [[str(c) for c in part] for part in conditions])[:32]
     wanted = [bool(part) for part in conditions]
     verdicts = remembered(
         f"where-{kind}",
         lambda: scan(catalog, wanted, lambda source, info: _verdict(info, conditions[source]), "where"),
     )
     lines, start = [], 0
-    for name, sizes, part in zip(names, catalog.sizes, conditions):
-        end = start + int(sizes.sum())
+    for name, total, part in zip(names, totals, conditions):
+        end = start + total
         if part and end > start:
             lines.append(_report(name, verdicts[start:end], part))
         start = end

@@ -130,7 +130,7 @@ def open_run_data(config: Run, parts: Parts | None = None, extra: tuple[str, ...
         return open_fitting(config, data, config.seed, config.name, None, vision, extra)
     data = replace(data, batch_size=parts.split.micro_batch)
     opened = open_fitting(config, data, config.seed, config.name, parts.latent_shape, vision, extra)
-    opened.bad.report = config.folder / f"bad_samples.rank{parts.rank}.jsonl"
+    opened.bad.report_to(config.folder / f"bad_samples.rank{parts.rank}.jsonl", parts.rank)
     return opened
 
 

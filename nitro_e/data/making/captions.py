@@ -138,7 +138,14 @@ def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[dict[str, Any
 def _read_text(text: TextIO, suffix: str, path: Path) -> Iterator[dict[str, Any]]:
     try:
         if suffix in (".csv", ".tsv"):
-            yield from csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",")
+            table = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",")
+            for row in table:
+                if any(row.pop(None, ())):  # cells without a column; empty ones lose nothing
+                    raise ConfigError(
+                        f"{path}:{table.line_num}: more cells than columns ({', '.join(row)}); put quotes around"
+                        f" a caption with '{table.reader.dialect.delimiter}' in it"
+                    )
+                yield row
         elif suffix in (".jsonl", ".json", ".ndjson"):
             head = text.readline()
             if head.lstrip().startswith("["):  # one JSON list instead of lines

@@ -154,8 +154,6 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
             f"two input shards are called '{min(twice)}'; encode each folder into an --out of its own"
         )
     job.out.mkdir(parents=True, exist_ok=True)
-    if encoders.text is not None:
-        _write_null_text(encoders.text, job.out / "null-text.npz")
     return run_job("+".join(encoders.columns), units, partial(_work, encoders, config, job.out), job)
 
 
@@ -216,6 +214,8 @@ def _work(
                 for start in range(0, len(ids), config.batch_size):
                     yield number, bucket, ids[start : start + config.batch_size]
 
+    if encoders.text is not None:  # here, where what lies in `out` is known to be of the same encoder
+        _write_null_text(encoders.text, out / "null-text.npz")
     pixels = encoders.codec is not None or encoders.vision is not None
     images = UnitImages(units, config, pixels)
     pinned = encoders.device.startswith("cuda")

@@ -116,7 +116,11 @@ class ListUnit:
         return f"images-{self.name}.tar"
 
     def fingerprint(self) -> str:
-        return digest("list", self.items, self.numbers, asdict(self.config))
+        states = [
+            (_state(Path(path)), _state(_sidecar(Path(path))) if caption is None else None)
+            for path, caption, *_ in self.items
+        ]
+        return digest("list", self.items, states, self.numbers, asdict(self.config))
 
     def read(self) -> Iterator[tuple[int, Item]]:
         for number, (path, caption, *info) in zip(self.numbers, self.items):
@@ -194,7 +198,7 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
         content = content.read_bytes()
     if content is None:
         raise BadSample("no image")
-    caption = _sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
+    caption = _read_sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
     # refused as decode_caption sees it
     encoded = None if caption is None else caption.encode(errors="surrogatepass")
     caption = decode_caption(encoded, item.info, config.caption_key)
@@ -245,16 +249,28 @@ def prepare_image(
         raise BadSample(image_problem(error)) from None
 
 
-def _sidecar(path: Path) -> str:
+def _sidecar(path: Path) -> Path | None:
+    """Find the caption file beside an image."""
+    paths = (path.with_suffix(suffix) for suffix in (".txt", ".caption"))
+    return next((beside for beside in paths if beside.is_file()), None)
+
+
+def _read_sidecar(path: Path) -> str:
     """Read the caption file beside an image."""
-    for suffix in (".txt", ".caption"):
-        beside = path.with_suffix(suffix)
-        if beside.is_file():
-            try:
-                return read_text(beside)
-            except ConfigError:
-                raise BadSample("caption is not UTF-8") from None
-    raise BadSample(f"no caption file {path.with_suffix('.txt').name} beside it")
+    if (beside := _sidecar(path)) is None:
+        raise BadSample(f"no caption file {path.with_suffix('.txt').name} beside it")
+    try:
+        return read_text(beside)
+    except ConfigError:
+        raise BadSample("caption is not UTF-8") from None
+
+
+def _state(path: Path | None) -> tuple[int, int] | None:
+    """Return length and time of the last change of a file, which tell that it is another; None without one."""
+    if path is None or not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 # --- readers of archives --------------------------------------------------------------------------

@@ -92,7 +92,10 @@ def check_shard(path: str, entries: dict[Path, dict], deep: bool, caption_key: s
     checked.problems += index.problems
     stored = index_path(path)
     if stored.is_file():
-        checked.problems += _compare(path, index, read_stored(path, stored))
+        try:
+            checked.problems += _compare(path, index, read_stored(path, stored))
+        except ConfigError as error:  # it is of a shard of another length, or damaged itself
+            checked.problems.append(problem("*", str(error)))
     entry = entries.get(path.resolve())
     if entry is None and any(other.parent == path.resolve().parent for other in entries):
         checked.problems.append(problem("*", "is in no manifest of its folder: left over, or not finished"))
