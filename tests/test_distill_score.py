@@ -577,6 +577,22 @@ def test_a_fake_score_that_is_a_lora_leaves_the_teacher_as_it_is():
     assert trained and all("lora_" in name for name in trained)
 
 
+def test_a_fake_score_that_is_a_lora_is_trained_in_float32():
+    """Over a teacher in bfloat16 an update of 1e-5 moves every weight, which bfloat16 would round away."""
+    config = distill_config("swiftbrush", score={"fake": {"adapter": {"rank": 4}, "optim": {"lr": 1e-5}}})
+    stage = tiny_stage(config, model=tiny_model(config=SMALLER).bfloat16())
+    fake, loop = stage.phases[0].module, Loop(stage, 10)
+    trained = [weight for weight in fake.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    assert {weight.dtype for weight in fake.parameters() if not weight.requires_grad} == {torch.bfloat16}
+    for step in range(2):  # A has a gradient once B is not zero
+        before = [weight.clone() for weight in trained]
+        with torch.autocast("cpu", torch.bfloat16):
+            loop.step(random_batch(step, 4, (4, 8, 8)))
+    still = sum(int((a == b).sum()) for a, b in zip(before, trained))
+    assert still < 0.05 * sum(weight.numel() for weight in trained)
+
+
 def test_a_student_that_is_a_lora_resumes_and_publishes_merged_weights(fresh_state, pairs, tmp_path):
     path, prompts = prompts_recipe(pairs, tmp_path, "swiftbrush", engine=ENGINE)
     options = [prompts, "stage.adapter={rank: 4, targets: blocks}", "sampling.steps=1"]
