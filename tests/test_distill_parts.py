@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from distill_tools import SHAPE, TINY, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
+from distill_tools import SHAPE, SMALLER, TINY, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
 from torch import nn
 
 from nitro_e.config import ConfigError, TrainingError, from_dict
@@ -950,6 +950,18 @@ def test_guards_count_steps_and_not_micro_batches():
             batch = random_batch(step)
             stage.loss(stage.generator.net, batch, rng(8, step))
     assert stage.student.alarms.tolist()[1] == 3
+
+
+@pytest.mark.parametrize(("every", "start", "stop"), [(5, 0, 45), (7, 0, 98), (60, 7, 547)])
+def test_guards_stop_a_student_that_rests(every, start, stop):
+    """After its patience of ten steps, in its last step of some 50."""
+    guards = {"start": 0, "patience": 10, "std_ratio": 1e-9}
+    config = distill_config("ladd4", guards=guards, adversarial=None, every=every, start=start)
+    stage = tiny_stage(config, model=tiny_model(config=SMALLER))
+    with pytest.raises(TrainingError, match="std_ratio has been above"):
+        for step in filter(stage.generator.due, range(1000)):
+            stage.loss(stage.generator.net, random_batch(step, 2, (4, 8, 8)), rng(2, step))
+    assert step == stop
 
 
 @pytest.mark.parametrize(("loss", "right"), [("hinge", (1.0, 0.0, 0.5)), ("relativistic", (1.0, 1.0, 1.0))])

@@ -353,7 +353,7 @@ class Distill:
         # with the first micro-batch of a step
         if self.config.guards is not None and batch.step != self.checked_step:
             self.checked_step = batch.step
-            guards.check(self.config.guards, self.student.alarms, prediction, batch)
+            guards.check(self.config.guards, self.student.alarms, prediction, batch, self.config.every)
         through = (slope.detach() * prediction.data).sum()
         return total + through - through.detach(), logs
 
