@@ -64,7 +64,7 @@ class RewardGradient:
         pixels = shared.decode(flow.to_data(rows.x, t, policy.velocity)).float()  # (R, 3, H, W)
         with torch.autocast(pixels.device.type, enabled=False):
             texts, info = [prompt.text for prompt in rows.asked], [prompt.info for prompt in rows.asked]
-            score = shared.scorer.differentiate(pixels, texts, info)  # (R,)
+            score = shared.scorer.differentiate(pixels, texts, info) * rows.finite  # (R,)
         penalty, logs = shared.kl_penalty(policy, reference, rows)
         logs |= {
             "objective": -score.mean(),

@@ -74,6 +74,12 @@ class Trajectory(NamedTuple):
     log_probs: Tensor  # (n, B) of its transitions, as drawn
     latents: Tensor  # (B, C, h, w) float32, final
 
+    def clear(self) -> Tensor:
+        """Set images that are not finite to 0, in place; (B,) 1 for the others, 0 for them."""
+        finite = self.latents.isfinite().flatten(1).all(dim=1)
+        self.states[:, ~finite], self.log_probs[:, ~finite], self.latents[~finite] = 0, 0, 0
+        return finite.float()
+
 
 @torch.no_grad()
 def sample_trajectory(
@@ -140,6 +146,7 @@ class Experience:
     group: Tensor  # (S,) row of `text`
     advantages: Tensor  # (S,) float32
     gate: Tensor  # (S,) 1 where the KL penalty acts, else 0
+    finite: Tensor  # (S,) 1, or 0 for images that are not finite
     asked: list[Prompt]  # (S,)
     noise: Callable[[], Tensor]  # (S, T, C, h, w) of every row, drawn at the first call
     keys: list[str]  # (S,) for reports
@@ -160,6 +167,7 @@ class Rows:
     x_next: Tensor  # (R, C, h, w): where it ended
     log_prob: Tensor  # (R,)
     gate: Tensor  # (R,) 1 where the KL penalty acts, else 0
+    finite: Tensor  # (R,) 1, or 0 for images that are not finite, of which nothing is learned
     asked: list[Prompt]  # (R,)
     noise: Callable[[], Tensor]  # (R, C, h, w): of the row's own, the same at every call
     # (R, C, h, w): velocity before the rollout's first update; None: this is the first

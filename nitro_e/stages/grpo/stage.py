@@ -288,12 +288,13 @@ class GRPO:
         with clock.of("reward"):
             texts, info = [prompt.text for prompt in mine], [prompt.info for prompt in mine]
             scores = self.scorer(pixels, texts, info, rollout).values  # (S, R)
-        views = F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1)  # (S, 3 * 64)
+        views = F.adaptive_avg_pool2d(pixels.clamp(-1, 1).nan_to_num(), 8).flatten(1)  # (S, 3 * 64)
         trajectory = Trajectory(
             torch.cat([part.states for part in parts], dim=1),
             torch.cat([part.log_probs for part in parts], dim=1),
             torch.cat([part.latents for part in parts]),
         )
+        finite = trajectory.clear()  # (S,)
         self.check_rewards()
         everything = gather_over_processes(scores.to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
@@ -322,7 +323,8 @@ class GRPO:
             text=text,
             group=torch.tensor([image // size - first for image in images], device=self.device),
             advantages=advantage.flatten()[images.start : images.stop].float().to(self.device),
-            gate=self.gate(everything).flatten()[images.start : images.stop].to(self.device),
+            gate=self.gate(everything).flatten()[images.start : images.stop].to(self.device) * finite,
+            finite=finite,
             asked=mine,
             noise=functools.cache(lambda: self.noise_of_rows(rollout, images)),
             keys=[f"rollout {rollout} '{prompts[image // size].text}' #{image % size}" for image in images],
@@ -436,6 +438,7 @@ class GRPO:
                 keys=[experience.keys[index] for index in image.tolist()],
                 latents=latents[image],
                 gate=experience.gate[image],
+                finite=experience.finite[image],
                 asked=[experience.asked[index] for index in image.tolist()],
                 noise=functools.partial(_rows_of, experience.noise, image, step),
                 x=states[step, image] if window else states,
