@@ -128,9 +128,16 @@ def test_doubt_is_the_lead_of_the_trained_rewards_over_the_monitored_ones():
     monitored = torch.stack([torch.tensor([[0.9, 0.0, 0.3, 0.8], [0.0, 0.5, 0.5, 1.0]])] * 2, dim=-1)
     monitored[0, 1, 1] = torch.nan  # one of two scores is enough
     assert doubtful(trained, monitored, 0.25).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    assert doubtful(trained, torch.full_like(monitored, torch.nan), 0.125).sum() == 1
     with pytest.raises(ConfigError, match="gate compares with monitored rewards"):
         toy.make_config(algorithm={"kind": "clipped", "kl": {"gate": 0.5}})
+
+
+def test_the_gate_is_open_in_rollouts_in_which_no_monitored_reward_is_scored():
+    rewards = [REWARDS[0], {**REWARDS[1], "every": 2}]
+    stage = toy.make_stage(
+        algorithm={"kind": "clipped", "kl": {"gate": 0.25}}, rewards=rewards, updates=1
+    )
+    assert [stage.collect(rollout, 0)[0].gate.sum() for rollout in range(4)] == [8, 32, 8, 32]
 
 
 def test_the_penalty_acts_where_the_gate_is_open():
