@@ -182,10 +182,11 @@ def test_branching_draws_what_shared_noise_draws_with_fewer_passes(images, group
     assert stage.config.rollout.passes(4, stage.schedule) == 4 / 4 + 6
 
 
-def test_where_branching_and_solvers_do_not_fit():
+def test_where_branching_shared_noise_and_solvers_do_not_fit():
     for options, message in [
         ({"rollout": {"branch": True}}, "nothing to share"),
         ({"rollout": {"branch": True}, "algorithm": AWM}, "branch: images part in the window"),
+        ({"rollout": {"shared_noise": True}, "algorithm": AWM}, "shared_noise: images of one noise"),
         ({"rollout": {"solver": "heun"}}, "solver 'heun'"),
     ]:
         with pytest.raises(ConfigError, match=message):

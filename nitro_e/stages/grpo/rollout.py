@@ -44,6 +44,11 @@ class RolloutConfig(Config):
             raise ConfigError(
                 "rollout.branch: images part in the window, which this algorithm has not; set it to false"
             )
+        if window is None and self.shared_noise:
+            raise ConfigError(
+                "rollout.shared_noise: images of one noise differ by the window's alone, which this algorithm has not; set "
+                "it to false"
+            )
         if window is not None and self.branch and window.kind == "fixed" and window.start == 0:
             raise ConfigError(
                 "rollout.branch: the window begins with the first step, so there is nothing to share; set window.start, "
