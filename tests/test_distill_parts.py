@@ -509,6 +509,24 @@ def test_u13_the_automatic_weight_balances_the_slopes():
     assert norms["adversarial"] == pytest.approx(norms["diffusion"], rel=0.01)
 
 
+@pytest.mark.parametrize(("every", "start", "measured"), [(5, 0, range(20, 100, 5)), (2, 101, range(101, 133, 2))])
+def test_the_automatic_weight_is_measured_in_steps_of_the_student(every, start, measured):
+    """The last 16 before the term begins at step 100; its first 16, if it begins to learn later."""
+    stage = tiny_stage(distill_config("ladd4", every=every, start=start, adversarial={"start": 100}))
+    objectives = {o.name: o for o in stage.objectives}
+    ratios = []
+    for step in filter(stage.generator.due, range(200)):
+        slopes = {"diffusion": torch.full((2,), step + 1.0), "adversarial": torch.ones(2)}
+        terms = {
+            name: Term(objectives[name], 1.0, torch.zeros(()), slope) for name, slope in slopes.items()
+        }
+        weights = {name: float(weight) for name, weight, _ in stage.balance(terms, step)}
+        ratios += [step + 1.0] if step in measured else []
+        expected = torch.tensor(ratios).median() if ratios else 0.5
+        assert weights["adversarial"] == pytest.approx(float(expected))
+    assert stage.student.ratios.tolist() == pytest.approx(ratios)
+
+
 def test_the_automatic_weight_falls_back_until_it_is_measured():
     stage = tiny_stage(distill_config("ladd4", adversarial={"start": 0, "ramp": 0, "fallback": 0.25}))
     (adversarial,) = [o for o in stage.objectives if o.balance]

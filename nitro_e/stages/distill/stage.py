@@ -50,7 +50,7 @@ OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of Disti
     "reward": Reward,
     "adversarial": Adversarial,
 }
-MEASUREMENTS = 16  # steps over which the weight `auto` is measured
+MEASUREMENTS = 16  # steps of the student over which the weight `auto` is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +251,6 @@ class Term(NamedTuple):
     slope: Tensor  # (B, C, h, w), its gradient at the x0 prediction
 
 
-def first_measured(balance: Balance) -> int:
-    """Return the first of the steps in which a balanced objective is measured."""
-    return max(balance.start - MEASUREMENTS, 0)
-
-
 class Distill:
     """The phases of the objectives and then the student's, without data of its own."""
 
@@ -357,14 +352,22 @@ class Distill:
         through = (slope.detach() * prediction.data).sum()
         return total + through - through.detach(), logs
 
+    def measurement(self, balance: Balance, step: int) -> int:
+        """Number a step of the student, so that 0 to MEASUREMENTS - 1 are those before the objective begins.
+
+        Where the student has fewer steps before, they are its first ones.
+        """
+        first = max(balance.start - MEASUREMENTS * self.config.every, 0)
+        return self.generator.updates(step) - self.generator.updates(first)
+
     def measures(self, objective: Objective, step: int) -> bool:
-        """Tell whether the weight `auto` of an objective is being measured: in the steps before it begins."""
-        return objective.balance is not None and 0 <= step - first_measured(objective.balance) < MEASUREMENTS
+        """Tell whether the weight `auto` of an objective is being measured."""
+        return objective.balance is not None and 0 <= self.measurement(objective.balance, step) < MEASUREMENTS
 
     def balance(self, terms: dict[str, Term], step: int) -> Iterator[tuple[str, float | Tensor, Term]]:
         """Yield (name, weight, term) of every term; a balanced one is scaled to the slopes of the others.
 
-        The scale is the median over MEASUREMENTS steps and over all processes, and stays as it is afterwards.
+        The scale is the median over MEASUREMENTS steps of the student and over all processes, and stays afterwards.
         """
         others = [term.weight * term.slope for term in terms.values() if term.objective.balance is None]
         for name, term in terms.items():
@@ -376,7 +379,8 @@ class Distill:
                 total = sum(others[1:], others[0])
                 squares = torch.stack([total.square().sum(), term.slope.square().sum()]).double()
                 there, here = sum_over_processes(squares).sqrt()
-                self.student.ratios[step - first_measured(balance)] = (there / here.clamp(min=1e-20)).float()
+                place = self.measurement(balance, step)
+                self.student.ratios[place] = (there / here.clamp(min=1e-20)).float()
             median = self.student.ratios.nanmedian()
             scale = torch.where(median.isnan(), torch.full_like(median, balance.fallback), median)
             yield name, weight * scale, term
