@@ -1,5 +1,6 @@
 """What objectives share besides the clipped one: AWM, chosen clip ranges, the KL's reference and gate, branching, solvers."""
 
+import functools
 import math
 
 import grpo_toy as toy
@@ -243,6 +244,30 @@ def test_the_gradient_of_the_reward_is_that_of_the_predicted_image():
     assert loss_of(stage, rows)[0].item() == pytest.approx(expected.item(), rel=1e-4)
     theirs = torch.cat([part.flatten() for part in torch.autograd.grad(expected, trained(stage))])
     assert (gradient(stage, [rows]) - theirs).norm() < 1e-3 * theirs.norm() and theirs.norm() > 0
+
+
+class Halving(toy.Identity):
+    """Notes the precision that it decodes in."""
+
+    def __init__(self):
+        self.seen = []
+
+    def decode(self, latents):
+        half = torch.eye(toy.DIM) / 2
+        self.seen.append((latents.flatten(1) @ half).dtype)
+        return super().decode(latents)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_decodes_as_the_rollout_does(dtype):
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    options = {"algorithm": THROUGH, "autocast": autocast, "rollout": {"decode_dtype": dtype}, **BRIGHT}
+    stage = toy.make_stage(**options)
+    stage.codec = Halving()
+    (rows,) = micro_batches(stage, 1)
+    with autocast():
+        loss_of(stage, rows)
+    assert stage.codec.seen == [getattr(torch, dtype)] * 2
 
 
 def test_reward_gradients_raise_the_reward_and_need_one(tmp_path):

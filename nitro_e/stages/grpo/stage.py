@@ -160,7 +160,7 @@ class GRPO:
             cfg_grad=config.cfg_grad,
             updates=config.updates,
             max_advantage=config.advantage.clip,
-            decode=codec.decode,
+            decode=self.decode,
             scorer=scorer,
             autocast=autocast,
             device=device,
@@ -276,8 +276,8 @@ class GRPO:
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
             with clock.of("draw"):
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
-            with clock.of("decode"), self.decoding():
-                drawn.append(self.codec.decode(parts[-1].latents).float())  # (B, 3, H, W)
+            with clock.of("decode"):
+                drawn.append(self.decode(parts[-1].latents))  # (B, 3, H, W)
             if self.vision is not None:
                 height, width = parts[-1].latents.shape[-2:]
                 with clock.of("vision"):  # the mean of the patches: (B, D)
@@ -362,10 +362,11 @@ class GRPO:
             first = window.first if config.branch else 0
             return sample_trajectory(velocity, x, self.schedule, window, rng.normal, first)
 
-    def decoding(self) -> AbstractContextManager:
-        """Make the context that images are decoded in."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to pixels (B, 3, H, W) float32, in the arithmetic of the recipe whatever the engine's is."""
         lower = self.config.rollout.decode_dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=lower)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+            return self.codec.decode(latents).float()
 
     def warn_of_constant_rewards(self, stats: dict[str, Tensor]) -> None:
         """Warn once of a trained reward that has told no image from another in several rollouts in a row."""
