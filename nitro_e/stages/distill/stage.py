@@ -135,6 +135,11 @@ class DistillConfig(Config):
                 raise ConfigError(
                     "inputs.intervals: average velocities predict no data; only flow_map of kind 'continuous' can be trained"
                 )
+        if inputs.noise == "chain" and diffusion and diffusion.target == "pair":
+            raise ConfigError(
+                "diffusion.target 'pair': the chains of inputs.noise begin with new noise, which no image belongs to; set "
+                "target: teacher"
+            )
         if inputs.noise == "chain" and self.sample_steps:
             raise ConfigError("sample_steps: inputs.counts says the steps of chains; leave it out")
         if self.reward and (inputs.noise != "chain" or self.sampler != "multistep" or inputs.group == 1):
