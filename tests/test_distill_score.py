@@ -237,6 +237,23 @@ def test_the_fake_score_is_the_teachers_copy_and_matches_the_flow_of_the_student
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
+def test_a_fake_score_that_is_guided_as_the_teacher_is_asked_what_the_teacher_is_asked():
+    """Scale 0 is no guidance, as for every sampler; a scale of its own of 0 asks without the prompt."""
+    batch, x, t = random_batch(0, 4, (4, 8, 8)), torch.randn(4, 4, 8, 8), torch.full((4,), 0.6)
+    batch.scored, answers = Scored(x, t, x), []
+    for own in ("teacher", 0.0):
+        config = distill_config("dmd2", score={"fake": {"guidance_scale": own}})
+        stage = tiny_stage(config, model=tiny_model(config=SMALLER))
+        (score,), teacher, null = stage.objectives, stage.shared.teacher, stage.shared.null_text.expand(4)
+        with torch.no_grad():
+            answers.append([score.fake_velocity(batch, x.clone(), scale) for scale in (0.0, 1.0, 3.0)])
+            plain, without = teacher(x, t, batch.text), teacher(x, t, null)
+    for found, expected in zip(answers[0], (plain, plain, without + 3 * (plain - without))):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(found, without) for found in answers[1])
+    assert (plain - without).abs().max() > 1e-3
+
+
 def test_u22_noise_from_the_trajectory_has_the_moments_of_fresh_noise():
     """With e standard normal, x_tau has mean (1 - tau) x0 and variance tau^2; at s = 0 it is the fresh noise itself."""
     config = ScoreConfig(noise="trajectory", times=ScoreTimesConfig(range="step"))

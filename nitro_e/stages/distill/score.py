@@ -221,7 +221,7 @@ class Score:
             scale = config.guidance_scale
         if not isinstance(scale, Tensor) and scale == 1 and not config.drop_text and x is batch.scored.x:
             return batch.scored.velocity  # its answer before it learned from it
-        if not isinstance(scale, Tensor) and scale == 0:
+        if config.guidance_scale == 0:
             text, scale = self.shared.null_text.expand(len(x)), 1.0
         return guided_velocity(self.fake, x, batch.scored.tau, text, self.shared.null_text, scale).velocity
 
