@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,6 +236,18 @@ def test_the_fake_score_is_the_teachers_copy_and_matches_the_flow_of_the_student
     keep = stage.shared.training(batch)
     expected = ((velocity - target) ** 2).mean((1, 2, 3)) * keep
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_a_fake_score_that_predicts_data_is_trained_on_the_error_of_data():
+    """Divided by its floor of .05, below which the velocities of such a model are not `noise - data`."""
+    model = tiny_model(config=replace(SMALLER, prediction="data"))
+    config = distill_config("dmd2", score={"times": {"least": 0.01, "most": 0.04}}, heldout=0)
+    (fake, _), batch = tiny_stage(config, model=model).phases, random_batch(0, 4, (4, 8, 8))
+    loss, _ = fake.loss(fake.net, batch, rng(4))
+    x, tau, velocity = batch.scored
+    predicted = x - 0.05 * velocity
+    expected = (predicted - batch.prediction.data).square().mean() / 0.05**2
+    assert tau.max() < 0.05 and loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_a_fake_score_that_is_guided_as_the_teacher_is_asked_what_the_teacher_is_asked():

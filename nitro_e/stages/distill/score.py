@@ -178,7 +178,10 @@ class Score:
             added = transition(prediction, tau) / tau
             errors = per_sample((expand(added, x) * flow.to_noise(x, tau, velocity) - fresh).square())
             return (errors * self.shared.training(batch)).mean(), {}
-        errors = per_sample((velocity - flow.velocity_target(data, noise)).square())
+        target = flow.velocity_target(data, noise)
+        if isinstance(self.fake, Model):
+            target = self.fake.velocity_target(target, tau)
+        errors = per_sample((velocity - target).square())
         if config.weighting == "snr":  # an error of data is tau times that of the velocity
             errors = errors * tau**2 * ((1 - tau) / tau).square().clamp(max=5)
         return (errors * importance * self.shared.training(batch)).mean(), {}
