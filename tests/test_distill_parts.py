@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from distill_tools import SHAPE, SMALLER, TINY, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
+from distill_tools import (
+    SHAPE,
+    SMALLER,
+    TINY,
+    Loop,
+    distill_config,
+    random_batch,
+    random_text,
+    tiny_model,
+    tiny_stage,
+)
 from torch import nn
 
 from nitro_e.config import ConfigError, TrainingError, from_dict
@@ -509,7 +519,9 @@ def test_u13_the_automatic_weight_balances_the_slopes():
     assert norms["adversarial"] == pytest.approx(norms["diffusion"], rel=0.01)
 
 
-@pytest.mark.parametrize(("every", "start", "measured"), [(5, 0, range(20, 100, 5)), (2, 101, range(101, 133, 2))])
+@pytest.mark.parametrize(
+    ("every", "start", "measured"), [(5, 0, range(20, 100, 5)), (2, 101, range(101, 133, 2))]
+)
 def test_the_automatic_weight_is_measured_in_steps_of_the_student(every, start, measured):
     """The last 16 before the term begins at step 100; its first 16, if it begins to learn later."""
     stage = tiny_stage(distill_config("ladd4", every=every, start=start, adversarial={"start": 100}))
@@ -517,9 +529,7 @@ def test_the_automatic_weight_is_measured_in_steps_of_the_student(every, start, 
     ratios = []
     for step in filter(stage.generator.due, range(200)):
         slopes = {"diffusion": torch.full((2,), step + 1.0), "adversarial": torch.ones(2)}
-        terms = {
-            name: Term(objectives[name], 1.0, torch.zeros(()), slope) for name, slope in slopes.items()
-        }
+        terms = {name: Term(objectives[name], 1.0, torch.zeros(()), slope) for name, slope in slopes.items()}
         weights = {name: float(weight) for name, weight, _ in stage.balance(terms, step)}
         ratios += [step + 1.0] if step in measured else []
         expected = torch.tensor(ratios).median() if ratios else 0.5

@@ -381,7 +381,11 @@ def test_two_processes_train_on_prompts_as_one(pairs, tmp_path):
     [
         ("ladd4", {"prompts": "p.txt"}, "inputs.noise, diffusion, adversarial, guards read images"),
         ("ladd4", {"imitate": {}}, "imitate follows the student's own states"),
-        ("ladd_guided", {"inputs": {"noise": "chain"}, "diffusion": {"target": "pair"}}, "no image belongs to"),
+        (
+            "ladd_guided",
+            {"inputs": {"noise": "chain"}, "diffusion": {"target": "pair"}},
+            "no image belongs to",
+        ),
         ("tdm", {"sampler": "multistep"}, "'trajectory' is Euler's"),
         ("tdm", {"score": {"times": {"range": "full"}}}, "needs times: {range: step}"),
         ("dmd2", {"inputs": {"counts": {3: 1}}}, "3 steps are not evenly spaced among the 4 sigmas"),

@@ -135,9 +135,7 @@ def test_doubt_is_the_lead_of_the_trained_rewards_over_the_monitored_ones():
 
 def test_the_gate_is_open_in_rollouts_in_which_no_monitored_reward_is_scored():
     rewards = [REWARDS[0], {**REWARDS[1], "every": 2}]
-    stage = toy.make_stage(
-        algorithm={"kind": "clipped", "kl": {"gate": 0.25}}, rewards=rewards, updates=1
-    )
+    stage = toy.make_stage(algorithm={"kind": "clipped", "kl": {"gate": 0.25}}, rewards=rewards, updates=1)
     assert [stage.collect(rollout, 0)[0].gate.sum() for rollout in range(4)] == [8, 32, 8, 32]
 
 
