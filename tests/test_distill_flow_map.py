@@ -313,6 +313,7 @@ def test_a_run_of_mean_flow_from_a_teacher_without_intervals(pairs, tmp_path, ca
         ("mean_flow", {"flow_map": None, "diffusion": {}}, "average velocities predict no data"),
         ("mean_flow", {"inputs": {"noise": "chain"}}, "takes all times of the sampler"),
         ("rcm", {"sampler": "flow_map"}, "has no chains or rollouts"),
+        ("scm", {"sampler": "flow_map"}, "averages between two times"),
         ("consistency", {"flow_map": {"warmup": 5}}, "only for kind 'continuous'"),
         ("scm", {"inputs": {"scatter": True}}, "only for noise 'chain'"),
     ],

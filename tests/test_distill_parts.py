@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from distill_tools import SHAPE, TINY, Loop, distill_config, random_batch, random_text, tiny_model, tiny_stage
+from distill_tools import (
+    SHAPE,
+    SMALLER,
+    TINY,
+    Loop,
+    distill_config,
+    random_batch,
+    random_text,
+    tiny_model,
+    tiny_stage,
+)
 from torch import nn
 
 from nitro_e.config import ConfigError, TrainingError, from_dict
@@ -509,6 +519,24 @@ def test_u13_the_automatic_weight_balances_the_slopes():
     assert norms["adversarial"] == pytest.approx(norms["diffusion"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("every", "start", "measured"), [(5, 0, range(20, 100, 5)), (2, 101, range(101, 133, 2))]
+)
+def test_the_automatic_weight_is_measured_in_steps_of_the_student(every, start, measured):
+    """The last 16 before the term begins at step 100; its first 16, if it begins to learn later."""
+    stage = tiny_stage(distill_config("ladd4", every=every, start=start, adversarial={"start": 100}))
+    objectives = {o.name: o for o in stage.objectives}
+    ratios = []
+    for step in filter(stage.generator.due, range(200)):
+        slopes = {"diffusion": torch.full((2,), step + 1.0), "adversarial": torch.ones(2)}
+        terms = {name: Term(objectives[name], 1.0, torch.zeros(()), slope) for name, slope in slopes.items()}
+        weights = {name: float(weight) for name, weight, _ in stage.balance(terms, step)}
+        ratios += [step + 1.0] if step in measured else []
+        expected = torch.tensor(ratios).median() if ratios else 0.5
+        assert weights["adversarial"] == pytest.approx(float(expected))
+    assert stage.student.ratios.tolist() == pytest.approx(ratios)
+
+
 def test_the_automatic_weight_falls_back_until_it_is_measured():
     stage = tiny_stage(distill_config("ladd4", adversarial={"start": 0, "ramp": 0, "fallback": 0.25}))
     (adversarial,) = [o for o in stage.objectives if o.balance]
@@ -950,6 +978,18 @@ def test_guards_count_steps_and_not_micro_batches():
             batch = random_batch(step)
             stage.loss(stage.generator.net, batch, rng(8, step))
     assert stage.student.alarms.tolist()[1] == 3
+
+
+@pytest.mark.parametrize(("every", "start", "stop"), [(5, 0, 45), (7, 0, 98), (60, 7, 547)])
+def test_guards_stop_a_student_that_rests(every, start, stop):
+    """After its patience of ten steps, in its last step of some 50."""
+    guards = {"start": 0, "patience": 10, "std_ratio": 1e-9}
+    config = distill_config("ladd4", guards=guards, adversarial=None, every=every, start=start)
+    stage = tiny_stage(config, model=tiny_model(config=SMALLER))
+    with pytest.raises(TrainingError, match="std_ratio has been above"):
+        for step in filter(stage.generator.due, range(1000)):
+            stage.loss(stage.generator.net, random_batch(step, 2, (4, 8, 8)), rng(2, step))
+    assert step == stop
 
 
 @pytest.mark.parametrize(("loss", "right"), [("hinge", (1.0, 0.0, 0.5)), ("relativistic", (1.0, 1.0, 1.0))])

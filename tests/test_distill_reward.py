@@ -91,6 +91,8 @@ def test_a_run_with_the_judge_of_the_offline_domain(pairs, tmp_path, capsys):
         ({"sampler": "euler"}, "that the sampler's noise tells apart"),
         ({"inputs": {"group": 1}}, "that the sampler's noise tells apart"),
         ({"reward": {"rewards": [{"name": "shapes", "weight": 0}]}}, "none has a weight"),
+        ({"reward": {"rewards": ["shapes", {"name": "clipscore", "weight": 0}]}}, "'clipscore' has weight 0"),
+        ({"reward": {"rewards": [{"name": "shapes", "transform": "rank"}]}}, "'shapes' has transform 'rank'"),
     ],
 )
 def test_rewards_that_cannot_be_learned_from_are_refused(overrides, message):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,6 +238,35 @@ def test_the_fake_score_is_the_teachers_copy_and_matches_the_flow_of_the_student
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
+def test_a_fake_score_that_predicts_data_is_trained_on_the_error_of_data():
+    """Divided by its floor of .05, below which the velocities of such a model are not `noise - data`."""
+    model = tiny_model(config=replace(SMALLER, prediction="data"))
+    config = distill_config("dmd2", score={"times": {"least": 0.01, "most": 0.04}}, heldout=0)
+    (fake, _), batch = tiny_stage(config, model=model).phases, random_batch(0, 4, (4, 8, 8))
+    loss, _ = fake.loss(fake.net, batch, rng(4))
+    x, tau, velocity = batch.scored
+    predicted = x - 0.05 * velocity
+    expected = (predicted - batch.prediction.data).square().mean() / 0.05**2
+    assert tau.max() < 0.05 and loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_fake_score_that_is_guided_as_the_teacher_is_asked_what_the_teacher_is_asked():
+    """Scale 0 is no guidance, as for every sampler; a scale of its own of 0 asks without the prompt."""
+    batch, x, t = random_batch(0, 4, (4, 8, 8)), torch.randn(4, 4, 8, 8), torch.full((4,), 0.6)
+    batch.scored, answers = Scored(x, t, x), []
+    for own in ("teacher", 0.0):
+        config = distill_config("dmd2", score={"fake": {"guidance_scale": own}})
+        stage = tiny_stage(config, model=tiny_model(config=SMALLER))
+        (score,), teacher, null = stage.objectives, stage.shared.teacher, stage.shared.null_text.expand(4)
+        with torch.no_grad():
+            answers.append([score.fake_velocity(batch, x.clone(), scale) for scale in (0.0, 1.0, 3.0)])
+            plain, without = teacher(x, t, batch.text), teacher(x, t, null)
+    for found, expected in zip(answers[0], (plain, plain, without + 3 * (plain - without))):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(found, without) for found in answers[1])
+    assert (plain - without).abs().max() > 1e-3
+
+
 def test_u22_noise_from_the_trajectory_has_the_moments_of_fresh_noise():
     """With e standard normal, x_tau has mean (1 - tau) x0 and variance tau^2; at s = 0 it is the fresh noise itself."""
     config = ScoreConfig(noise="trajectory", times=ScoreTimesConfig(range="step"))
@@ -351,6 +381,11 @@ def test_two_processes_train_on_prompts_as_one(pairs, tmp_path):
     [
         ("ladd4", {"prompts": "p.txt"}, "inputs.noise, diffusion, adversarial, guards read images"),
         ("ladd4", {"imitate": {}}, "imitate follows the student's own states"),
+        (
+            "ladd_guided",
+            {"inputs": {"noise": "chain"}, "diffusion": {"target": "pair"}},
+            "no image belongs to",
+        ),
         ("tdm", {"sampler": "multistep"}, "'trajectory' is Euler's"),
         ("tdm", {"score": {"times": {"range": "full"}}}, "needs times: {range: step}"),
         ("dmd2", {"inputs": {"counts": {3: 1}}}, "3 steps are not evenly spaced among the 4 sigmas"),
@@ -575,6 +610,22 @@ def test_a_fake_score_that_is_a_lora_leaves_the_teacher_as_it_is():
         assert not torch.allclose(fake(x, t, text), before)
     trained = [name for name, weight in fake.named_parameters() if weight.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_a_fake_score_that_is_a_lora_is_trained_in_float32():
+    """Over a teacher in bfloat16 an update of 1e-5 moves every weight, which bfloat16 would round away."""
+    config = distill_config("swiftbrush", score={"fake": {"adapter": {"rank": 4}, "optim": {"lr": 1e-5}}})
+    stage = tiny_stage(config, model=tiny_model(config=SMALLER).bfloat16())
+    fake, loop = stage.phases[0].module, Loop(stage, 10)
+    trained = [weight for weight in fake.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    assert {weight.dtype for weight in fake.parameters() if not weight.requires_grad} == {torch.bfloat16}
+    for step in range(2):  # A has a gradient once B is not zero
+        before = [weight.clone() for weight in trained]
+        with torch.autocast("cpu", torch.bfloat16):
+            loop.step(random_batch(step, 4, (4, 8, 8)))
+    still = sum(int((a == b).sum()) for a, b in zip(before, trained))
+    assert still < 0.05 * sum(weight.numel() for weight in trained)
 
 
 def test_a_student_that_is_a_lora_resumes_and_publishes_merged_weights(fresh_state, pairs, tmp_path):

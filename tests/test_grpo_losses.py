@@ -296,6 +296,11 @@ def test_diversity_scales_advantages_as_gardos_code_does():
         advantages(scores, torch.ones(1), AdvantageConfig(clip=100), torch.from_numpy(features)), plain
     )
     assert torch.equal(advantages(scores, torch.ones(1), config, torch.ones(5, 8, 6)), plain)
+    # an image without features, which has no score either, changes nothing for the others of its group
+    features[0, 0], rewards[0, 0] = np.nan, np.nan
+    rest = advantages(scores[:1, 1:], torch.ones(1), config, torch.from_numpy(features[:1, 1:]))
+    ours = advantages(scores[:1], torch.ones(1), config, torch.from_numpy(features[:1]))
+    assert ours[0, 0] == 0 and torch.allclose(ours[:, 1:], rest)
 
 
 def test_several_rewards_weigh_alike_whatever_their_scale():

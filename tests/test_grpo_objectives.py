@@ -1,5 +1,6 @@
 """What objectives share besides the clipped one: AWM, chosen clip ranges, the KL's reference and gate, branching, solvers."""
 
+import functools
 import math
 
 import grpo_toy as toy
@@ -128,9 +129,14 @@ def test_doubt_is_the_lead_of_the_trained_rewards_over_the_monitored_ones():
     monitored = torch.stack([torch.tensor([[0.9, 0.0, 0.3, 0.8], [0.0, 0.5, 0.5, 1.0]])] * 2, dim=-1)
     monitored[0, 1, 1] = torch.nan  # one of two scores is enough
     assert doubtful(trained, monitored, 0.25).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    assert doubtful(trained, torch.full_like(monitored, torch.nan), 0.125).sum() == 1
     with pytest.raises(ConfigError, match="gate compares with monitored rewards"):
         toy.make_config(algorithm={"kind": "clipped", "kl": {"gate": 0.5}})
+
+
+def test_the_gate_is_open_in_rollouts_in_which_no_monitored_reward_is_scored():
+    rewards = [REWARDS[0], {**REWARDS[1], "every": 2}]
+    stage = toy.make_stage(algorithm={"kind": "clipped", "kl": {"gate": 0.25}}, rewards=rewards, updates=1)
+    assert [stage.collect(rollout, 0)[0].gate.sum() for rollout in range(4)] == [8, 32, 8, 32]
 
 
 def test_the_penalty_acts_where_the_gate_is_open():
@@ -175,10 +181,11 @@ def test_branching_draws_what_shared_noise_draws_with_fewer_passes(images, group
     assert stage.config.rollout.passes(4, stage.schedule) == 4 / 4 + 6
 
 
-def test_where_branching_and_solvers_do_not_fit():
+def test_where_branching_shared_noise_and_solvers_do_not_fit():
     for options, message in [
         ({"rollout": {"branch": True}}, "nothing to share"),
         ({"rollout": {"branch": True}, "algorithm": AWM}, "branch: images part in the window"),
+        ({"rollout": {"shared_noise": True}, "algorithm": AWM}, "shared_noise: images of one noise"),
         ({"rollout": {"solver": "heun"}}, "solver 'heun'"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -235,6 +242,30 @@ def test_the_gradient_of_the_reward_is_that_of_the_predicted_image():
     assert loss_of(stage, rows)[0].item() == pytest.approx(expected.item(), rel=1e-4)
     theirs = torch.cat([part.flatten() for part in torch.autograd.grad(expected, trained(stage))])
     assert (gradient(stage, [rows]) - theirs).norm() < 1e-3 * theirs.norm() and theirs.norm() > 0
+
+
+class Halving(toy.Identity):
+    """Notes the precision that it decodes in."""
+
+    def __init__(self):
+        self.seen = []
+
+    def decode(self, latents):
+        half = torch.eye(toy.DIM) / 2
+        self.seen.append((latents.flatten(1) @ half).dtype)
+        return super().decode(latents)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_decodes_as_the_rollout_does(dtype):
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    options = {"algorithm": THROUGH, "autocast": autocast, "rollout": {"decode_dtype": dtype}, **BRIGHT}
+    stage = toy.make_stage(**options)
+    stage.codec = Halving()
+    (rows,) = micro_batches(stage, 1)
+    with autocast():
+        loss_of(stage, rows)
+    assert stage.codec.seen == [getattr(torch, dtype)] * 2
 
 
 def test_reward_gradients_raise_the_reward_and_need_one(tmp_path):

@@ -683,6 +683,34 @@ def test_overflowed_images_are_invalid_and_prompts_a_reward_is_not_asked_about_a
     assert rows.stats["zero_std_ratio"] == 0.5 and rows.stats["diversity"].isfinite()
 
 
+@pytest.mark.parametrize("kind", ["clipped", "nft", "awm", "reward_gradient"])
+def test_an_image_that_is_not_finite_teaches_nothing(kind, monkeypatch):
+    """The gradient is that of all other rows, and every log is finite."""
+
+    def draw(stage, *arguments):
+        drawn = toy.GRPO.draw(stage, *arguments)
+        drawn.states[1:, 0], drawn.log_probs[:, 0], drawn.latents[0] = math.nan, math.nan, math.nan
+        return drawn
+
+    monkeypatch.setattr(toy.ToyGRPO, "draw", draw)
+    algorithm = {"kind": kind, "kl": {"beta": 1.0}, **({"times": 3} if kind in ("nft", "awm") else {})}
+    rewards = [{"name": "grpo_toy:brightness", "label": "bright"}]
+    stage = toy.make_stage(updates=1, algorithm=algorithm, rewards=rewards)
+    (rows,) = micro_batches(stage, 1)
+    count = len(rows.step)
+    with torch.no_grad():
+        stage.model.out.weight += 0.02
+    value, logs = loss_of(stage, rows)
+    assert value.isfinite() and all(log.isfinite().all() for log in logs.values())
+    whole, noise = gradient(stage, [rows]), rows.noise()
+    rest = {name: part[3:] for name, part in vars(rows).items() if isinstance(part, (torch.Tensor, list))}
+    rng = SampleRandom("test", first=3, count=count - 3)
+    stage.policy.zero_grad()
+    stage.phases[0].loss(stage.policy, replace(rows, **rest, noise=lambda: noise[3:]), rng)[0].backward()
+    expected = torch.cat([p.grad.flatten() for p in trained(stage)]) * (count - 3) / count
+    assert expected.norm() > 0 and (whole - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_a_broken_reward_ends_the_run_with_a_reason(tmp_path):
     rewards = [{"name": "grpo_toy:broken", "label": "server", "batch_size": 32}]
     with pytest.raises(TrainingError, match="server.*is down"):

@@ -158,6 +158,18 @@ def test_a_class_is_built_once_when_first_used_and_moved():
     assert calls == []
 
 
+def test_a_reward_that_is_kept_elsewhere_has_gradients_where_it_is_asked():
+    """Without autocast; its weights stay there for the backward pass."""
+    scorer = build_rewards([config("Weighted", offload=True, options={"start": 3.0})])
+    scorer.load()
+    calls.clear()
+    pixels = images(2).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scorer.differentiate(pixels, ["a"] * 2, [{}] * 2).sum().backward()
+    assert calls == [("to", "cpu"), ("scored", True, False)]
+    torch.testing.assert_close(pixels.grad, torch.full_like(pixels, 3 / pixels[0].numel()))
+
+
 def test_metadata_where_it_is_needed():
     scorer = build_rewards([config("counts_objects", batch_size=2)])
     info = [{"include": [1]}, {}, {"include": [1, 2]}, {"prompt": "x"}, {"include": []}]

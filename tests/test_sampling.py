@@ -6,7 +6,7 @@ import torch
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.sampling.flow import time_grid
-from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, fitted, guide, initial_noise
+from nitro_e.sampling.samplers import SAMPLERS, SamplingConfig, fitted, guide, initial_noise, sample
 
 
 def text(value: float) -> TextEmbedding:
@@ -63,8 +63,16 @@ def test_noise_of_an_image_depends_on_its_seed_alone():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ConfigError, match="steps must be at least 1"):
-        SamplingConfig(steps=0)
+    for message, settings in (
+        ("steps must be at least 1", {"steps": 0}),
+        ("steps of sampler 'policy' cannot", {"guidance_rescale": "zero_star", "sampler": "policy"}),
+        ("steps of sampler 'multistep' cannot", {"guidance_rescale": "zero_star", "sampler": "multistep"}),
+        ("1 step would return the noise", {"guidance_rescale": "zero_star", "steps": 1}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SamplingConfig(**settings)
+    SamplingConfig(guidance_rescale="zero_star", steps=1, guidance_interval=(0.2, 0.9))
+    SamplingConfig(guidance_rescale="zero_star", steps=1, guidance_scale=1)
 
 
 def test_zero_star_scales_the_other_velocity_to_fit():
@@ -85,6 +93,25 @@ def test_zero_star_scales_the_other_velocity_to_fit():
         ((velocity - best) * other).flatten(1).sum(1), torch.zeros(2), rtol=0, atol=1e-5
     )
     assert torch.equal(fitted(torch.zeros_like(other), velocity), torch.zeros_like(other))
+
+
+def test_jumps_of_flow_maps_are_guided_by_the_time_that_they_begin_at():
+    seen = []
+
+    def model(x, t, prompt):
+        seen.append((len(x), t[0].tolist()))
+        return x * prompt.tokens.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
+
+    x, options = torch.randn(2, 3, 4, 4), {"sampler": "flow_map", "steps": 2, "grid": "linear"}
+    settings = SamplingConfig(guidance_scale=3, guidance_interval=(0.2, 0.9), **options)
+    found = sample(model, text(1.0), text(0.5), settings, x, lambda step: x)
+    assert seen == [(2, [1.0, 0.5]), (4, [0.5, 0.0])]
+    torch.testing.assert_close(found, x * (1 - 0.5 * 1.0) * (1 - 0.5 * (0.5 + 3 * 0.5)))
+    seen.clear()
+    settings = SamplingConfig(guidance_scale=3, guidance_rescale="zero_star", **options)
+    found = sample(model, text(1.0), text(0.5), settings, x, lambda step: x)
+    assert seen == [(4, [0.5, 0.0])]
+    torch.testing.assert_close(found, x * 0.5)
 
 
 def test_guidance_by_the_path_needs_a_weak_pass():

@@ -213,9 +213,10 @@ class Scorer:
         A reward counts as 0 where it has no score. ConfigError for one that has no gradient.
         """
         total = pixels.new_zeros(len(pixels))
-        for column in self._columns:
-            if not column.config.monitored:
-                total = total + column.config.weight * column.differentiate(pixels, prompts, info)
+        with _exact(pixels.device):
+            for column in self._columns:
+                if not column.config.monitored:
+                    total = total + column.config.weight * column.differentiate(pixels, prompts, info)
         return total
 
     def transform(self, scores: Scores, groups: Tensor) -> Scores:
@@ -322,13 +323,18 @@ class _Column:
         return values.masked_fill(~values.isfinite(), math.nan).to(pixels.device)
 
     def differentiate(self, pixels: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
-        """Return (B,) with gradients, 0 where there is no score."""
+        """Return (B,) with gradients, 0 where there is no score.
+
+        The backward pass needs the weights too, so that those of `offload` stay on the device until they have scored again.
+        """
         self.load()
         assert self.reward is not None
         rows = [i for i, record in enumerate(info) if self.applies(record)]
         total = pixels.new_zeros(len(pixels))
         if not rows:
             return total
+        if self.config.offload:
+            self._move(self.device)
         values = self.reward(
             pixels[rows].to(self.device), [prompts[i] for i in rows], [info[i] for i in rows]
         )

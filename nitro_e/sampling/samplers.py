@@ -72,6 +72,8 @@ class SamplingConfig(Config):
             raise ConfigError(
                 f"guidance_interval: the first time is above the second: {list(self.guidance_interval)}"
             )
+        if self.guidance_rescale == "zero_star" and self.guidance_scale not in (0, 1):
+            self._check_zero_star()
         for times in self.sigmas:
             check_sigmas(times)
         counts = [len(times) for times in self.sigmas]
@@ -81,6 +83,19 @@ class SamplingConfig(Config):
             raise ConfigError(
                 f"these weights were distilled for {' or '.join(map(str, sorted(counts)))} steps, not {self.steps}; "
                 "choose one of those, or insist with --force (force: true)"
+            )
+
+    def _check_zero_star(self) -> None:
+        """Refuse to stand still at t = 1 where a step cannot, or where there is no other step."""
+        if self.sampler in ("multistep", "policy"):
+            raise ConfigError(
+                f"guidance_rescale 'zero_star' stands still at t = 1, and steps of sampler '{self.sampler}' cannot; leave "
+                "it out"
+            )
+        if self.steps == 1 and (self.guidance_interval is None or self.guidance_interval[1] == 1):
+            raise ConfigError(
+                "guidance_rescale 'zero_star' stands still at t = 1, and 1 step would return the noise; raise steps, or "
+                "leave it out"
             )
 
     @property
@@ -268,8 +283,9 @@ def guide(
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        guided = scale not in (0, 1) and (interval is None or interval[0] <= t[0] <= interval[1])
-        if guided and rescale == "zero_star" and t[0] == 1:
+        time = t.flatten()[0]  # of flow maps t is (B, 2): the time, and where the jump ends
+        guided = scale not in (0, 1) and (interval is None or interval[0] <= time <= interval[1])
+        if guided and rescale == "zero_star" and time == 1:
             return torch.zeros_like(x)
         now = scale if guided else 1.0
         return guided_velocity(model, x, t, text, negative, now, kind=kind, rescale=rescale).velocity

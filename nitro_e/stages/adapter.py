@@ -55,7 +55,7 @@ def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
     """Put LoRA layers into the model, which alone stay trainable.
 
     They start with A ~ N(0, 1 / rank^2) and B = 0, so that nothing changes at first, or with those of
-    `init_from`.
+    `init_from`. They are float32 whatever the layers are: in bfloat16 small updates would be lost.
     """
     rank, alpha, factors = config.rank, config.alpha, Factors()
     if config.init_from is not None:
@@ -89,6 +89,9 @@ def add_adapter(model: Model, config: AdapterConfig, seed: int) -> None:
     model.requires_grad_(False)
     with seeded(seed, "adapter"):
         inject_adapter_in_model(lora, model, adapter_name=NAME)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     for name, (a, b) in factors.items():
         layer_a, layer_b = _factors(model.get_submodule(paths[name]))
         with torch.no_grad():

@@ -20,7 +20,7 @@ NAMES = ("gap", "std_ratio", "mean_drift")
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(Config):
-    """Limits that may be passed for `patience` steps in a row."""
+    """Limits that may be passed for `patience` steps in a row, of those in which the student learns."""
 
     gap: Annotated[float, Gt(0)] = 4.0  # between the logits of real and fake, on held-out prompts
     std_ratio: Annotated[float, Gt(0)] = 0.05  # |std of the student's data / std of the teacher's - 1|
@@ -51,8 +51,13 @@ def describe_prediction(prediction: Prediction, batch: DistillBatch, sigmas: Ten
 
 
 @torch.no_grad()
-def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: DistillBatch) -> None:
-    """Count in `alarms` (3,), a buffer of the student, the steps in a row above each limit; act if they are too many."""
+def check(
+    config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: DistillBatch, every: int = 1
+) -> None:
+    """Count in `alarms` (3,), a buffer of the student, the steps in a row above each limit; act if they are too many.
+
+    every: steps from this one to the next in which the student learns.
+    """
     if batch.step < config.start:
         return
     ours, theirs = prediction.data.detach(), batch.stored_latents
@@ -76,7 +81,8 @@ def check(config: GuardConfig, alarms: Tensor, prediction: Prediction, batch: Di
     limits = limits.to(values.device, non_blocking=True)
     longer = torch.where(values > limits, alarms + 1, torch.zeros_like(alarms))
     alarms.copy_(torch.where(values.isnan(), alarms, longer))
-    if batch.step % 50 == 49:  # reading the values makes a GPU wait
+    # in the last such step of every 50, for reading the values makes a GPU wait
+    if batch.step // 50 != (batch.step + every) // 50:
         act(config, alarms, values, batch.step)
 
 

@@ -142,6 +142,11 @@ class InputConfig(Config):
         if sampler == "flow_map":
             if self.noise == "chain" or self.rollout:
                 raise ConfigError("sampler 'flow_map' has no chains or rollouts; set inputs.noise: fresh")
+            if not self.intervals:
+                raise ConfigError(
+                    "sampler 'flow_map' takes averages between two times, which are trained on a share of inputs.intervals; "
+                    "set it, for example to 0.5, or sampler: multistep"
+                )
             return
         if sampler == "policy":
             if self.noise != "chain":

@@ -27,7 +27,7 @@ from nitro_e.stages.distill.objective import Balance, Shared, per_sample
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientConfig(Config):
-    rewards: tuple[RewardConfig, ...]  # as in stage 3; their weighted sum counts
+    rewards: tuple[RewardConfig, ...]  # as in stage 3; the weighted sum of their plain scores counts
     weight: Annotated[float, Gt(0), "to switch the objective off: reward: null"] = 0.1  # of this objective
     start: Annotated[int, Ge(0)] = 0  # first step of the term: before it the student is distilled alone
 
@@ -35,6 +35,17 @@ class PolicyGradientConfig(Config):
         super().__post_init__()
         if all(reward.monitored for reward in self.rewards):
             raise ConfigError("rewards: none has a weight, so there is nothing to train on")
+        for reward in self.rewards:
+            if reward.monitored:
+                raise ConfigError(
+                    f"rewards: '{reward.title}' has weight 0, but nothing is monitored here; name it in "
+                    "evaluation.rewards"
+                )
+            if reward.transform != "none":
+                raise ConfigError(
+                    f"rewards: '{reward.title}' has transform '{reward.transform}', but plain scores are compared "
+                    "here; leave it out"
+                )
 
 
 class Judge:
@@ -47,8 +58,7 @@ class Judge:
     def __call__(self, latents: Tensor, prompts: Sequence[str], info: Sequence[dict]) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):
             scores = self.scorer(self.codec.decode(latents.float()).float(), prompts, info).values  # (B, R)
-        used = self.scorer.weights != 0
-        return (scores[:, used] * self.scorer.weights[used].to(scores)).sum(dim=1)
+        return (scores * self.scorer.weights.to(scores)).sum(dim=1)
 
 
 class Reward:

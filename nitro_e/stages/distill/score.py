@@ -178,7 +178,10 @@ class Score:
             added = transition(prediction, tau) / tau
             errors = per_sample((expand(added, x) * flow.to_noise(x, tau, velocity) - fresh).square())
             return (errors * self.shared.training(batch)).mean(), {}
-        errors = per_sample((velocity - flow.velocity_target(data, noise)).square())
+        target = flow.velocity_target(data, noise)
+        if isinstance(self.fake, Model):
+            target = self.fake.velocity_target(target, tau)
+        errors = per_sample((velocity - target).square())
         if config.weighting == "snr":  # an error of data is tau times that of the velocity
             errors = errors * tau**2 * ((1 - tau) / tau).square().clamp(max=5)
         return (errors * importance * self.shared.training(batch)).mean(), {}
@@ -221,7 +224,7 @@ class Score:
             scale = config.guidance_scale
         if not isinstance(scale, Tensor) and scale == 1 and not config.drop_text and x is batch.scored.x:
             return batch.scored.velocity  # its answer before it learned from it
-        if not isinstance(scale, Tensor) and scale == 0:
+        if config.guidance_scale == 0:
             text, scale = self.shared.null_text.expand(len(x)), 1.0
         return guided_velocity(self.fake, x, batch.scored.tau, text, self.shared.null_text, scale).velocity
 

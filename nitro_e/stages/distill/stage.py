@@ -50,7 +50,7 @@ OBJECTIVES: dict[str, Callable[[Any, Shared], Objective]] = {  # fields of Disti
     "reward": Reward,
     "adversarial": Adversarial,
 }
-MEASUREMENTS = 16  # steps over which the weight `auto` is measured
+MEASUREMENTS = 16  # steps of the student over which the weight `auto` is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,11 @@ class DistillConfig(Config):
                 raise ConfigError(
                     "inputs.intervals: average velocities predict no data; only flow_map of kind 'continuous' can be trained"
                 )
+        if inputs.noise == "chain" and diffusion and diffusion.target == "pair":
+            raise ConfigError(
+                "diffusion.target 'pair': the chains of inputs.noise begin with new noise, which no image belongs to; set "
+                "target: teacher"
+            )
         if inputs.noise == "chain" and self.sample_steps:
             raise ConfigError("sample_steps: inputs.counts says the steps of chains; leave it out")
         if self.reward and (inputs.noise != "chain" or self.sampler != "multistep" or inputs.group == 1):
@@ -251,11 +256,6 @@ class Term(NamedTuple):
     slope: Tensor  # (B, C, h, w), its gradient at the x0 prediction
 
 
-def first_measured(balance: Balance) -> int:
-    """Return the first of the steps in which a balanced objective is measured."""
-    return max(balance.start - MEASUREMENTS, 0)
-
-
 class Distill:
     """The phases of the objectives and then the student's, without data of its own."""
 
@@ -353,18 +353,26 @@ class Distill:
         # with the first micro-batch of a step
         if self.config.guards is not None and batch.step != self.checked_step:
             self.checked_step = batch.step
-            guards.check(self.config.guards, self.student.alarms, prediction, batch)
+            guards.check(self.config.guards, self.student.alarms, prediction, batch, self.config.every)
         through = (slope.detach() * prediction.data).sum()
         return total + through - through.detach(), logs
 
+    def measurement(self, balance: Balance, step: int) -> int:
+        """Number a step of the student, so that 0 to MEASUREMENTS - 1 are those before the objective begins.
+
+        Where the student has fewer steps before, they are its first ones.
+        """
+        first = max(balance.start - MEASUREMENTS * self.config.every, 0)
+        return self.generator.updates(step) - self.generator.updates(first)
+
     def measures(self, objective: Objective, step: int) -> bool:
-        """Tell whether the weight `auto` of an objective is being measured: in the steps before it begins."""
-        return objective.balance is not None and 0 <= step - first_measured(objective.balance) < MEASUREMENTS
+        """Tell whether the weight `auto` of an objective is being measured."""
+        return objective.balance is not None and 0 <= self.measurement(objective.balance, step) < MEASUREMENTS
 
     def balance(self, terms: dict[str, Term], step: int) -> Iterator[tuple[str, float | Tensor, Term]]:
         """Yield (name, weight, term) of every term; a balanced one is scaled to the slopes of the others.
 
-        The scale is the median over MEASUREMENTS steps and over all processes, and stays as it is afterwards.
+        The scale is the median over MEASUREMENTS steps of the student and over all processes, and stays afterwards.
         """
         others = [term.weight * term.slope for term in terms.values() if term.objective.balance is None]
         for name, term in terms.items():
@@ -376,7 +384,8 @@ class Distill:
                 total = sum(others[1:], others[0])
                 squares = torch.stack([total.square().sum(), term.slope.square().sum()]).double()
                 there, here = sum_over_processes(squares).sqrt()
-                self.student.ratios[step - first_measured(balance)] = (there / here.clamp(min=1e-20)).float()
+                place = self.measurement(balance, step)
+                self.student.ratios[place] = (there / here.clamp(min=1e-20)).float()
             median = self.student.ratios.nanmedian()
             scale = torch.where(median.isnan(), torch.full_like(median, balance.fallback), median)
             yield name, weight * scale, term

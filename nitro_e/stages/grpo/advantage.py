@@ -53,13 +53,15 @@ def advantages(
 def isolation(features: Tensor) -> Tensor:
     """Measure how far each image is from the nearest other one of its group, relative to the group's mean: (G, K).
 
-    The distance is 1 - cosine of features (G, K, D). In a group of equal images it is 1 for all.
+    The distance is 1 - cosine of features (G, K, D). In a group of equal images it is 1 for all. One whose features are
+    not finite is far from all others, and not in the mean.
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=2)
+    valid = features.isfinite().all(dim=2)  # (G, K)
+    unit = torch.nn.functional.normalize(features.double().masked_fill(~valid[..., None], 0.0), dim=2)
     distance = 1 - (unit @ unit.mT).clamp(-1, 1)  # (G, K, K)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest = distance.amin(dim=2)  # (G, K)
-    mean = nearest.mean(dim=1, keepdim=True)
+    mean = _mean(nearest, valid, dim=1, keepdim=True)
     return torch.where(mean > 1e-9, nearest / mean.clamp(min=1e-9), 1.0)
 
 

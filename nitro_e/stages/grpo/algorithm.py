@@ -38,7 +38,8 @@ class Shared:
     cfg_grad: Literal["both", "cond"]
     updates: int  # optimiser steps per rollout
     max_advantage: float
-    decode: Callable[[Tensor], Tensor]  # latents -> pixels, with gradients
+    # latents -> pixels (B, 3, H, W) float32, as in rollouts; with gradients
+    decode: Callable[[Tensor], Tensor]
     scorer: Scorer  # of the rollouts
     autocast: Callable[[], AbstractContextManager]
     device: torch.device

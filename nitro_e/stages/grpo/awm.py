@@ -89,7 +89,7 @@ class AWM:
             old = -weighted_error(rows.old, target, t, self.config.weighting)
         ratio = (likelihood - old).exp()
         objective = clipped_objective(ratio, rows.advantage, self.config.clip_low, self.config.clip_high)
-        apart = per_sample((policy.velocity - average).square())
+        apart = per_sample((policy.velocity - average).square()) * rows.finite
         penalty, logs = shared.kl_penalty(policy, reference, rows)
         logs |= {"objective": objective.mean(), "kl_average": apart.mean(), **rows.stats}
         logs |= {"ratio_error": (ratio - 1).abs().mean(), "matching_error": -likelihood.mean()}

@@ -26,7 +26,7 @@ class KLConfig(Config):
     # rollouts after which the policy becomes its own reference (GARDO, arXiv 2512.24138); null: the first weights stay
     refresh_every: Annotated[int, Ge(1)] | None = None
     # share of the images that the penalty acts on, those whose trained rewards rank them highest above what the monitored
-    # rewards do (GARDO); null: all
+    # rewards do (GARDO); all of a rollout in which no monitored reward is scored; null: all
     gate: Annotated[float, Gt(0), Lt(1)] | None = None
 
     def weight(self, schedule: Schedule) -> float:
@@ -84,9 +84,13 @@ def doubtful(trained: Tensor, monitored: Tensor, share: float) -> Tensor:
     """Choose the images (G, K) that may please the trained rewards alone: 1 for the most doubtful ones, 0 for the others.
 
     trained, monitored: (G, K, R) win rates within the groups, NaN where there is none. The doubt of an image is the mean
-    of the first less the mean of the second; of the whole rollout the given share of images is chosen.
+    of the first less the mean of the second; of the whole rollout the given share of images is chosen, and all where no
+    image has a doubt.
     """
-    doubt = (trained.nanmean(dim=2) - monitored.nanmean(dim=2)).nan_to_num(-1.0)  # (G, K)
+    doubt = trained.nanmean(dim=2) - monitored.nanmean(dim=2)  # (G, K)
+    if doubt.isnan().all():
+        return torch.ones_like(doubt)
+    doubt = doubt.nan_to_num(-1.0)
     count = max(round(share * doubt.numel()), 1)
     gate = torch.zeros_like(doubt).flatten()
     gate[doubt.flatten().topk(count).indices] = 1

@@ -59,7 +59,7 @@ class NFT:
         policy = shared.velocity(net, x, t, rows.text)
         optimality = rows.advantage / largest / 2 + 0.5  # -largest..largest -> 0..1
         loss = nft_loss(rows.latents, x, t, policy.velocity, old, optimality, self.config.beta)  # (R,)
-        objective = largest * loss
+        objective = largest * loss * rows.finite
         penalty, logs = shared.kl_penalty(policy, reference, rows)
         change = per_sample((policy.velocity - old).square())
         logs |= {"kl_old": change.mean(), **shared.schedule.by_step("kl_old", change, rows.step)}

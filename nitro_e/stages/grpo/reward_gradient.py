@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from nitro_e.config import Config
@@ -61,10 +60,9 @@ class RewardGradient:
         shared, t = self.shared, self.t[rows.step]
         reference = shared.reference_velocity(rows.x, t, rows.text)
         policy = shared.velocity(net, rows.x, t, rows.text)
-        pixels = shared.decode(flow.to_data(rows.x, t, policy.velocity)).float()  # (R, 3, H, W)
-        with torch.autocast(pixels.device.type, enabled=False):
-            texts, info = [prompt.text for prompt in rows.asked], [prompt.info for prompt in rows.asked]
-            score = shared.scorer.differentiate(pixels, texts, info)  # (R,)
+        pixels = shared.decode(flow.to_data(rows.x, t, policy.velocity))  # (R, 3, H, W)
+        texts, info = [prompt.text for prompt in rows.asked], [prompt.info for prompt in rows.asked]
+        score = shared.scorer.differentiate(pixels, texts, info) * rows.finite  # (R,)
         penalty, logs = shared.kl_penalty(policy, reference, rows)
         logs |= {
             "objective": -score.mean(),

@@ -44,6 +44,11 @@ class RolloutConfig(Config):
             raise ConfigError(
                 "rollout.branch: images part in the window, which this algorithm has not; set it to false"
             )
+        if window is None and self.shared_noise:
+            raise ConfigError(
+                "rollout.shared_noise: images of one noise differ by the window's alone, which this algorithm has not; set "
+                "it to false"
+            )
         if window is not None and self.branch and window.kind == "fixed" and window.start == 0:
             raise ConfigError(
                 "rollout.branch: the window begins with the first step, so there is nothing to share; set window.start, "
@@ -73,6 +78,12 @@ class Trajectory(NamedTuple):
     states: Tensor  # (n + 1, B, C, h, w) float32: x before the window's first step ... after its last
     log_probs: Tensor  # (n, B) of its transitions, as drawn
     latents: Tensor  # (B, C, h, w) float32, final
+
+    def clear(self) -> Tensor:
+        """Set images that are not finite to 0, in place; (B,) 1 for the others, 0 for them."""
+        finite = self.latents.isfinite().flatten(1).all(dim=1)
+        self.states[:, ~finite], self.log_probs[:, ~finite], self.latents[~finite] = 0, 0, 0
+        return finite.float()
 
 
 @torch.no_grad()
@@ -140,6 +151,7 @@ class Experience:
     group: Tensor  # (S,) row of `text`
     advantages: Tensor  # (S,) float32
     gate: Tensor  # (S,) 1 where the KL penalty acts, else 0
+    finite: Tensor  # (S,) 1, or 0 for images that are not finite
     asked: list[Prompt]  # (S,)
     noise: Callable[[], Tensor]  # (S, T, C, h, w) of every row, drawn at the first call
     keys: list[str]  # (S,) for reports
@@ -160,6 +172,7 @@ class Rows:
     x_next: Tensor  # (R, C, h, w): where it ended
     log_prob: Tensor  # (R,)
     gate: Tensor  # (R,) 1 where the KL penalty acts, else 0
+    finite: Tensor  # (R,) 1, or 0 for images that are not finite, of which nothing is learned
     asked: list[Prompt]  # (R,)
     noise: Callable[[], Tensor]  # (R, C, h, w): of the row's own, the same at every call
     # (R, C, h, w): velocity before the rollout's first update; None: this is the first

@@ -160,7 +160,7 @@ class GRPO:
             cfg_grad=config.cfg_grad,
             updates=config.updates,
             max_advantage=config.advantage.clip,
-            decode=codec.decode,
+            decode=self.decode,
             scorer=scorer,
             autocast=autocast,
             device=device,
@@ -276,8 +276,8 @@ class GRPO:
             group = torch.tensor([image // size - first for image in chunk], device=self.device)
             with clock.of("draw"):
                 parts.append(self.draw(rollout, chunk, text.take(group), window))
-            with clock.of("decode"), self.decoding():
-                drawn.append(self.codec.decode(parts[-1].latents).float())  # (B, 3, H, W)
+            with clock.of("decode"):
+                drawn.append(self.decode(parts[-1].latents))  # (B, 3, H, W)
             if self.vision is not None:
                 height, width = parts[-1].latents.shape[-2:]
                 with clock.of("vision"):  # the mean of the patches: (B, D)
@@ -288,12 +288,13 @@ class GRPO:
         with clock.of("reward"):
             texts, info = [prompt.text for prompt in mine], [prompt.info for prompt in mine]
             scores = self.scorer(pixels, texts, info, rollout).values  # (S, R)
-        views = F.adaptive_avg_pool2d(pixels.clamp(-1, 1), 8).flatten(1)  # (S, 3 * 64)
+        views = F.adaptive_avg_pool2d(pixels.clamp(-1, 1).nan_to_num(), 8).flatten(1)  # (S, 3 * 64)
         trajectory = Trajectory(
             torch.cat([part.states for part in parts], dim=1),
             torch.cat([part.log_probs for part in parts], dim=1),
             torch.cat([part.latents for part in parts]),
         )
+        finite = trajectory.clear()  # (S,)
         self.check_rewards()
         everything = gather_over_processes(scores.to(self.device)).cpu()  # (G K, R)
         rewards, weights = self.transformed(everything), self.scorer.weights
@@ -322,7 +323,8 @@ class GRPO:
             text=text,
             group=torch.tensor([image // size - first for image in images], device=self.device),
             advantages=advantage.flatten()[images.start : images.stop].float().to(self.device),
-            gate=self.gate(everything).flatten()[images.start : images.stop].to(self.device),
+            gate=self.gate(everything).flatten()[images.start : images.stop].to(self.device) * finite,
+            finite=finite,
             asked=mine,
             noise=functools.cache(lambda: self.noise_of_rows(rollout, images)),
             keys=[f"rollout {rollout} '{prompts[image // size].text}' #{image % size}" for image in images],
@@ -360,10 +362,11 @@ class GRPO:
             first = window.first if config.branch else 0
             return sample_trajectory(velocity, x, self.schedule, window, rng.normal, first)
 
-    def decoding(self) -> AbstractContextManager:
-        """Make the context that images are decoded in."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to pixels (B, 3, H, W) float32, in the arithmetic of the recipe whatever the engine's is."""
         lower = self.config.rollout.decode_dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=lower)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+            return self.codec.decode(latents).float()
 
     def warn_of_constant_rewards(self, stats: dict[str, Tensor]) -> None:
         """Warn once of a trained reward that has told no image from another in several rollouts in a row."""
@@ -436,6 +439,7 @@ class GRPO:
                 keys=[experience.keys[index] for index in image.tolist()],
                 latents=latents[image],
                 gate=experience.gate[image],
+                finite=experience.finite[image],
                 asked=[experience.asked[index] for index in image.tolist()],
                 noise=functools.partial(_rows_of, experience.noise, image, step),
                 x=states[step, image] if window else states,
