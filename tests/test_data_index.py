@@ -224,7 +224,16 @@ def test_duplicate_members_are_reported(tmp_path):
 
 def test_odd_member_names_are_reported_and_kept_in_the_index(tmp_path):
     path, odd = tmp_path / "a.tar", os.fsdecode(b"caf\xe9")
-    names = ["k.txt", "picture.", "no\next", odd, f"{odd}.txt", f"{odd}.txt", "line\nbreak.txt", "line\nbreak.txt"]
+    names = [
+        "k.txt",
+        "picture.",
+        "no\next",
+        odd,
+        f"{odd}.txt",
+        f"{odd}.txt",
+        "line\nbreak.txt",
+        "line\nbreak.txt",
+    ]
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
         for name in names:
             tar.addfile(tarfile.TarInfo(name))

@@ -359,7 +359,9 @@ def test_tables_are_checked(tmp_path):
     table = list(rows(tmp_path / "more.csv"))
     assert table == [{"image": "a.jpg", "caption": "a dog, on grass"}, {"image": "b.jpg", "caption": "a cat"}]
     (tmp_path / "more.csv").write_text("image,caption\na.jpg,a cat\nb.jpg,a dog, on grass\n")
-    with pytest.raises(ConfigError, match=r"more.csv:3: more cells than columns .*; put quotes around a caption"):
+    with pytest.raises(
+        ConfigError, match=r"more.csv:3: more cells than columns .*; put quotes around a caption"
+    ):
         list(rows(tmp_path / "more.csv"))
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     pytest.importorskip("pyarrow")

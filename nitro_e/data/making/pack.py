@@ -198,7 +198,9 @@ def prepare(item: Item, config: PackConfig) -> dict[str, Any]:
         content = content.read_bytes()
     if content is None:
         raise BadSample("no image")
-    caption = _read_sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
+    caption = (
+        _read_sidecar(item.image) if item.caption is None and isinstance(item.image, Path) else item.caption
+    )
     # refused as decode_caption sees it
     encoded = None if caption is None else caption.encode(errors="surrogatepass")
     caption = decode_caption(encoded, item.info, config.caption_key)
