@@ -107,6 +107,20 @@ def test_scores_outside_0_to_1_have_nearly_the_normal_interval():
     assert math.isinf(intervals.score([[20.0]]).high)  # one value says nothing of the spread
 
 
+def test_scores_that_stay_away_from_the_ends_have_nearly_the_normal_interval():
+    """Such as HPSv2.1, about .28: a spread that reaches to 0 and 1 would hide what is there."""
+    rng = np.random.default_rng(4)
+    theirs = [rng.normal(0.28, 0.02, 100) for _ in range(2)]
+    ours = [values + rng.normal(0.004, 0.01, 100) for values in theirs]
+    for found, values in (
+        (intervals.score(ours), ours),
+        (intervals.difference(ours, theirs), np.subtract(ours, theirs)),
+    ):
+        half = 1.96 * np.sqrt(np.var(values, axis=1).sum() / 100) / 2
+        expected = np.mean(values) - half, np.mean(values) + half
+        assert (found.low, found.high) == pytest.approx(expected, abs=0.1 * half)
+
+
 def test_ratio_covers_the_truth_and_has_no_upper_limit_where_the_denominator_may_be_0(few_resamples):
     rng = np.random.default_rng(3)
 

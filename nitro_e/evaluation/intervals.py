@@ -57,7 +57,7 @@ def mean(tasks: Tasks) -> float:
 def difference(ours: Tasks, theirs: Tasks, bounded: bool = True) -> Estimate:
     """score(ours) - score(theirs), paired by prompt; a pair with an unknown value is left out.
 
-    bounded: values within 0..1 are scores that end there, and not losses that happen to be small.
+    bounded: scores within 0..1 of which one is 0 or 1 end there; losses do not.
     """
     if list(map(len, ours)) != list(map(len, theirs)):
         raise ConfigError("a paired comparison needs the same tasks and prompts on both sides")
@@ -109,9 +109,10 @@ def _known(tasks: Tasks) -> list[np.ndarray] | None:
 
 
 def _ends(tasks: Sequence[np.ndarray]) -> tuple[float, ...]:
-    """The ends of the scores' range, if no score leaves 0..1."""
+    """The ends of the scores' range, if no score leaves 0..1 and one is at an end; CLIPScore, say, never comes near them."""
     values = np.concatenate(tasks)
-    return (0.0, 1.0) if 0 <= values.min() and values.max() <= 1 else ()
+    low, high = values.min(), values.max()
+    return (0.0, 1.0) if 0 <= low and high <= 1 and (low == 0 or high == 1) else ()
 
 
 def _wilson(values: np.ndarray) -> Estimate:
