@@ -143,6 +143,9 @@ def test_the_command_searches_and_remembers_it(tmp_path, capsys):
     assert sample.main([*line, *wanted]) == 0 and "0 images drawn, 1 were there" in capsys.readouterr().out
     assert sample.main([*line, "--negative-prompt", "a star"]) == 2
     assert "without guidance nothing is led away from" in capsys.readouterr().err
+    aside = ["--guidance", "2", "--guidance-by", "path", "--force"]
+    assert sample.main([*line, *aside, "--negative-prompt", "a star"]) == 2
+    assert "guidance by the weak pass alone never looks at it" in capsys.readouterr().err
     assert sample.main([*line, "--noise-steps", "3"]) == 2
     assert "--noise-steps belongs to --optimize-noise" in capsys.readouterr().err
     assert sample.main([*line, "--optimize-noise", "shapes"]) == 2

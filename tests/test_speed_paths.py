@@ -395,6 +395,9 @@ def test_reused_blocks():
     assert all(torch.equal(always(x, t, text), expected) for t, expected in zip(times, exact))
     same = [torch.equal(second(x, t, text), expected) for t, expected in zip(times, exact)]
     assert same == [True, False, True, False, True, False]
+    # drawings of one step, as a search of noise has them: each begins anew
+    assert all(torch.equal(second(x, times[0], text), exact[0]) for _ in range(3))
+    assert not torch.equal(second(x, times[5], text), exact[5])
     # a constant input at equal times: what is reused is what would have been computed
     torch.testing.assert_close(second(x, times[-1], text), exact[-1])
     torch.testing.assert_close(second(x, times[-1], text), exact[-1], rtol=1e-4, atol=1e-5)

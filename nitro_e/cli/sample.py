@@ -205,6 +205,11 @@ def draw(options: argparse.Namespace) -> None:
         raise ConfigError(
             "negative_prompt: without guidance nothing is led away from; give --guidance 1.5 or more, at twice the passes"
         )
+    if settings.guidance == "path" and any(item.negative_prompt for item in drawings):
+        raise ConfigError(
+            "negative_prompt: guidance by the weak pass alone never looks at it; give --guidance-by text or both, or leave "
+            "it out"
+        )
     search = noise_search(options, drawings, pipeline.device)
     about = settings_of(pipeline, options, settings)
     if search is not None:

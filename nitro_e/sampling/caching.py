@@ -21,7 +21,7 @@ from nitro_e.model import EMMDiT
 class ReusedBlocks:
     """A Denoiser that computes the compressed blocks at every `every`-th call only; 1 computes them always.
 
-    A time above the last one, or another number of rows, starts anew. The model is not changed: a shallow copy of it
+    A time above the last one or equal to the first, or another number of rows, starts anew. The model is not changed: a shallow copy of it
     shares its weights.
     """
 
@@ -36,12 +36,15 @@ class ReusedBlocks:
         self._run_all_blocks = model.run_blocks
         first, inside, _ = model.config.groups
         self._inside = range(first, first + inside)
-        self._time, self._calls = -1.0, 0
+        self._first = self._time = -1.0
+        self._calls = 0
         self._added: tuple[Tensor, Tensor] | None = None  # to image (B, N, D) and text tokens (B, L, D)
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         time = t.max().item()
-        self._calls = 0 if time > self._time else self._calls + 1
+        self._calls += 1
+        if time > self._time or time == self._first:  # another drawing
+            self._first, self._calls = time, 0
         self._time = time
         return self.model(x, t, text)
 
