@@ -129,6 +129,8 @@ def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys, monkeypatc
     assert (
         "part.jsonl: 'base', seed None was measured with num 12, the study has 13" in capsys.readouterr().err
     )
+    assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "diversity={num: 9}"]) == 2
+    assert "was measured with diversity None, the study has {'num': 9, " in capsys.readouterr().err
     assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", "variants.grpo.set=[seed=1]"]) == 2
     error = capsys.readouterr().err  # it names what differs, not all that is the same
     assert "'grpo', seed 3 was measured with overrides ['model.preset=micro-8', " in error
@@ -322,6 +324,17 @@ def test_a_failing_variant_is_named(plan, capsys):
         ),
         ({"reference": {"sampler": "euller"}}, "base: sampling.sampler: 'euller'"),
         ({"seed": [1]}, "seeds"),
+        ({"seeds": [1, 0, 1]}, "seeds: [1, 0, 1] has a seed twice"),
+        (
+            {
+                "seeds": [3],
+                "variants": {
+                    "a": {"recipe": str(ROOT / RECIPE), "set": [*SMALL, "engine.ema=null"]},
+                    "b": {"recipe": str(ROOT / RECIPE), "set": SMALL, "after": "a"},
+                },
+            },
+            "variants.b: after: 'a' keeps no average to begin with",
+        ),
         ({"base": "nowhere"}, "'nowhere' does not exist"),
     ],
 )
@@ -330,6 +343,18 @@ def test_a_wrong_study_is_refused_at_once(plan, capsys, change, message):
     assert tool.main(["study.yaml"]) == 2
     assert message.replace("BASE", plan["base"]) in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_names_of_variants_may_look_like_yaml(plan):
+    variant = {"recipe": str(ROOT / RECIPE), "set": SMALL}
+    plan["variants"] = {"wide #1": variant, "a: b": {**variant, "after": "wide #1"}, "plain-2": variant}
+    Path("study.yaml").write_text(yaml.safe_dump(plan))
+    study = load(Study, "study.yaml")
+    for name in study.variants:
+        found = plans.trial(study, name, 3)
+        assert found.config.folder == found.folder and found.config.name.endswith(name)
+    assert plans.trial(study, "a: b", 3).config.init_from.endswith("/wide #1-3@ema")
+    assert plans.trial(study, "plain-2", 3).overrides[0] == f"run=runs/{study.name}/plain-2-3"
 
 
 def test_studies_load():

@@ -13,7 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from nitro_e.config import Config, ConfigError, Ge, Seed, check_file_name, flatten, from_dict, load, to_dict
+from nitro_e.config import (
+    Config,
+    ConfigError,
+    Ge,
+    Seed,
+    check_file_name,
+    flatten,
+    from_dict,
+    load,
+    parse_yaml,
+    to_dict,
+)
 from nitro_e.encoders.components import codec_shape, text_shape
 from nitro_e.evaluation.benchmarks import Benchmark, benchmark
 from nitro_e.evaluation.evaluate import prepare
@@ -88,6 +99,14 @@ class Study(Config):
         for name in ("variants", "seeds", "equal"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; a study needs at least one")
+        for where, seeds in (
+            ("seeds", self.seeds),
+            *((f"variants.{name}.seeds", variant.seeds) for name, variant in self.variants.items()),
+        ):
+            if len(set(seeds)) < len(seeds):
+                raise ConfigError(
+                    f"{where}: {list(seeds)} has a seed twice, which is one training; leave it out"
+                )
         if not self.settings and self.validation is None:
             raise ConfigError("settings is empty; give some to draw and score with, or `validation`")
         for name, command in self.prepare.items():
@@ -204,9 +223,9 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
     folder = run_of(plan, name if steps is None else f"{name}.{equal}", seed)
     # the name decides the order of the data: from scratch all variants of a seed see the same samples in the same order
     title = plan.name if plan.base is None else f"{plan.name}-{name}"
-    overrides = [f"run={folder}", f"name={title}", f"seed={seed}"]
+    overrides = [f"run={_as_yaml(str(folder))}", f"name={_as_yaml(title)}", f"seed={seed}"]
     if variant.after is not None:
-        overrides.append(f"init_from={run_of(plan, variant.after, seed)}@ema")
+        overrides.append(f"init_from={_as_yaml(f'{run_of(plan, variant.after, seed)}@ema')}")
     elif plan.base is not None:
         overrides.append(f"init_from={plan.base}")
     if plan.validation is not None:
@@ -217,6 +236,14 @@ def trial(plan: Study, name: str, seed: int, equal: Equal = "steps", steps: int 
     if steps is not None:
         overrides.append(f"engine.steps={steps}")
     return Trial(name, seed, folder, _config(variant.recipe, tuple(overrides)), tuple(overrides))
+
+
+def _as_yaml(text: str) -> str:
+    """Write a text for an override, in quotes if YAML would read anything else."""
+    try:
+        return text if parse_yaml(text, "") == text else json.dumps(text)
+    except ConfigError:
+        return json.dumps(text)
 
 
 def run_of(plan: Study, name: str, seed: int) -> Path:
@@ -272,6 +299,11 @@ def check(plan: Study, chosen: Sequence[str], planned: Sequence[Trial]) -> None:
                 check_trial(each, plan.variants[name])
             if plan.is_trained(name):
                 config = trial(plan, name, plan.seeds_of(name)[0]).config
+                origin = plan.variants[name].after
+                if origin and trial(plan, origin, plan.seeds_of(name)[0]).config.engine.ema is None:
+                    raise ConfigError(
+                        f"after: '{origin}' keeps no average to begin with; give it engine.ema, for example {{beta: 0.999}}"
+                    )
                 check_settings(
                     plan.settings_of(name), config.published_sampling, config.model, config.components
                 )

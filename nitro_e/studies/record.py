@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nitro_e.config import ConfigError, parse_json, read_text
+from nitro_e.config import ConfigError, parse_json, read_text, to_dict
 from nitro_e.evaluation.intervals import Estimate
 from nitro_e.evaluation.results import plain
 from nitro_e.studies.plan import Equal, Setting, Study, Trial, trial
@@ -86,6 +86,8 @@ class Measured:
 def subject(plan: Study, name: str, seed: int | None) -> dict[str, Any]:
     """Describe what a training and its scores depend on; the texts of recipes and presets are not in it."""
     judged = {key: getattr(plan, key) for key in ("benchmark", "num", "base", "reference")}
+    if plan.diversity is not None:
+        judged["diversity"] = to_dict(plan.diversity)
     trained = {} if seed is None else {"overrides": list(trial(plan, name, seed).overrides)}
     return plain({**judged, "recipe": plan.variants[name].recipe, **trained})
 
