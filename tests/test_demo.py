@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,16 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, capsys):
     (tmp_path / "times.json").write_text(json.dumps({"settings": {"scenes": 64, "num": 12}}))
     assert tool.main(["--recipes", str(RECIPES), "--out", str(tmp_path), "--num", "24"]) == 2
     assert "use that, or another --out" in capsys.readouterr().err
+
+
+def test_another_number_of_processes_leaves_no_data_out(tmp_path):
+    """What two processes encoded is no share of one process's."""
+
+    def encoding(processes: int) -> set[str]:
+        options = SimpleNamespace(out=tmp_path, num=NUM, scenes=64, recipes=RECIPES, processes=processes)
+        return {job.name for job in list(tool.Demo(options)._plan())[1][1]}
+
+    assert not encoding(1) & encoding(2)
 
 
 def test_recipes_that_are_missing_are_named(tmp_path, capsys):

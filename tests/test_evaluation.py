@@ -279,6 +279,28 @@ def test_other_words_at_the_same_place_are_drawn_anew(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 5
 
 
+def test_another_record_of_the_same_words_is_judged_anew(tmp_path):
+    chosen, painter = benchmark("shapes", 4), Painter()
+    prompts, scorer = load_prompts(chosen.prompts), build_rewards(chosen.rewards)
+    generate = ImageGenerator(painter, SAMPLING, seed=0, batch_size=4)
+
+    def strict() -> list[float]:
+        return [row.scores["strict"] for row in collect(generate, chosen, prompts, scorer, tmp_path)]
+
+    assert strict() == [1, 1, 1, 1]
+    wanted = {"class": "circle", "count": 9}
+    prompts[2] = Prompt(prompts[2].text, {**prompts[2].info, "include": [wanted]})
+    assert strict() == [1, 1, 0, 1]
+    (file,) = tmp_path.glob("scores-*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2, 3, 2]
+    for line in lines:  # as earlier versions wrote them
+        line |= {"scores": {**line["scores"], "strict": 0.5}}
+        del line["record"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert strict() == [1, 1, 0, 1] and painter.drawn.total() == 4
+
+
 @reward
 def undecided(pixels, prompts, info):
     """Cannot tell for images of two objects."""

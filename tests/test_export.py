@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from tiny import save_autoencoder_dc, save_llama
 
 import nitro_e.cli.export
 from nitro_e.config import ConfigError
+from nitro_e.encoders.codec import AutoencoderKLCodec
 from nitro_e.encoders.components import ComponentConfig, build_codec, build_text_encoder
 from nitro_e.model import ModelConfig
 from nitro_e.sampling.pipeline import TextToImage
@@ -209,6 +211,10 @@ def test_what_diffusers_cannot_express(tiny):
         setattr(other, part, build(ComponentConfig(name=name)))
         with pytest.raises(ConfigError, match=f"{part}.*a diffusers folder holds"):
             EmmditPipeline.of(other)
+    other = with_defaults(tiny)
+    other.codec = AutoencoderKLCodec(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    with pytest.raises(ConfigError, match="codec AutoencoderKLCodec: a diffusers folder holds"):
+        EmmditPipeline.of(other)
     with pytest.raises(ConfigError, match=r"unknown \['noise'\]"):
         exported(tiny)(PROMPTS[0], callback_on_step_end_tensor_inputs=["noise"])
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image
 from nitro_e.cli import sample
 from nitro_e.config import ConfigError
 from nitro_e.data.prompts import read_records
+from nitro_e.files import short_hash
 from nitro_e.sampling.folder import batched, draw_folder, read_manifest
 from nitro_e.sampling.layouts import LAYOUTS, Drawing, write_metadata
 from nitro_e.sampling.pipeline import Images, to_image
+from nitro_e.sampling.samplers import SamplingConfig
 from nitro_e.sampling.sheets import sheet
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +217,26 @@ def test_the_command_tells_its_settings_and_skips_what_is_there(tmp_path, capsys
     assert settings["sampling"]["steps"] == 1 and settings["model"] == "shapes"
     assert sample.main(arguments) == 0
     assert "0 images drawn, 2 were there" in capsys.readouterr().out
+
+
+def test_another_adapter_is_another_setting(tmp_path):
+    weights, *adapters = files = [tmp_path / name / "model.safetensors" for name in ("weights", "a", "b")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_bytes(b"1")
+    pipeline = SimpleNamespace(path=weights, model=torch.nn.Linear(1, 1))
+
+    def key(*more: str) -> str:
+        options = sample.parse([str(weights.parent), *more])
+        return short_hash(sample.settings_of(pipeline, options, SamplingConfig(resolution=64)))
+
+    def keys() -> list[str]:
+        return [key(), *(key("--lora", str(path.parent)) for path in adapters)]
+
+    before = keys()
+    assert len(set(before)) == 3 and keys() == before
+    adapters[1].write_bytes(b"12")
+    assert [one == other for one, other in zip(before, keys())] == [True, True, False]
 
 
 @pytest.mark.slow

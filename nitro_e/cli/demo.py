@@ -119,8 +119,10 @@ class Demo:
             encode = ["nitro_e.cli", "data", "encode", f"{data}/shapes-train-*.tar", "--out", str(data)]
             encode += ["--codec", "shapes-dc-ae", "--text", "shapes-llama", "--vision", "shapes-vit"]
             encode += ["--resolution", "64", "--world", str(self.processes)]
+            # named by their number too: of another number each has another part of the data
             shares += [
-                Job(f"encode-{name}-{rank}", [*encode, "--rank", str(rank)]) for rank in range(self.processes)
+                Job(f"encode-{name}-{rank}-of-{self.processes}", [*encode, "--rank", str(rank)])
+                for rank in range(self.processes)
             ]
         yield f"{self.scenes:,} captioned scenes", scenes, self.processes
         yield "Their latents, text embeddings and features", shares, self.processes

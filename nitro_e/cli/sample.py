@@ -263,14 +263,15 @@ def settings_of(
     pipeline: TextToImage, options: argparse.Namespace, settings: SamplingConfig
 ) -> dict[str, Any]:
     """Everything the images depend on besides prompts and seeds."""
-    weights = pipeline.path
-    assert weights is not None
-    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    from nitro_e.model.pretrained import locate_lora
+
+    assert pipeline.path is not None
+    adapter = {} if options.lora is None else {"lora": stamps(locate_lora(options.lora, options.source))}
     parameter = next(pipeline.model.parameters())
     return {
         "model": options.source,
-        "weights": [str(weights.resolve()), *map(list, stamps)],
+        "weights": stamps(pipeline.path),
+        **adapter,
         "codec": options.codec,
         "text": options.text,
         "sampling": dataclasses.asdict(settings),
@@ -280,6 +281,13 @@ def settings_of(
         "int8": options.int8,
         "reuse_blocks": options.reuse_blocks,
     }
+
+
+def stamps(weights: Path) -> list[Any]:
+    """Where weights lie, and name, size and time of every file."""
+    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+    found = [(path, path.stat()) for path in files]
+    return [str(weights.resolve()), *([path.name, stat.st_size, stat.st_mtime_ns] for path, stat in found)]
 
 
 def write_sheet(drawings: list[Drawing], options: argparse.Namespace, sampling: dict[str, Any]) -> None:

@@ -5,8 +5,9 @@
     FOLDER/scores-HASH.jsonl    a line per scored image; other rewards, or weights of theirs, get another file
 
 The noise of an image is a function of (seed, prompt's index, image's number): the same for all checkpoints,
-settings, batch sizes and numbers of prompts. What is there is not drawn or scored again. Of several processes each takes
-every world-th batch and has a file of scores of its own (`.rankN`); the next call in one process joins them.
+settings, batch sizes and numbers of prompts. What is there is not drawn or scored again; where only the prompt's record
+(such as GenEval's `include`) changed, it is scored again. Of several processes each takes every world-th batch and has
+a file of scores of its own (`.rankN`); the next call in one process joins them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class ScoredImage(NamedTuple):
     seconds: float  # that drawing it took
     # title of a score -> kind of category -> category -> (right, all), where a reward counts so
     counts: dict[str, dict[str, dict[str, tuple[int, int]]]] | None = None
+    record: str = ""  # a hash of the prompt's record, by which rewards judge; "" if it has none
 
     @property
     def file(self) -> str:
@@ -59,6 +61,10 @@ class ScoredImage(NamedTuple):
 
 def file_name(index: int, number: int, prompt: str) -> str:
     return f"{index:05d}-{number}-{short_hash(prompt)[:6]}.png"
+
+
+def record_hash(prompt: Prompt) -> str:
+    return short_hash(prompt.info) if prompt.info else ""
 
 
 def noise_seeds(seed: int, places: Sequence[tuple[int, int]]) -> list[int]:
@@ -132,7 +138,13 @@ def collect(
             counts = scorer.counts or [{}] * len(batch)
             rows = [
                 ScoredImage(
-                    *place, prompt.text, dict(zip(scorer.names, row)), words, round(seconds, 5), count or None
+                    *place,
+                    prompt.text,
+                    dict(zip(scorer.names, row)),
+                    words,
+                    round(seconds, 5),
+                    count or None,
+                    record_hash(prompt),
                 )
                 for place, prompt, row, words, count in zip(batch, chosen, values, saw, counts)
             ]
@@ -143,7 +155,11 @@ def collect(
 
 
 def _is_of(row: ScoredImage, place: tuple[int, int], prompts: Sequence[Prompt]) -> bool:
-    return place[0] < len(prompts) and row.prompt == prompts[place[0]].text
+    """Tell whether a row scores what is asked for now; rows of earlier versions say nothing of the prompt's record."""
+    if place[0] >= len(prompts):
+        return False
+    prompt = prompts[place[0]]
+    return (row.prompt, row.record) == (prompt.text, record_hash(prompt))
 
 
 def _draw(

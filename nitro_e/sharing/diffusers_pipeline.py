@@ -31,7 +31,6 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e.config import ConfigError, class_of_kind, from_dict, to_dict
-from nitro_e.encoders.codec import AutoencoderDCCodec
 from nitro_e.encoders.text import LlamaText
 from nitro_e.files import fetch
 from nitro_e.interfaces import Architecture, Model, TextEmbedding
@@ -142,7 +141,8 @@ class EmmditPipeline(DiffusionPipeline):
     def of(cls, source: TextToImage) -> "EmmditPipeline":
         """Build the pipeline of our parts, without a copy. ConfigError for parts that diffusers has no class for."""
         codec, text, settings = source.codec, source.text, source.defaults
-        if not isinstance(codec, AutoencoderDCCodec):
+        vae = getattr(codec, "autoencoder", None)
+        if not isinstance(vae, AutoencoderDC):
             raise ConfigError(
                 f"codec {type(codec).__name__}: a diffusers folder holds an AutoencoderDC; train with dc-ae-f32c32"
             )
@@ -171,7 +171,7 @@ class EmmditPipeline(DiffusionPipeline):
         )
         return cls(
             EmmditTransformer.of(source.model),
-            codec.autoencoder,
+            vae,
             text.model,
             text.tokenizer,
             scheduler,
