@@ -293,6 +293,13 @@ def test_wrong_programs_are_noticed(tiny):
         programs.compare(part, lambda inputs: part.module(*inputs) + 0.01 * (len(inputs[0]) == 3))
 
 
+@pytest.mark.parametrize("sampler", ["flow_map", "policy"])
+def test_programs_of_steps_that_are_no_velocities_are_refused(tiny, tmp_path, sampler):
+    with pytest.raises(ConfigError, match=f"sampler '{sampler}': programs predict the velocity"):
+        programs.write_torch(with_defaults(tiny, sampler=sampler), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 REFUSED = {
     "--diffusers --prompt x": "--prompt is for --onnx and --torch",
     "--onnx --dtype float16": "programs are written in float32",

@@ -187,6 +187,7 @@ def test_run_directories_convert(released_file, released_state, tmp_path, conver
     (checkpoint / "meta.json").write_text("{}")
     assert convert([str(tmp_path / "run@model"), str(tmp_path / "out.safetensors"), "--to-released"]) == 0
     assert_equal_states(load_file(tmp_path / "out.safetensors"), without_projector(released_state))
+    assert convert([f"{checkpoint}@model", str(tmp_path / "out")]) == 0  # without its run's config.yaml
 
 
 # ---- the hub

@@ -5,6 +5,7 @@ The screenshot in docs/serve.md comes from the slow test of the browser:
     SERVE_SCREENSHOT=docs/img/serve.png python -m pytest -m slow tests/test_serve.py -k browser
 """
 
+import asyncio
 import base64
 import importlib.metadata
 import io
@@ -258,6 +259,38 @@ def test_no_uploads(url):
     for path in ("upload", "upload/", "process_recording"):
         assert answer(f"{url}/gradio_api/{path}", form, **headers) == 404
     assert answer(f"{url}/docs") == 404
+
+
+def test_no_large_requests(url):
+    """Refused before they are read as JSON; the prompts at their bounds pass."""
+    from nitro_e.serving.page import MAX_BODY
+
+    body = json.dumps({"data": ["\U0001f600" * 1000] * 2, "fn_index": 9999}).encode()
+    headers = {"Content-Type": "application/json"}
+    for path in ("queue/join", "run/predict"):
+        assert answer(f"{url}/gradio_api/{path}", body, **headers) not in (404, 413)
+        assert answer(f"{url}/gradio_api/{path}", body.ljust(MAX_BODY + 1), **headers) == 413
+
+
+def test_requests_in_pieces_are_counted():
+    """Without a content-length."""
+    from starlette.exceptions import HTTPException
+
+    from nitro_e.serving.page import MAX_BODY, OnlyThePage
+
+    read = []
+
+    async def piece() -> dict:
+        return {"type": "http.request", "body": bytes(1024), "more_body": True}
+
+    async def read_all(scope, receive, send) -> None:
+        while True:
+            read.append((await receive())["body"])
+
+    scope = {"type": "http", "path": "/gradio_api/queue/join", "headers": []}
+    with pytest.raises(HTTPException, match="413"):
+        asyncio.run(OnlyThePage(read_all)(scope, piece, None))
+    assert sum(map(len, read)) == MAX_BODY
 
 
 def test_only_this_machine_reaches_it(url):

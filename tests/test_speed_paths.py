@@ -427,6 +427,17 @@ def test_plain_loop_samples_the_same():
         torch.testing.assert_close(calls[way](), calls["plain"](), rtol=1e-4, atol=1e-4)
 
 
+def test_ways_that_a_processor_does_not_have_are_not_measured(monkeypatch, capsys):
+    monkeypatch.setattr("nitro_e.model.cpu.packing.has_bfloat16_products", lambda: False)
+    fastest_weights.cache_clear()
+    parts = benchmark_sample.Parts(tiny(), None, None, SamplingConfig(resolution=16))
+    bench = benchmark_sample.Bench(parts, benchmark_sample.parse(["--device", "cpu"]))
+    assert (bench.fastest, bench.in_int8) == ("ours", None)
+    assert (
+        "ours, packed: not measured: pack_for_cpu: this processor has no AVX-512" in capsys.readouterr().err
+    )
+
+
 @needs_bf16
 def test_benchmark_of_sampling(tmp_path):
     arguments = ["--shapes", "--steps", "2", "--rounds", "1", "--seconds", "0", "--device", "cpu"]

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from nitro_e.cli import common as cli
 from nitro_e.config import ConfigError, from_dict, parse_json, parse_yaml, read_text, to_dict
-from nitro_e.files import atomic_path, commit_of, save_tensors
+from nitro_e.files import atomic_path, commit_of, is_hub_id, save_tensors
 from nitro_e.interfaces import Model
 from nitro_e.model import EMMDiT, released
 from nitro_e.model.pretrained import load_pretrained, locate_lora, read_config, save_pretrained
@@ -165,7 +165,7 @@ def provenance(path: Path) -> dict[str, Any] | None:
 
 def from_hub(options: argparse.Namespace) -> dict[str, Any] | None:
     """Tell which files of which commit of a hub repository were read; None for local sources."""
-    if Path(options.source).exists():
+    if Path(options.source).exists() or not is_hub_id(options.source):
         return None
     commit = commit_of(options.source, options.revision)
     return {"repository": options.source, "commit": commit, "file": options.file, "lora": options.lora}

@@ -17,9 +17,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from PIL import Image
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitro_e.config import ConfigError
 from nitro_e.record.environment import out_of_memory
@@ -43,6 +44,8 @@ API = (
     "theme.css",
     "app_id",
 )
+# bytes of one request; the fields at their bounds are 24 KB of JSON, which takes some 50 times its size when it is read
+MAX_BODY = 2**17
 
 PROMPTS = [
     "a photo of a red circle left of a blue square",
@@ -326,16 +329,31 @@ def _text(words: str) -> str:
 
 
 class OnlyThePage:
-    """ASGI middleware that refuses every address which the page does not need, uploads and proxies among them."""
+    """ASGI middleware that refuses what the page does not need: uploads, proxies and other addresses, and large bodies."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or _needed(scope["path"]):
-            await self.app(scope, receive, send)
+            await self.app(scope, _bounded(receive), send)
         else:
             await PlainTextResponse("Not found", 404)(scope, receive, send)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Count the bytes of a request as they come, whatever its headers say; above MAX_BODY it is answered with 413."""
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY:
+            raise HTTPException(413, f"a request has at most {MAX_BODY} bytes")
+        return message
+
+    return counted
 
 
 def _needed(path: str) -> bool:

@@ -126,6 +126,10 @@ def _write(
         raise ConfigError(
             f"guidance '{settings.guidance}': programs hold no weak pass; store the weights with sampling.guidance: text"
         )
+    if settings.sampler in ("flow_map", "policy"):
+        raise ConfigError(
+            f"sampler '{settings.sampler}': programs predict the velocity at one time, not such steps; use our pipeline"
+        )
     text = pipeline.text.encode(["", *prompts])
     x = torch.randn(1, *pipeline.latent_shape(*settings.size))
     folder.mkdir(parents=True)
