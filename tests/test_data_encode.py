@@ -293,6 +293,34 @@ def test_a_refused_text_encoder_leaves_the_null_prompt_alone(tmp_path, images):
     assert np.array_equal(run(5, overwrite=True), np.load(path)["tokens"])
 
 
+def test_one_text_encoder_per_folder(tmp_path):
+    """All text in a folder shares a null prompt, further captions and further shards too."""
+    shards = [tmp_path / f"in/images-{name}.tar" for name in "ab"]
+    shards[0].parent.mkdir()
+    for shard in shards:
+        write_shard(shard, [{"__key__": "x", "png": png(), "txt": "a cat", "json": {"short": "cat"}}])
+
+    def run(length, part, caption=None, **job):
+        text = build_text_encoder(ComponentConfig(name="hash", length=length))
+        config = EncodeConfig(workers=0, caption=caption)
+        encode(part, Encoders(text=text, caption=caption), config, JobConfig(out=tmp_path / "out", **job))
+
+    run(8, shards[:1])
+    run(8, shards[:1], "short")
+    null = (tmp_path / "out/null-text.npz").read_bytes()
+    for refused in ((5, shards[:1], "short"), (5, shards[1:])):
+        with pytest.raises(
+            ConfigError, match=r"encoded by another text encoder .*one null prompt.*another --out"
+        ):
+            run(*refused)
+    with pytest.raises(ConfigError, match="text-a.tar .*another text encoder"):  # the plain captions stay
+        run(5, shards[:1], "short", overwrite=True)
+    assert (tmp_path / "out/null-text.npz").read_bytes() == null
+    (tmp_path / "out/manifest-text_short.jsonl").unlink()
+    run(5, shards[:1], overwrite=True)
+    assert (tmp_path / "out/null-text.npz").read_bytes() != null
+
+
 def test_weights_digest_sees_every_weight():
     module = torch.nn.Linear(2, 2)
 

@@ -86,6 +86,7 @@ def test_two_processes_stopped_and_resumed_as_one(one, tmp_path):
     ends = {line for line in done.stdout.splitlines() if line.startswith("rank")}
     steps = {line.split("step ")[1] for line in ends}
     assert len(ends) == 2 and len(steps) == 1
+    assert done.stdout.count("buffers are sent with every step: False") == 2  # the position table has 28 MB
     status = json.loads((run / "STATUS.json").read_text())
     assert status["state"] == "preempted" and 0 < status["step"] < 12
     done = launch(run, 1, batch_size=8, accumulate=2)

@@ -65,6 +65,8 @@ def main(run: Path, options: dict) -> None:
     trainer.run()
     # in one write, or the lines of two processes can share one
     sys.stdout.write(f"rank {RANK} ended at step {trainer.step}, skipped {trainer.state.skipped}\n")
+    sent = any(getattr(phase.net, "broadcast_buffers", False) for phase in stage.phases)
+    sys.stdout.write(f"buffers are sent with every step: {sent}\n")
     sys.stdout.flush()
 
 

@@ -123,11 +123,14 @@ class Replicated:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return what losses call instead of the module."""
-        if getattr(module, "sometimes_unused", False):
-            from accelerate import DistributedDataParallelKwargs
+        from accelerate import DistributedDataParallelKwargs
 
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            # buffers are constants, or follow from what all processes have: nothing to send with every step
+            broadcast_buffers=False,
             # DDP then looks for parameters without a gradient at every step
-            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            find_unused_parameters=getattr(module, "sometimes_unused", False),
+        )
         return self.accelerator.prepare_model(module)
 
     def synchronize(self, net: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -38,7 +38,7 @@ from nitro_e.data.dataset import Records, TarDataset
 from nitro_e.data.loader import load
 from nitro_e.data.making.jobs import JobConfig, Result, publish_entry, run_job
 from nitro_e.data.making.writer import check_written, open_shard
-from nitro_e.data.manifests import digest
+from nitro_e.data.manifests import digest, read_manifests
 from nitro_e.data.order import Order
 from nitro_e.data.problems import Problem
 from nitro_e.data.spec import ReadSpec, image_extensions
@@ -154,6 +154,8 @@ def encode(shards: Sequence[str], encoders: Encoders, config: EncodeConfig, job:
             f"two input shards are called '{min(twice)}'; encode each folder into an --out of its own"
         )
     job.out.mkdir(parents=True, exist_ok=True)
+    if encoders.text is not None:
+        _check_null_text(encoders, config, units, job)
     return run_job("+".join(encoders.columns), units, partial(_work, encoders, config, job.out), job)
 
 
@@ -375,6 +377,26 @@ def _round_trip(codec: LatentCodec, pixels: Tensor, raw: np.ndarray) -> float:
     decoded = codec.decode(codec.normalize(torch.from_numpy(raw)[None])).cpu()[0]
     error = ((decoded - (pixels.float() / 127.5 - 1)) / 2).square().mean().item()
     return round(-10 * float(np.log10(max(error, 1e-10))), 2)
+
+
+def _check_null_text(
+    encoders: Encoders, config: EncodeConfig, units: Sequence[EncodeUnit], job: JobConfig
+) -> None:
+    """Refuse a second text encoder in a folder: there is one null prompt for all text in it."""
+    column = next(name for name in encoders.columns if name.startswith("text"))
+    made_here = {f"{column}-{unit.name}.tar" for unit in units}  # by an earlier run: `run_job` compares those
+    ours = encoders.describe(column, config)
+    for path, entry in read_manifests({job.out}).items():
+        theirs = entry.get("encoder")
+        replaced = path.name in made_here or (job.overwrite and path.name.startswith(f"{column}-"))
+        if not isinstance(theirs, dict) or "length" not in theirs or replaced:
+            continue
+        if any(theirs.get(key) != ours[key] for key in ("weights", "length")):
+            was, now = (f"{made.get('name')}, length {made.get('length')}" for made in (theirs, ours))
+            raise ConfigError(
+                f"{path.name} in {job.out} was encoded by another text encoder ({was}; now {now}), and a folder has one"
+                " null prompt for all its text; give another --out"
+            )
 
 
 def _write_null_text(text: TextEncoder, path: Path) -> None:
