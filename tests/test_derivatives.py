@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e.config import ConfigError
 from nitro_e.interfaces import TextEmbedding
 from nitro_e.model import layers
 from nitro_e.model.cpu.packing import pack_for_cpu
+from nitro_e.model.transforms import OneProductPerTangent
 
 
 class Case:
@@ -94,6 +96,42 @@ def test_dual_tensors(text_mask, training, exact_time):
         value, tangent = forward_ad.unpack_dual(case.velocity(*dual))
     torch.testing.assert_close(value, case.velocity(case.x, case.t))
     assert relative(tangent, case.difference(case.dx, case.dt)) < 1e-5
+
+
+def test_a_tangent_costs_two_products_per_linear_layer(exact_time):
+    """One for the value and one for the tangent, with the same bits; torch alone multiplies by zeros too."""
+    case = Case("none", torch.float32)
+
+    def velocity() -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = [forward_ad.make_dual(*pair) for pair in ((case.x, case.dx), (case.t, case.dt))]
+            return tuple(forward_ad.unpack_dual(case.velocity(*dual)))
+
+    def products(function) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+    with torch.no_grad():
+        once = products(lambda: case.velocity(case.x, case.t))
+    assert products(velocity) == pytest.approx(3 * once, rel=0.02)
+    expected = velocity()
+    with OneProductPerTangent():
+        assert products(velocity) == pytest.approx(2 * once, rel=0.02)
+        assert all(map(torch.equal, velocity(), expected))
+        plain = case.velocity(case.x, case.t)
+    assert torch.equal(plain, case.velocity(case.x, case.t))
+    weight, x = torch.randn(3, 4), torch.randn(2, 4)
+    directions = torch.randn(3, 4), torch.randn(2, 4)
+    with forward_ad.dual_level(), OneProductPerTangent():  # weights with a tangent
+        dual = [forward_ad.make_dual(*pair) for pair in zip((weight, x), directions)]
+        for inputs, expected in (
+            ((x, dual[0]), x @ directions[0].T),
+            (dual[::-1], x @ directions[0].T + directions[1] @ weight.T),
+        ):
+            tangent = forward_ad.unpack_dual(torch.nn.functional.linear(*inputs)).tangent
+            torch.testing.assert_close(tangent, expected)
 
 
 def test_jvp_under_autocast():

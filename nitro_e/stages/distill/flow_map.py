@@ -16,10 +16,12 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from nitro_e.config import Config, ConfigError, Ge, Gt, Le
 from nitro_e.interfaces import Phase, TextEmbedding
+from nitro_e.model.transforms import OneProductPerTangent
 from nitro_e.randomness import SampleRandom
 from nitro_e.sampling import flow
 from nitro_e.sampling.flow import TimestepConfig, expand, training_times
@@ -110,7 +112,7 @@ class FlowMap:
         direction = torch.ones_like(times)
         if prediction.end is not None:
             direction[:, 1] = 0
-        with torch.autocast(times.device.type, enabled=False):
-            return jvp(
-                lambda x, times: self.shared.bare(x, times, text), (prediction.x, times), (teacher, direction)
-            )[1]
+        exact = torch.autocast(times.device.type, enabled=False)
+        with exact, forward_ad.dual_level(), OneProductPerTangent():
+            x, times = make_dual(prediction.x, teacher), make_dual(times, direction)
+            return unpack_dual(self.shared.bare(x, times, text)).tangent
