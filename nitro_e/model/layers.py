@@ -312,9 +312,10 @@ class HeadNorm(nn.Module):
 
 def normalise_qk(qk: Tensor, q_norm: HeadNorm, k_norm: HeadNorm) -> Tensor:
     """RMSNorm over each head's channels, of queries and keys in one pass: (B, N, 2, H, K) -> the same shape."""
-    weight = torch.stack([q_norm.weight, k_norm.weight]).to(qk.dtype)  # (2, K)
-    qk = rms_norm(qk, 1e-6) if transformed() else F.rms_norm(qk, qk.shape[-1:], eps=1e-6)
-    return qk * weight[:, None]
+    weight = torch.stack([q_norm.weight, k_norm.weight]).to(qk.dtype)[:, None]  # (2, 1, K)
+    weight = weight.expand(qk.shape[2:]).flatten()  # (2 H K,): its gradient is a sum over rows, quick to take
+    normed = rms_norm(qk, 1e-6) if transformed() else F.rms_norm(qk, qk.shape[-1:], eps=1e-6)
+    return (normed.flatten(2) * weight).view(qk.shape)
 
 
 def keep_qk(qk: Tensor, *norms: nn.Module) -> Tensor:
@@ -358,9 +359,9 @@ class AttentionInput(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: normalised and modulated tokens (B, N, D). Returns q, k and v, each (B, N, H, K)."""
         qkv = rearrange(self.qkv(x), "b n (three h k) -> b n three h k", three=3, h=self.heads)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        qk, v = qkv.split([2, 1], dim=2)  # not two slices, each of which has a gradient of the full size
         q, k = self.normalise(qk, self.q_norm, self.k_norm).unbind(2)
-        return q, k, v
+        return q, k, v.squeeze(2)
 
 
 class MLP(nn.Sequential):
