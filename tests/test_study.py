@@ -121,7 +121,7 @@ def test_a_record_stands_for_the_runs_of_other_machines(plan, capsys, monkeypatc
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["recorded"] * 2
     assert Path("outputs/tried/table.md").read_text() == table
     # how fast the others were trained does not matter; the base takes no overrides
-    faster = "set=[engine.precision=float32, engine.compile=true]"
+    faster = "add=[engine.precision=float32, engine.compile=true]"
     assert tool.main(["study.yaml", "--tables", "--record", "part.jsonl", faster]) == 0
     assert Path("outputs/tried/table.md").read_text() == table
     # another setting is not known, and there is nothing to measure it on
@@ -412,6 +412,10 @@ def test_equal_steps_flops_and_seconds(fresh, capsys):
     plan = load(Study, "study.yaml")
     assert list(plan.variants) == ["base", "deep", "lr=0.001", "lr=0.004"]
     assert plan.variants["lr=0.004"].set == ("engine.ema=null", "engine.steps=12", "stage.optim.lr=0.004")
+    more = load(Study, "study.yaml", ["add=[engine.precision=float32]"]).variants
+    assert all(
+        more[name].set == (*plan.variants[name].set, "engine.precision=float32") for name in plan.variants
+    )
     planned = plans.trials(plan, list(plan.variants))
     # the first seed of everything first, and one training for what is the same
     assert [each.folder.name for each in planned[:5]] == [

@@ -74,6 +74,8 @@ class Study(Config):
     compare_to: str | None = None  # without a base: the reference; None: the first variant
     recipe: str | None = None  # of variants that name none
     set: tuple[str, ...] = ()  # overrides of all variants
+    # further ones, after those of the variants: for the command line, where `set` would replace the file's
+    add: tuple[str, ...] = ()
     steps: Annotated[int, Ge(1)] | None = None  # of all variants, unless their overrides say otherwise
     variants: dict[str, Variant] = field(default_factory=dict)
     # more variants: every combination of values of these keys; a text is read as YAML, such as "[full]"
@@ -162,8 +164,8 @@ class Study(Config):
         merged = {}
         for name, variant in self.variants.items():
             recipe = variant.recipe or self.recipe
-            shared = () if recipe is None else self.set
-            merged[name] = replace(variant, recipe=recipe, set=(*shared, *variant.set))
+            overrides = variant.set if recipe is None else (*self.set, *variant.set, *self.add)
+            merged[name] = replace(variant, recipe=recipe, set=overrides)
         return merged
 
     def _combinations(self) -> dict[str, Variant]:
@@ -176,7 +178,7 @@ class Study(Config):
                 raise ConfigError(f"grid: two variants would be called '{name}'; list them under variants")
             texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
             overrides = [f"{key}={text}" for key, text in zip(self.grid, texts)]
-            found[name] = Variant(recipe=self.recipe, set=(*self.set, *overrides))
+            found[name] = Variant(recipe=self.recipe, set=(*self.set, *overrides, *self.add))
         return found
 
     @property
